@@ -1,0 +1,144 @@
+"""How much longer a calibration pass takes than a plain forward pass over the same batches.
+
+    python benchmarks/calibration_cost.py [--model DIR] [--threads 2] [--out results/calibration_cost.jsonl]
+
+Every round runs each contender once, in turn, so that other load on the machine hits all of them; medians of the rounds
+are compared. The plain pass is the model's body without its language-modelling head, which calibration does not need
+either, with the faster of transformers' eager and grouped_mm experts; `with_head` is what a user's forward pass costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from locum.calibrate import calibrate
+from locum.data import Tokens
+from locum.statistics import STATISTICS
+
+REFERENCE = Path(__file__).parents[1] / "src" / "locum" / "reference" / "model"
+STOCK = ("eager", "grouped_mm")
+
+
+def load(path: Path | None) -> tuple[transformers.PreTrainedModel, str]:
+    if path is not None:
+        return transformers.AutoModelForCausalLM.from_pretrained(path).eval(), path.name
+    config = transformers.OlmoeConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_experts=32,
+        num_experts_per_tok=4,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval(), "random OLMoE, 12M parameters"
+
+
+def random_tokens(vocabulary: int, blocks: int, length: int) -> Tokens:
+    """Calibration costs the same for any ids; what they say only moves which experts they reach."""
+    ids_BS = torch.randint(2, vocabulary, (blocks, length), generator=torch.Generator().manual_seed(0))
+    ones_BS = torch.ones_like(ids_BS)
+    return Tokens(
+        ids_BS=ids_BS,
+        loss_mask_BS=ones_BS.bool(),
+        attention_BS=ones_BS,
+        bytes_BS=ones_BS,
+        domain_B=torch.zeros(blocks, dtype=torch.int64),
+        domains=("random",),
+        weights=(1.0,),
+        fingerprint="random",
+        sources=(),
+        split="all",
+        length=length,
+    )
+
+
+def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: int) -> dict[str, Callable[[], object]]:
+    def forward(module: torch.nn.Module, implementation: str) -> Callable[[], None]:
+        def run() -> None:
+            model.set_experts_implementation(implementation)
+            with torch.inference_mode():
+                for ids_BS in tokens.ids_BS.split(batch_size):
+                    module(ids_BS, use_cache=False)
+
+        return run
+
+    routing = tuple(n for n, d in STATISTICS.items() if "D" not in d.axes and "norm" not in n)
+    return (
+        {f"plain {name}": forward(model.base_model, name) for name in STOCK}
+        | {f"with_head {name}": forward(model, name) for name in STOCK}
+        | {"calibrate all": lambda: calibrate(model, tokens, batch_size=batch_size)}
+        | {"calibrate routing": lambda: calibrate(model, tokens, batch_size=batch_size, needs=routing)}
+    )
+
+
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if number:  # the first round warms caches and thread pools
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=REFERENCE if REFERENCE.exists() else None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="append the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, name = load(options.model)
+    tokens = random_tokens(model.get_input_embeddings().weight.shape[0], options.blocks, options.length)
+    seconds = measure(contenders(model, tokens, options.batch_size), options.rounds)
+    plain, with_head = (min(seconds[f"{kind} {stock}"] for stock in STOCK) for kind in ("plain", "with_head"))
+    result = {
+        "benchmark": "calibration_cost",
+        "ratio": round(seconds["calibrate all"] / plain, 3),
+        "ratio_routing_only": round(seconds["calibrate routing"] / plain, 3),
+        "ratio_with_head": round(seconds["calibrate all"] / with_head, 3),
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "model": name,
+        "blocks": options.blocks,
+        "length": options.length,
+        "batch_size": options.batch_size,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    line = json.dumps(result)
+    print(line)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Locum makes Mixture-of-Experts language models fit.
+
+Importing it registers the loader for checkpoints with compressed layers, so that transformers'
+`AutoModelForCausalLM.from_pretrained` opens them like any other.
+"""
+
+from .artefacts import load_plan, load_statistics, save_plan, save_statistics
+from .checkpoint import read_shape
+from .container import StandInExperts
+from .errors import (
+    CheckpointError,
+    DataError,
+    LocumError,
+    OptionError,
+    OutputError,
+    PlanError,
+    StatisticsError,
+    UnsupportedModel,
+)
+from .methods import METHODS
+from .plan import Base, LayerPlan, Plan, Slot, make_plan
+from .quality import demo, evaluate, recover, report
+from .shapes import LayerShape, ModelShape
+from .stages import apply, calibrate, catalogue, compress, diff, inspect, plan
+from .statistics import Statistics
+
+__all__ = [
+    "METHODS",
+    "Base",
+    "CheckpointError",
+    "DataError",
+    "LayerPlan",
+    "LayerShape",
+    "LocumError",
+    "ModelShape",
+    "OptionError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Slot",
+    "StandInExperts",
+    "Statistics",
+    "StatisticsError",
+    "UnsupportedModel",
+    "apply",
+    "calibrate",
+    "catalogue",
+    "compress",
+    "demo",
+    "diff",
+    "evaluate",
+    "inspect",
+    "load_plan",
+    "load_statistics",
+    "make_plan",
+    "plan",
+    "read_shape",
+    "recover",
+    "report",
+    "save_plan",
+    "save_statistics",
+]

@@ -1,0 +1,338 @@
+"""The command line: every command is generated from the signature of the function that does the work.
+
+An option is declared once, there; here is only how it is shown. Errors that Locum raises become one line and exit
+code 2, and so does Ctrl-C; nothing half-written stays behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as introspection
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from . import quality, stages
+from .card import describe_size
+from .errors import LocumError
+from .methods import METHODS
+from .recover import Recovery
+from .stages import Help
+
+console = Console(stderr=True)
+HIDDEN = ("progress", "options")  # parameters that are not for the command line
+
+
+class Command(click.Command):
+    """A command whose known failures are one clear line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LocumError as error:
+            message = " ".join(str(error).split())
+        except KeyboardInterrupt:
+            message = "interrupted; nothing half-written was kept"
+        click.echo(f"locum {ctx.info_name}: error: {message}", err=True)
+        ctx.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="locum")
+def cli() -> None:
+    """Make Mixture-of-Experts models fit: measure, replace experts by lightweight stand-ins, recover, report."""
+
+
+def _type_of(annotation: Any) -> tuple[Any, bool]:
+    """The click type of an annotation, and whether the option may be given several times."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Sequence:
+        return _type_of(typing.get_args(annotation)[0])[0], True
+    if annotation is Path:
+        return click.Path(path_type=Path), False
+    return annotation, False
+
+
+def _parameters(function: Callable[..., Any]) -> list[click.Parameter]:
+    """Arguments and options of a function, from its signature and the Help in its annotations."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters: list[click.Parameter] = []
+    for name, parameter in introspection.signature(function).parameters.items():
+        if name in HIDDEN:
+            continue
+        annotation, help_text = hints[name], ""
+        if typing.get_origin(annotation) is Annotated:
+            annotation, marker = typing.get_args(annotation)[:2]
+            help_text = marker.text
+        kind, several = _type_of(annotation)
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parameters.append(click.Argument([name], type=kind, nargs=-1 if several else 1, required=True))
+            continue
+        missing = parameter.default is parameter.empty
+        parameters.append(_option(name, kind, None if missing else parameter.default, help_text, missing, several))
+    return parameters
+
+
+def _option(
+    name: str, kind: Any, default: Any, help_text: str, required: bool = False, several: bool = False
+) -> click.Option:
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        both = f"{flag}/--no-{name.replace('_', '-')}" if default is not False else flag
+        return click.Option([both], is_flag=True, default=default, help=help_text)
+    shown = default not in (None, "", ())
+    return click.Option(
+        [flag, name],
+        type=kind,
+        default=default,
+        help=help_text,
+        required=required,
+        multiple=several,
+        show_default=shown,
+    )
+
+
+def _field_options(classes: dict[str, type]) -> list[click.Parameter]:
+    """Options for the fields of option dataclasses. One field name shared by several of them is one option."""
+    found: dict[str, tuple[Any, str, list[str]]] = {}
+    for label, cls in classes.items():
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            _, _, defaults = found.setdefault(item.name, (hints[item.name], item.metadata["help"], []))
+            defaults.append(f"{label}: {item.default}" if label else str(item.default))
+    return [
+        _option(name, kind, None, f"{help_text}  [{', '.join(defaults)}]")
+        for name, (kind, help_text, defaults) in found.items()
+    ]
+
+
+def _command(
+    name: str, function: Callable[..., Any], show: Callable[..., None], fields: dict[str, type] | None = None
+) -> None:
+    """Register a command that calls `function` and hands the result to `show`, with --json for machines."""
+    accepts_progress = "progress" in introspection.signature(function).parameters
+    field_options = _field_options(fields or {})
+    field_names = {option.name for option in field_options}
+
+    def run(**given: Any) -> None:
+        as_json = given.pop("as_json", False)
+        given = {key: value for key, value in given.items() if key not in field_names or value is not None}
+        if accepts_progress:
+            with _progress() as report:
+                result = function(**given, progress=report)
+        else:
+            result = function(**given)
+        show(result, as_json)
+
+    params = _parameters(function)
+    if not any(p.name == "json" for p in params):
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
+    own = {p.name for p in params}
+    params += [p for p in field_options if p.name not in own]
+    summary = introspection.getdoc(function)
+    cli.add_command(Command(name, callback=run, params=params, help=summary))
+
+
+class _progress:
+    """A live progress line per stage on a terminal; silent elsewhere."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+        self.bar.start()
+        return self.report
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        head = stage.split(":")[0]
+        if head not in self.tasks:
+            self.tasks[head] = self.bar.add_task(stage, total=total)
+        self.bar.update(self.tasks[head], completed=done, total=total, description=stage)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+
+
+def _print(data: Any, as_json: bool, human: Callable[[Any], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(data, indent=1, default=str))
+    else:
+        human(data)
+
+
+def _show_inspect(result: dict[str, Any], as_json: bool) -> None:
+    _print(result, as_json, _inspect_table)
+
+
+def _inspect_table(result: dict[str, Any]) -> None:
+    share = result["expert_parameters"] / result["parameters"]
+    click.echo(
+        f"{result['model_type']}{' (compressed by Locum)' if result['compressed'] else ''}: "
+        f"{result['parameters']:,} parameters, {describe_size(result['bytes'])}; "
+        f"routed experts {result['expert_parameters']:,} ({share:.1%})"
+    )
+    table = Table("layers", "experts", "top-k", "width", "router", "groups", "shared", box=None)
+    for alike, first in _alike(result["layers"]):
+        kind = first["router_kind"] + (", gates sum to one" if first["renormalised"] else "")
+        sizes = f"{first['hidden_size']} x {first['expert_width']}"
+        counts = (first[key] for key in ("num_groups", "shared_experts"))
+        table.add_row(alike, str(first["num_experts"]), str(first["top_k"]), sizes, kind, *map(str, counts))
+    Console(width=120).print(table)
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _alike(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Runs of layers that differ in name alone, as "first" or "first ... last (n)", with the first of each."""
+    runs: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        same = runs and all(layer[k] == runs[-1][0][k] for k in layer if k not in ("name", "router"))
+        runs[-1].append(layer) if same else runs.append([layer])
+    names = [r[0]["name"] if len(r) == 1 else f"{r[0]['name']} ... {r[-1]['name']} ({len(r)})" for r in runs]
+    return [(name, run[0]) for name, run in zip(names, runs, strict=True)]
+
+
+def _show_statistics(result: Any, as_json: bool) -> None:
+    data = {"tokens": result.provenance["tokens"], "domains": list(result.domains), "layers": len(result.layers)}
+    _print(
+        data,
+        as_json,
+        lambda d: click.echo(f"{d['tokens']:,} tokens of {', '.join(d['domains'])} in {d['layers']} layers"),
+    )
+
+
+def _show_path(result: Any, as_json: bool) -> None:
+    _print({"out": str(result)}, as_json, lambda d: click.echo(d["out"]))
+
+
+def _show_summary(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        for key in ("parameters", "expert_parameters", "bytes"):
+            before, after = d[key]
+            click.echo(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
+        click.echo(
+            f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}"
+        )
+        click.echo(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
+
+    _print(result, as_json, human)
+
+
+def _show_catalogue(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        for name, item in d["methods"].items():
+            click.echo(f"method {name}: {item['summary']} ({item['paper']})")
+            for option, about in item["options"].items():
+                click.echo(f"    --{option.replace('_', '-')} [{about['default']}]  {about['help']}")
+        for name, item in d["criteria"].items():
+            click.echo(f"criterion {name} ({item['paper']})")
+        click.echo(f"statistics: {', '.join(d['statistics'])}")
+
+    _print(result, as_json, human)
+
+
+def _show_recovery(result: dict[str, Any], as_json: bool) -> None:
+    _print(result, as_json, lambda d: [click.echo(f"{key}: {value}") for key, value in d.items()])
+
+
+def _show_rows(rows: list[Any], as_json: bool) -> None:
+    def human(_: Any) -> None:
+        table = Table("model", "domain", "metric", "value", "95% interval", "tokens", box=None)
+        for row in rows:
+            table.add_row(
+                row.model,
+                row.domain,
+                row.metric,
+                f"{row.value:.4f}",
+                "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}",
+                f"{row.n:,}",
+            )
+        Console().print(table)
+
+    _print([dataclasses.asdict(row) for row in rows], as_json, human)
+
+
+def _plan_or_diff(
+    statistics: Sequence[Path],
+    *,
+    diff: Annotated[bool, Help("compare two plan files instead: locum plan --diff A B")] = False,
+    **given: Any,
+) -> Any:
+    if diff:
+        if len(statistics) != 2:
+            raise click.UsageError("--diff takes exactly two plan files")
+        return stages.diff(*statistics)
+    decided = stages.plan(statistics, **given)
+    return stages.plan_summary(decided, artefact_shape(statistics))
+
+
+def artefact_shape(statistics: Sequence[Path]) -> Any:
+    from .artefacts import load_statistics
+
+    return load_statistics(statistics[0]).shape
+
+
+def _register() -> None:
+    methods = dict(METHODS.items())
+    _command("inspect", stages.inspect, _show_inspect)
+    _command("calibrate", stages.calibrate, _show_statistics)
+    _command("plan", _like(stages.plan, _plan_or_diff), _show_plan, methods)
+    _command("apply", stages.apply, _show_path)
+    _command("compress", stages.compress, _show_path, methods)
+    _command("recover", quality.recover, _show_recovery, {"": Recovery})
+    _command("eval", quality.evaluate, _show_rows)
+    _command("report", quality.report, _show_path)
+    _command("list", stages.catalogue, _show_catalogue)
+    _command("demo", quality.demo, _show_path)
+
+
+def _like(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """`wrapper` with the signature of `function` plus its own keyword options, so that commands are generated alike."""
+    own = introspection.signature(wrapper).parameters
+    theirs = introspection.signature(function).parameters
+    merged = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
+    merged += [p for p in own.values() if p.name not in theirs and p.kind is p.KEYWORD_ONLY]
+
+    def call(**given: Any) -> Any:
+        return wrapper(**given)
+
+    call.__signature__ = introspection.Signature(merged)  # type: ignore[attr-defined]
+    call.__annotations__ = {
+        **typing.get_type_hints(function, include_extras=True),
+        **typing.get_type_hints(wrapper, include_extras=True),
+    }
+    call.__doc__ = function.__doc__
+    return call
+
+
+def _show_plan(result: Any, as_json: bool) -> None:
+    if isinstance(result, dict):
+        _show_summary(result, as_json)
+    else:
+        _print(result, as_json, lambda lines: [click.echo(line) for line in lines or ["the plans do the same"]])
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    disable_progress_bar()  # transformers' own bars; ours say more
+    sys.exit(cli())

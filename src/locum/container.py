@@ -1,0 +1,203 @@
+"""The one experts module for everything the stock layout cannot hold: shared bases, adapters, constants, nothing.
+
+It is called exactly like a stock experts module, `container(x [T, D], top_k_index [T, K], top_k_weights [T, K])`, and
+computes for every selected expert  W_down [act(W_gate x) * (W_up x)] + c  with  W = dense row + B A  (design.md 1.3).
+
+Work on a dense row is shared by all the experts that use it. For a token, the products of gate and up with a base are
+computed once however many of the base's members are selected, and so is the down projection, applied to the sum of
+their gate-weighted hidden states. Low-rank parts are added around them, per expert.
+
+During annealed recovery (LightMoE, arXiv 2603.12645, Eq. 6) a replaced expert's weights are
+beta W_old + (1 - beta) W_base + B A; each projection is linear, so the three terms are computed and added.
+
+Letters: T tokens, K top-k, P selected (token, expert) pairs, U units (distinct token and dense row), E experts,
+N stacked items, D model width, F expert width, G 2F with a gate and F without, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .layout import Layout
+
+
+def grouped_linear(x_PI: Tensor, weight_NOI: Tensor, counts: list[int]) -> Tensor:
+    """Rows of `x`, sorted by item, each times its item's weight: the first counts[0] rows use weight[0], and so on."""
+    # One unbind, not an index per item: its gradient is one stack, where each index would cost a whole tensor of zeros.
+    pairs = zip(torch.split(x_PI, counts), weight_NOI.unbind(0), strict=True)
+    parts = [functional.linear(x, weight_OI) for x, weight_OI in pairs if x.shape[0]]
+    return torch.cat(parts) if parts else x_PI.new_zeros(0, weight_NOI.shape[1])
+
+
+class Stack(nn.Module):
+    """Parameters side by side along the first axis; what they mean is the container's business."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+
+    @classmethod
+    def holding(cls, tensors: dict[str, Tensor]) -> Stack:
+        """A stack of these very tensors, frozen."""
+        stack = cls({}, torch.float32, "cpu")
+        for name, tensor in tensors.items():
+            stack.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        return stack
+
+
+class StandInExperts(nn.Module):
+    """The container of one layer.
+
+    `apply_gate` maps the first product [P, G], gate columns first, to hidden states [P, F]; it is the family's own.
+    Only while recovery trains it, `shared` holds the last dense rows (the bases), so that they can be trained while the
+    experts' own rows are frozen; and `old` (with `old_of`, a row per expert or -1) and `beta` fade out the old weights.
+    """
+
+    def __init__(
+        self, layout: Layout, apply_gate: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.num_experts = layout.num_experts
+        self.apply_gate = apply_gate
+        stacks: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in layout.tensor_shapes().items():
+            stack, _, leaf = name.rpartition(".")
+            stacks.setdefault(stack, {})[leaf] = shape
+        self.dense = Stack(stacks["dense"], dtype, device) if "dense" in stacks else None
+        self.adapters = nn.ModuleList(Stack(stacks[f"adapters.{i}"], dtype, device) for i in range(len(layout.ranks)))
+        if "" in stacks:
+            self.constant_ND = nn.Parameter(torch.empty(stacks[""]["constant_ND"], dtype=dtype, device=device))
+        else:
+            self.register_parameter("constant_ND", None)
+        self.shared: Stack | None = None
+        self.old: Stack | None = None
+        self.old_of: tuple[int, ...] = (-1,) * layout.num_experts
+        self.beta = 0.0
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        return f"experts={layout.num_experts}, dense={layout.num_dense}, ranks={layout.ranks}"
+
+    def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        expert_P, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        token_P = order // top_k_index.shape[1]
+        gate_P = top_k_weights.reshape(-1)[order]
+        total_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+        pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
+        fade_P = self._fade(expert_P)
+        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P)]
+        for part in parts:
+            pre_PG = part.add_first(pre_PG, x_TD)
+        hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
+        for part in parts:
+            total_TD = part.add_second(total_TD, hidden_PF, gate_P)
+        if self.constant_ND is not None:
+            row_P = self._rows(self.layout.constant_of, expert_P)
+            chosen = (row_P >= 0).nonzero().squeeze(1)
+            values = self.constant_ND[row_P[chosen]] * gate_P[chosen, None]
+            if fade_P is not None:
+                values = values * fade_P[chosen, None]
+            total_TD = total_TD.index_add(0, token_P[chosen], values.float())
+        return total_TD.to(x_TD.dtype)
+
+    @property
+    def _first_width(self) -> int:
+        return self.layout.expert_width * (2 if self.layout.has_gate else 1)
+
+    def _rows(self, row_of: tuple[int, ...], expert_P: Tensor) -> Tensor:
+        return torch.tensor(row_of, device=expert_P.device)[expert_P]
+
+    def _fade(self, expert_P: Tensor) -> Tensor | None:
+        """How far each pair's base and constant have come in for the old weights: 1 - beta, or 1 if it has none."""
+        if self.old is None:
+            return None
+        return torch.where(self._rows(self.old_of, expert_P) >= 0, 1 - self.beta, 1.0)
+
+    def _dense_parts(self, expert_P: Tensor, token_P: Tensor, fade_P: Tensor | None) -> list[_Dense]:
+        row_P = self._rows(self.layout.dense_of, expert_P)
+        if self.shared is None:
+            return [] if self.dense is None else [_Dense(self.dense, row_P, token_P, fade_P)]
+        if self.dense is None:
+            return [_Dense(self.shared, row_P, token_P, fade_P)]
+        first = self.dense.down_NDF.shape[0]
+        own = _Dense(self.dense, torch.where(row_P < first, row_P, -1), token_P, fade_P)
+        return [own, _Dense(self.shared, row_P - first, token_P, fade_P)]
+
+    def _own_parts(self, expert_P: Tensor, token_P: Tensor) -> list[_Dense | _LowRank]:
+        parts: list[_Dense | _LowRank] = []
+        if self.old is not None:
+            row_P = self._rows(self.old_of, expert_P)
+            parts.append(_Dense(self.old, row_P, token_P, torch.full_like(row_P, self.beta, dtype=torch.float32)))
+        for index, stack in enumerate(self.adapters):
+            rows = zip(self.layout.rank_of, self.layout.adapter_of, strict=True)
+            row_P = self._rows(tuple(a if r == index else -1 for r, a in rows), expert_P)
+            parts.append(_LowRank(stack, row_P, token_P))
+        return parts
+
+
+class _Dense:
+    """Full-rank products for the pairs whose expert has a dense row, once per distinct (row, token)."""
+
+    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor, scale_P: Tensor | None) -> None:
+        self.stack = stack
+        self.pair_S = (row_P >= 0).nonzero().squeeze(1)
+        num_tokens = int(token_P.max()) + 1 if token_P.numel() else 1
+        key_S = row_P[self.pair_S] * num_tokens + token_P[self.pair_S]
+        key_U, self.unit_S = torch.unique(key_S, return_inverse=True)
+        self.token_U = key_U % num_tokens
+        self.row_U = key_U // num_tokens
+        self.counts = torch.bincount(self.row_U, minlength=stack.down_NDF.shape[0]).tolist()
+        self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
+
+    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
+        product_UG = grouped_linear(x_TD[self.token_U], self.stack.gate_up_NGD, self.counts)
+        if hasattr(self.stack, "gate_up_bias_NG"):
+            product_UG = product_UG + self.stack.gate_up_bias_NG[self.row_U]
+        return pre_PG.index_add(0, self.pair_S, self._scaled(product_UG[self.unit_S]).to(pre_PG.dtype))
+
+    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
+        hidden_SF = self._scaled(hidden_PF[self.pair_S])
+        hidden_UF = hidden_SF.new_zeros(self.token_U.shape[0], hidden_SF.shape[1]).index_add(0, self.unit_S, hidden_SF)
+        product_UD = grouped_linear(hidden_UF, self.stack.down_NDF, self.counts).float()
+        if hasattr(self.stack, "down_bias_ND"):
+            gate_S1 = self._scaled(gate_P[self.pair_S, None].float())
+            mass_U1 = gate_S1.new_zeros(self.token_U.shape[0], 1).index_add(0, self.unit_S, gate_S1)
+            product_UD = product_UD + mass_U1 * self.stack.down_bias_ND[self.row_U].float()
+        return total_TD.index_add(0, self.token_U, product_UD)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale_S is None else x * self.scale_S.to(x.dtype)
+
+
+class _LowRank:
+    """Products with adapters of one rank, for the pairs whose expert has one."""
+
+    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor) -> None:
+        self.stack = stack
+        chosen = (row_P >= 0).nonzero().squeeze(1)
+        # Rows follow expert order inside one rank, so the pairs are sorted by row already; sorting keeps that explicit.
+        row_S, order = torch.sort(row_P[chosen], stable=True)
+        self.pair_S = chosen[order]
+        self.token_S = token_P[self.pair_S]
+        self.counts = torch.bincount(row_S, minlength=stack.down_B_DR.shape[0]).tolist()
+
+    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
+        low = grouped_linear(x_TD[self.token_S], self.stack.gate_up_A, self.counts)
+        if hasattr(self.stack, "gate_B_FR"):
+            gate_low, up_low = low.chunk(2, dim=1)
+            gate = grouped_linear(gate_low, self.stack.gate_B_FR, self.counts)
+            product = torch.cat([gate, grouped_linear(up_low, self.stack.up_B_FR, self.counts)], dim=1)
+        else:
+            product = grouped_linear(low, self.stack.up_B_FR, self.counts)
+        return pre_PG.index_add(0, self.pair_S, product.to(pre_PG.dtype))
+
+    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
+        low = grouped_linear(hidden_PF[self.pair_S], self.stack.down_A_RF, self.counts)
+        product = grouped_linear(low, self.stack.down_B_DR, self.counts)
+        return total_TD.index_add(0, self.token_S, product.float())

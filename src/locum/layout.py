@@ -1,0 +1,114 @@
+"""How the container of one layer is laid out: which stacked tensors it has and which of their rows each expert uses.
+
+The layout is what `config.json` carries for every layer that the stock model cannot hold; with it alone the module
+can be built before any weight is read. Letters: E surviving experts, N stacked items, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .errors import CheckpointError
+from .plan import LayerPlan
+from .shapes import LayerShape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Row numbers per surviving expert, -1 where it has no such part. Kept experts come first among the dense rows."""
+
+    hidden_size: int
+    expert_width: int
+    has_gate: bool
+    has_bias: bool
+    dense_of: tuple[int, ...]  # row of the dense stack: an expert's own weights or a shared base
+    rank_of: tuple[int, ...]  # index into `ranks`
+    adapter_of: tuple[int, ...]  # row inside the adapter stack of that rank
+    constant_of: tuple[int, ...]
+    ranks: tuple[int, ...] = ()  # the distinct ranks, one adapter stack each
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.dense_of)
+
+    @property
+    def num_dense(self) -> int:
+        return max(self.dense_of, default=-1) + 1
+
+    @property
+    def num_constants(self) -> int:
+        return max(self.constant_of, default=-1) + 1
+
+    def num_adapters(self, rank_index: int) -> int:
+        pairs = zip(self.rank_of, self.adapter_of, strict=True)
+        return max((row for index, row in pairs if index == rank_index), default=-1) + 1
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The container's tensors by name: the one place that says what they are called and how large they are."""
+        d, f = self.hidden_size, self.expert_width
+        gates = 2 if self.has_gate else 1
+        shapes: dict[str, tuple[int, ...]] = {}
+        if n := self.num_dense:
+            shapes |= {"dense.gate_up_NGD": (n, gates * f, d), "dense.down_NDF": (n, d, f)}
+            if self.has_bias:
+                shapes |= {"dense.gate_up_bias_NG": (n, gates * f), "dense.down_bias_ND": (n, d)}
+        for index, r in enumerate(self.ranks):
+            n, stack = self.num_adapters(index), f"adapters.{index}."
+            shapes[stack + "gate_up_A"] = (n, gates * r, d)
+            if self.has_gate:
+                shapes[stack + "gate_B_FR"] = (n, f, r)
+            shapes |= {stack + "up_B_FR": (n, f, r), stack + "down_A_RF": (n, r, f), stack + "down_B_DR": (n, d, r)}
+        if n := self.num_constants:
+            shapes["constant_ND"] = (n, d)
+        return shapes
+
+    @classmethod
+    def of(cls, plan: LayerPlan, shape: LayerShape) -> Layout:
+        """The layout that holds a layer's plan."""
+        ranks = tuple(sorted({slot.rank for slot in plan.slots if slot.rank}))
+        num_kept = sum(slot.becomes == "kept" for slot in plan.slots)
+        kept = constants = 0
+        used = [0] * len(ranks)
+        dense_of, rank_of, adapter_of, constant_of = [], [], [], []
+        for e in plan.survivors:
+            slot = plan.slots[e]
+            if slot.becomes == "kept":
+                dense_of.append(kept)
+                kept += 1
+            else:
+                dense_of.append(-1 if slot.base is None else num_kept + slot.base)
+            index = ranks.index(slot.rank) if slot.rank else -1
+            rank_of.append(index)
+            adapter_of.append(used[index] if slot.rank else -1)
+            if slot.rank:
+                used[index] += 1
+            constant_of.append(constants if slot.constant else -1)
+            constants += slot.constant
+        rows = (tuple(dense_of), tuple(rank_of), tuple(adapter_of), tuple(constant_of))
+        return cls(shape.hidden_size, shape.expert_width, shape.has_gate, shape.has_bias, *rows, ranks)
+
+    def with_adapters(self, rows: tuple[int, ...], rank: int) -> Layout:
+        """The layout for training in which these dense rows have an adapter of this rank, shared by all their users.
+
+        It is the layout it was with rows and ranks added at the end, so whatever was there keeps its number. Such an
+        adapter can be merged into its row; the users of these rows must have no adapter yet.
+        """
+        ranks = self.ranks if rank in self.ranks else (*self.ranks, rank)
+        index = ranks.index(rank)
+        first = self.num_adapters(index)
+        rank_of, adapter_of = list(self.rank_of), list(self.adapter_of)
+        for e, row in enumerate(self.dense_of):
+            if row in rows:
+                rank_of[e], adapter_of[e] = index, first + rows.index(row)
+        return replace(self, rank_of=tuple(rank_of), adapter_of=tuple(adapter_of), ranks=ranks)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Layout:
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in data.items()})
+        except TypeError as error:
+            raise CheckpointError(f"the container's layout in config.json cannot be read: {error}") from error

@@ -1,0 +1,106 @@
+"""LightMoE: less important experts become shared bases with small adapters.
+
+Letters: E experts, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from ..criteria import CRITERIA
+from ..options import option
+from ..plan import KEPT, STARTS, Base, LayerPlan, Slot
+from ..selection import SELECTIONS, mass_weights, select
+from ..shapes import LayerShape, ModelShape
+from ..statistics import LayerStatistics, Statistics, mean_output
+from . import method
+
+GROUPINGS = ("dominant", "kmeans")
+
+
+@method("lightmoe", paper="arXiv 2603.12645")
+@dataclass(frozen=True)
+class LightMoE:
+    """Replace the experts that carry little gate mass by M shared bases per layer plus a rank-r adapter each.
+
+    1. Selection (section 3.1, Eq. 2, 3): per layer the shortest prefix of experts, least gate mass first, whose share
+       of the mass exceeds a threshold; layers with larger router outputs get a lower one.
+    2. Grouping (section 3.2): the M replaced experts with the most mass are dominant; every other one joins the
+       dominant expert whose routing logits are most alike (mean over samples of the cosine), or k-means on mean outputs.
+    3. Base of a group (Eq. 4): mean of its members' weights, weighted by gate mass. Adapters start at B = 0.
+    A replaced expert computes with base + B A; the router is untouched. Recovery anneals the old weights away.
+
+    Needs:    gate_sum, logit_norm, tokens, logit_cosine (or output_sum and count for k-means).
+    Edges:    a layer in which fewer than two experts would be replaced, or nothing saved, stays whole; with at most M
+              replaced experts it gets one base fewer than experts. Members without any gate mass weigh alike.
+    Source:   LightMoE, arXiv 2603.12645. Differs: `start="svd"` and `align` are options that the paper does not have;
+              rank 0 gives plain merging.
+    """
+
+    selection: str = option("adaptive", "how many experts each layer gives up", choices=SELECTIONS)
+    score: str = option("gate", "criterion by which experts are ranked")
+    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0)
+    clip: float = option(0.2, "largest relative deviation of a layer's threshold", at_least=0)
+    grouping: str = option("dominant", "which experts share a base", choices=GROUPINGS)
+    bases: int = option(3, "shared bases per layer", at_least=1)
+    rank: int = option(16, "rank of every replaced expert's adapter; 0 merges only", at_least=0)
+    start: str = option("gaussian", "adapters start at zero, or from what the base leaves over", choices=STARTS)
+    align: bool = option(False, "match hidden units to the dominant expert's before averaging")
+
+    def needs(self) -> tuple[str, ...]:
+        similarity = ("output_sum", "count") if self.grouping == "kmeans" else ("logit_cosine", "samples")
+        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity)
+
+    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        selected = select(
+            statistics,
+            shape,
+            amount,
+            selection=self.selection,
+            score=self.score,
+            alpha=self.alpha,
+            clip=self.clip,
+        )
+        return [
+            self._layer(layer, statistics.layer(layer.name), candidates, scores_E)
+            for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True)
+        ]
+
+    def _layer(self, shape: LayerShape, layer: LayerStatistics, candidates: list[int], scores_E: Tensor) -> LayerPlan:
+        whole = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
+        num_bases = min(self.bases, len(candidates) - 1)
+        if num_bases < 1:
+            return whole
+        group = group_by_dominance if self.grouping == "dominant" else group_by_kmeans
+        groups = [sorted(members) for members in group(layer, candidates, scores_E, num_bases) if members]
+        rank = min(self.rank, shape.hidden_size, shape.expert_width)
+        start = self.start if rank else "gaussian"
+        slots = [KEPT] * shape.num_experts
+        for b, members in enumerate(groups):
+            for e in members:
+                slots[e] = Slot("stand_in", base=b, rank=rank, start=start)
+        bases = tuple(Base(tuple(m), mass_weights(scores_E, m), self.align) for m in groups)
+        plan = LayerPlan(shape.name, tuple(slots), bases)
+        return plan if plan.parameters(shape) < whole.parameters(shape) else whole
+
+
+def group_by_dominance(
+    layer: LayerStatistics, candidates: list[int], scores_E: Tensor, num_bases: int
+) -> list[list[int]]:
+    """One group per dominant expert (the highest-scored candidates); the others join the one most alike in routing."""
+    dominant = candidates[-num_bases:][::-1]  # candidates come lowest score first
+    similarity_EE = layer["logit_cosine"] / layer["samples"].clamp(min=1)
+    groups = {d: [d] for d in dominant}
+    for e in candidates[:-num_bases]:
+        groups[max(dominant, key=lambda d: (float(similarity_EE[e, d]), -dominant.index(d)))].append(e)
+    return list(groups.values())
+
+
+def group_by_kmeans(layer: LayerStatistics, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
+    """Groups by k-means (fixed seed) on the experts' mean outputs, as HC-SMoE's k-means variant (arXiv 2410.08589)."""
+    features = mean_output(layer)[candidates].numpy()
+    _, labels = kmeans2(features, num_bases, minit="++", rng=0)
+    return [[e for e, label in zip(candidates, labels, strict=True) if label == b] for b in range(num_bases)]

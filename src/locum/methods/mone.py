@@ -1,0 +1,45 @@
+"""MoNE: redundant experts become constants, their mean outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..budget import global_counts, lowest, uniform_counts
+from ..criteria import CRITERIA
+from ..options import option
+from ..plan import KEPT, LayerPlan, Slot
+from ..shapes import ModelShape
+from ..statistics import Statistics
+from . import method
+
+
+@method("mone", paper="arXiv 2507.00390")
+@dataclass(frozen=True)
+class MoNE:
+    """Replace the least variable, least used experts by their mean output on the calibration tokens.
+
+    The router is untouched; a replaced expert that is selected adds gate * c instead of computing anything.
+
+    Needs:    output_sum, count and what the criterion needs.
+    Edges:    an expert that no token selected has no mean output and becomes the constant zero.
+    Source:   MoNE, arXiv 2507.00390, as in its released code (see the criterion for where code and paper differ).
+    """
+
+    score: str = option("mone", "criterion by which experts are ranked")
+    budget: str = option(
+        "uniform", "the same count in every layer, or all layers ranked together", choices=("uniform", "global")
+    )
+
+    def needs(self) -> tuple[str, ...]:
+        return (*CRITERIA[self.score].needs, "output_sum", "count")
+
+    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        scores_LE = [CRITERIA[self.score](statistics.layer(layer.name)) for layer in shape.layers]
+        uniform = self.budget == "uniform"
+        counts = uniform_counts(shape, amount) if uniform else global_counts(scores_LE, shape, amount)
+        plans = []
+        for layer, scores_E, count in zip(shape.layers, scores_LE, counts, strict=True):
+            chosen = set(lowest(scores_E, count, layer.num_groups))
+            slots = tuple(Slot("stand_in", constant=True) if e in chosen else KEPT for e in range(layer.num_experts))
+            plans.append(LayerPlan(layer.name, slots))
+        return plans

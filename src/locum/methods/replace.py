@@ -1,0 +1,65 @@
+"""Replace: LightMoE's baselines, an adapter in an expert's place with or without one shared base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..criteria import CRITERIA
+from ..options import option
+from ..plan import KEPT, STARTS, Base, LayerPlan, Slot
+from ..selection import SELECTIONS, mass_weights, select
+from ..shapes import ModelShape
+from ..statistics import Statistics
+from . import method
+
+
+@method("replace", paper="arXiv 2603.12645, section 4.1 (its baselines)")
+@dataclass(frozen=True)
+class Replace:
+    """Put a rank-r adapter in place of each less important expert, over one shared base per layer or over nothing.
+
+    With `shared`, W = base + B A with one gate-weighted base (start: B = 0); without, W = B A, started from the
+    truncated SVD of the old weights. There is no annealing in the paper's baseline.
+
+    Needs:    as LightMoE's selection.
+    Edges:    a layer in which nothing would be saved stays whole.
+    Source:   "Replace (w. shared)" and "(w/o shared)" of LightMoE, arXiv 2603.12645, sections 1 and 4.1. Differs: the
+              paper states neither their selection rule nor how adapters start; they get LightMoE's selection, and the
+              SVD, because with B = 0 and no base every gradient is exactly zero.
+    """
+
+    shared: bool = option(True, "one shared base per layer under the adapters")
+    selection: str = option("adaptive", "how many experts each layer gives up", choices=SELECTIONS)
+    score: str = option("gate", "criterion by which experts are ranked")
+    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0)
+    clip: float = option(0.2, "largest relative deviation of a layer's threshold", at_least=0)
+    rank: int = option(16, "rank of every replaced expert's adapter", at_least=1)
+    start: str = option(
+        "default", "where adapters start; default: svd without, gaussian with a base", choices=("default", *STARTS)
+    )
+
+    def needs(self) -> tuple[str, ...]:
+        return (*CRITERIA[self.score].needs, "logit_norm", "tokens")
+
+    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        selected = select(
+            statistics,
+            shape,
+            amount,
+            selection=self.selection,
+            score=self.score,
+            alpha=self.alpha,
+            clip=self.clip,
+        )
+        start = self.start if self.start != "default" else "gaussian" if self.shared else "svd"
+        plans = []
+        for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True):
+            rank = min(self.rank, layer.hidden_size, layer.expert_width)
+            stand_in = Slot("stand_in", base=0 if self.shared else None, rank=rank, start=start)
+            chosen = sorted(candidates)
+            slots = tuple(stand_in if e in chosen else KEPT for e in range(layer.num_experts))
+            bases = (Base(tuple(chosen), mass_weights(scores_E, chosen)),) if self.shared and chosen else ()
+            plan = LayerPlan(layer.name, slots, bases)
+            whole = LayerPlan(layer.name, (KEPT,) * layer.num_experts)
+            plans.append(plan if plan.parameters(layer) < whole.parameters(layer) else whole)
+        return plans

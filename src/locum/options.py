@@ -1,0 +1,52 @@
+"""Options, declared once: a dataclass field carries its help and its allowed values; the command line is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .errors import OptionError, unknown
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """A dataclass field that is an option: its default, one line of help, and what is allowed."""
+    allowed = {"help": help, "choices": tuple(choices), "at_least": at_least, "at_most": at_most, "above": above}
+    return dataclasses.field(default=default, metadata=allowed)
+
+
+def check_options(options: Any) -> None:
+    """Check every field of an options dataclass against what it allows. Raises OptionError."""
+    for item in dataclasses.fields(options):
+        value, allowed, name = getattr(options, item.name), item.metadata, item.name.replace("_", "-")
+        if allowed.get("choices") and value not in allowed["choices"]:
+            raise OptionError(unknown(f"value for --{name}", str(value), allowed["choices"]))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low, high, above = (
+            allowed.get(key, d) for key, d in (("at_least", -math.inf), ("at_most", math.inf), ("above", -math.inf))
+        )
+        if not (low <= value <= high and value > above):
+            bounds = [f"more than {above:g}"] if above > -math.inf else [f"at least {low:g}"] if low > -math.inf else []
+            bounds += [f"at most {high:g}"] if high < math.inf else []
+            raise OptionError(f"--{name} is {value:g}; allowed: {' and '.join(bounds) or 'finite numbers'}")
+
+
+def make_options(cls: type, given: dict[str, Any]) -> Any:
+    """An options dataclass from names and values; an unknown name is an OptionError with what is allowed."""
+    allowed = [item.name for item in dataclasses.fields(cls)]
+    for name in given:
+        if name not in allowed:
+            raise OptionError(unknown(f"option for {cls.__name__}", name, allowed))
+    options = cls(**given)
+    check_options(options)
+    return options

@@ -1,0 +1,356 @@
+"""The plan: what becomes of every expert of every layer. A small JSON file; it never holds weights.
+
+Every surviving expert of a layer computes (design.md section 1.3)
+
+    y(x) = W_down [act(W_gate x) * (W_up x)] + c,    W = base + B A    for each of the three projections
+
+and a `Slot` says which of these parts it has:
+
+    kept       its own weights, unchanged
+    stand_in   a shared base and/or a rank-r adapter and/or a constant (its mean output)
+    nothing    its router row stays, its output is zero
+    dropped    its router row goes too: the remaining logits are normalised by the model's own rule
+
+Letters: E experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import PlanError, unknown
+from .shapes import LayerShape, ModelShape
+
+FORMAT_VERSION = 1
+BECOMES = ("kept", "stand_in", "nothing", "dropped")
+STARTS = ("gaussian", "svd")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What becomes of one expert."""
+
+    becomes: str = "kept"
+    base: int | None = None  # index into the layer's bases
+    rank: int = 0  # of the adapter on every projection; 0 means none
+    start: str = "gaussian"  # adapter: A gaussian and B zero, or the SVD of what the base leaves over
+    constant: bool = False  # adds the expert's mean output on the calibration tokens
+
+    @property
+    def survives(self) -> bool:
+        return self.becomes != "dropped"
+
+    def __str__(self) -> str:
+        if self.becomes != "stand_in":
+            return self.becomes
+        parts = [] if self.base is None else [f"base {self.base}"]
+        parts += [f"rank {self.rank} ({self.start})"] if self.rank else []
+        parts += ["constant"] if self.constant else []
+        return "stand_in: " + " + ".join(parts)
+
+
+KEPT, NOTHING, DROPPED = Slot(), Slot("nothing"), Slot("dropped")
+
+
+@dataclass(frozen=True)
+class Base:
+    """One shared base: the weighted mean of some experts' weights (LightMoE Eq. 4)."""
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]  # positive, sum to one
+    align: bool = False  # permute each expert's hidden units to the heaviest one's before averaging
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: a slot for every expert, in the order of the original indices, and the bases they share."""
+
+    layer: str
+    slots: tuple[Slot, ...]
+    bases: tuple[Base, ...] = ()
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Original indices of the experts that the router can still choose; their position is the new index."""
+        return tuple(e for e, slot in enumerate(self.slots) if slot.survives)
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        return tuple(e for e, slot in enumerate(self.slots) if slot.becomes in ("stand_in", "nothing"))
+
+    @property
+    def is_identity(self) -> bool:
+        return all(slot.becomes == "kept" for slot in self.slots)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every survivor keeps its own full weights, so that a stock layer can hold it."""
+        return all(slot.becomes in ("kept", "dropped") for slot in self.slots)
+
+    def parameters(self, shape: LayerShape) -> int:
+        """Parameters of the routed experts afterwards: dense experts and bases, adapters, constants."""
+        dense = sum(slot.becomes == "kept" for slot in self.slots) + len(self.bases)
+        constants = sum(slot.constant for slot in self.slots) * shape.hidden_size
+        return dense * shape.parameters() + self.adapter_parameters(shape) + constants
+
+    def adapter_parameters(self, shape: LayerShape) -> int:
+        return sum(shape.adapter_parameters(slot.rank) for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Exact counts of a checkpoint; `bytes` are those of its tensors, file headers not counted."""
+
+    parameters: int
+    bytes: int
+    expert_parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan. `shape_fingerprint` ties it to models whose MoE layers have the shape it was made for."""
+
+    model_type: str
+    shape_fingerprint: str
+    layers: tuple[LayerPlan, ...]
+    method: str = "by hand"
+    options: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """A short hash of what the plan does, whoever made it."""
+        return hashlib.sha256(json.dumps([_layer_to_json(p) for p in self.layers]).encode()).hexdigest()[:12]
+
+    @property
+    def needs_constants(self) -> bool:
+        return any(slot.constant for layer in self.layers for slot in layer.slots)
+
+    def layer(self, name: str) -> LayerPlan | None:
+        return next((layer for layer in self.layers if layer.layer == name), None)
+
+    def is_stock(self, shape: ModelShape) -> bool:
+        """Whether a stock checkpoint can hold the result: dense layers, equally many experts in each of them."""
+        if not all(layer.is_dense for layer in self.layers):
+            return False
+        counts = {layer.name: layer.num_experts for layer in shape.layers}
+        counts |= {layer.layer: len(layer.survivors) for layer in self.layers}
+        return len(set(counts.values())) == 1
+
+    def size(self, shape: ModelShape, adapter_itemsize: int | None = None) -> Size:
+        """Exact size of the result. `adapter_itemsize` counts adapters at another width (LightMoE Table 8: 4 bytes)."""
+        expert_parameters, parameters, bytes_ = shape.expert_parameters, shape.parameters, shape.bytes
+        extra = (adapter_itemsize or shape.expert_itemsize) - shape.expert_itemsize
+        for plan in self.layers:
+            layer = shape.layer(plan.layer)
+            change = plan.parameters(layer) - layer.num_experts * layer.parameters()
+            dropped = layer.num_experts - len(plan.survivors)
+            expert_parameters += change
+            parameters += change - dropped * layer.router_numel
+            bytes_ += change * shape.expert_itemsize - dropped * layer.router_bytes
+            bytes_ += plan.adapter_parameters(layer) * extra
+        return Size(parameters, bytes_, expert_parameters)
+
+    def removed(self, shape: ModelShape) -> float:
+        """The fraction of the routed experts' parameters that the plan removes."""
+        return 1 - self.size(shape).expert_parameters / shape.expert_parameters
+
+    def validate(self, shape: ModelShape) -> Plan:
+        """Check everything that can be known without weights. Returns the plan; raises PlanError."""
+        if self.shape_fingerprint != shape.fingerprint:
+            ours = ", ".join(f"{p.layer} with {len(p.slots)} experts" for p in self.layers[:1]) or "no layers"
+            theirs = ", ".join(f"{s.name} with {s.num_experts}" for s in shape.layers[:1])
+            raise PlanError(
+                f"the plan was made for another model: {self.model_type} ({len(self.layers)} layers: {ours} ...), but "
+                f"this one is {shape.model_type} ({len(shape.layers)} layers: {theirs} ...); make a plan from "
+                f"statistics of this model or of one with the same MoE layers"
+            )
+        names = [layer.name for layer in shape.layers]
+        seen = set()
+        for plan in self.layers:
+            if plan.layer not in names:
+                raise PlanError(unknown("layer in the plan", plan.layer, names))
+            if plan.layer in seen:
+                raise PlanError(f"layer {plan.layer} is in the plan twice; keep one of the two entries")
+            seen.add(plan.layer)
+            _validate_layer(plan, shape.layer(plan.layer))
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "locum-plan",
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "shape_fingerprint": self.shape_fingerprint,
+            "method": self.method,
+            "options": self.options,
+            "provenance": self.provenance,
+            "layers": [_layer_to_json(layer) for layer in self.layers],
+        }
+
+    def dumps(self) -> str:
+        """JSON with one line for every expert, so that people can read, edit and diff it."""
+        head = json.dumps({k: v for k, v in self.to_json().items() if k != "layers"}, indent=1)
+        layers = []
+        for layer in self.layers:
+            data = _layer_to_json(layer)
+            bases = ",\n   ".join(json.dumps(base) for base in data["bases"])
+            experts = ",\n   ".join(json.dumps(expert) for expert in data["experts"])
+            layers.append(
+                f'  {{"layer": {json.dumps(layer.layer)},\n  "bases": [\n   {bases}],\n  "experts": [\n   {experts}]}}'
+            )
+        return head[: head.rindex("\n}")] + ',\n "layers": [\n' + ",\n".join(layers) + "\n ]\n}\n"
+
+    @classmethod
+    def loads(cls, text: str, where: str = "the plan") -> Plan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            ) from error
+        if not isinstance(data, dict) or data.get("kind") != "locum-plan":
+            raise PlanError(f'{where} is not a Locum plan: expected a JSON object with "kind": "locum-plan"')
+        if data.get("format_version") != FORMAT_VERSION:
+            raise PlanError(
+                f"{where} has format version {data.get('format_version')!r}; this Locum reads version {FORMAT_VERSION}"
+            )
+        try:
+            layers = tuple(_layer_from_json(layer, where) for layer in data["layers"])
+            return cls(
+                data["model_type"],
+                data["shape_fingerprint"],
+                layers,
+                data.get("method", "by hand"),
+                dict(data.get("options", {})),
+                dict(data.get("provenance", {})),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{where} lacks or misstates an entry: {error}") from error
+
+
+def _layer_to_json(plan: LayerPlan) -> dict[str, Any]:
+    bases = [{"experts": list(b.experts), "weights": list(b.weights), "align": b.align} for b in plan.bases]
+    experts = []
+    for e, slot in enumerate(plan.slots):
+        entry: dict[str, Any] = {"expert": e, "becomes": slot.becomes}
+        if slot.base is not None:
+            entry["base"] = slot.base
+        if slot.rank:
+            entry |= {"rank": slot.rank, "start": slot.start}
+        if slot.constant:
+            entry["constant"] = True
+        experts.append(entry)
+    return {"layer": plan.layer, "bases": bases, "experts": experts}
+
+
+def _layer_from_json(data: dict[str, Any], where: str) -> LayerPlan:
+    name = data["layer"]
+    slots: dict[int, Slot] = {}
+    for entry in data["experts"]:
+        expert, options = entry["expert"], {k: v for k, v in entry.items() if k != "expert"}
+        place = f"{where}, layer {name}, expert {expert!r}"
+        if not isinstance(expert, int) or isinstance(expert, bool) or expert < 0:
+            raise PlanError(f"{place}: an expert is a whole number from 0")
+        if expert in slots:
+            raise PlanError(f"{place} is listed twice; keep one of the two lines")
+        if strange := sorted(set(options) - set(Slot.__dataclass_fields__)):
+            raise PlanError(f"{place}: {unknown('entry', strange[0], Slot.__dataclass_fields__)}")
+        slots[expert] = Slot(**options)
+    if sorted(slots) != list(range(len(slots))):
+        missing = sorted(set(range(max(slots) + 1)) - set(slots))
+        raise PlanError(f"{where}, layer {name}: expert {missing[0]} is missing; every expert needs a line")
+    bases = tuple(Base(tuple(b["experts"]), tuple(b["weights"]), b.get("align", False)) for b in data.get("bases", ()))
+    return LayerPlan(name, tuple(slots[e] for e in range(len(slots))), bases)
+
+
+def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
+    where = f"plan for layer {plan.layer}"
+    if len(plan.slots) != shape.num_experts:
+        raise PlanError(
+            f"{where} lists {len(plan.slots)} experts, the model has {shape.num_experts} (0 to {shape.num_experts - 1})"
+        )
+    for e, slot in enumerate(plan.slots):
+        _validate_slot(f"{where}, expert {e}", slot, plan, shape)
+    for b, base in enumerate(plan.bases):
+        _validate_base(f"{where}, base {b}", base, b, plan)
+    if len(plan.survivors) < shape.top_k:
+        raise PlanError(
+            f"{where} leaves {len(plan.survivors)} experts, but the router selects top_k={shape.top_k} for every token; "
+            f"keep at least {shape.top_k}"
+        )
+    if shape.num_groups > 1:
+        size = shape.num_experts // shape.num_groups
+        counts = [sum(e // size == g for e in plan.survivors) for g in range(shape.num_groups)]
+        if len(set(counts)) > 1:
+            raise PlanError(
+                f"{where} leaves {counts} experts in the router's {shape.num_groups} groups; a group-limited router "
+                f"needs equally many in each"
+            )
+
+
+def _validate_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -> None:
+    if slot.becomes not in BECOMES:
+        raise PlanError(f"{where}: {unknown('fate', slot.becomes, BECOMES)}")
+    if slot.start not in STARTS:
+        raise PlanError(f"{where}: {unknown('start', slot.start, STARTS)}")
+    has_parts = slot.base is not None or slot.rank != 0 or slot.constant
+    if (slot.becomes == "stand_in") != has_parts:
+        what = "a stand-in needs a base, a rank or a constant" if not has_parts else "only a stand_in has these parts"
+        raise PlanError(f"{where} becomes {slot.becomes!r} with {slot}: {what}")
+    if slot.base is not None and not (_whole(slot.base) and 0 <= slot.base < len(plan.bases)):
+        raise PlanError(f"{where} uses base {slot.base!r}; the layer has {len(plan.bases)} bases, numbered from 0")
+    limit = min(shape.hidden_size, shape.expert_width)
+    if not _whole(slot.rank) or not 0 <= slot.rank <= limit:
+        raise PlanError(
+            f"{where} has rank {slot.rank!r}; allowed: 0 to {limit}, the smaller side of its {shape.hidden_size} x "
+            f"{shape.expert_width} weights"
+        )
+
+
+def _validate_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
+    if not base.experts or len(base.experts) != len(base.weights):
+        raise PlanError(f"{where} needs as many weights as experts, and at least one; it has {base}")
+    for e in base.experts:
+        if not _whole(e) or not 0 <= e < len(plan.slots):
+            raise PlanError(f"{where} averages unknown expert {e!r}; allowed: 0 to {len(plan.slots) - 1}")
+    if len(set(base.experts)) < len(base.experts):
+        raise PlanError(f"{where} names an expert twice: {list(base.experts)}")
+    if not all(math.isfinite(w) and w >= 0 for w in base.weights) or abs(sum(base.weights) - 1) > 1e-6:
+        raise PlanError(f"{where} has weights {list(base.weights)}; they must be at least 0 and sum to 1")
+    if not any(slot.base == index for slot in plan.slots):
+        raise PlanError(f"{where} is used by no expert; remove it or give it a member")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def make_plan(shape: ModelShape, layers: Iterable[LayerPlan], **made: Any) -> Plan:
+    """A validated plan for a model of this shape. `made` are Plan's method, options and provenance."""
+    return Plan(shape.model_type, shape.fingerprint, tuple(layers), **made).validate(shape)
+
+
+def diff(a: Plan, b: Plan) -> list[str]:
+    """What differs, one line per expert or base: "layer expert 3: kept -> dropped". Empty when they do the same."""
+    lines = []
+    for name in dict.fromkeys(layer.layer for layer in (*a.layers, *b.layers)):
+        one, two = a.layer(name), b.layer(name)
+        if one is None or two is None:
+            lines.append(f"{name}: only in the {'second' if one is None else 'first'} plan")
+            continue
+        width = max(len(one.slots), len(two.slots))
+        slots = [(*p.slots, *[None] * (width - len(p.slots))) for p in (one, two)]
+        lines += [f"{name} expert {e}: {x} -> {y}" for e, (x, y) in enumerate(zip(*slots, strict=True)) if x != y]
+        if one.bases != two.bases:
+            lines.append(f"{name} bases: {[b.experts for b in one.bases]} -> {[b.experts for b in two.bases]}")
+    return lines
+
+
+def with_provenance(plan: Plan, **provenance: Any) -> Plan:
+    return replace(plan, provenance={**plan.provenance, **provenance})

@@ -1,0 +1,82 @@
+"""The shape of a model as far as Locum needs it: numbers only, no weights, JSON both ways.
+
+Letters: E experts, K top-k, D model width, F expert width, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's routed experts and their router."""
+
+    name: str  # module path of the experts, e.g. "model.layers.0.mlp.experts"
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    router: str  # module path of the router
+    router_kind: str  # "softmax", "sigmoid", ... as far as known; for people, never for decisions
+    renormalised: bool  # whether the selected gates are scaled to sum to one (or a constant)
+    num_groups: int = 1  # group-limited routing: every group must keep the same number of experts
+    shared_experts: int = 0  # experts that every token runs; never touched
+    has_gate: bool = True
+    has_bias: bool = False
+    router_numel: int = 0  # parameters and buffers of the router per expert (row, selection bias, ...)
+    router_bytes: int = 0  # the same in bytes of the checkpoint
+
+    @property
+    def gate_width(self) -> int:
+        """Outputs of the first product of an expert: 2F with a gate, F without."""
+        return self.expert_width * (2 if self.has_gate else 1)
+
+    def parameters(self, width: int | None = None) -> int:
+        """Parameters of one dense expert (or base) of this layer, at another width if one is given."""
+        width = self.expert_width if width is None else width
+        gates = 2 if self.has_gate else 1
+        weights = (gates + 1) * self.hidden_size * width
+        return weights + (gates * width + self.hidden_size if self.has_bias else 0)
+
+    def adapter_parameters(self, rank: int, width: int | None = None) -> int:
+        """Parameters of a rank-`rank` adapter on every projection of one expert."""
+        width = self.expert_width if width is None else width
+        return (3 if self.has_gate else 2) * rank * (self.hidden_size + width)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All MoE layers of a model, with its totals."""
+
+    model_type: str
+    layers: tuple[LayerShape, ...]
+    parameters: int  # every distinct parameter and buffer in the checkpoint
+    bytes: int  # of their tensors in the checkpoint, headers not counted
+    expert_itemsize: int  # bytes of one expert parameter in the checkpoint
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(layer.num_experts * layer.parameters() for layer in self.layers)
+
+    def layer(self, name: str) -> LayerShape:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for models whose MoE layers look alike, such as a base model and its fine-tune."""
+        keys = ("name", "num_experts", "top_k", "hidden_size", "expert_width", "num_groups", "has_gate", "has_bias")
+        layers = [[asdict(layer)[key] for key in keys] for layer in self.layers]
+        return hashlib.sha256(json.dumps([self.model_type, layers]).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelShape:
+        layers = tuple(LayerShape(**layer) for layer in data["layers"])
+        return cls(**{**data, "layers": layers, "notes": tuple(data.get("notes", ()))})

@@ -1,0 +1,223 @@
+"""Every registered criterion: a planted truth, a slow oracle, and one conformance suite for all, also for yours."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from locum.criteria import CRITERIA, criterion, needs_of
+from locum.errors import OptionError, StatisticsError
+from locum.shapes import LayerShape
+from locum.statistics import STATISTICS, LayerStatistics, RoutedEvent, RouterEvent
+
+E, D, K, T = 6, 4, 2, 60
+NEVER = E - 1
+HEADINGS = ("Needs:", "Shapes:", "Units:", "Order:", "Edges:", "Raises:", "Cost:", "Source:")
+SHAPE = LayerShape("model.layers.0.mlp.experts", E, K, D, 3, "model.layers.0.mlp.gate", "softmax", False)
+ALL = tuple(CRITERIA)
+
+
+class Layer:
+    """Tokens routed among E experts; the last expert is never selected. `scale_E` multiplies outputs."""
+
+    def __init__(self, seed: int = 0, prefer_E: Tensor | None = None, scale_E: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.logits_TE = torch.randn(T, E, generator=generator) + (0 if prefer_E is None else prefer_E)
+        masked_TE = self.logits_TE.clone()
+        masked_TE[:, NEVER] = -math.inf
+        self.index_TK = masked_TE.topk(K).indices
+        self.gate_TK = self.logits_TE.softmax(-1).gather(1, self.index_TK)
+        scale_E = torch.ones(E) if scale_E is None else scale_E
+        self.out_TKD = torch.randn(T, K, D, generator=generator) * scale_E[self.index_TK][..., None]
+
+    def statistics(self, order: list[int] | None = None) -> LayerStatistics:
+        """Its statistics, with experts relabelled so that new expert i is old expert order[i]."""
+        order = order or list(range(E))
+        new_of_old = torch.tensor([order.index(e) for e in range(E)])
+        expert_P, pair_P = new_of_old[self.index_TK].flatten().sort(stable=True)
+        counts = tuple(torch.bincount(expert_P, minlength=E).tolist())
+        routed = RoutedEvent(expert_P, self.gate_TK.flatten()[pair_P], self.out_TKD.flatten(0, 1)[pair_P], counts)
+        events = {RoutedEvent: routed, RouterEvent: RouterEvent(self.logits_TE[:, order], (T // 2, T - T // 2))}
+        return LayerStatistics(SHAPE, {n: d.increment(events[d.event]) for n, d in STATISTICS.items()})
+
+    def outputs(self, expert: int) -> tuple[list[float], list[list[float]]]:
+        pairs = [(t, k) for t in range(T) for k in range(K) if int(self.index_TK[t, k]) == expert]
+        return [float(self.gate_TK[p]) for p in pairs], [self.out_TKD[p].tolist() for p in pairs]
+
+
+def norm(vector: list[float]) -> float:
+    return math.sqrt(sum(v * v for v in vector))
+
+
+def slow(name: str, layer: Layer) -> list[float]:
+    """The formula of each criterion, one token at a time."""
+    gates, outs = zip(*(layer.outputs(e) for e in range(E)), strict=True)
+    softmax_TE = layer.logits_TE.double().softmax(-1).tolist()
+    if name == "frequency":
+        return [float(len(g)) for g in gates]
+    if name == "gate":
+        return [sum(g) / sum(map(sum, gates)) for g in gates]
+    if name == "gate_softmax":
+        return [sum(row[e] for row in softmax_TE) / T for e in range(E)]
+    if name == "ean":
+        return [sum(norm(row) for row in out) for out in outs]
+    if name == "ean_dims":
+        return [sum(norm([row[d] for row in out]) for d in range(D)) for out in outs]
+    if name == "reap":
+        return [
+            sum(g * norm(row) for g, row in zip(gates[e], outs[e], strict=True)) / max(len(outs[e]), 1)
+            for e in range(E)
+        ]
+    if name == "mone":
+        scores = []
+        for e in range(E):
+            n = len(outs[e])
+            means = [sum(row[d] for row in outs[e]) / max(n, 1) for d in range(D)]
+            spread = [sum((row[d] - means[d]) ** 2 for row in outs[e]) / max(n - 1, 1) for d in range(D)]
+            scores.append(sum(gates[e]) / T * math.sqrt(sum(spread)))
+        return scores
+    raise AssertionError(f"criterion {name!r} has no oracle yet; write its formula here as a plain loop")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ALL)
+def test_equals_slow_loop(name: str, seed: int) -> None:
+    layer = Layer(seed)
+    expected_E = torch.tensor(slow(name, layer), dtype=torch.float64)
+    torch.testing.assert_close(CRITERIA[name](layer.statistics()), expected_E, rtol=1e-5, atol=1e-6)
+
+
+# --- planted truth: one expert is made best, one worst, in the sense of the criterion ------------------------------
+
+LOUD = torch.tensor([1.0, 1.0, 8.0, 0.05, 1.0, 1.0])
+POPULAR = torch.tensor([0.0, 0.0, 3.0, -3.0, 0.0, 0.0])
+PLANTED = {
+    "frequency": Layer(3, prefer_E=POPULAR),
+    "gate": Layer(3, prefer_E=POPULAR),
+    "gate_softmax": Layer(3, prefer_E=POPULAR),
+    "ean": Layer(3, scale_E=LOUD),
+    "ean_dims": Layer(3, scale_E=LOUD),
+    "reap": Layer(3, scale_E=LOUD),
+    "mone": Layer(3, scale_E=LOUD),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_finds_planted_best_and_worst(name: str) -> None:
+    score_E = CRITERIA[name](PLANTED[name].statistics())
+    routed_E = score_E[:NEVER]
+    assert int(score_E.argmax()) == 2 and int(routed_E.argmin()) == 3
+
+
+def test_mone_finds_the_constant_expert_where_reap_does_not() -> None:
+    layer = Layer(4)
+    layer.out_TKD[layer.index_TK == 1] = torch.tensor([5.0, -5.0, 5.0, -5.0])
+    statistics = layer.statistics()
+    mone_E, reap_E = CRITERIA["mone"](statistics), CRITERIA["reap"](statistics)
+    assert int(mone_E[:NEVER].argmin()) == 1 and mone_E[1] < 1e-3 * mone_E[:NEVER].median()
+    assert int(reap_E.argmax()) == 1
+
+
+def test_reap_keeps_the_rare_strong_expert_that_frequency_drops() -> None:
+    layer = Layer(5, prefer_E=torch.tensor([0.0, 0.0, 0.0, -1.5, 0.0, 0.0]))
+    layer.out_TKD[layer.index_TK == 3] *= 50
+    statistics = layer.statistics()
+    assert int(CRITERIA["reap"](statistics).argmax()) == 3
+    assert int(CRITERIA["frequency"](statistics)[:NEVER].argmin()) == 3
+
+
+def test_the_two_readings_of_ean_scale_differently_with_tokens() -> None:
+    one = Layer(6).statistics()
+    four = LayerStatistics(SHAPE, {name: 4 * tensor for name, tensor in one.items()})
+    torch.testing.assert_close(CRITERIA["ean"](four), 4 * CRITERIA["ean"](one))
+    torch.testing.assert_close(CRITERIA["ean_dims"](four), 2 * CRITERIA["ean_dims"](one))
+
+
+def test_reap_times_frequency_is_the_gated_norm() -> None:
+    layer = Layer(7).statistics()
+    torch.testing.assert_close(CRITERIA["reap"](layer) * CRITERIA["frequency"](layer), layer["gated_output_norm"])
+
+
+def test_gate_is_a_share_of_the_layer() -> None:
+    layer = Layer(8).statistics()
+    for name in ("gate", "gate_softmax"):
+        assert float(CRITERIA[name](layer).sum()) == pytest.approx(1)
+    assert CRITERIA["gate"](layer)[NEVER] == 0 and CRITERIA["gate_softmax"](layer)[NEVER] > 0
+
+
+# --- conformance: everything registered --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gives_one_finite_float64_per_expert_every_time_the_same(name: str) -> None:
+    layer = Layer(1).statistics()
+    before = {key: value.clone() for key, value in layer.items()}
+    first_E, again_E = CRITERIA[name](layer), CRITERIA[name](layer)
+    assert first_E.shape == (E,) and first_E.dtype == torch.float64 and bool(first_E.isfinite().all())
+    assert torch.equal(first_E, again_E)
+    first_E.zero_()  # a caller may write into a score without harm to the statistics
+    assert all(torch.equal(before[key], layer[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_relabelled_experts_give_relabelled_scores(name: str) -> None:
+    layer, order = Layer(2), [3, 5, 0, 4, 1, 2]
+    torch.testing.assert_close(CRITERIA[name](layer.statistics(order)), CRITERIA[name](layer.statistics())[order])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_never_routed_expert_and_layer_without_tokens(name: str) -> None:
+    layer = Layer(2).statistics()
+    if all(STATISTICS[need].event is RoutedEvent or need == "tokens" for need in CRITERIA[name].needs):
+        assert CRITERIA[name](layer)[NEVER] == 0
+        assert bool((CRITERIA[name](layer) >= 0).all())
+    empty = LayerStatistics(SHAPE, {key: torch.zeros_like(value) for key, value in layer.items()})
+    assert CRITERIA[name](empty).tolist() == [0.0] * E
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reads_what_it_declares_and_nothing_else(name: str) -> None:
+    layer, needs = Layer(2).statistics(), CRITERIA[name].needs
+    CRITERIA[name](LayerStatistics(SHAPE, {need: layer[need] for need in needs}))
+    for need in needs:
+        with pytest.raises(StatisticsError, match=f"no statistic '{need}'"):
+            CRITERIA[name](LayerStatistics(SHAPE, {other: layer[other] for other in needs if other != need}))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nan_in_statistics_is_refused(name: str) -> None:
+    layer = Layer(2).statistics()
+    broken = {key: value.clone() for key, value in layer.items()}
+    for key, value in broken.items():
+        if value.ndim and key not in CRITERIA["frequency"].needs:  # counts are whole numbers whatever the model does
+            value[1] = math.nan
+    if CRITERIA[name].needs == CRITERIA["frequency"].needs:
+        broken["count"][1] = math.nan
+    with pytest.raises(StatisticsError, match=rf"{name!r} gives nan for expert \d of layer {SHAPE.name}"):
+        CRITERIA[name](LayerStatistics(SHAPE, broken))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_docstring_and_paper(name: str) -> None:
+    text = CRITERIA[name].score.__doc__
+    assert [heading for heading in HEADINGS if heading not in text] == []
+    assert "S_e = " in text and "higher means keep" in text
+    assert re.search(r"\d{4}\.\d{5}", CRITERIA[name].paper) or CRITERIA[name].paper
+
+
+def test_needs_of_several_criteria() -> None:
+    assert needs_of(["frequency", "reap"]) == ("count", "gated_output_norm")
+    with pytest.raises(OptionError, match="did you mean 'reap'"):
+        needs_of(["reep"])
+
+
+def test_registering_twice_or_with_an_unknown_need_is_refused() -> None:
+    with pytest.raises(OptionError, match="registered twice"):
+        criterion("reap", paper="x", needs=("count",))(lambda layer: layer["count"])
+    with pytest.raises(OptionError, match="did you mean 'count'"):
+        criterion("fresh", paper="x", needs=("counts",))(lambda layer: layer["count"])
+    assert "fresh" not in CRITERIA

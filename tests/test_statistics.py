@@ -1,0 +1,317 @@
+"""Definitions against slow loops, adding and weighing, derived means and variances, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from locum.errors import OptionError, StatisticsError
+from locum.shapes import LayerShape, ModelShape
+from locum.statistics import (
+    STATISTICS,
+    RoutedEvent,
+    RouterEvent,
+    Statistics,
+    Sums,
+    check_needs,
+    mean_output,
+    output_variance,
+)
+
+E, D, K = 5, 4, 2
+HEADINGS = ("Needs:", "Shapes:", "Units:", "Edges:", "Cost:", "Source:")
+ALL = tuple(STATISTICS)
+
+
+def model_shape(experts: int = E, layers: int = 2) -> ModelShape:
+    shapes = (LayerShape(f"layer.{i}", experts, K, D, 3, f"router.{i}", "softmax", True) for i in range(layers))
+    return ModelShape("toy", tuple(shapes), 1000, 4000, 4)
+
+
+def origin(**changes: object) -> dict:
+    known = {
+        "model_fingerprint": "m",
+        "tokenizer_fingerprint": "t",
+        "data_fingerprint": "d",
+        "versions": {"torch": "2"},
+    }
+    return {**known, "shape": model_shape().to_json(), "tokens": 0, "command": "test", "seed": 0, **changes}
+
+
+def draw(lengths: tuple[int, ...], seed: int = 0, experts: int = E) -> tuple[RouterEvent, RoutedEvent]:
+    """Two events of one batch. The last expert is never routed."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(sum(lengths), experts, generator=generator)
+    index_TK = logits_TE[:, :-1].topk(K).indices
+    expert_P = index_TK.flatten().sort().values
+    gate_P = torch.rand(len(expert_P), generator=generator)
+    out_PD = torch.randn(len(expert_P), D, generator=generator) + 1
+    counts = tuple(torch.bincount(expert_P, minlength=experts).tolist())
+    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts)
+
+
+def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), **changes: object) -> Statistics:
+    sums = Sums(domain, ALL)
+    for seed in seeds:
+        for layer in ("layer.0", "layer.1"):
+            for event in draw(lengths, seed):
+                sums.add(layer, event)
+        sums.num_tokens += sum(lengths)
+    return sums.statistics(origin(**changes))
+
+
+def slow_router(event: RouterEvent) -> dict[str, object]:
+    rows = event.logits_TE.tolist()
+    softmax = [0.0] * E
+    for row in rows:
+        total = sum(math.exp(v) for v in row)
+        for e in range(E):
+            softmax[e] += math.exp(row[e]) / total
+    cosine = [[0.0] * E for _ in range(E)]
+    first = 0
+    for length in event.sample_lengths:
+        sample = rows[first : first + length]
+        first += length
+        for i in range(E):
+            for j in range(E):
+                dot = sum(row[i] * row[j] for row in sample)
+                sides = [math.sqrt(sum(row[k] ** 2 for row in sample)) for k in (i, j)]
+                cosine[i][j] += dot / (sides[0] * sides[1])
+    norm = sum(math.sqrt(sum(v * v for v in row)) for row in rows)
+    return {
+        "tokens": len(rows),
+        "samples": len(event.sample_lengths),
+        "softmax_sum": softmax,
+        "logit_norm": norm,
+        "logit_cosine": cosine,
+    }
+
+
+def slow_routed(event: RoutedEvent) -> dict[str, object]:
+    sums = {name: [0.0] * E for name in ("count", "gate_sum", "output_norm", "gated_output_norm")}
+    rows = {name: [[0.0] * D for _ in range(E)] for name in ("output_sum", "output_square")}
+    for expert, gate, out in zip(event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True):
+        norm = math.sqrt(sum(v * v for v in out))
+        sums["count"][expert] += 1
+        sums["gate_sum"][expert] += gate
+        sums["output_norm"][expert] += norm
+        sums["gated_output_norm"][expert] += gate * norm
+        for d, value in enumerate(out):
+            rows["output_sum"][expert][d] += value
+            rows["output_square"][expert][d] += value * value
+    return {**sums, **rows}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_definition_equals_slow_loop(name: str) -> None:
+    router, routed = draw((6, 1, 3))
+    expected = {**slow_router(router), **slow_routed(routed)}[name]
+    definition = STATISTICS[name]
+    value = definition.increment(router if definition.event is RouterEvent else routed)
+    sizes = {"E": E, "D": D}
+    assert value.dtype == torch.float64
+    assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_docstring_has_every_heading(name: str) -> None:
+    text = STATISTICS[name].increment.__doc__
+    assert [heading for heading in HEADINGS if heading not in text] == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_empty_event_adds_zero(name: str) -> None:
+    router = RouterEvent(torch.zeros(0, E), ())
+    routed = RoutedEvent(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, D), (0,) * E)
+    definition = STATISTICS[name]
+    value = definition.increment(router if definition.event is RouterEvent else routed)
+    assert value.count_nonzero() == 0 and value.ndim == len(definition.axes)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_events_are_summed_wide(name: str) -> None:
+    router, routed = draw((40, 24))
+    definition = STATISTICS[name]
+    half = {
+        RouterEvent: RouterEvent(router.logits_TE.bfloat16(), router.sample_lengths),
+        RoutedEvent: RoutedEvent(routed.expert_P, routed.gate_P.bfloat16(), routed.out_PD.bfloat16(), routed.counts),
+    }[definition.event]
+    wide = {
+        RouterEvent: RouterEvent(router.logits_TE.bfloat16().float(), router.sample_lengths),
+        RoutedEvent: RoutedEvent(
+            routed.expert_P, routed.gate_P.bfloat16().float(), routed.out_PD.bfloat16().float(), routed.counts
+        ),
+    }[definition.event]
+    torch.testing.assert_close(definition.increment(half), definition.increment(wide), rtol=0, atol=0)
+
+
+def test_silent_router_column_has_cosine_zero() -> None:
+    logits_TE = torch.randn(4, E)
+    logits_TE[:, 2] = 0
+    cosine_EE = STATISTICS["logit_cosine"].increment(RouterEvent(logits_TE, (4,)))
+    assert cosine_EE[2].tolist() == [0.0] * E and cosine_EE[:, 2].tolist() == [0.0] * E
+    assert cosine_EE[0, 0] == pytest.approx(1, abs=1e-6)
+
+
+def test_halves_add_up_to_the_whole() -> None:
+    whole, sum_ = collect(1, 2, 3), collect(1) + collect(2, 3)
+    for layer in whole.layers:
+        for name in ALL:
+            torch.testing.assert_close(sum_.layers[layer][name], whole.layers[layer][name], rtol=1e-12, atol=1e-12)
+    assert sum_.domains == ("a",) and sum_.provenance == whole.provenance and sum_.provenance["tokens"] == 27
+
+
+def test_adding_unites_domains_and_leaves_both_sides_alone() -> None:
+    a, b = collect(1, domain="a"), collect(2, domain="b")
+    before = copy.deepcopy(a.layers)
+    both = a + b + a
+    assert both.domains == ("a", "b")
+    count_CE = both.layers["layer.0"]["count"]
+    assert torch.equal(count_CE[0], 2 * a.layers["layer.0"]["count"][0])
+    assert torch.equal(count_CE[1], b.layers["layer.0"]["count"][0])
+    assert all(torch.equal(before[x][n], a.layers[x][n]) for x in before for n in ALL)
+    assert torch.equal((b + a).layer("layer.1")["count"], (a + b).layer("layer.1")["count"])
+
+
+def test_provenance_keeps_what_agrees_and_lists_what_does_not() -> None:
+    one, two = collect(1, data_fingerprint="x"), collect(2, data_fingerprint="y")
+    merged = (one + two + one).provenance
+    assert merged["data_fingerprint"] == ["x", "y"] and merged["model_fingerprint"] == "m" and merged["tokens"] == 27
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_fingerprint": "other"}, ("model_fingerprint", "'m'", "'other'")),
+        ({"tokenizer_fingerprint": "other"}, ("tokenizer_fingerprint", "'t'", "'other'")),
+    ],
+)
+def test_statistics_of_something_else_are_refused(changes: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(StatisticsError) as caught:
+        collect(1) + collect(1, **changes)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_statistics_of_another_shape_or_selection_are_refused() -> None:
+    one = collect(1)
+    other = Statistics(("a",), one.layers, origin(shape=model_shape(layers=3).to_json()))
+    with pytest.raises(StatisticsError, match="shape is"):
+        one + other
+    fewer = Statistics(("a",), {n: {"count": s["count"]} for n, s in one.layers.items()}, origin())
+    with pytest.raises(StatisticsError, match=r"layer\.0 has .*gate_sum.* and count on the other"):
+        one + fewer
+
+
+def test_shape_that_went_through_json_is_still_the_same() -> None:
+    one = collect(1)
+    read = Statistics(("a",), one.layers, json.loads(json.dumps(one.provenance)))
+    assert (one + read).provenance["model_fingerprint"] == "m" and read.shape == one.shape
+
+
+def test_layer_sums_domains_with_weights() -> None:
+    both = collect(1, domain="a") + collect(2, domain="b")
+    named = both.layers["layer.0"]
+    assert torch.equal(both.layer("layer.0")["count"], named["count"].sum(0))
+    torch.testing.assert_close(
+        both.layer("layer.0", {"a": 0.5, "b": 2})["output_sum"],
+        0.5 * named["output_sum"][0] + 2 * named["output_sum"][1],
+    )
+    assert torch.equal(both.layer("layer.0", {"b": 1})["logit_norm"], named["logit_norm"][1])
+    layer = both.layer("layer.0")
+    assert layer.shape.num_experts == E and set(layer) == set(ALL) and len(layer) == len(ALL) and "count" in layer
+
+
+@pytest.mark.parametrize(
+    ("error", "weights", "words"),
+    [
+        (StatisticsError, {"aa": 1}, ("'aa'", "did you mean 'a'")),
+        (OptionError, {"a": -1}, ("'a'", "-1")),
+        (OptionError, {"a": math.nan}, ("'a'", "nan")),
+        (OptionError, {"a": 0}, ("all domain weights are 0",)),
+    ],
+)
+def test_bad_weights_are_refused(error: type[Exception], weights: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        collect(1).layer("layer.0", weights)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_missing_statistic_says_what_there_is_and_how_to_get_it() -> None:
+    one = collect(1)
+    few = Statistics(("a",), {n: {"count": s["count"]} for n, s in one.layers.items()}, origin())
+    with pytest.raises(StatisticsError, match=r"layer layer\.0 has no statistic 'gate_sum'; it has: count\. Calibrate"):
+        few.layer("layer.0")["gate_sum"]
+    with pytest.raises(StatisticsError, match=r"layer\.7.*did you mean"):
+        few.layer("layer.7")
+
+
+def test_malformed_statistics_are_refused() -> None:
+    one = collect(1)
+    with pytest.raises(StatisticsError, match="2 domains"):
+        Statistics(("a", "b"), one.layers, origin())
+    with pytest.raises(StatisticsError, match="float32"):
+        Statistics(("a",), {"layer.0": {"count": torch.ones(1, E)}}, origin())
+    with pytest.raises(StatisticsError, match="seed"):
+        Statistics(("a",), one.layers, {k: v for k, v in origin().items() if k != "seed"})
+
+
+def test_layer_without_events_is_refused() -> None:
+    sums = Sums("a", ALL)
+    for event in draw((4,)):
+        sums.add("layer.0", event)
+    with pytest.raises(StatisticsError, match=r"layer layer\.1 never gave what .*count"):
+        sums.statistics(origin())
+
+
+def test_only_needed_statistics_are_collected() -> None:
+    sums = Sums("a", check_needs(("count",)))
+    assert sums.wants(RoutedEvent) and not sums.wants(RouterEvent)
+    for layer in ("layer.0", "layer.1"):
+        for event in draw((4,)):
+            sums.add(layer, event)
+    assert sums.statistics(origin()).names == ("count",)
+    assert check_needs(None) == ALL and check_needs(("count", "count")) == ("count",)
+    with pytest.raises(OptionError, match="did you mean 'count'"):
+        check_needs(("counts",))
+    with pytest.raises(OptionError, match="no statistics"):
+        check_needs(())
+
+
+def test_running_sums_are_copied_out() -> None:
+    sums = Sums("a", ("count",))
+    for layer in ("layer.0", "layer.1"):
+        sums.add(layer, draw((4,))[1])
+    first = sums.statistics(origin())
+    kept = first.layers["layer.0"]["count"].clone()
+    sums.add("layer.0", draw((4,))[1])
+    assert torch.equal(first.layers["layer.0"]["count"], kept)
+
+
+def test_mean_and_variance_equal_torch() -> None:
+    events = [draw((9, 8), seed)[1] for seed in (1, 2)]
+    layer = collect(1, 2, lengths=(9, 8)).layer("layer.0")
+    for e in range(E):
+        rows_ND = torch.cat([event.out_PD[event.expert_P == e] for event in events]).double()
+        if len(rows_ND) > 1:
+            torch.testing.assert_close(mean_output(layer)[e], rows_ND.mean(0), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(output_variance(layer)[e], rows_ND.var(0), rtol=1e-5, atol=1e-6)
+    assert not mean_output(layer)[E - 1].any() and not output_variance(layer)[E - 1].any()
+
+
+def test_variance_edges() -> None:
+    out_PD = torch.tensor([[1e3, 0.1, 1.0, 2.0]]).repeat(1000, 1)
+    single = torch.ones(1, D)
+    counts = (1000, 1, 0, 0, 0)
+    event = RoutedEvent(torch.tensor([0] * 1000 + [1]), torch.ones(1001), torch.cat([out_PD, single]), counts)
+    sums = Sums("a", ("count", "output_sum", "output_square"))
+    for layer in ("layer.0", "layer.1"):
+        sums.add(layer, event)
+    variance_ED = output_variance(sums.statistics(origin()).layer("layer.0"))
+    assert variance_ED[1:].count_nonzero() == 0  # a single token, and none
+    # A constant output is constant down to the rounding of its float32 squares.
+    assert bool((variance_ED[0] >= 0).all()) and bool((variance_ED[0].sqrt() <= 3e-4 * out_PD[0]).all())
