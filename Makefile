@@ -7,13 +7,18 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fix install clean
+.PHONY: demo test test-oldest check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_checkpoint.py tests/test_apply.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks
@@ -33,5 +38,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' transformers==5.17.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(OLDEST) build dist

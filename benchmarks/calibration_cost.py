@@ -2,8 +2,9 @@
 
     python benchmarks/calibration_cost.py [--model DIR] [--threads 2] [--out results/calibration_cost.jsonl]
 
-Every round runs each contender once, in turn, so that other load on the machine hits all of them; medians of the rounds
-are compared. The plain pass is the model's body without its language-modelling head, which calibration does not need
+Every round runs each contender once, in an order that moves on by one each time, so that other load on the machine hits
+all of them alike. `ratio` compares medians over the rounds. On a machine that is busy with other things `ratio_fastest`
+(the fastest rounds) and `ratio_cpu` (processor time, best with --threads 1) say more. The plain pass is the model's body without its language-modelling head, which calibration does not need
 either, with the faster of transformers' eager and grouped_mm experts; `with_head` is what a user's forward pass costs.
 """
 
@@ -83,15 +84,26 @@ def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: 
     )
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+Seconds = dict[str, list[float]]
+
+
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> tuple[Seconds, Seconds]:
+    """Wall-clock and processor seconds of every run in every round."""
+    wall: Seconds = {name: [] for name in runs}
+    cpu: Seconds = {name: [] for name in runs}
+    names = list(runs)
     for number in range(rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            runs[name]()
             if number:  # the first round warms caches and thread pools
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                wall[name].append(time.perf_counter() - begin)
+                cpu[name].append(time.process_time() - cpu_begin)
+    return wall, cpu
+
+
+def ratio(seconds: Seconds, name: str, kind: str, summary: Callable[[list[float]], float]) -> float:
+    return round(summary(seconds[name]) / min(summary(seconds[f"{kind} {stock}"]) for stock in STOCK), 3)
 
 
 def processor() -> str:
@@ -112,14 +124,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, name = load(options.model)
     tokens = random_tokens(model.get_input_embeddings().weight.shape[0], options.blocks, options.length)
-    seconds = measure(contenders(model, tokens, options.batch_size), options.rounds)
-    plain, with_head = (min(seconds[f"{kind} {stock}"] for stock in STOCK) for kind in ("plain", "with_head"))
+    seconds, cpu_seconds = measure(contenders(model, tokens, options.batch_size), options.rounds)
     result = {
         "benchmark": "calibration_cost",
-        "ratio": round(seconds["calibrate all"] / plain, 3),
-        "ratio_routing_only": round(seconds["calibrate routing"] / plain, 3),
-        "ratio_with_head": round(seconds["calibrate all"] / with_head, 3),
-        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "ratio": ratio(seconds, "calibrate all", "plain", statistics.median),
+        "ratio_fastest": ratio(seconds, "calibrate all", "plain", min),
+        "ratio_cpu": ratio(cpu_seconds, "calibrate all", "plain", statistics.median),
+        "ratio_routing_only": ratio(seconds, "calibrate routing", "plain", statistics.median),
+        "ratio_with_head": ratio(seconds, "calibrate all", "with_head", statistics.median),
+        "median_seconds": {key: round(statistics.median(values), 4) for key, values in seconds.items()},
+        "fastest_seconds": {key: round(min(values), 4) for key, values in seconds.items()},
         "model": name,
         "blocks": options.blocks,
         "length": options.length,

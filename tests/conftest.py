@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import checkpoints
+import locum
 from tiny_models import tiny_model
 
 
@@ -21,3 +23,44 @@ def one_thread():
 @pytest.fixture
 def olmoe():
     return tiny_model("olmoe")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny OLMoE checkpoint folder with a tokenizer. Tests only read it."""
+    return checkpoints.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "original")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A text file. Tests only read it."""
+    return checkpoints.write_text(tmp_path_factory.mktemp("data") / "a.txt")
+
+
+@pytest.fixture(scope="session")
+def statistics_file(checkpoint, words, tmp_path_factory):
+    """Statistics of `checkpoint` on `words`. Tests only read them."""
+    out = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
+    locum.calibrate(checkpoint, data=[str(words)], tokens=4096, length=64, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def plan_file(statistics_file, tmp_path_factory):
+    """A LightMoE plan with adapters of rank 2. Tests only read it."""
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    locum.plan([statistics_file], remove=0.4, rank=2, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small(checkpoint, plan_file, tmp_path_factory):
+    """`checkpoint` after `plan_file`. Tests only read it."""
+    return locum.apply(checkpoint, plan=plan_file, out=tmp_path_factory.mktemp("small") / "small")
+
+
+@pytest.fixture(scope="session")
+def pruned(checkpoint, statistics_file, tmp_path_factory):
+    """`checkpoint` with two experts of every layer dropped: a stock checkpoint. Tests only read it."""
+    plan = locum.plan([statistics_file], method="prune", remove=0.25)
+    return locum.apply(checkpoint, plan=plan, out=tmp_path_factory.mktemp("pruned") / "pruned")

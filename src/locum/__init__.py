@@ -7,6 +7,7 @@ Importing it registers the loader for checkpoints with compressed layers, so tha
 from .artefacts import load_plan, load_statistics, save_plan, save_statistics
 from .checkpoint import read_shape
 from .container import StandInExperts
+from .demo import demo
 from .errors import (
     CheckpointError,
     DataError,
@@ -19,7 +20,7 @@ from .errors import (
 )
 from .methods import METHODS
 from .plan import Base, LayerPlan, Plan, Slot, make_plan
-from .quality import demo, evaluate, recover, report
+from .quality import evaluate, recover, report
 from .shapes import LayerShape, ModelShape
 from .stages import apply, calibrate, catalogue, compress, diff, inspect, plan
 from .statistics import Statistics

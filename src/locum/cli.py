@@ -6,51 +6,91 @@ code 2, and so does Ctrl-C; nothing half-written stays behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import inspect as introspection
 import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from . import quality, stages
+from .artefacts import load_statistics
 from .card import describe_size
-from .errors import LocumError
+from .demo import demo
+from .errors import LocumError, unknown
 from .methods import METHODS
 from .recover import Recovery
 from .stages import Help
 
 console = Console(stderr=True)
 HIDDEN = ("progress", "options")  # parameters that are not for the command line
+RESUMABLE = ("calibrate", "compress", "recover")
+
+
+@contextlib.contextmanager
+def _one_line(command: str) -> Iterator[None]:
+    """Known failures, wrong usage and Ctrl-C become one line on stderr and exit code 2."""
+    try:
+        yield
+        return
+    except LocumError as error:
+        message = " ".join(str(error).split())
+    except click.UsageError as error:
+        message = f"{error.format_message().rstrip('.')}; see: locum {command} --help".replace("  ", " ")
+    except KeyboardInterrupt:
+        message = "interrupted; nothing half-written was kept"
+        if command in RESUMABLE:
+            message += "; the same command again goes on from the last saved state, if there is one"
+    except torch.OutOfMemoryError as error:
+        message = f"the device has too little memory ({str(error).splitlines()[0]}); lower --batch-size or --length"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"no space left on the disk of {error.filename or 'the output'}; free some and run it again"
+    click.echo(f"{f'locum {command}'.strip()}: error: {message}", err=True)
+    raise click.exceptions.Exit(2)
 
 
 class Command(click.Command):
     """A command whose known failures are one clear line and exit code 2."""
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        with _one_line(info_name or ""):
+            return super().make_context(info_name, args, *rest, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_line(ctx.info_name or ""):
             return super().invoke(ctx)
-        except LocumError as error:
-            message = " ".join(str(error).split())
-        except KeyboardInterrupt:
-            message = "interrupted; nothing half-written was kept"
-        click.echo(f"locum {ctx.info_name}: error: {message}", err=True)
-        ctx.exit(2)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The same for `locum` itself."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        with _one_line(""):
+            if args[0] not in self.commands:
+                raise click.UsageError(unknown("command", args[0], self.commands))
+            return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="locum")
 def cli() -> None:
     """Make Mixture-of-Experts models fit: measure, replace experts by lightweight stand-ins, recover, report."""
+    disable_progress_bar()  # transformers' own bars and remarks; ours say more
+    set_verbosity_error()
 
 
 def _type_of(annotation: Any) -> tuple[Any, bool]:
@@ -91,16 +131,8 @@ def _option(
     if kind is bool:
         both = f"{flag}/--no-{name.replace('_', '-')}" if default is not False else flag
         return click.Option([both], is_flag=True, default=default, help=help_text)
-    shown = default not in (None, "", ())
-    return click.Option(
-        [flag, name],
-        type=kind,
-        default=default,
-        help=help_text,
-        required=required,
-        multiple=several,
-        show_default=shown,
-    )
+    given = {"required": True} if required else {"default": default, "show_default": default not in (None, "", ())}
+    return click.Option([flag, name], type=kind, help=help_text, multiple=several, **given)
 
 
 def _field_options(classes: dict[str, type]) -> list[click.Parameter]:
@@ -269,6 +301,20 @@ def _show_rows(rows: list[Any], as_json: bool) -> None:
     _print([dataclasses.asdict(row) for row in rows], as_json, human)
 
 
+def _show_demo(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        domains = list(d["models"][0]["bits_per_byte"])
+        table = Table("model", "size", *domains, "seconds", title="bits per byte on held-out text (lower is better)")
+        for m in d["models"]:
+            spent = "" if m["seconds"] is None else f"{m['seconds']:.0f}"
+            values = (f"{m['bits_per_byte'][domain]:.3f}" for domain in domains)
+            table.add_row(m["model"], describe_size(m["bytes"]), *values, spent)
+        Console(width=150).print(table)
+        click.echo(d["report"])
+
+    _print(result, as_json, human)
+
+
 def _plan_or_diff(
     statistics: Sequence[Path],
     *,
@@ -280,13 +326,7 @@ def _plan_or_diff(
             raise click.UsageError("--diff takes exactly two plan files")
         return stages.diff(*statistics)
     decided = stages.plan(statistics, **given)
-    return stages.plan_summary(decided, artefact_shape(statistics))
-
-
-def artefact_shape(statistics: Sequence[Path]) -> Any:
-    from .artefacts import load_statistics
-
-    return load_statistics(statistics[0]).shape
+    return stages.plan_summary(decided, load_statistics(statistics[0]).shape)
 
 
 def _register() -> None:
@@ -300,7 +340,7 @@ def _register() -> None:
     _command("eval", quality.evaluate, _show_rows)
     _command("report", quality.report, _show_path)
     _command("list", stages.catalogue, _show_catalogue)
-    _command("demo", quality.demo, _show_path)
+    _command("demo", demo, _show_demo)
 
 
 def _like(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,5 +374,4 @@ _register()
 
 def main() -> None:
     """Entry point of the console script."""
-    disable_progress_bar()  # transformers' own bars; ours say more
-    sys.exit(cli())
+    sys.exit(cli(prog_name="locum"))

@@ -88,10 +88,11 @@ class StandInExperts(nn.Module):
         expert_P, order = torch.sort(top_k_index.reshape(-1), stable=True)
         token_P = order // top_k_index.shape[1]
         gate_P = top_k_weights.reshape(-1)[order]
-        total_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)  # in which contributions are summed
+        total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
-        fade_P = self._fade(expert_P)
-        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P)]
+        fade_P = self._fade(expert_P, wide)
+        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P, wide)]
         for part in parts:
             pre_PG = part.add_first(pre_PG, x_TD)
         hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
@@ -100,10 +101,10 @@ class StandInExperts(nn.Module):
         if self.constant_ND is not None:
             row_P = self._rows(self.layout.constant_of, expert_P)
             chosen = (row_P >= 0).nonzero().squeeze(1)
-            values = self.constant_ND[row_P[chosen]] * gate_P[chosen, None]
+            values = self.constant_ND[row_P[chosen]].to(wide) * gate_P[chosen, None]
             if fade_P is not None:
                 values = values * fade_P[chosen, None]
-            total_TD = total_TD.index_add(0, token_P[chosen], values.float())
+            total_TD = total_TD.index_add(0, token_P[chosen], values.to(wide))
         return total_TD.to(x_TD.dtype)
 
     @property
@@ -113,11 +114,12 @@ class StandInExperts(nn.Module):
     def _rows(self, row_of: tuple[int, ...], expert_P: Tensor) -> Tensor:
         return torch.tensor(row_of, device=expert_P.device)[expert_P]
 
-    def _fade(self, expert_P: Tensor) -> Tensor | None:
+    def _fade(self, expert_P: Tensor, dtype: torch.dtype) -> Tensor | None:
         """How far each pair's base and constant have come in for the old weights: 1 - beta, or 1 if it has none."""
         if self.old is None:
             return None
-        return torch.where(self._rows(self.old_of, expert_P) >= 0, 1 - self.beta, 1.0)
+        fading_P = self._rows(self.old_of, expert_P) >= 0
+        return torch.ones(fading_P.shape, dtype=dtype, device=fading_P.device).masked_fill(fading_P, 1 - self.beta)
 
     def _dense_parts(self, expert_P: Tensor, token_P: Tensor, fade_P: Tensor | None) -> list[_Dense]:
         row_P = self._rows(self.layout.dense_of, expert_P)
@@ -129,11 +131,11 @@ class StandInExperts(nn.Module):
         own = _Dense(self.dense, torch.where(row_P < first, row_P, -1), token_P, fade_P)
         return [own, _Dense(self.shared, row_P - first, token_P, fade_P)]
 
-    def _own_parts(self, expert_P: Tensor, token_P: Tensor) -> list[_Dense | _LowRank]:
+    def _own_parts(self, expert_P: Tensor, token_P: Tensor, dtype: torch.dtype) -> list[_Dense | _LowRank]:
         parts: list[_Dense | _LowRank] = []
         if self.old is not None:
             row_P = self._rows(self.old_of, expert_P)
-            parts.append(_Dense(self.old, row_P, token_P, torch.full_like(row_P, self.beta, dtype=torch.float32)))
+            parts.append(_Dense(self.old, row_P, token_P, torch.full_like(row_P, self.beta, dtype=dtype)))
         for index, stack in enumerate(self.adapters):
             rows = zip(self.layout.rank_of, self.layout.adapter_of, strict=True)
             row_P = self._rows(tuple(a if r == index else -1 for r, a in rows), expert_P)
@@ -164,11 +166,11 @@ class _Dense:
     def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
         hidden_SF = self._scaled(hidden_PF[self.pair_S])
         hidden_UF = hidden_SF.new_zeros(self.token_U.shape[0], hidden_SF.shape[1]).index_add(0, self.unit_S, hidden_SF)
-        product_UD = grouped_linear(hidden_UF, self.stack.down_NDF, self.counts).float()
+        product_UD = grouped_linear(hidden_UF, self.stack.down_NDF, self.counts).to(total_TD.dtype)
         if hasattr(self.stack, "down_bias_ND"):
-            gate_S1 = self._scaled(gate_P[self.pair_S, None].float())
+            gate_S1 = self._scaled(gate_P[self.pair_S, None].to(total_TD.dtype))
             mass_U1 = gate_S1.new_zeros(self.token_U.shape[0], 1).index_add(0, self.unit_S, gate_S1)
-            product_UD = product_UD + mass_U1 * self.stack.down_bias_ND[self.row_U].float()
+            product_UD = product_UD + mass_U1 * self.stack.down_bias_ND[self.row_U].to(total_TD.dtype)
         return total_TD.index_add(0, self.token_U, product_UD)
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -200,4 +202,4 @@ class _LowRank:
     def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
         low = grouped_linear(hidden_PF[self.pair_S], self.stack.down_A_RF, self.counts)
         product = grouped_linear(low, self.stack.down_B_DR, self.counts)
-        return total_TD.index_add(0, self.token_S, product.float())
+        return total_TD.index_add(0, self.token_S, product.to(total_TD.dtype))

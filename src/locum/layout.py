@@ -107,8 +107,38 @@ class Layout:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Layout:
+    def from_json(cls, data: Any) -> Layout:
+        """Raises CheckpointError for anything that `to_json` of a layout that a plan made cannot have written."""
         try:
-            return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in data.items()})
-        except TypeError as error:
-            raise CheckpointError(f"the container's layout in config.json cannot be read: {error}") from error
+            layout = cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()})
+            reason = layout._fault()
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(f"a container's layout in config.json cannot be read: {error}") from error
+        if reason:
+            raise CheckpointError(
+                f"a container's layout in config.json is inconsistent: {reason}; the file was changed after it was written"
+            )
+        return layout
+
+    def _fault(self) -> str:
+        """What is wrong with the numbers, if anything."""
+        rows = {name: getattr(self, name) for name in ("dense_of", "rank_of", "adapter_of", "constant_of")}
+        numbers = (self.hidden_size, self.expert_width, *self.ranks, *(row for of in rows.values() for row in of))
+        if not all(type(number) is int for number in numbers):
+            return "sizes, ranks and rows are whole numbers"
+        if len({len(of) for of in rows.values()}) > 1 or not self.dense_of:
+            return f"its lists name {[len(of) for of in rows.values()]} experts"
+        if not all(1 <= rank <= min(self.hidden_size, self.expert_width) for rank in self.ranks):
+            return f"ranks {list(self.ranks)} do not fit {self.hidden_size} x {self.expert_width} weights"
+        if any((a < 0) != (r < 0) for a, r in zip(self.adapter_of, self.rank_of, strict=True)):
+            return "an adapter without a rank, or a rank without an adapter"
+        for index in range(len(self.ranks)):
+            pairs = zip(self.rank_of, self.adapter_of, strict=True)
+            rows[f"adapter_of of rank {self.ranks[index]}"] = tuple(a for r, a in pairs if r == index)
+        rows.pop("adapter_of")
+        for name, of in rows.items():
+            if set(of) - {-1} != set(range(max(of, default=-1) + 1)):
+                return f"{name} = {list(of)} names rows below -1, or leaves some out"
+        if set(self.rank_of) - {-1} != set(range(len(self.ranks))):
+            return f"rank_of = {list(self.rank_of)} does not use the ranks {list(self.ranks)}"
+        return ""

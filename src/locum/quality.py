@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +17,25 @@ from .evaluate import evaluate as evaluate_models
 from .families import find_layers, read_expert
 from .options import make_options
 from .plan import KEPT, LayerPlan, Plan, make_plan
-from .recover import Recovery, recover_model
+from .recover import check_recovery, recover_model
+from .report import make_report
 from .shapes import ModelShape
-from .stages import BatchSize, Data, Device, Force, Help, Length, Out, Progress, Seed, _device, _needed, _silent
+from .stages import (
+    BatchSize,
+    Data,
+    Device,
+    Force,
+    Help,
+    Length,
+    Out,
+    Progress,
+    Seed,
+    _check_number,
+    _device,
+    _needed,
+    _silent,
+)
+from .train import STATE_FILE, Recovery, forget
 
 LOG = "recovery.jsonl"
 
@@ -29,7 +43,7 @@ LOG = "recovery.jsonl"
 def read_notes(model: Path) -> dict[str, Any]:
     """What Locum wrote about a checkpoint when it made it; empty for any other checkpoint."""
     path = Path(model) / artefacts.NOTES
-    return json_module.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return checkpoint.read_json(path) if path.is_file() else {}
 
 
 def plan_of(model: Path) -> Plan | None:
@@ -39,14 +53,17 @@ def plan_of(model: Path) -> Plan | None:
 
 def original_of(model: Path, given: Path | None, why: str) -> Path:
     """The original of a compressed checkpoint: as given, or as its notes say, provided it is still the same."""
-    if given is not None:
-        return Path(given)
     notes = read_notes(model)
-    path = notes.get("original")
-    if path is None or not Path(path).is_dir():
-        raise OptionError(f"{why}; name the original checkpoint with --original")
-    if checkpoint.fingerprint_checkpoint(path) != notes.get("original_fingerprint"):
-        raise CheckpointError(f"{path} is not what {model} was made from any more; name the right one with --original")
+    path = given if given is not None else notes.get("original")
+    if path is None or (given is None and not Path(path).is_dir()):
+        gone = f" (it was made from {path}, which is not there)" if path else ""
+        raise OptionError(f"{why} of {model}{gone}; name the original checkpoint with --original")
+    made_from, is_now = notes.get("original_fingerprint"), checkpoint.fingerprint_checkpoint(path)
+    if made_from not in (None, is_now):
+        raise CheckpointError(
+            f"{path} is not what {model} was made from, or has changed since (fingerprint {is_now}, then {made_from}); "
+            f"name the right one with --original"
+        )
     return Path(path)
 
 
@@ -64,9 +81,11 @@ def recover(
 ) -> dict[str, Any]:
     """Train a compressed checkpoint back to strength. An interrupted run goes on where it stopped."""
     model = Path(model)
-    out = artefacts.check_output(_needed(out, "out"), force, "folder")
+    paths = [source.path for source in parse_sources(data)]
+    out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, original, *paths])
     chosen: Recovery = make_options(Recovery, options)
-    parse_sources(data)
+    check_recovery(chosen)
+    device = _device(device)
     config = checkpoint.read_config(model)
     shape = checkpoint.read_shape(model)
     decided = plan_of(model)
@@ -80,30 +99,35 @@ def recover(
             raise PlanError(
                 f"{model} has no replaced experts, so there is nothing to anneal; use --how lora or --how full"
             )
-        source = original_of(model, original, "annealing needs the old weights")
-        decided.validate(checkpoint.read_shape(source))
+        if chosen.end_fraction > 0:
+            source = original_of(model, original, "annealing needs the old weights")
+            decided.validate(checkpoint.read_shape(source))
     tokenizer = checkpoint.load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(data, tokenizer, split="validation", length=chosen.length, keep_partial=True)
-    live = checkpoint.load_model(model, device=_device(device))
+    live = checkpoint.load_model(model, device=device)
     reads = None
     if source is not None:
-        old = checkpoint.load_model(source, dtype=live.dtype, device=_device(device))
+        old = checkpoint.load_model(source, dtype=live.dtype, device=device)
         reads = {layer.shape.name: _reader(layer.experts) for layer in find_layers(old)}
     workdir = out.with_name(f".{out.name}.recover")
-    workdir.mkdir(parents=True, exist_ok=True)
-    live, summary = recover_model(
-        live,
-        decided or _keep_all(shape),
-        blocks,
-        validation,
-        chosen,
-        original_read=reads,
-        workdir=workdir,
-        log=workdir / LOG,
-        progress=lambda done, total, loss: progress(f"recover: loss {loss:.3f}", done, total),
-        restart=restart,
-    )
+    try:
+        live, summary = recover_model(
+            live,
+            decided or _keep_all(shape),
+            blocks,
+            validation,
+            chosen,
+            original_read=reads,
+            workdir=workdir,
+            log=workdir / LOG,
+            progress=lambda done, total, loss: progress(f"recover: loss {loss:.3f}", done, total),
+            restart=restart,
+        )
+    except BaseException:
+        if not (workdir / STATE_FILE).is_file():  # nothing to go on from
+            forget(workdir)
+        raise
     notes = read_notes(model)
     made = {
         **notes,
@@ -112,7 +136,7 @@ def recover(
     before = checkpoint.read_shape(source) if source is not None else _original_shape(notes, shape)
     card = model_card(decided or _keep_all(before), before, out.name, made)
     save_checkpoint(live, tokenizer, out, decided, card, model, made, extra=[workdir / LOG])
-    shutil.rmtree(workdir)
+    forget(workdir)
     return {"out": str(out), **summary}
 
 
@@ -145,19 +169,25 @@ def evaluate(
 ) -> list[Row]:
     """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals."""
     model = Path(model)
+    parse_sources(data)
     if json is not None:
         json = artefacts.check_output(json, force=True)
-    parse_sources(data)
+        if json.exists():
+            read_rows(json)  # only to results can rows be added
+    _check_number("batch-size", batch_size, 1)
+    _check_number("resamples", resamples, 1)
+    device = _device(device)
     checkpoint.read_shape(model)
     notes = read_notes(model)
     if against is None and Path(notes.get("original", "")).is_dir() and notes.get("original"):
         against = Path(notes["original"])
     if against is not None:
         checkpoint.read_shape(against)
+        _check_vocabularies(model, against)
     tokenizer = checkpoint.load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
-    live = checkpoint.load_model(model, device=_device(device))
-    original = None if against is None else checkpoint.load_model(against, device=_device(device))
+    live = checkpoint.load_model(model, device=device)
+    original = None if against is None else checkpoint.load_model(against, device=device)
     called = name or model.resolve().name
     plan = plan_of(model)
     rows = evaluate_models(
@@ -180,6 +210,15 @@ def evaluate(
     return rows
 
 
+def _check_vocabularies(model: Path, against: Path) -> None:
+    ours, theirs = (checkpoint.read_config(p).get_text_config().vocab_size for p in (model, against))
+    if ours != theirs:
+        raise OptionError(
+            f"{model} has a vocabulary of {ours} and {against} one of {theirs}; compare a model with the checkpoint it "
+            f"was made from"
+        )
+
+
 def _about(model: Path, plan: Plan | None, notes: dict[str, Any]) -> dict[str, Any]:
     """What a results row says of the checkpoint behind it, so that reports find sizes and pictures."""
     shape = checkpoint.read_shape(model)
@@ -188,9 +227,7 @@ def _about(model: Path, plan: Plan | None, notes: dict[str, Any]) -> dict[str, A
         "checkpoint": str(model),
         "parameters": shape.parameters,
         "bytes": shape.bytes,
-        "expert_parameters": sum(  # what is stored for routed experts, containers included
-            entry_numel for entry_numel in checkpoint.expert_numels(model)
-        ),
+        "expert_parameters": checkpoint.expert_parameters(model, shape),
         "stage": "original" if plan is None else "recovered" if "recovery" in notes else "compressed",
         "method": None if plan is None else plan.method,
         "plan_file": str(model / "plan.json") if plan is not None else None,
@@ -205,27 +242,10 @@ def report(
     *,
     out: Out,
     title: Annotated[str, Help("title of the page")] = "Locum report",
-    force: Force = True,
+    force: Force = False,
 ) -> Path:
     """One self-contained HTML page from results files: pictures first."""
-    from .report import make_report
-
-    out = artefacts.check_output(_needed(out, "out"), force)
     files = [results] if isinstance(results, (str, Path)) else list(results)
-    for file in files:
-        read_rows(file)
+    out = artefacts.check_output(_needed(out, "out"), force, inputs=files)
     artefacts.write_text(out, make_report(list(files), title=title))
     return out
-
-
-def demo(
-    *,
-    out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),
-    steps: Annotated[int, Help("recovery steps")] = 300,
-    force: Force = False,
-    progress: Progress = _silent,
-) -> Path:
-    """The whole job on the bundled, really trained model: compress, recover, compare, report. Needs no network."""
-    from .demo import run_demo
-
-    return run_demo(artefacts.check_output(out, force, "folder"), steps, progress)

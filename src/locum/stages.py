@@ -55,7 +55,20 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def _device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """The device that a name means. Raises OptionError for one that is not there, before anything is loaded."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {name} cannot be used ({reason}); devices here: auto, {there}") from error
+    return name
+
+
+def _check_number(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    if not least <= value <= most:
+        raise OptionError(f"--{name} is {value}; allowed: whole numbers from {least} to {most}")
 
 
 def inspect(model: Path) -> dict[str, Any]:
@@ -68,7 +81,7 @@ def inspect(model: Path) -> dict[str, Any]:
         "compressed": checkpoint.is_compressed(config),
         "parameters": shape.parameters,
         "bytes": shape.bytes,
-        "expert_parameters": shape.expert_parameters,
+        "expert_parameters": checkpoint.expert_parameters(model, shape),
         "fingerprint": checkpoint.fingerprint_checkpoint(model),
         "layers": [dataclasses.asdict(layer) for layer in shape.layers],
         "notes": list(shape.notes),
@@ -94,8 +107,10 @@ def calibrate(
     An interrupted pass goes on where it stopped when the same command is given again.
     """
     model = Path(model)
-    out = artefacts.check_output(_needed(out, "out"), force)
-    parse_sources(data)
+    paths = [source.path for source in parse_sources(data)]
+    out = artefacts.check_output(_needed(out, "out"), force, inputs=[model, *paths])
+    _check_number("batch-size", batch_size, 1)
+    device = _device(device)
     shape = checkpoint.read_shape(model)
     if checkpoint.is_compressed(checkpoint.read_config(model)):
         raise UnsupportedModel(f"{model} is compressed already; calibrate the original checkpoint")
@@ -111,7 +126,7 @@ def calibrate(
     }
     partial = out.with_name(f".{out.name}.partial")
     statistics = calibrate_model(
-        checkpoint.load_model(model, device=_device(device)),
+        checkpoint.load_model(model, device=device),
         blocks,
         batch_size=batch_size,
         provenance=origin,
@@ -155,11 +170,10 @@ def plan(
     **options: Any,
 ) -> Plan:
     """Decide what becomes of every expert, from statistics alone. Several statistics files are added up."""
-    out = None if out is None else artefacts.check_output(out, force)
-    chosen = make_options(METHODS[method], options)
-    if "score" in options:
-        CRITERIA[options["score"]]
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
+    out = None if out is None else artefacts.check_output(out, force, inputs=files)
+    chosen = _chosen(method, options)
+    _check_target(remove, fit)
     loaded = [s if isinstance(s, Statistics) else artefacts.load_statistics(s) for s in files]
     total = loaded[0]
     for more in loaded[1:]:
@@ -205,7 +219,8 @@ def apply(
 ) -> Path:
     """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card."""
     model = Path(model)
-    out = artefacts.check_output(_needed(out, "out"), force, "folder")
+    out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
+    _check_number("seed", seed, 0)
     decided = plan if isinstance(plan, Plan) else artefacts.load_plan(plan)
     shape = checkpoint.read_shape(model)
     if checkpoint.is_compressed(checkpoint.read_config(model)):
@@ -236,8 +251,11 @@ def apply(
 def _mean_outputs(plan: Plan, statistics: Path | Statistics | None, model: Path) -> dict[str, torch.Tensor]:
     """The constants a plan asks for, from the statistics given or those that the plan names."""
     source = statistics or plan.provenance.get("statistics_file")
-    if source is None or isinstance(source, list):
-        raise PlanError("the plan has constants (mean outputs); name the statistics they come from with --statistics")
+    if source is None or isinstance(source, list) or (statistics is None and not Path(source).is_file()):
+        gone = f" (made from {source}, which is not there)" if isinstance(source, str) else ""
+        raise PlanError(
+            f"the plan has constants, which are mean outputs{gone}; name the statistics they come from with --statistics"
+        )
     loaded = source if isinstance(source, Statistics) else artefacts.load_statistics(source)
     if loaded.shape.fingerprint != plan.shape_fingerprint:
         raise StatisticsError(
@@ -269,12 +287,11 @@ def compress(
 ) -> Path:
     """Calibrate, plan and apply in one."""
     model = Path(model)
-    out = artefacts.check_output(_needed(out, "out"), force, "folder")
-    chosen = make_options(METHODS[method], options)
-    if getattr(chosen, "score", None) is not None:
-        CRITERIA[chosen.score]
-    _check_target(remove, fit)
-    checkpoint.read_shape(model)
+    paths = [source.path for source in parse_sources(data)]
+    out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
+    _check_number("seed", seed, 0)
+    _chosen(method, options)
+    _check_target(remove, fit, checkpoint.read_shape(model))
     keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
     if not Path(keep).is_file():
         calibrate(
@@ -300,7 +317,15 @@ def compress(
             Path(keep).unlink(missing_ok=True)
 
 
-def _check_target(remove: float | None, fit: str | None) -> None:
+def _chosen(method: str, options: dict[str, Any]) -> Any:
+    """A method with its options. Raises OptionError for an unknown method, option or criterion."""
+    chosen = make_options(METHODS[method], options)
+    if hasattr(chosen, "score"):
+        CRITERIA[chosen.score]
+    return chosen
+
+
+def _check_target(remove: float | None, fit: str | None, shape: ModelShape | None = None) -> None:
     """Fail on a target that can never be met before an hour of calibration, not after."""
     if (remove is None) == (fit is None):
         raise OptionError("give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)")
@@ -308,8 +333,13 @@ def _check_target(remove: float | None, fit: str | None) -> None:
         raise OptionError(
             f"--remove is {remove:g}; it is the fraction of expert parameters to remove: above 0, below 1"
         )
-    if fit is not None:
-        parse_size(fit)
+    if fit is not None and shape is not None:
+        rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize
+        if parse_size(fit) < rest:
+            raise OptionError(
+                f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "
+                f"that, up to {shape.bytes:,}, the size as it is"
+            )
 
 
 def _check_statistics_of(statistics: Statistics, model: Path, path: Path) -> None:

@@ -119,7 +119,8 @@ def make_adapter(slot: Slot, old: ExpertWeights, base: ExpertWeights | None, gen
         matrix = getattr(old, name)
         if slot.start == "svd":
             rest = matrix.float() - (0 if base is None else getattr(base, name).float())
-            return svd_factors(rest.to(matrix.dtype), slot.rank)
+            a, b = svd_factors(rest, slot.rank)
+            return a.to(matrix.dtype), b.to(matrix.dtype)
         a, b = gaussian_factors(*matrix.shape, slot.rank, matrix, generator)
         if base is None:
             scale = float(matrix.float().std()) * (matrix.shape[1] / slot.rank) ** 0.5

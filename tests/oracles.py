@@ -1,0 +1,95 @@
+"""The slow, obvious versions that fast code is tested against: weights written out, one token and one expert at a time.
+
+Letters: T tokens, K top-k, D model width, F expert width, G first product's width (2F with a gate).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from locum.container import StandInExperts
+from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.shapes import LayerShape
+
+
+def expert_parts(container: StandInExperts, e: int) -> dict[str, Tensor | float]:
+    """W1 [G, D], b1 [G], W2 [D, F], b2 [D] and c [D] of one expert: base + B A, written out; zero where it has nothing.
+
+    In annealing: beta old + (1 - beta) (base and constant) + B A.
+    """
+    layout = container.layout
+    d, f = layout.hidden_size, layout.expert_width
+    g = f * (2 if layout.has_gate else 1)
+    like = next(container.parameters(), torch.zeros(()))
+    parts = {"W1": (g, d), "b1": (g,), "W2": (d, f), "b2": (d,), "c": (d,)}
+    parts = {name: torch.zeros(shape, dtype=like.dtype) for name, shape in parts.items()}
+    names = {"W1": "gate_up_NGD", "W2": "down_NDF", "b1": "gate_up_bias_NG", "b2": "down_bias_ND"}
+
+    def add(stack, row, scale):
+        for part, name in names.items():
+            if hasattr(stack, name):
+                parts[part] = parts[part] + scale * getattr(stack, name)[row]
+
+    fades = container.old is not None and container.old_of[e] >= 0
+    rest = 1 - container.beta if fades else 1.0
+    if fades:
+        add(container.old, container.old_of[e], container.beta)
+    if (row := layout.dense_of[e]) >= 0:
+        own = 0 if container.dense is None else container.dense.down_NDF.shape[0]
+        add(container.dense if row < own else container.shared, row if row < own else row - own, rest)
+    if (index := layout.rank_of[e]) >= 0:
+        stack, row, r = container.adapters[index], layout.adapter_of[e], layout.ranks[index]
+        a = stack.gate_up_A[row]
+        product = stack.up_B_FR[row] @ a[-r:]
+        if layout.has_gate:
+            product = torch.cat([stack.gate_B_FR[row] @ a[:r], product])
+        parts["W1"] = parts["W1"] + product
+        parts["W2"] = parts["W2"] + stack.down_B_DR[row] @ stack.down_A_RF[row]
+    if (row := layout.constant_of[e]) >= 0:
+        parts["c"] = parts["c"] + rest * container.constant_ND[row]
+    return parts
+
+
+def slow_experts(
+    parts: Callable[[int], dict], apply_gate: Callable[[Tensor], Tensor], x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor
+) -> Tensor:
+    """sum_k gate[t, k] (W2 act(W1 x + b1) + b2 + c), token by token, expert by expert."""
+    rows = []
+    for t in range(x_TD.shape[0]):
+        y_D = torch.zeros_like(x_TD[t])
+        for k in range(index_TK.shape[1]):
+            p = parts(int(index_TK[t, k]))
+            hidden_F = apply_gate((p["W1"] @ x_TD[t] + p["b1"])[None])[0]
+            y_D = y_D + gate_TK[t, k] * (p["W2"] @ hidden_F + p["b2"] + p["c"])
+        rows.append(y_D)
+    return torch.stack(rows) if rows else x_TD * 1
+
+
+def random_layer_plan(shape: LayerShape, seed: int, with_dropped: bool = True) -> LayerPlan:
+    """Every kind of slot, several ranks, shared bases and adapters without a base, at random."""
+    rng = random.Random(seed)
+    count = shape.num_experts
+    limit = min(shape.hidden_size, shape.expert_width)
+
+    def stand_in() -> Slot:
+        base = rng.choice([None, 0, 1])
+        rank = rng.choice([0, 2, 3, limit])
+        constant = rng.random() < 0.4 or (base is None and rank == 0)
+        return Slot("stand_in", base, rank, rng.choice(["gaussian", "svd"]), constant)
+
+    slots = [rng.choice([KEPT, NOTHING, stand_in(), stand_in(), stand_in()]) for _ in range(count)]
+    if with_dropped:
+        for e in rng.sample(range(count), count // 4):
+            slots[e] = DROPPED
+    used = sorted({slot.base for slot in slots if slot.base is not None})
+    slots = [Slot(s.becomes, used.index(s.base), s.rank, s.start, s.constant) if s.base is not None else s for s in slots]
+    bases = []
+    for _ in used:
+        members = tuple(sorted(rng.sample(range(count), rng.randint(1, 4))))
+        weights = [rng.random() + 0.1 for _ in members]
+        bases.append(Base(members, tuple(w / sum(weights) for w in weights), rng.random() < 0.5))
+    return LayerPlan(shape.name, tuple(slots), tuple(bases))
