@@ -121,6 +121,14 @@ class Record:
         if fresh:
             path.unlink(missing_ok=True)
 
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run makes again."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(kept), encoding="ascii")
+        os.replace(scratch, self.path)
+
     def __call__(self, event: str, **values) -> None:
         line = {"event": event, **values}
         with self.path.open("a", encoding="ascii") as stream:

@@ -20,7 +20,7 @@ from corpora import DOMAINS, archive, fingerprint, load
 from corpus_readers import debian_files, html_text, zip_files
 
 TEXT = Path(__file__).resolve().parent.parent / "src" / "locum" / "reference" / "text"
-SEPARATOR = "\n<|endoftext|>\n"
+SEPARATOR = "\n\f\n"
 LEAST_BYTES, MOST_BYTES = 360_000, 392_000
 CAPS = (4_000, 6_000, 8_000, 10_000, 12_000, 16_000, 32_000, 10**9)  # characters taken from one document
 LONG = 200  # paragraphs from this length on must not occur in the training text
@@ -102,7 +102,7 @@ def write_text(target: Path) -> None:
         if name == "math":
             assert not _questions(chosen) & _questions(parts["train"]), "a bundled question is in the training split"
         data = SEPARATOR.join(chosen).encode() + b"\n"
-        assert all(SEPARATOR.strip() not in text for text in chosen), f"a document of {name} holds the separator"
+        assert all("\f" not in text for text in chosen), f"a document of {name} holds the separator"
         (made / f"{name}.txt").write_bytes(data)
         rows.append(
             f"| {name} | {len(chosen)} | {len(data)} | {domain.source} | `{domain.package}` {domain.version} "
@@ -117,8 +117,8 @@ documents are from its validation and test splits (split by a hash of each docum
 `benchmarks/reference_text.py`, which wrote these files, asserts that no document and no paragraph of {LONG} or more
 characters occurs in the training text, and for the generated arithmetic that no question does.
 
-Documents are separated by a line that holds only `<|endoftext|>` (the end-of-text token of the model's tokenizer);
-blank lines inside a document are its own. Long documents are cut at the end of a paragraph.
+Documents are separated by a line that holds only a form feed, where `--data` cuts a text file into documents; blank
+lines inside a document are its own. Long documents are cut at the end of a paragraph.
 
 | domain | documents | bytes | text | package | licence of the text | sha256 (first 16) |
 |---|---|---|---|---|---|---|

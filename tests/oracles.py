@@ -55,16 +55,21 @@ def expert_parts(container: StandInExperts, e: int) -> dict[str, Tensor | float]
 
 
 def slow_experts(
-    parts: Callable[[int], dict], apply_gate: Callable[[Tensor], Tensor], x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor
+    parts: Callable[[int], dict],
+    apply_gate: Callable[[Tensor], Tensor],
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    norm: Callable[[Tensor], Tensor] = lambda out_D: out_D,
 ) -> Tensor:
-    """sum_k gate[t, k] (W2 act(W1 x + b1) + b2 + c), token by token, expert by expert."""
+    """sum_k gate[t, k] (norm(W2 act(W1 x + b1) + b2) + c), token by token, expert by expert; norm where there is one."""
     rows = []
     for t in range(x_TD.shape[0]):
         y_D = torch.zeros_like(x_TD[t])
         for k in range(index_TK.shape[1]):
             p = parts(int(index_TK[t, k]))
             hidden_F = apply_gate((p["W1"] @ x_TD[t] + p["b1"])[None])[0]
-            y_D = y_D + gate_TK[t, k] * (p["W2"] @ hidden_F + p["b2"] + p["c"])
+            y_D = y_D + gate_TK[t, k] * (norm(p["W2"] @ hidden_F + p["b2"]) + p["c"])
         rows.append(y_D)
     return torch.stack(rows) if rows else x_TD * 1
 
@@ -86,7 +91,9 @@ def random_layer_plan(shape: LayerShape, seed: int, with_dropped: bool = True) -
         for e in rng.sample(range(count), count // 4):
             slots[e] = DROPPED
     used = sorted({slot.base for slot in slots if slot.base is not None})
-    slots = [Slot(s.becomes, used.index(s.base), s.rank, s.start, s.constant) if s.base is not None else s for s in slots]
+    slots = [
+        Slot(s.becomes, used.index(s.base), s.rank, s.start, s.constant) if s.base is not None else s for s in slots
+    ]
     bases = []
     for _ in used:
         members = tuple(sorted(rng.sample(range(count), rng.randint(1, 4))))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .artefacts import NOTES, save_plan, whole
 from .checkpoint import LocumConfig, set_module, shape_of
 from .container import StandInExperts
-from .errors import UnsupportedModel
+from .errors import PlanError, UnsupportedModel
 from .families import MoeLayer, canonical_gate, find_layers, read_expert, set_expert_count, slice_experts, slice_router
 from .plan import LayerPlan, Plan
 from .shapes import LayerShape
@@ -56,6 +56,11 @@ def apply_plan(
     layers = {layer.shape.name: layer for layer in find_layers(model)}
     if any(isinstance(layer.experts, StandInExperts) for layer in layers.values()):
         raise UnsupportedModel("the model is compressed already; apply the plan to the original checkpoint")
+    for layer_plan in plan.layers:
+        if any(slot.constant for slot in layer_plan.slots) and layer_plan.layer not in (mean_output or {}):
+            raise PlanError(
+                f"{layer_plan.layer}: the plan has constants, so the statistics it was made from are needed too"
+            )
     stock = plan.is_stock(shape)
     layouts = {}
     for index, layer_plan in enumerate(plan.layers):
@@ -66,10 +71,11 @@ def apply_plan(
             else:
                 layouts[layer_plan.layer] = _replace(model, layer, layer_plan, mean_output, seed * 1_000_003 + index)
             if len(layer_plan.survivors) < layer.shape.num_experts:
-                slice_router(layer.router, layer_plan.survivors)
+                slice_router(layer, layer_plan.survivors)
         progress(layer_plan.layer)
     if stock and plan.layers:
-        set_expert_count(model.config, len(plan.layers[0].survivors))
+        for config in (model.config, *(layer.experts.config for layer in layers.values())):
+            set_expert_count(config, len(plan.layers[0].survivors))
     if layouts:
         model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
     return model
@@ -83,6 +89,7 @@ def _replace(
     container = make_container(
         plan, layer.shape, lambda e: read_expert(experts, e), canonical_gate(experts), mean_output_ED, seed
     )
+    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     set_module(model, plan.layer, container)
     return container.layout
 

@@ -15,7 +15,9 @@ from .errors import OptionError, PlanError
 from .plan import Plan
 from .shapes import LayerShape, ModelShape
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base ** (i + 1) for unit, base in (("B", 1000), ("IB", 1024)) for i, prefix in enumerate("KMGT")
+}
 
 
 def parse_size(text: str | int) -> int:
@@ -80,27 +82,22 @@ def uniform_counts(shape: ModelShape, amount: float) -> list[int]:
 
 def spare(layer: LayerShape) -> int:
     """Experts a layer can lose: the router still needs top-k of them, and equally many in every group."""
-    group = layer.num_experts // layer.num_groups
-    return (
-        (group - -(-layer.top_k // layer.num_groups)) * layer.num_groups
-        if layer.num_groups > 1
-        else layer.num_experts - layer.top_k
-    )
+    return layer.num_experts - layer.fewest_experts
 
 
 def global_counts(scores_LE: Sequence[Tensor], shape: ModelShape, amount: float) -> list[int]:
     """Experts to take from each layer when all layers compete: lowest share of the layer's score first.
 
     Scores are divided by their layer's sum, so that a layer's experts weigh by their share of it; never more than the
-    layer can spare, whole rounds of one per group for group-limited routers. Ties go to the earlier layer and expert.
+    layer can spare. A group-limited router gives up one expert of every group at a time, at the dearest one's price.
+    Ties go to the earlier layer and expert.
     """
     entries = []
     for index, (scores_E, layer) in enumerate(zip(scores_LE, shape.layers, strict=True)):
         share_E = scores_E / scores_E.sum().clamp(min=1e-300)
-        cheapest = torch.sort(share_E, stable=True).values[: spare(layer)].tolist()
-        rounds = [cheapest[i : i + layer.num_groups] for i in range(0, len(cheapest), layer.num_groups)]
-        entries += [(max(r), index, len(r)) for r in rounds]
-    entries.sort(key=lambda entry: entry[:2])
+        rounds = share_E.view(layer.num_groups, -1).sort(dim=1).values.amax(dim=0)[: spare(layer) // layer.num_groups]
+        entries += [(cost, index, layer.num_groups) for cost in rounds.tolist()]
+    entries.sort()
     counts = [0] * len(shape.layers)
     budget = int(amount * sum(spare(layer) for layer in shape.layers) + 1e-9)
     for _, index, size in entries:

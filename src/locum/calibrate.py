@@ -26,6 +26,7 @@ from .checkpoint import shape_of
 from .container import grouped_linear
 from .errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from .families import MoeLayer, find_layers, is_stock_experts
+from .routers import router_logits
 from .statistics import RoutedEvent, RouterEvent, Statistics, Sums, check_needs, check_same_origin
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Observer:
         self.keep_T = None if bool(attention_BS.all()) else attention_BS.flatten().to(device)
 
     def saw_router(self, layer: MoeLayer, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple | list) else output
+        logits = router_logits(output, layer.family.router)
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         num_experts = layer.shape.num_experts
         if (
@@ -224,7 +225,7 @@ def run_experts(
     pre_PG = _project(experts, first, x_TD[token_P], expert_P, counts)
     hidden_PF = experts._apply_gate(pre_PG) if experts.has_gate else experts.act_fn(pre_PG)
     out_PD = _project(experts, "down_proj", hidden_PF, expert_P, counts)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
         out_PD = experts.post_expert_norm(out_PD)
     gated_PD = out_PD * gate_P[:, None]
     unsorted_PD = torch.empty_like(gated_PD).index_copy_(0, order_P, gated_PD)

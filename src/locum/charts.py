@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-VIEW_WIDTH = 480
+VIEW_WIDTH = 420
 NUM_COLOURS = 8  # classes c0 to c7 of the page
-CHARACTER = 6.5  # width of one character of 12-unit text, on the safe side
+CHARACTER = 6.9  # width of one character of 12-unit text, on the safe side
+BOLD = 7.5
 MARKERS = ("circle", "square", "diamond", "triangle")
 
 
@@ -81,6 +82,11 @@ def plain(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def four_digits(value: float) -> str:
+    """Four significant digits, zeros included, so that numbers side by side are equally long."""
+    return f"{value:#.4g}".rstrip(".")
+
+
 def spread(values: Iterable[float], margin: float = 0.08, zero: bool = False) -> tuple[float, float]:
     """The range of some values with a margin; with `zero` it contains zero and has no margin beyond it."""
     values = list(values)
@@ -128,14 +134,24 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, arrows: Sequenc
     bounds = [v for p in points for v in (p.low, p.high, p.y, *p.seeds)]
     y = Scale(*spread(bounds, 0.1), bottom, top)
     body = [*y_axis(y, y_label, left, right), *x_axis(x, x_label, bottom)]
+    spots = _apart([(x(p.x), y(p.y), y(p.high), y(p.low)) for p in points])
     for one, two in arrows:
-        a, b = points[one], points[two]
-        body.append(line(x(a.x), y(a.y), x(b.x), y(b.y), f"arrow {b.colour}"))
-    for point in points:
-        body += _point(point, x(point.x), y(point.y), y(point.low), y(point.high), [y(v) for v in point.seeds])
-    spots = [(x(p.x), y(p.y), y(p.high), y(p.low)) for p in points]
+        body.append(line(*spots[one][:2], *spots[two][:2], f"arrow {points[two].colour}"))
+    for point, (at, middle, high, low) in zip(points, spots, strict=True):
+        body += _point(point, at, middle, low, high, [y(v) for v in point.seeds])
     body += _labels(points, spots, (left + 2, top, right, bottom - 2))
     return svg(body, height, f"{y_label} against {x_label} of {len(points)} models")
+
+
+def _apart(spots: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float, float, float]]:
+    """Models of one size side by side where their whiskers would cover each other."""
+    placed: list[tuple[float, float, float, float]] = []
+    for x, y, high, low in spots:
+        at = x
+        while any(abs(at - px) < 8 and high < plow + 8 and low > phigh - 8 for px, _, phigh, plow in placed):
+            at += 9
+        placed.append((at, y, high, low))
+    return placed
 
 
 def y_axis(y: Scale, label: str, left: float, right: float) -> list[str]:
@@ -166,23 +182,27 @@ def _point(point: Point, x: float, y: float, low: float, high: float, seeds: lis
 
 def _labels(points: Sequence[Point], spots: list[tuple], area: tuple[float, float, float, float]) -> list[str]:
     """A place for every label: the first of a ring of candidates that covers the least of what is already there."""
-    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y, _, _ in spots]
-    taken += [(x - 4, high, x + 4, low) for x, _, high, low in spots]
+    taken = [((x - 8, y - 8, x + 8, y + 8), 5) for x, y, _, _ in spots]
+    taken += [
+        ((x - 6, high, x + (11 if p.seeds else 6), low), 3) for p, (x, _, high, low) in zip(points, spots, strict=True)
+    ]
     parts = []
     for point, (x, y, _, _) in sorted(zip(points, spots, strict=True), key=lambda pair: pair[1][1]):
         words = shorten(point.label, 30)
-        width, best, cost = len(words) * CHARACTER, None, math.inf
+        width, best, cost = len(words) * BOLD, None, math.inf
         for rank, (dx, dy) in enumerate(_RING):
             left = x + dx if dx > 0 else x + dx - width if dx < 0 else x - width / 2
             box = (left, y + dy - 7, left + width, y + dy + 7)
-            price = 8 * _outside(box, area) + sum(_overlap(box, other) for other in taken) + rank * 0.5
+            price = 8 * _outside(box, area) + sum(_overlap(box, other) * weight for other, weight in taken) + rank * 0.5
             if price < cost:
                 best, cost, offset = box, price, (dx, dy)
-        taken.append(best)
+        taken.append((best, 20))  # a label over a whisker can be read, one over another cannot
         if abs(offset[1]) > 22 or abs(offset[0]) > 22:
             edge = best[0] - 2 if offset[0] > 0 else best[2] + 2 if offset[0] < 0 else (best[0] + best[2]) / 2
             parts.append(line(x, y, edge, (best[1] + best[3]) / 2, f"leader {point.colour}"))
-        parts.append(text(best[0], best[3] - 3, words, f"name {point.colour}"))
+        side = 1 - (offset[0] > 0) + (offset[0] < 0)  # text keeps to its mark even if its width is misjudged
+        at = (best[0], (best[0] + best[2]) / 2, best[2])[side]
+        parts.append(text(at, best[3] - 3, words, f"name {point.colour}", ("start", "middle", "end")[side]))
     return parts
 
 
@@ -229,10 +249,9 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str, reference: s
         y += 20
         for bar in group:
             body += _bar(bar, y, scale, decimals)
-            if bar.label == reference:
-                at = scale(bar.value)
-                body.append(line(at, y - 1, at, y + 18 * (len(group) - group.index(bar)) - 2, "reference"))
             y += 18
+        at = [scale(bar.value) for bar in group if bar.label == reference]
+        body += [line(x, y - 18 * len(group) - 1, x, y, "reference") for x in at]
         y += 8
     zero = line(scale(0), 8, scale(0), y - 4, "rule")
     for value, words in scale.ticks:
@@ -243,8 +262,9 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str, reference: s
 
 
 def _decimals(values: Iterable[float]) -> int:
-    top = max(abs(v) for v in values) or 1.0
-    return min(6, max(0, 3 - math.floor(math.log10(top)) - (top >= 1)))
+    """Decimals that tell bars apart: three near one, fewer for large values, more for tiny ones."""
+    power = math.floor(math.log10(max(abs(v) for v in values) or 1.0))
+    return min(6, max(0, 3 - power if power >= 0 else 2 - power))
 
 
 def _bar(bar: Bar, y: float, scale: Scale, decimals: int) -> list[str]:
@@ -252,7 +272,9 @@ def _bar(bar: Bar, y: float, scale: Scale, decimals: int) -> list[str]:
     low, high, middle = scale(bar.low), scale(bar.high), y + 8
     value = plain(bar.value, decimals)
     seen = f"{bar.label}: {value}, 95% interval {plain(bar.low, decimals)} to {plain(bar.high, decimals)}"
-    shape = f'<rect x="{start:.1f}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" height="14" class="{bar.colour}"/>'
+    shape = (
+        f'<rect x="{start:.1f}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" height="14" class="{bar.colour}"/>'
+    )
     parts = [f"<g><title>{escape(seen)}</title>", text(4, y + 12, shorten(bar.label, 24)), shape]
     if high - low > 0.5:
         parts.append(line(low, middle, high, middle, "interval"))
@@ -277,7 +299,7 @@ def curves(series: Sequence[Series], x_label: str, y_label: str, below: Series |
     """Curves with their names at the end; `below` is drawn in a strip of its own under the same x axis."""
     left, top, bottom = 52, 30, 240
     named = [s.label for s in (*series, *([below] if below else [])) if s.label]
-    right = VIEW_WIDTH - 14 - max(map(len, named), default=0) * CHARACTER
+    right = VIEW_WIDTH - 14 - max(map(len, named), default=0) * BOLD
     every = [p[0] for s in series for p in s.points]
     x = Scale(min(every), max(every) if max(every) > min(every) else min(every) + 1, left, right)
     range_of = [p[1] for s in series if s.kind != "raw" for p in s.points]
@@ -320,7 +342,7 @@ def _end_labels(ends: list[tuple[float, Series]], x: float, top: float, bottom: 
 
 def _strip(one: Series, x: Scale, top: float, bottom: float) -> list[str]:
     values = [v for _, v in one.points]
-    low, high = (0.0, 1.0) if 0 <= min(values) and max(values) <= 1 else spread(values, 0)
+    low, high = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else spread(values, 0)
     y = Scale(low, high, bottom - 6, top)
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in one.points)
     parts = [line(x.start, y(v), x.end, y(v), "grid") for v in (low, high)]

@@ -10,26 +10,45 @@ ordinary `AutoModelForCausalLM.from_pretrained` does the rest. Nothing executabl
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .artefacts import fingerprint
 from .container import StandInExperts
-from .errors import CheckpointError, UnsupportedModel
-from .families import canonical_gate, find_layers, slice_router
+from .errors import CheckpointError, LocumError, UnsupportedModel
+from .families import (
+    MoeLayer,
+    canonical_gate,
+    find_layers,
+    model_class,
+    notes_on,
+    slice_router,
+    unread_tensors,
+)
 from .layout import Layout
-from .shapes import ModelShape
+from .shapes import LayerShape, ModelShape
 
 FORMAT_VERSION = 1
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WRONG_KEYS = {
+    "missing_keys": "tensors are missing",
+    "unexpected_keys": "tensors have no place in the model that config.json describes",
+    "mismatched_keys": "tensors have another shape than config.json says",
+}
+UNIMPORTANT = ("_name_or_path", "transformers_version")  # config entries that say nothing of the model
 ITEMSIZE = {
     "F64": 8,
     "I64": 8,
@@ -57,6 +76,8 @@ class LocumConfig(QuantizationConfigMixin):
                 f"the checkpoint has Locum format version {format_version!r}; this Locum reads version {FORMAT_VERSION}; "
                 f"install the version that wrote it, or a newer one"
             )
+        if not isinstance(layers or {}, dict):
+            raise CheckpointError(f"config.json lists Locum's layers as {layers!r}; expected a table of layer names")
         self.quant_method = "locum"  # type: ignore[assignment]
         self.format_version = format_version
         self.layers = layers or {}
@@ -92,11 +113,34 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     for name, data in layers.items():
         if name not in found:
             raise CheckpointError(f"config.json describes a container for {name!r}, which this model does not have")
-        layer, layout = found[name], Layout.from_json(data)
+        layer, layout = found[name], _read_layout(name, data, found[name].shape)
         weight = layer.experts.down_proj
-        set_module(model, name, StandInExperts(layout, canonical_gate(layer.experts), weight.dtype, weight.device))
+        container = StandInExperts(layout, canonical_gate(layer.experts), weight.dtype, weight.device)
+        container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
+        set_module(model, name, container)
+        layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
         if layout.num_experts != layer.shape.num_experts:
-            slice_router(layer.router, layout.num_experts)
+            slice_router(layer, layout.num_experts)
+
+
+def _read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
+    """The layout of one container, checked against the stock layer that it replaces."""
+    try:
+        layout = Layout.from_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    for entry in ("hidden_size", "expert_width", "has_gate", "has_bias"):
+        if getattr(layout, entry) != getattr(shape, entry):
+            raise CheckpointError(
+                f"config.json says {entry}={getattr(layout, entry)} for the container {name}, but the layer of the model "
+                f"has {getattr(shape, entry)}; restore the config.json that was written with the weights"
+            )
+    if not shape.fewest_experts <= layout.num_experts <= shape.num_experts:
+        raise CheckpointError(
+            f"config.json gives the container {name} {layout.num_experts} experts; the layer can have "
+            f"{shape.fewest_experts} to {shape.num_experts}; restore the config.json that was written with the weights"
+        )
+    return layout
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -111,16 +155,33 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         raise CheckpointError(f"no such folder: {path}; give the path of a checkpoint folder with a config.json")
     if not path.is_dir() or not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a model: expected a folder with config.json and safetensors files")
-    try:
-        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / 'config.json'} is not valid JSON: {error}") from error
-    except (ValueError, KeyError, OSError) as error:
-        kind = data.get("model_type")
+    kind = read_json(path / "config.json").get("model_type")
+    if kind is None:
+        raise CheckpointError(f"{path / 'config.json'} names no model_type, so {path} is not a transformers checkpoint")
+    if kind not in CONFIG_MAPPING:
+        known = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=3, cutoff=0.8)
+        hint = f" (did you mean {' or '.join(known)}?)" if known else ""
         raise UnsupportedModel(
-            f"{path}: model type {kind!r} is not known to the installed transformers; {_first_line(error)}"
-        ) from error
+            f"{path}: the installed transformers does not know the model type {kind!r}{hint}; update transformers if "
+            f"the model is new"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except LocumError:
+        raise
+    except Exception as error:  # every family checks its entries in its own way
+        raise CheckpointError(f"{path / 'config.json'} is not a config of {kind!r}: {error!s:.300}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint, or one clear error."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}; copy or download it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} holds a {type(data).__name__} where a JSON object is needed; download it again")
+    return data
 
 
 def _first_line(error: BaseException) -> str:
@@ -132,9 +193,9 @@ def shard_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error!r}; download it again") from error
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} names no files in a 'weight_map'; download it again") from error
         if missing := [name for name in names if not (path / name).is_file()]:
             raise CheckpointError(f"{path} lacks shard {missing[0]} that its index names; download it again")
         return [path / name for name in names]
@@ -142,7 +203,7 @@ def shard_files(path: Path) -> list[Path]:
         return [path / "model.safetensors"]
     if any(path.glob("*.bin")):
         raise CheckpointError(f"{path} holds .bin weights, which can run code when loaded; convert them to safetensors")
-    raise CheckpointError(f"{path} has no model.safetensors and no model.safetensors.index.json")
+    raise CheckpointError(f"{path} has no model.safetensors and no model.safetensors.index.json; fetch its weights")
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -151,13 +212,13 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
         if 8 + length > size:
-            raise CheckpointError(f"{file} is truncated: its header alone needs {8 + length:,} bytes, it has {size:,}")
+            raise CheckpointError(f"{file} is no safetensors file, or truncated ({size:,} bytes); fetch it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is not a safetensors file ({_first_line(error)}); fetch it again") from error
     if needed != size:
         raise CheckpointError(
             f"{file} is damaged: its header asks for {needed:,} bytes, it has {size:,}; fetch it again"
@@ -176,7 +237,8 @@ def read_headers(path: str | Path) -> dict[str, dict[str, Any]]:
 def fingerprint_checkpoint(path: str | Path) -> str:
     """A hash of what a checkpoint holds: every header, and a sample of the bytes of every tensor."""
     path = Path(path)
-    parts: list[bytes | str] = [json.dumps(read_config(path).to_dict(), sort_keys=True, default=str)]
+    config = {k: v for k, v in read_json(path / "config.json").items() if k not in UNIMPORTANT}
+    parts: list[bytes | str] = [json.dumps(config, sort_keys=True)]
     for file in shard_files(path):
         header = read_header(file)
         parts.append(json.dumps(header, sort_keys=True))
@@ -190,16 +252,15 @@ def fingerprint_checkpoint(path: str | Path) -> str:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config without weights, containers in place."""
+    """The model of a config without weights, in the dtypes it will have when loaded, containers in place."""
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     layers = _locum_layers(config)
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise UnsupportedModel(
-                f"model type {config.model_type!r} is not a causal LM: {_first_line(error)}"
-            ) from error
+        model = model_class(config)._from_config(config, dtype=dtype)
+    if wide := model._get_dtype_plan(dtype):  # some tensors stay float32 whatever the rest, such as selection biases
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if re.search("|".join(key.replace("*", ".*") for key in wide), name):
+                tensor.data = tensor.data.float()
     if layers:
         place_containers(model, layers)
     return model
@@ -225,21 +286,41 @@ def is_compressed(config: PreTrainedConfig) -> bool:
 def read_shape(path: str | Path) -> ModelShape:
     """The shape of a checkpoint from its config and safetensors headers; no weight is read."""
     config = read_config(path)
-    model = skeleton(config)
-    layers = find_layers(model)
     headers = read_headers(path)
+    if config.dtype is None:  # transformers then takes that of the weights
+        config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
+    model, layers = _layers_of(path, config)
+    unread = unread_tensors(model, headers)
+    headers = {name: entry for name, entry in headers.items() if name not in unread}
     counts = [_numel(entry) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
     expert_sizes = {
         ITEMSIZE[e["dtype"]] for name, e in headers.items() if ".experts." in name and e["dtype"] in ITEMSIZE
     }
     itemsize = max(expert_sizes, default=next(layers[0].experts.parameters()).element_size())
-    return ModelShape(config.model_type, tuple(x.shape for x in layers), sum(counts), sum(sizes), itemsize)
+    shapes, notes = tuple(x.shape for x in layers), notes_on(model, layers, unread)
+    return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
 
 
-def expert_numels(path: str | Path) -> list[int]:
-    """Sizes of the tensors that a checkpoint stores for its routed experts, containers included."""
-    return [_numel(entry) for name, entry in read_headers(path).items() if ".experts." in name]
+def _layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[MoeLayer, ...]]:
+    try:
+        model = skeleton(config)
+        return model, find_layers(model)
+    except (CheckpointError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def expert_parameters(path: str | Path, shape: ModelShape) -> int:
+    """What a checkpoint stores for its routed experts; in compressed ones, what stands in for them."""
+    containers = _locum_layers(read_config(path))
+    count = 0
+    for layer in shape.layers:
+        if layer.name in containers:
+            shapes = Layout.from_json(containers[layer.name]).tensor_shapes()
+            count += sum(math.prod(tensor_shape) for tensor_shape in shapes.values())
+        else:
+            count += layer.num_experts * layer.parameters()
+    return count
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
@@ -263,20 +344,24 @@ def _numel(entry: dict[str, Any]) -> int:
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A checkpoint as a live model in eval mode. Every tensor must be there and have its place."""
     config = read_config(path)
-    find_layers(skeleton(config))  # refuse what is unsupported before reading gigabytes
+    _layers_of(path, config)  # refuse what is unsupported before reading gigabytes
     read_headers(path)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    model, info = model_class(config).from_pretrained(
+        path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # mismatched sizes are not ignored: they are in `info`, by name
+    for what, words in WRONG_KEYS.items():
         if info.get(what):
             first = min(map(str, info[what]))
-            raise CheckpointError(f"{path}: {len(info[what])} {what.replace('_', ' ')}, for example {first}")
+            raise CheckpointError(f"{path}: {len(info[what])} {words} (first: {first}); fetch the checkpoint again")
     return model.to(device).eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder. transformers makes one without words where there are no files: refused."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} has no usable tokenizer: {_first_line(error)}; copy its files there") from error
+    if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
+        raise CheckpointError(f"{path} has no usable tokenizer: it makes no tokens of text; copy its files there")
+    return tokenizer

@@ -75,6 +75,9 @@ class StandInExperts(nn.Module):
             self.constant_ND = nn.Parameter(torch.empty(stacks[""]["constant_ND"], dtype=dtype, device=device))
         else:
             self.register_parameter("constant_ND", None)
+        self.post_expert_norm: nn.Module | None = (
+            None  # the family's own, applied to an expert's output before its gate
+        )
         self.shared: Stack | None = None
         self.old: Stack | None = None
         self.old_of: tuple[int, ...] = (-1,) * layout.num_experts
@@ -89,15 +92,14 @@ class StandInExperts(nn.Module):
         token_P = order // top_k_index.shape[1]
         gate_P = top_k_weights.reshape(-1)[order]
         wide = torch.promote_types(x_TD.dtype, torch.float32)  # in which contributions are summed
-        total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-        pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
         fade_P = self._fade(expert_P, wide)
-        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P, wide)]
-        for part in parts:
-            pre_PG = part.add_first(pre_PG, x_TD)
-        hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
-        for part in parts:
-            total_TD = part.add_second(total_TD, hidden_PF, gate_P)
+        if self.post_expert_norm is None:
+            total_TD = self._products(x_TD, expert_P, token_P, gate_P, fade_P)
+        else:  # outputs are normed one by one, so nothing can be summed before
+            pair_P, one_P = torch.arange(len(token_P), device=token_P.device), torch.ones_like(gate_P)
+            out_PD = self._products(x_TD[token_P], expert_P, pair_P, one_P, fade_P)
+            out_PD = self.post_expert_norm(out_PD.to(x_TD.dtype)) * gate_P[:, None]
+            total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device).index_add(0, token_P, out_PD.to(wide))
         if self.constant_ND is not None:
             row_P = self._rows(self.layout.constant_of, expert_P)
             chosen = (row_P >= 0).nonzero().squeeze(1)
@@ -106,6 +108,21 @@ class StandInExperts(nn.Module):
                 values = values * fade_P[chosen, None]
             total_TD = total_TD.index_add(0, token_P[chosen], values.to(wide))
         return total_TD.to(x_TD.dtype)
+
+    def _products(
+        self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, fade_P: Tensor | None
+    ) -> Tensor:
+        """The sum over a token's pairs of gate times expert output, constants left out."""
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+        pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
+        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P, wide)]
+        for part in parts:
+            pre_PG = part.add_first(pre_PG, x_TD)
+        hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
+        for part in parts:
+            total_TD = part.add_second(total_TD, hidden_PF, gate_P)
+        return total_TD
 
     @property
     def _first_width(self) -> int:

@@ -399,7 +399,9 @@ def _select(source: Source, split: str) -> list[Document]:
         names = [document.split for document in documents]
         found = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names)))
         where = f"domain {source.domain!r}: no document of {source.path} falls into the split {split!r}"
-        raise DataError(f"{where} (documents: {found}); give more or shorter documents, or use the split 'all'")
+        raise DataError(
+            f"{where} (documents: {found}); give more or shorter documents, or another --split where there is one"
+        )
     return chosen
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Annotated, Any
 
 from . import artefacts, quality, stages
-from .card import describe_size
-from .evaluate import Row
+from .evaluate import Row, write_rows
+from .stages import Force, Help, Progress
 
 REFERENCE = Path(__file__).parent / "reference"
 MODEL = REFERENCE / "model"
@@ -28,17 +28,25 @@ def reference_data() -> list[str]:
     return [f"{path.stem}={path}" for path in sorted((REFERENCE / "text").glob("*.txt")) if path.stem.islower()]
 
 
-def run_demo(out: Path, steps: int, progress: stages.Progress) -> Path:
-    """Compress in three ways, recover one, measure all against the original, write the report. Returns its path."""
+def demo(
+    *,
+    out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),
+    steps: Annotated[int, Help("recovery steps")] = 300,
+    force: Force = False,
+    progress: Progress = stages._silent,
+) -> dict[str, Any]:
+    """The whole job on the bundled, really trained model: compress, recover, compare, report. Needs no network."""
+    out = artefacts.check_output(out, force, "folder")
+    stages._check_number("steps", steps, 1)
     with artefacts.whole(out, "folder") as folder:
-        _run(folder, steps, progress)
-    report = quality.report(
-        [out / "results.jsonl"], out=out / "report.html", title="Locum demo: half of the experts' weights"
-    )
-    return report
+        models = _run(folder, steps, progress)
+        artefacts.write_text(folder / artefacts.NOTES, json.dumps(artefacts.provenance(steps=steps), indent=1))
+    title = "Locum demo: half of the experts' weights"
+    report = quality.report([out / "results.jsonl"], out=out / "report.html", title=title)
+    return {"report": str(report), "models": models}
 
 
-def _run(folder: Path, steps: int, progress: stages.Progress) -> None:
+def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, Any]]:
     data = reference_data()
     seconds: dict[str, float] = {}
 
@@ -69,19 +77,29 @@ def _run(folder: Path, steps: int, progress: stages.Progress) -> None:
         measured = quality.evaluate(folder / name, data=data, tokens=49152, against=MODEL, name=name)
         rows += measured if not rows else [row for row in measured if row.model != "original"]
     progress("evaluate", 4, 4)
-    quality.write_rows(folder / "results.jsonl", rows)
-    _print_table(rows, seconds)
+    write_rows(folder / "results.jsonl", [_relative(row, folder) for row in rows])
+    return _summary(rows, seconds)
 
 
-def _print_table(rows: list[Row], seconds: dict[str, float]) -> None:
-    """One line a model: size, bits per byte on every domain, seconds of work."""
-    domains = list(dict.fromkeys(row.domain for row in rows))
-    models = list(dict.fromkeys(row.model for row in rows))
-    values = {(row.model, row.domain): row.value for row in rows if row.metric == "bits_per_byte"}
-    sizes = {row.model: row.provenance["bytes"] for row in rows}
-    table = Table("model", "size", *domains, "seconds", title="bits per byte on held-out text (lower is better)")
-    for model in ["original", *[m for m in models if m != "original"]]:
-        cells = [f"{values[model, domain]:.3f}" for domain in domains]
-        spent = f"{seconds[model]:.0f}" if model in seconds else ""
-        table.add_row(model, describe_size(sizes[model]), *cells, spent)
-    Console(width=150).print(table)
+def _relative(row: Row, folder: Path) -> Row:
+    """A row whose paths count from the results file: the folder gets its name only when everything is done."""
+    made = {k: str(Path(v).relative_to(folder)) if _inside(v, folder) else v for k, v in row.provenance.items()}
+    return dataclasses.replace(row, provenance=made)
+
+
+def _inside(value: Any, folder: Path) -> bool:
+    return isinstance(value, str) and value.startswith(f"{folder}/")
+
+
+def _summary(rows: list[Row], seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """One entry a model, the original first: size, bits per byte on every domain, seconds of work."""
+    models = sorted(dict.fromkeys(row.model for row in rows), key=lambda model: model != "original")
+    return [
+        {
+            "model": model,
+            "bytes": next(row.provenance["bytes"] for row in rows if row.model == model),
+            "bits_per_byte": {r.domain: r.value for r in rows if (r.model, r.metric) == (model, "bits_per_byte")},
+            "seconds": seconds.get(model),
+        }
+        for model in models
+    ]

@@ -8,6 +8,7 @@ Letters: E experts, C domains.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -48,7 +49,7 @@ def use_block(
     share_CE = [[n / (sum(row) or 1) for n in row] for row in count_CE]
     total_E = [sum(row[e] for row in count_CE) for e in range(experts)]
     order = sorted(range(experts), key=lambda e: (-total_E[e], e))
-    left = min(18, max(map(len, domains))) * CHARACTER * 0.92 + 10
+    left = min(18, max(map(len, domains))) * CHARACTER + 12
     wide, tall, top = (VIEW_WIDTH - left) / experts, 13, 20
     never = sum(not n for n in total_E)
     busiest = f"busiest: expert {order[0]}, {total_E[order[0]] / (sum(total_E) or 1):.1%}"
@@ -66,12 +67,14 @@ def use_block(
         told = [f"expert {e}"] + [_told(domain, c, e, share_CE, gate_CE) for c, domain in enumerate(domains)]
         where = f'x="{left + column * wide:.1f}" y="{top}" width="{wide:.1f}" height="{tall * len(domains)}"'
         body.append(f'<rect {where} class="hit"><title>{escape(chr(10).join(told))}</title></rect>')
-    return svg(body, top + tall * len(domains) + 4, f"use of the {experts} experts of {layer} by {len(domains)} domains")
+    return svg(
+        body, top + tall * len(domains) + 4, f"use of the {experts} experts of {layer} by {len(domains)} domains"
+    )
 
 
 def _runs(levels: Sequence[int]) -> list[tuple[int, int]]:
     cuts = [0, *(i for i in range(1, len(levels)) if levels[i] != levels[i - 1]), len(levels)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))
 
 
 def _told(domain: str, c: int, e: int, share_CE: Sequence[Sequence[float]], gate_CE: Sequence | None) -> str:
@@ -116,7 +119,7 @@ def fate_name(slot: Slot) -> str:
 def fate_grid(plan: Plan) -> str:
     """A row per layer, a cell per expert. Grouped by fate; a button of the page puts them in their own order."""
     names = short_layers([layer.layer for layer in plan.layers])
-    left = min(20, max(len(name) for name in names.values())) * CHARACTER + 10
+    left = min(20, max(len(name) for name in names.values())) * CHARACTER // 1 + 10
     columns = min(ROW, max(len(layer.slots) for layer in plan.layers))
     body, y = [], 4.0
     for layer in plan.layers:
@@ -130,12 +133,18 @@ def fate_grid(plan: Plan) -> str:
     what = "experts of a layer" + (f", {ROW} to a line" if max(len(p.slots) for p in plan.layers) > ROW else "")
     body.append(text(left, y + 34, what, "axis"))
     width = left + columns * CELL + 14
-    drawn = svg(body, y + 42, f"what the plan does to {sum(len(p.slots) for p in plan.layers)} experts", max(width, 170))
+    drawn = svg(
+        body, y + 42, f"what the plan does to {sum(len(p.slots) for p in plan.layers)} experts", max(width, 170)
+    )
     return drawn.replace("<svg ", f'<svg class="natural" style="width:{max(width, 170):.0f}px" ', 1)
 
 
 def _order(slot: Slot) -> tuple:
-    return ("kept", "stand_in", "nothing", "dropped").index(slot.becomes), -1 if slot.base is None else slot.base, -slot.rank
+    return (
+        ("kept", "stand_in", "nothing", "dropped").index(slot.becomes),
+        -1 if slot.base is None else slot.base,
+        -slot.rank,
+    )
 
 
 def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
@@ -148,7 +157,9 @@ def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
         sign = f'<text x="7" y="11">{mark}</text>' if mark else ""
         told = escape(f"expert {e}: {_detail(slot, layer)}")
         cell = f'<rect width="14" height="14" class="{colour_of(slot)}"/>'
-        parts.append(f'<g class="cell" transform="translate({here})" data-own="{own}"><title>{told}</title>{cell}{sign}</g>')
+        parts.append(
+            f'<g class="cell" transform="translate({here})" data-own="{own}"><title>{told}</title>{cell}{sign}</g>'
+        )
     return parts
 
 

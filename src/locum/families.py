@@ -2,8 +2,9 @@
 
 The rule: an experts module carries the flags that transformers' `use_experts_implementation` gives it (`has_gate`,
 `is_transposed`, ...) and a `down_proj`; its router is the sibling named `gate` or `router`, and every tensor of the
-router has the expert axis first. What does not fit gets a row in `FAMILIES`; what is not safe is refused there, by
-name, with the reason. There is no other per-model code anywhere.
+router has the expert axis first. A selection bias may live in the block around the two. Experts of vision and audio
+towers are left alone: text never reaches them. What does not fit gets a row in `FAMILIES`; what is not safe is refused
+there, by name, with the reason. There is no other per-model code anywhere.
 
 Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with a gate and F without.
 """
@@ -11,42 +12,91 @@ Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .container import StandInExperts
 from .errors import UnsupportedModel
+from .routers import RouterRule, RouterTensor, probe_router, router_tensors
 from .shapes import LayerShape
 from .stand_ins import ExpertWeights
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config entries that hold E
+EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # config entries that hold E
+OTHER_TOWERS = ("vision", "visual", "audio", "talker")  # parts of a module's path that text does not run through
+CLASSES = ("CAUSAL_LM", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "TOKEN_CLASSIFICATION")  # of models, in order of choice
 
 
 @dataclass(frozen=True)
 class Family:
-    """An exception to the rule for one `model_type`."""
+    """An exception to the rule for one `model_type` (and for the same name with "_text" behind it)."""
 
     refuse: str = ""  # why nothing can be done safely
+    refuse_dropping: str = ""  # why no expert may leave the router; replacing experts is safe
+    router: RouterRule = field(default_factory=RouterRule)
 
 
+GEMMA = RouterRule(shared=("scale",), probabilities=True)
+INKLING = RouterRule(shared=("global_scale",), rows_after=("weight",))  # the shared experts' gates come after
+ERNIE = RouterRule(expert_axis={"moe_statics.e_score_correction_bias": 1})
 FAMILIES: dict[str, Family] = {
-    "deepseek_v4": Family(refuse="its hash-routed layers map token ids to experts, so experts cannot be renumbered"),
-    "zaya": Family(refuse="its router has a skip class beside the experts"),
+    "gemma4": Family(router=GEMMA),
+    "inkling_mm_model": Family(router=INKLING),
+    "inkling_text": Family(router=INKLING),
+    "ernie4_5_moe": Family(router=ERNIE),
+    "ernie4_5_vl_moe": Family(
+        refuse="its files keep text and vision experts in one list, which transformers splits by one number of experts: "
+        "neither kind can change without the other, and text never reaches the vision experts to measure them",
+        router=ERNIE,
+    ),
+    "qwen3_omni_moe": Family(
+        refuse="the whole model has no forward of its own; save its thinker (model.thinker.save_pretrained), which is a "
+        "model of type 'qwen3_omni_moe_thinker', and compress that"
+    ),
+    "deepseek_v4": Family(
+        refuse_dropping="its hash-routed layers map token ids to experts, so experts cannot be renumbered",
+        router=RouterRule(shared=("tid2eid",)),
+    ),
+    "diffusion_gemma": Family(
+        refuse="it writes text by diffusion: the same experts serve its encoder and its decoder, which reads noise, so "
+        "next-token calibration, recovery and evaluation do not describe what its experts do"
+    ),
+    "zaya": Family(
+        refuse="its router has a skip class beside the experts and reports skipped tokens as expert 0 with gate 0, so "
+        "what is counted for expert 0 is not its own"
+    ),
+    "doge": Family(
+        refuse="its experts are rows of embeddings found by product keys, not networks that could be replaced"
+    ),
     "longcat_flash": Family(refuse="its router selects zero-computation experts beside the real ones"),
-    "muse_spark": Family(refuse="it normalises each expert's output before the gate, which no stand-in reproduces yet"),
 }
+
+
+def family_of(model_type: str) -> Family:
+    return FAMILIES.get(model_type) or FAMILIES.get(model_type.removesuffix("_text")) or Family()
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """A live layer: its shape and its two modules. `experts` is a stock module or, once compressed, the container."""
+    """A live layer: its shape, its two modules and the block that holds them. `experts` may be a container."""
 
     shape: LayerShape
     experts: nn.Module
     router: nn.Module
+    block: nn.Module
+    per_expert: tuple[RouterTensor, ...]  # what the router, and the block for it, has for every expert
+    family: Family
 
 
 def is_stock_experts(module: nn.Module) -> bool:
@@ -59,13 +109,43 @@ def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     Raises UnsupportedModel for a dense model, a family that is refused and a layer that does not fit the rule.
     """
     model_type = model.config.model_type
-    if reason := FAMILIES.get(model_type, Family()).refuse:
-        raise UnsupportedModel(f"model type {model_type!r} is not supported: {reason}")
+    family = family_of(model_type)
+    if family.refuse:
+        raise UnsupportedModel(f"model type {model_type!r} is not supported: {family.refuse}")
     modules = dict(model.named_modules())
-    names = [n for n, m in modules.items() if is_stock_experts(m) or isinstance(m, StandInExperts)]
+    experts = [n for n, m in modules.items() if is_stock_experts(m) or isinstance(m, StandInExperts)]
+    names = [n for n in experts if not _is_elsewhere(n)]
     if not names:
         raise UnsupportedModel(_why_no_layers(model_type, modules))
-    return tuple(_layer(name, modules, model_type) for name in names)
+    configs_elsewhere = {id(getattr(modules[n], "config", None)) for n in experts if _is_elsewhere(n)}
+    return tuple(_layer(name, modules, model_type, family, configs_elsewhere) for name in names)
+
+
+def unread_tensors(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
+    """Those of a checkpoint's tensors that transformers leaves out on purpose, such as multi-token-prediction heads."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return frozenset(name for name in names if any(re.search(pattern, name) for pattern in patterns))
+
+
+def notes_on(model: PreTrainedModel, layers: tuple[MoeLayer, ...], unread: frozenset[str]) -> tuple[str, ...]:
+    """What a user should know of a model before compressing it."""
+    notes = []
+    if reason := layers[0].shape.refuse_dropping:
+        notes.append(f"no expert of this model can be dropped, only replaced: {reason}")
+    if elsewhere := [n for n, m in model.named_modules() if is_stock_experts(m) and _is_elsewhere(n)]:
+        notes.append(
+            f"the experts of {len(elsewhere)} layers that text does not reach are left alone: {elsewhere[0]} ..."
+        )
+    if unread:
+        notes.append(
+            f"transformers does not load {len(unread)} tensors of this checkpoint (such as a multi-token-prediction head: "
+            f"{min(unread)}); they are not counted here, and a compressed checkpoint has none of them"
+        )
+    return tuple(notes)
+
+
+def _is_elsewhere(name: str) -> bool:
+    return any(tower in part for part in name.split(".") for tower in OTHER_TOWERS)
 
 
 def _why_no_layers(model_type: str, modules: dict[str, nn.Module]) -> str:
@@ -77,7 +157,9 @@ def _why_no_layers(model_type: str, modules: dict[str, nn.Module]) -> str:
     return f"model type {model_type!r} has no mixture-of-experts layers; Locum compresses MoE models only"
 
 
-def _layer(name: str, modules: dict[str, nn.Module], model_type: str) -> MoeLayer:
+def _layer(
+    name: str, modules: dict[str, nn.Module], model_type: str, family: Family, configs_elsewhere: set[int]
+) -> MoeLayer:
     experts = modules[name]
     block_name = name.rpartition(".")[0]
     block = modules[block_name]
@@ -88,81 +170,70 @@ def _layer(name: str, modules: dict[str, nn.Module], model_type: str) -> MoeLaye
         )
     router_name = f"{block_name}.{found[0]}"
     router = modules[router_name]
-    num_experts = experts.num_experts
-    for tensor_name, tensor in router_tensors(router):
-        if tensor.ndim == 0 or tensor.shape[0] != num_experts:
-            raise UnsupportedModel(
-                f"{router_name}.{tensor_name} ({model_type}) has shape {list(tensor.shape)}; expected the "
-                f"{num_experts} experts on its first axis"
-            )
-    shape = _layer_shape(name, experts, router_name, router, block)
-    return MoeLayer(shape, experts, router)
+    per_expert = router_tensors(router, block, experts.num_experts, family.router, f"{router_name} ({model_type})")
+    kind = probe_router(router, block, _router_input(router, experts), experts.num_experts, family.router)
+    top_k = int(getattr(router, "top_k", 0) or getattr(block, "top_k", 0) or kind.top_k)
+    if not top_k:
+        raise UnsupportedModel(f"{router_name} ({model_type}): it does not say how many experts it selects (top_k)")
+    sizes = _sizes(experts)
+    shape = LayerShape(
+        name=name,
+        num_experts=experts.num_experts,
+        top_k=top_k,
+        hidden_size=sizes[0],
+        expert_width=sizes[1],
+        router=router_name,
+        router_kind=kind.scores,
+        renormalised=kind.renormalised,
+        **_groups(router, top_k),
+        shared_experts=sum("shared_" in n and "gate" not in n for n, _ in block.named_children()),
+        has_gate=sizes[2],
+        has_bias=sizes[3],
+        router_numel=sum(t.numel for t in per_expert),
+        router_bytes=sum(t.numel * t.tensor.element_size() for t in per_expert),
+        refuse_dropping=family.refuse_dropping,
+        stock_can_drop=id(getattr(experts, "config", None)) not in configs_elsewhere,
+    )
+    return MoeLayer(shape, experts, router, block, per_expert, family)
 
 
-def _layer_shape(name: str, experts: nn.Module, router_name: str, router: nn.Module, block: nn.Module) -> LayerShape:
+def _sizes(experts: nn.Module) -> tuple[int, int, bool, bool]:
+    """D, F, and whether there are gates and biases."""
     if isinstance(experts, StandInExperts):
         layout = experts.layout
-        sizes = (layout.hidden_size, layout.expert_width, layout.has_gate, layout.has_bias)
-    else:
-        d, f = experts.down_proj.shape[1:] if not experts.is_transposed else reversed(experts.down_proj.shape[1:])
-        sizes = (d, f, experts.has_gate, experts.has_bias)
-    top_k = getattr(router, "top_k", None) or getattr(block, "top_k", None) or getattr(block, "num_experts_per_tok", 0)
+        return layout.hidden_size, layout.expert_width, layout.has_gate, layout.has_bias
+    d, f = experts.down_proj.shape[1:] if not experts.is_transposed else reversed(experts.down_proj.shape[1:])
+    return int(d), int(f), experts.has_gate, experts.has_bias
+
+
+def _router_input(router: nn.Module, experts: nn.Module) -> int:
+    """The width of what a router reads; where experts work in a narrower space, it is not theirs."""
+    weights = [t for t in router.state_dict().values() if t.ndim == 2 and t.shape[0] >= experts.num_experts]
+    return int(weights[0].shape[1]) if weights else _sizes(experts)[0]
+
+
+def _groups(router: nn.Module, top_k: int) -> dict[str, int]:
     groups = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
     if (getattr(router, "topk_method", None) or "").startswith("greedy"):
         groups = 1  # DeepSeek-V2 keeps the setting but does not use it
-    kind, renormalised = _probe_router(router, sizes[0])
-    shared = [m for n, m in block.named_children() if "shared_expert" in n and "gate" not in n]
-    tensors = [tensor for _, tensor in router_tensors(router)]
-    return LayerShape(
-        name=name,
-        num_experts=experts.num_experts,
-        top_k=int(top_k),
-        hidden_size=int(sizes[0]),
-        expert_width=int(sizes[1]),
-        router=router_name,
-        router_kind=kind,
-        renormalised=renormalised,
-        num_groups=int(groups),
-        shared_experts=len(shared),
-        has_gate=sizes[2],
-        has_bias=sizes[3],
-        router_numel=sum(t.numel() // t.shape[0] for t in tensors),
-        router_bytes=sum(t.numel() // t.shape[0] * t.element_size() for t in tensors),
+    open_groups = getattr(router, "topk_group", None) or 1
+    # Groups are ranked by the sum of their best two; the selected ones must hold top-k experts between them.
+    return {"num_groups": int(groups), "min_per_group": max(2, -(-top_k // open_groups)) if groups > 1 else 1}
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that holds a whole checkpoint: of a multimodal model its towers too, which a text class would lose."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(config, "sub_configs", None):
+            return found
+    order = CLASSES if not getattr(config, "sub_configs", None) else (*CLASSES[1:3], CLASSES[0])
+    for task in order:
+        if found := getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(config.model_type):
+            return getattr(transformers, found)
+    raise UnsupportedModel(
+        f"model type {config.model_type!r} is not a language model that transformers can load as one"
     )
-
-
-def router_tensors(router: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers of a router, by name."""
-    state = router.state_dict()
-    tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
-    return ((name, tensors[name]) for name in state)
-
-
-def _probe_router(router: nn.Module, hidden_size: int) -> tuple[str, bool]:
-    """The score function and whether gates are renormalised, found by trying the router on random input.
-
-    Only for people to read (`inspect`, reports): statistics always use the indices and weights of the model itself.
-    """
-    twin = copy.deepcopy(router).to_empty(device="cpu").float().eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32)
-
-    with torch.no_grad(), torch.device("cpu"):  # from_pretrained builds models inside a meta device context
-        for _, tensor in router_tensors(twin):
-            tensor.copy_(normal(*tensor.shape) * 0.3 if tensor.ndim > 1 else torch.zeros(tensor.shape))
-        try:
-            logits_TE, gate_TK, index_TK = twin(normal(16, hidden_size))[:3]
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return "unknown", False
-    sums_T = gate_TK.float().sum(dim=-1)
-    renormalised = bool((sums_T / sums_T[0] - 1).abs().max() < 1e-3) and gate_TK.shape[1] > 1
-    for kind, scores_TE in (("softmax", logits_TE.float().softmax(-1)), ("sigmoid", logits_TE.float().sigmoid())):
-        ratio_TK = gate_TK.float() / scores_TE.gather(1, index_TK)
-        if bool((ratio_TK / ratio_TK[:, :1] - 1).abs().max() < 1e-3):
-            return kind, renormalised
-    return "other", renormalised
 
 
 def canonical_gate(experts: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -223,23 +294,17 @@ def write_expert(experts: nn.Module, e: int, weights: ExpertWeights) -> None:
             experts.down_proj_bias[e].copy_(weights.down_bias_D)
 
 
-def slice_router(router: nn.Module, keep: tuple[int, ...] | int) -> None:
+def slice_router(layer: MoeLayer, keep: tuple[int, ...] | int) -> None:
     """Keep these rows of everything the router has per expert (or, given a count, make room for that many rows)."""
-    for name, tensor in list(router_tensors(router)):
-        holder = router.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if isinstance(keep, int):
-            rows = torch.empty((keep, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-        else:
-            rows = tensor.detach()[list(keep)].clone()
-        if isinstance(tensor, nn.Parameter):
-            setattr(holder, leaf, nn.Parameter(rows, requires_grad=tensor.requires_grad))
-        else:
-            holder._buffers[leaf] = rows
+    for per_expert in layer.per_expert:
+        per_expert.keep(keep, layer.shape.num_experts)
     count = keep if isinstance(keep, int) else len(keep)
-    for attribute in ("num_experts", "n_routed_experts", "out_features"):
-        if isinstance(getattr(router, attribute, None), int):
-            setattr(router, attribute, count)
+    dropped = layer.shape.num_experts - count
+    totals = {per_expert.tensor.shape[per_expert.axis] for per_expert in layer.per_expert}
+    for holder in (layer.block, *layer.router.modules()):
+        for attribute in ("num_experts", "n_routed_experts", "n_total_experts", "out_features"):
+            if getattr(holder, attribute, None) in totals:
+                setattr(holder, attribute, getattr(holder, attribute) - dropped)
 
 
 def slice_experts(experts: nn.Module, keep: tuple[int, ...]) -> None:

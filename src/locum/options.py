@@ -9,6 +9,8 @@ from typing import Any
 
 from .errors import OptionError, unknown
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
 
 def option(
     default: Any,
@@ -25,9 +27,13 @@ def option(
 
 
 def check_options(options: Any) -> None:
-    """Check every field of an options dataclass against what it allows. Raises OptionError."""
+    """Check every field of an options dataclass against what it allows: first its type, that of its default. Raises
+    OptionError."""
     for item in dataclasses.fields(options):
         value, allowed, name = getattr(options, item.name), item.metadata, item.name.replace("_", "-")
+        kind = type(item.default)
+        if kind in KINDS and not (type(value) is kind or (kind is float and type(value) is int)):
+            raise OptionError(f"--{name} is {value!r}; it takes {KINDS[kind]}")
         if allowed.get("choices") and value not in allowed["choices"]:
             raise OptionError(unknown(f"value for --{name}", str(value), allowed["choices"]))
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -46,7 +52,10 @@ def make_options(cls: type, given: dict[str, Any]) -> Any:
     allowed = [item.name for item in dataclasses.fields(cls)]
     for name in given:
         if name not in allowed:
-            raise OptionError(unknown(f"option for {cls.__name__}", name, allowed))
+            owner = f"method {cls.name}" if hasattr(cls, "name") else cls.__name__.lower()
+            flags = ["--" + a.replace("_", "-") for a in allowed]
+            flag = "--" + name.replace("_", "-")
+            raise OptionError(unknown("option", flag, flags).replace("unknown option", f"{owner} has no option", 1))
     options = cls(**given)
     check_options(options)
     return options

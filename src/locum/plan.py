@@ -16,9 +16,10 @@ Letters: E experts, D model width, F expert width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,20 @@ from .shapes import LayerShape, ModelShape
 FORMAT_VERSION = 1
 BECOMES = ("kept", "stand_in", "nothing", "dropped")
 STARTS = ("gaussian", "svd")
+KINDS = {str: "text", int: "a whole number", bool: "true or false", dict: "an object {...}", list: "a list [...]"}
+PLAN_ENTRIES = {
+    "kind": str,
+    "format_version": int,
+    "model_type": str,
+    "shape_fingerprint": str,
+    "layers": list,
+    "method": str,
+    "options": dict,
+    "provenance": dict,
+}
+LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list}
+BASE_ENTRIES = {"experts": list, "weights": list, "align": bool}
+SLOT_ENTRIES = {"becomes": str, "base": int, "rank": int, "start": str, "constant": bool}
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,15 @@ class Slot:
     def survives(self) -> bool:
         return self.becomes != "dropped"
 
+    @property
+    def parts(self) -> str:
+        """What the stand-in is made of, in words: "base 0 + rank 16 (gaussian)"."""
+        base = [] if self.base is None else [f"base {self.base}"]
+        adapter = [f"rank {self.rank} ({self.start})"] if self.rank else []
+        return " + ".join(base + adapter + ["constant"] * self.constant)
+
     def __str__(self) -> str:
-        if self.becomes != "stand_in":
-            return self.becomes
-        parts = [] if self.base is None else [f"base {self.base}"]
-        parts += [f"rank {self.rank} ({self.start})"] if self.rank else []
-        parts += ["constant"] if self.constant else []
-        return "stand_in: " + " + ".join(parts)
+        return f"{self.becomes}: {self.parts}" if self.parts else self.becomes
 
 
 KEPT, NOTHING, DROPPED = Slot(), Slot("nothing"), Slot("dropped")
@@ -62,8 +79,12 @@ class Base:
     """One shared base: the weighted mean of some experts' weights (LightMoE Eq. 4)."""
 
     experts: tuple[int, ...]
-    weights: tuple[float, ...]  # positive, sum to one
+    weights: tuple[float, ...]  # at least 0, sum to one
     align: bool = False  # permute each expert's hidden units to the heaviest one's before averaging
+
+    def __str__(self) -> str:
+        terms = [f"{weight:.6g} x expert {e}" for e, weight in zip(self.experts, self.weights, strict=True)]
+        return " + ".join(terms) + (", aligned" if self.align else "")
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,7 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """A short hash of what the plan does, whoever made it."""
         return hashlib.sha256(json.dumps([_layer_to_json(p) for p in self.layers]).encode()).hexdigest()[:12]
@@ -140,7 +161,8 @@ class Plan:
             return False
         counts = {layer.name: layer.num_experts for layer in shape.layers}
         counts |= {layer.layer: len(layer.survivors) for layer in self.layers}
-        return len(set(counts.values())) == 1
+        can = all(x.stock_can_drop or counts[x.name] == x.num_experts for x in shape.layers)
+        return can and len(set(counts.values())) == 1
 
     def size(self, shape: ModelShape, adapter_itemsize: int | None = None) -> Size:
         """Exact size of the result. `adapter_itemsize` counts adapters at another width (LightMoE Table 8: 4 bytes)."""
@@ -209,29 +231,44 @@ class Plan:
     @classmethod
     def loads(cls, text: str, where: str = "the plan") -> Plan:
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(
-                f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-            ) from error
+            data = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        except PlanError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(data, dict) or data.get("kind") != "locum-plan":
             raise PlanError(f'{where} is not a Locum plan: expected a JSON object with "kind": "locum-plan"')
         if data.get("format_version") != FORMAT_VERSION:
             raise PlanError(
                 f"{where} has format version {data.get('format_version')!r}; this Locum reads version {FORMAT_VERSION}"
             )
-        try:
-            layers = tuple(_layer_from_json(layer, where) for layer in data["layers"])
-            return cls(
-                data["model_type"],
-                data["shape_fingerprint"],
-                layers,
-                data.get("method", "by hand"),
-                dict(data.get("options", {})),
-                dict(data.get("provenance", {})),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{where} lacks or misstates an entry: {error}") from error
+        given = dict(_checked(data, PLAN_ENTRIES, 5, where))
+        del given["kind"], given["format_version"]
+        return cls(**given | {"layers": tuple(_layer_from_json(layer, where) for layer in data["layers"])})
+
+
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        raise PlanError(f"{where}: entry {name!r} is there twice in {pairs!r:.120}; keep one of the two")
+    return data
+
+
+def _checked(data: Any, entries: dict[str, type], required: int, where: str) -> dict[str, Any]:
+    """`data`, an object that has the first `required` of these entries, maybe the others, each of its type."""
+    if not isinstance(data, dict):
+        raise PlanError(f"{where} is {data!r:.60}; it must be {KINDS[dict]}")
+    for name in list(entries)[:required]:
+        if name not in data:
+            raise PlanError(f"{where} lacks the entry {name!r} ({KINDS[entries[name]]})")
+    for name, value in data.items():
+        if name not in entries:
+            raise PlanError(f"{where}: {unknown('entry', name, entries)}")
+        if type(value) is not entries[name]:
+            raise PlanError(f"{where}: {name!r} is {value!r:.60}; it must be {KINDS[entries[name]]}")
+    return data
 
 
 def _layer_to_json(plan: LayerPlan) -> dict[str, Any]:
@@ -249,24 +286,26 @@ def _layer_to_json(plan: LayerPlan) -> dict[str, Any]:
     return {"layer": plan.layer, "bases": bases, "experts": experts}
 
 
-def _layer_from_json(data: dict[str, Any], where: str) -> LayerPlan:
-    name = data["layer"]
+def _layer_from_json(data: Any, where: str) -> LayerPlan:
+    name = _checked(data, LAYER_ENTRIES, 2, f"{where}, a layer")["layer"]
+    where = f"{where}, layer {name}"
     slots: dict[int, Slot] = {}
-    for entry in data["experts"]:
-        expert, options = entry["expert"], {k: v for k, v in entry.items() if k != "expert"}
-        place = f"{where}, layer {name}, expert {expert!r}"
-        if not isinstance(expert, int) or isinstance(expert, bool) or expert < 0:
-            raise PlanError(f"{place}: an expert is a whole number from 0")
+    for line, entry in enumerate(data["experts"]):
+        given = dict(_checked(entry, {"expert": int} | SLOT_ENTRIES, 2, f"{where}, line {line} of the experts"))
+        expert = given.pop("expert")
+        if expert < 0:
+            raise PlanError(f"{where}, expert {expert}: experts are numbered from 0")
         if expert in slots:
-            raise PlanError(f"{place} is listed twice; keep one of the two lines")
-        if strange := sorted(set(options) - set(Slot.__dataclass_fields__)):
-            raise PlanError(f"{place}: {unknown('entry', strange[0], Slot.__dataclass_fields__)}")
-        slots[expert] = Slot(**options)
-    if sorted(slots) != list(range(len(slots))):
-        missing = sorted(set(range(max(slots) + 1)) - set(slots))
-        raise PlanError(f"{where}, layer {name}: expert {missing[0]} is missing; every expert needs a line")
-    bases = tuple(Base(tuple(b["experts"]), tuple(b["weights"]), b.get("align", False)) for b in data.get("bases", ()))
-    return LayerPlan(name, tuple(slots[e] for e in range(len(slots))), bases)
+            raise PlanError(f"{where}, expert {expert} is listed twice; keep one of the two lines")
+        slots[expert] = Slot(**given)
+    for e in range(len(slots)):
+        if e not in slots:
+            raise PlanError(f"{where}: expert {e} is missing; every expert needs a line")
+    bases = []
+    for b, entry in enumerate(data.get("bases", ())):
+        given = _checked(entry, BASE_ENTRIES, 2, f"{where}, base {b}")
+        bases.append(Base(**given | {key: tuple(given[key]) for key in ("experts", "weights")}))
+    return LayerPlan(name, tuple(slots[e] for e in range(len(slots))), tuple(bases))
 
 
 def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
@@ -279,6 +318,12 @@ def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
         _validate_slot(f"{where}, expert {e}", slot, plan, shape)
     for b, base in enumerate(plan.bases):
         _validate_base(f"{where}, base {b}", base, b, plan)
+    dropped = [e for e, slot in enumerate(plan.slots) if not slot.survives]
+    if dropped and shape.refuse_dropping:
+        raise PlanError(
+            f"{where} drops expert {dropped[0]}, which this model does not allow: {shape.refuse_dropping}. Make it a "
+            f"stand_in or 'nothing' instead: both leave the router as it is"
+        )
     if len(plan.survivors) < shape.top_k:
         raise PlanError(
             f"{where} leaves {len(plan.survivors)} experts, but the router selects top_k={shape.top_k} for every token; "
@@ -292,6 +337,11 @@ def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
                 f"{where} leaves {counts} experts in the router's {shape.num_groups} groups; a group-limited router "
                 f"needs equally many in each"
             )
+        if counts[0] < shape.min_per_group:
+            raise PlanError(
+                f"{where} leaves {counts[0]} experts in each of the router's {shape.num_groups} groups; keep at least "
+                f"{shape.min_per_group}, or the router cannot rank its groups and select top_k={shape.top_k} experts"
+            )
 
 
 def _validate_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -> None:
@@ -299,10 +349,12 @@ def _validate_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -
         raise PlanError(f"{where}: {unknown('fate', slot.becomes, BECOMES)}")
     if slot.start not in STARTS:
         raise PlanError(f"{where}: {unknown('start', slot.start, STARTS)}")
-    has_parts = slot.base is not None or slot.rank != 0 or slot.constant
-    if (slot.becomes == "stand_in") != has_parts:
-        what = "a stand-in needs a base, a rank or a constant" if not has_parts else "only a stand_in has these parts"
-        raise PlanError(f"{where} becomes {slot.becomes!r} with {slot}: {what}")
+    if slot.becomes == "stand_in" and not slot.parts:
+        raise PlanError(f"{where} is a stand_in of nothing; give it a base, a rank or a constant, or make it 'nothing'")
+    if slot.becomes != "stand_in" and slot.parts:
+        raise PlanError(f"{where} is {slot.becomes!r} but has {slot.parts}; only a stand_in has such parts")
+    if slot.start != STARTS[0] and not slot.rank:
+        raise PlanError(f"{where} has start {slot.start!r} but no rank, so no adapter to start; give it a rank")
     if slot.base is not None and not (_whole(slot.base) and 0 <= slot.base < len(plan.bases)):
         raise PlanError(f"{where} uses base {slot.base!r}; the layer has {len(plan.bases)} bases, numbered from 0")
     limit = min(shape.hidden_size, shape.expert_width)
@@ -315,20 +367,24 @@ def _validate_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -
 
 def _validate_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
     if not base.experts or len(base.experts) != len(base.weights):
-        raise PlanError(f"{where} needs as many weights as experts, and at least one; it has {base}")
+        raise PlanError(
+            f"{where} has {len(base.experts)} experts and {len(base.weights)} weights; give one weight for each expert, "
+            f"and at least one"
+        )
     for e in base.experts:
         if not _whole(e) or not 0 <= e < len(plan.slots):
             raise PlanError(f"{where} averages unknown expert {e!r}; allowed: 0 to {len(plan.slots) - 1}")
     if len(set(base.experts)) < len(base.experts):
         raise PlanError(f"{where} names an expert twice: {list(base.experts)}")
-    if not all(math.isfinite(w) and w >= 0 for w in base.weights) or abs(sum(base.weights) - 1) > 1e-6:
+    numbers = all(type(w) in (int, float) and 0 <= w <= 1 for w in base.weights)
+    if not numbers or abs(sum(base.weights) - 1) > 1e-6:
         raise PlanError(f"{where} has weights {list(base.weights)}; they must be at least 0 and sum to 1")
     if not any(slot.base == index for slot in plan.slots):
         raise PlanError(f"{where} is used by no expert; remove it or give it a member")
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int
 
 
 def make_plan(shape: ModelShape, layers: Iterable[LayerPlan], **made: Any) -> Plan:
@@ -344,11 +400,9 @@ def diff(a: Plan, b: Plan) -> list[str]:
         if one is None or two is None:
             lines.append(f"{name}: only in the {'second' if one is None else 'first'} plan")
             continue
-        width = max(len(one.slots), len(two.slots))
-        slots = [(*p.slots, *[None] * (width - len(p.slots))) for p in (one, two)]
-        lines += [f"{name} expert {e}: {x} -> {y}" for e, (x, y) in enumerate(zip(*slots, strict=True)) if x != y]
-        if one.bases != two.bases:
-            lines.append(f"{name} bases: {[b.experts for b in one.bases]} -> {[b.experts for b in two.bases]}")
+        for what, *sides in (("expert", one.slots, two.slots), ("base", one.bases, two.bases)):
+            pairs = enumerate(itertools.zip_longest(*sides, fillvalue="none"))
+            lines += [f"{name} {what} {i}: {x} -> {y}" for i, (x, y) in pairs if x != y]
     return lines
 
 

@@ -6,6 +6,7 @@ from there: a folder of results can be moved or copied whole. A plan counts only
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ class Inputs:
     """Everything that was found, and what became of every file that was named."""
 
     rows: list[Row] = field(default_factory=list)
-    plans: dict[str, Plan] = field(default_factory=dict)  # by file
+    plans: dict[str, Plan] = field(default_factory=dict)  # by id, which is slow to compute; the others by file
     statistics: dict[str, Statistics] = field(default_factory=dict)
     logs: dict[str, RecoveryLog] = field(default_factory=dict)
     used: list[tuple[str, str]] = field(default_factory=list)  # kind, file
@@ -58,7 +59,9 @@ def read_inputs(
         sources += [(row, path) for row in rows]
     if not found.rows:
         files = ", ".join(str(path) for path in results) or "no file"
-        raise DataError(f"no results rows in {files}; measure a model first: locum eval MODEL --data ... --json results.jsonl")
+        raise DataError(
+            f"no results rows in {files}; measure a model first: locum eval MODEL --data ... --json results.jsonl"
+        )
     for path in map(Path, plans):
         _keep(found, "plan", path, load_plan(path))
     if statistics is not None:
@@ -87,7 +90,9 @@ def read_log(path: Path) -> RecoveryLog:
             raise DataError(f"{path}, line {number}: expected a JSON object, found {type(entry).__name__}")
         entries.append(entry)
     start = next((e for e in entries if e.get("event") == "start"), {})
-    lines_of = {key: tuple(e for e in entries if _finite(e, "step") and _finite(e, key)) for key in ("loss", "validation_loss")}
+    lines_of = {
+        key: tuple(e for e in entries if _finite(e, "step") and _finite(e, key)) for key in ("loss", "validation_loss")
+    }
     return RecoveryLog(log_name(path), start, lines_of["loss"], lines_of["validation_loss"])
 
 
@@ -106,7 +111,7 @@ def _finite(entry: dict[str, Any], key: str) -> bool:
 
 def _keep(found: Inputs, kind: str, path: Path, what: Any) -> None:
     shelf = {"plan": found.plans, "statistics": found.statistics, "recovery log": found.logs}[kind]
-    key = str(path.resolve())
+    key = what.id if kind == "plan" else str(path.resolve())
     if key not in shelf:
         shelf[key] = what
         found.used.append((kind, str(path)))
@@ -114,8 +119,11 @@ def _keep(found: Inputs, kind: str, path: Path, what: Any) -> None:
 
 def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
     readers = {"plan": load_plan, "statistics": load_statistics, "recovery log": read_log}
+    read = functools.cache(lambda kind, path: readers[kind](path))  # many rows name the same file
     given = {kind for kind, _ in found.used}
-    named = dict.fromkeys((kind, name, sure, source, row.plan) for row, source in sources for kind, name, sure in _named(row))
+    named = dict.fromkeys(
+        (kind, name, sure, source, row.plan) for row, source in sources for kind, name, sure in _named(row)
+    )
     for kind, name, sure, source, plan in named:
         if kind == "statistics" and kind in given:
             continue
@@ -123,15 +131,14 @@ def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
         # all recovery logs are called the same, so the name alone would find another model's
         for path in _candidates(Path(name), source.parent, 2 if kind == "recovery log" else 1):
             try:
-                what = readers[kind](path)
+                what = read(kind, path)
             except LocumError as error:
                 why = f"cannot be used: {error}"
                 continue
             if kind == "plan" and plan is not None and what.id != plan:
                 why = f"found {path}, which is plan {what.id} and not {plan}"
                 continue
-            if kind != "plan" or what.id not in {known.id for known in found.plans.values()}:
-                _keep(found, kind, path, what)
+            _keep(found, kind, path, what)
             break
         else:
             if sure and (kind, name, why) not in found.missed:

@@ -6,6 +6,7 @@ Colours of marks are chosen to differ for colour-blind readers too, in lightness
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .charts import escape
@@ -35,17 +36,17 @@ h1{font-size:1.7rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.2rem;margin:44
 p{margin:6px 0;max-width:76ch}.dim,figcaption,.legend{color:var(--dim);font-size:.9rem}a{color:var(--accent)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,225px),1fr));gap:12px;margin:18px 0 12px}
 .figures div{background:var(--soft);border-radius:10px;padding:12px 16px}
-.figures b{display:block;font-size:1.65rem;line-height:1.25;font-weight:650;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
+.figures b{display:block;font-size:1.4rem;line-height:1.3;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .figures span{display:block;color:var(--dim);font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}
 .lead{font-size:1.08rem;overflow-wrap:anywhere}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:12px 40px;align-items:start}
-.pair>figure{max-width:600px}
+.pair>figure{max-width:540px}.tight{row-gap:0}.hint{display:none}
 figure{margin:10px 0;min-width:0}figcaption{margin-top:4px;max-width:76ch}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 svg{display:block;width:100%;height:auto;font-size:12px}svg.natural{max-width:none}
 svg text{fill:var(--ink)}svg .tick{fill:var(--dim);font-size:11.5px;font-variant-numeric:tabular-nums}
 svg .axis{fill:var(--dim)}svg .group,svg .name{font-weight:600}
-.grid{stroke:var(--grid)}.rule{stroke:var(--rule)}.reference{stroke:var(--ink);stroke-dasharray:3 3;opacity:.6}
+.grid{stroke:var(--grid)}.rule{stroke:var(--rule)}.reference{stroke:var(--ink);stroke-dasharray:2 2;opacity:.75}
 .interval{stroke:var(--ink);stroke-width:1.3}.whisker{stroke-width:1.5}.leader{stroke-width:.8;opacity:.7}
 .arrow{stroke-width:1.4;stroke-dasharray:2 3;opacity:.8}.mark{stroke:var(--paper);stroke-width:1.2}.seed{opacity:.75}
 .curve{fill:none!important;stroke-width:2;stroke-linejoin:round}.curve.raw{stroke-width:1;opacity:.3}.curve.thin{stroke-width:1.2}
@@ -57,9 +58,11 @@ svg .axis{fill:var(--dim)}svg .group,svg .name{font-weight:600}
 font:600 10px/13px system-ui,"Liberation Sans",Arial,sans-serif;color:var(--sign)}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 10px;text-align:left;border-bottom:1px solid var(--grid);white-space:nowrap}
-td.n,th.n{text-align:right}td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:200px}th{color:var(--dim);font-weight:600}
+td.n,th.n{text-align:right}td.wrap{white-space:normal;overflow-wrap:anywhere;}th{color:var(--dim);font-weight:600}
 thead th{border-bottom-color:var(--rule)}th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--accent)}
 th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
+.models th,.models td{padding:5px 6px}.models td:first-child{white-space:normal;padding-left:2px}.facts th{width:190px;white-space:normal;vertical-align:top}
+@media (max-width:620px){.hint{display:block}.models table{font-size:.78rem}.models th,.models td{padding:5px 4px}.models th{white-space:normal;vertical-align:bottom}.facts th{width:110px}}
 tr.best td:first-child{font-weight:650}summary{cursor:pointer;color:var(--accent);margin:8px 0}
 .press{font:inherit;font-size:.88rem;color:var(--accent);background:none;border:1px solid var(--rule);border-radius:6px;padding:2px 10px;cursor:pointer}
 @media print{main{max-width:none;padding:0}figure,.figures div,tr{break-inside:avoid}.scroll{overflow:visible}svg.natural{max-width:100%}
@@ -104,7 +107,9 @@ for (const press of document.querySelectorAll('.press')) {
 def _classes() -> str:
     """One rule per colour: fill for marks and cells, stroke for lines, ink for names in the colour."""
     named = [f"c{n}" for n in range(8)] + ["co"]
-    rules = [f".{c}{{fill:var(--{c})}}line.{c},.curve.{c}{{stroke:var(--{c})}}svg text.{c}{{fill:var(--{c})}}" for c in named]
+    rules = [
+        f".{c}{{fill:var(--{c})}}line.{c},.curve.{c}{{stroke:var(--{c})}}svg text.{c}{{fill:var(--{c})}}" for c in named
+    ]
     cells = [f"u{n}" for n in range(9)] + [f"b{n}" for n in range(8)] + ["fk", "fr", "fc", "fn", "fd"]
     rules += [f".{c}{{fill:var(--{c});background:var(--{c})}}" for c in cells]
     return "".join(rules)
@@ -112,7 +117,9 @@ def _classes() -> str:
 
 def page(title: str, body: str) -> str:
     """A whole HTML document."""
-    colours = f":root{{color-scheme:light dark;{LIGHT}}}@media screen and (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
+    colours = (
+        f":root{{color-scheme:light dark;{LIGHT}}}@media screen and (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -143,10 +150,14 @@ def figure(drawing: str, caption: str = "", scroll: bool = False) -> str:
     return f"<figure>{drawing}" + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "") + "</figure>"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str | tuple[str, float | None]]], best: int | None = None) -> str:
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str | tuple[str, float | None]]], best: int | None = None
+) -> str:
     """A sortable table. A cell that is a pair holds what is shown and the number to sort by, and stands right."""
     numeric = [any(isinstance(row[i], tuple) for row in rows) for i in range(len(heads))]
-    head = "".join(f'<th class="n">{escape(h)}</th>' if n else f"<th>{escape(h)}</th>" for h, n in zip(heads, numeric, strict=True))
+    head = "".join(
+        f'<th class="n">{escape(h)}</th>' if n else f"<th>{escape(h)}</th>" for h, n in zip(heads, numeric, strict=True)
+    )
     lines = []
     for number, row in enumerate(rows):
         style = ' class="best"' if number == best else ""
@@ -159,4 +170,4 @@ def _cell(cell: str | tuple[str, float | None]) -> str:
     if isinstance(cell, str):
         return f"<td>{escape(cell)}</td>"
     shown, value = cell
-    return f'<td class="n" data-v="{-1e308 if value is None else value!r}">{escape(shown)}</td>'
+    return f'<td class="n" data-v="{value if value is not None and math.isfinite(value) else -1e308!r}">{escape(shown)}</td>'

@@ -23,7 +23,7 @@ def layer_thresholds(norms_L: list[float], base: float, alpha: float, clip: floa
     threshold_j = clip(base * exp(-alpha (norm_j - 1)), (1 - clip) base, (1 + clip) base), norm_j being the mean router
     output norm of layer j over the mean of all layers: layers with larger router outputs are compressed less.
     """
-    mean = sum(norms_L) / len(norms_L)
+    mean = sum(norms_L) / len(norms_L) or 1.0
     raw = [base * math.exp(-alpha * (norm / mean - 1)) for norm in norms_L]
     return [min(max(value, (1 - clip) * base), (1 + clip) * base) for value in raw]
 

@@ -24,16 +24,28 @@ class LayerShape:
     router_kind: str  # "softmax", "sigmoid", ... as far as known; for people, never for decisions
     renormalised: bool  # whether the selected gates are scaled to sum to one (or a constant)
     num_groups: int = 1  # group-limited routing: every group must keep the same number of experts
+    min_per_group: int = 1  # and at least so many, or its router fails
     shared_experts: int = 0  # experts that every token runs; never touched
     has_gate: bool = True
     has_bias: bool = False
     router_numel: int = 0  # parameters and buffers of the router per expert (row, selection bias, ...)
     router_bytes: int = 0  # the same in bytes of the checkpoint
+    refuse_dropping: str = ""  # why none of its experts may be dropped, if so
+    stock_can_drop: bool = (
+        True  # not where other experts, which text does not reach, share the config's number of experts
+    )
 
     @property
     def gate_width(self) -> int:
         """Outputs of the first product of an expert: 2F with a gate, F without."""
         return self.expert_width * (2 if self.has_gate else 1)
+
+    @property
+    def fewest_experts(self) -> int:
+        """The fewest experts with which the router still works."""
+        if self.num_groups == 1:
+            return self.top_k
+        return self.num_groups * max(self.min_per_group, -(-self.top_k // self.num_groups))
 
     def parameters(self, width: int | None = None) -> int:
         """Parameters of one dense expert (or base) of this layer, at another width if one is given."""

@@ -7,6 +7,7 @@ command line. Options of methods and of recovery are those of their own dataclas
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from .plan import diff as diff_plans
 from .shapes import ModelShape
 from .statistics import STATISTICS, Statistics, check_same_origin, mean_output
 
+MOST_SEED = 2**31 - 1
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -61,14 +63,16 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {name} cannot be used ({reason}); devices here: auto, {there}") from error
+        raise OptionError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]:.80}); devices here: auto, {there}"
+        ) from error
     return name
 
 
-def _check_number(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+def _check_number(name: str, value: int, least: int, most: float = math.inf) -> None:
     if not least <= value <= most:
-        raise OptionError(f"--{name} is {value}; allowed: whole numbers from {least} to {most}")
+        end = "" if most == math.inf else f" to {most}"
+        raise OptionError(f"--{name} is {value}; allowed: whole numbers from {least}{end}")
 
 
 def inspect(model: Path) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def apply(
     """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card."""
     model = Path(model)
     out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
-    _check_number("seed", seed, 0)
+    _check_number("seed", seed, 0, MOST_SEED)
     decided = plan if isinstance(plan, Plan) else artefacts.load_plan(plan)
     shape = checkpoint.read_shape(model)
     if checkpoint.is_compressed(checkpoint.read_config(model)):
@@ -289,7 +293,7 @@ def compress(
     model = Path(model)
     paths = [source.path for source in parse_sources(data)]
     out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
-    _check_number("seed", seed, 0)
+    _check_number("seed", seed, 0, MOST_SEED)
     _chosen(method, options)
     _check_target(remove, fit, checkpoint.read_shape(model))
     keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")

@@ -78,7 +78,7 @@ class Recovery:
     annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
     steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
-    seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0)
+    seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0, at_most=2**31 - 1)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
 

@@ -5,8 +5,10 @@ Letters: E experts, D model width.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class LightMoE:
 
     selection: str = option("adaptive", "how many experts each layer gives up", choices=SELECTIONS)
     score: str = option("gate", "criterion by which experts are ranked")
-    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0)
+    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0, at_most=100)
     clip: float = option(0.2, "largest relative deviation of a layer's threshold", at_least=0)
     grouping: str = option("dominant", "which experts share a base", choices=GROUPINGS)
     bases: int = option(3, "shared bases per layer", at_least=1)
@@ -101,6 +103,7 @@ def group_by_dominance(
 
 def group_by_kmeans(layer: LayerStatistics, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
     """Groups by k-means (fixed seed) on the experts' mean outputs, as HC-SMoE's k-means variant (arXiv 2410.08589)."""
-    features = mean_output(layer)[candidates].numpy()
-    _, labels = kmeans2(features, num_bases, minit="++", rng=0)
-    return [[e for e, label in zip(candidates, labels, strict=True) if label == b] for b in range(num_bases)]
+    points, point_of = np.unique(mean_output(layer)[candidates].numpy(), axis=0, return_inverse=True)
+    with warnings.catch_warnings(action="ignore"):  # a cluster that became empty is one base fewer
+        _, labels = kmeans2(points, min(num_bases, len(points)), minit="++", rng=0)
+    return [[e for e, p in zip(candidates, point_of, strict=True) if labels[p] == b] for b in range(num_bases)]

@@ -31,7 +31,7 @@ class Replace:
     shared: bool = option(True, "one shared base per layer under the adapters")
     selection: str = option("adaptive", "how many experts each layer gives up", choices=SELECTIONS)
     score: str = option("gate", "criterion by which experts are ranked")
-    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0)
+    alpha: float = option(0.3, "how strongly large router outputs protect a layer", at_least=0, at_most=100)
     clip: float = option(0.2, "largest relative deviation of a layer's threshold", at_least=0)
     rank: int = option(16, "rank of every replaced expert's adapter", at_least=1)
     start: str = option(

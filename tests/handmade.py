@@ -1,0 +1,113 @@
+"""Statistics made by hand: random routing and random outputs, put through the real definitions. Numbers, no model.
+
+Letters: T tokens, K top-k, E experts, D model width, F expert width, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locum.data import Tokens
+from locum.shapes import LayerShape, ModelShape
+from locum.statistics import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
+
+SAMPLES = (20, 30, 14)
+
+
+def toy_shape(
+    layers: int = 3, experts: int = 16, top_k: int = 2, d: int = 256, f: int = 128, **more: int
+) -> ModelShape:
+    """Wide enough (as numbers) that a rank-16 adapter saves most of an expert."""
+    shapes = [
+        LayerShape(
+            f"model.layers.{i}.experts", experts, top_k, d, f, f"model.layers.{i}.gate", "softmax", False, **more
+        )
+        for i in range(layers)
+    ]
+    routed = sum(shape.num_experts * shape.parameters() for shape in shapes)
+    return ModelShape("toy", tuple(shapes), routed + 5000, 2 * routed + 10000, 2)
+
+
+def statistics_of(sums: list[Sums], shape: ModelShape) -> Statistics:
+    origin = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command"))
+    parts = [s.statistics({**origin, "seed": 0, "shape": shape.to_json()}) for s in sums]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (), domains: int = 2) -> Statistics:
+    """Routing that prefers some experts and differs between layers; the experts in `never` are never selected."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    domain_sums = [Sums(f"domain{i}", tuple(STATISTICS)) for i in range(domains)]
+    for index, layer in enumerate(shape.layers):
+        num_experts, d = layer.num_experts, layer.hidden_size
+        prefer_E, mean_ED, scale_E = 0.4 * normal(num_experts), normal(num_experts, d), normal(num_experts).exp()
+        for sums in domain_sums:
+            logits_TE = (normal(sum(SAMPLES), num_experts) + prefer_E) * (1 + 0.5 * index)
+            masked_TE = logits_TE.clone()
+            masked_TE[:, list(never)] = -torch.inf
+            index_TK = masked_TE.topk(layer.top_k).indices
+            gate_TK = logits_TE.softmax(dim=-1).gather(1, index_TK)
+            expert_P, order_P = index_TK.flatten().sort(stable=True)
+            out_PD = (normal(len(expert_P), d) + mean_ED[expert_P]) * scale_E[expert_P, None]
+            counts = tuple(torch.bincount(expert_P, minlength=num_experts).tolist())
+            sums.add(layer.name, RouterEvent(logits_TE, SAMPLES))
+            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts))
+            sums.num_tokens = sum(SAMPLES)
+    return statistics_of(domain_sums, shape)
+
+
+def with_sums(shape: ModelShape, **layers_by_name: list[object]) -> Statistics:
+    """Statistics that are these very numbers: for every statistic, one value per layer."""
+    layers = {
+        layer.name: {
+            name: torch.as_tensor(values[i], dtype=torch.float64).unsqueeze(0)
+            for name, values in layers_by_name.items()
+        }
+        for i, layer in enumerate(shape.layers)
+    }
+    origin = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command"))
+    return Statistics(("all",), layers, {**origin, "seed": 0, "tokens": 1, "shape": shape.to_json()})
+
+
+def restrict(statistics: Statistics, names: tuple[str, ...]) -> Statistics:
+    """Only these statistics."""
+    layers = {layer: {n: named[n] for n in dict.fromkeys(names)} for layer, named in statistics.layers.items()}
+    return Statistics(statistics.domains, layers, statistics.provenance)
+
+
+def relabel(statistics: Statistics, order: list[int]) -> Statistics:
+    """The same model with its experts renumbered: new expert i is old expert order[i], in every layer."""
+    layers = {}
+    for layer, named in statistics.layers.items():
+        layers[layer] = dict(named)
+        for name in named:
+            for axis, letter in enumerate(STATISTICS[name].axes, start=1):
+                if letter == "E":
+                    layers[layer][name] = layers[layer][name].index_select(axis, torch.tensor(order))
+    return Statistics(statistics.domains, layers, statistics.provenance)
+
+
+def tokens_of(ids_BS: Tensor) -> Tokens:
+    """Blocks of ids as calibration data of one domain, every token of it text."""
+    ones = torch.ones_like(ids_BS)
+    return Tokens(
+        ids_BS=ids_BS,
+        loss_mask_BS=ones.bool(),
+        attention_BS=ones,
+        bytes_BS=ones,
+        domain_B=torch.zeros(len(ids_BS), dtype=torch.int64),
+        domains=("all",),
+        weights=(1.0,),
+        fingerprint="by hand",
+        sources=({},),
+        split="train",
+        length=ids_BS.shape[1],
+    )

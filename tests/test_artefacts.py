@@ -1,0 +1,288 @@
+"""Files are written whole or not at all, outputs are checked before any work, and statistics come back as they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints import tree
+from locum.artefacts import (
+    NOTES,
+    check_output,
+    fingerprint,
+    load_plan,
+    load_statistics,
+    provenance,
+    save_plan,
+    save_statistics,
+    whole,
+    write_text,
+)
+from locum.errors import OutputError, PlanError, StatisticsError
+from locum.plan import DROPPED, KEPT, LayerPlan, Plan
+from locum.shapes import LayerShape, ModelShape
+from locum.statistics import Statistics
+
+KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
+
+
+def write(path, kind, text):
+    (path / "a.txt" if kind == "folder" else path).write_text(text)
+
+
+def read(path, kind):
+    return (path / "a.txt" if kind == "folder" else path).read_text()
+
+
+# --- whole ------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_what_is_written_takes_the_name_and_nothing_else_stays(tmp_path, kind):
+    path = tmp_path / "new" / "out"
+    with whole(path, kind) as scratch:
+        write(scratch, kind, "one")
+        assert not path.exists()
+    assert read(path, kind) == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["out"]
+
+
+@KINDS
+def test_the_old_output_is_replaced_as_a_whole(tmp_path, kind):
+    path = tmp_path / "out"
+    with whole(path, kind) as scratch:
+        write(scratch, kind, "one")
+        if kind == "folder":
+            (scratch / "b.txt").write_text("only in the first")
+    with whole(path, kind) as scratch:
+        write(scratch, kind, "two")
+        assert read(path, kind) == "one"
+    assert read(path, kind) == "two"
+    assert not (path / "b.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@KINDS
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError, MemoryError])
+@pytest.mark.parametrize("existing", [True, False])
+def test_an_error_leaves_everything_as_it_was(tmp_path, kind, error, existing):
+    path = tmp_path / "out"
+    if existing:
+        with whole(path, kind) as scratch:
+            write(scratch, kind, "old")
+    before = tree(tmp_path)
+    with pytest.raises(error), whole(path, kind) as scratch:
+        write(scratch, kind, "half of the new")
+        raise error()
+    assert tree(tmp_path) == before
+
+
+@KINDS
+def test_a_leftover_of_a_killed_run_is_no_obstacle(tmp_path, kind):
+    path = tmp_path / "out"
+    leftover = tmp_path / f".out.part-{os.getpid()}"
+    leftover.mkdir()
+    (leftover / "x").write_text("x")
+    with whole(path, kind) as scratch:
+        write(scratch, kind, "one")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@KINDS
+def test_a_file_that_was_never_written_is_no_output(tmp_path, kind):
+    if kind == "file":
+        with pytest.raises(FileNotFoundError), whole(tmp_path / "out"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """64 KiB of memory as a disk, where this may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "locum-test", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(small_disk):
+    (small_disk / "old").write_text("old")
+    with pytest.raises(OutputError, match=r"no space left for .*text"):
+        write_text(small_disk / "text", "x" * 200_000)
+    with pytest.raises(OutputError, match=r"no space left for .*weights"), whole(small_disk / "weights") as scratch:
+        save_file({"x": torch.zeros(100_000)}, scratch)
+    with (
+        pytest.raises(OutputError, match=r"no space left for .*model"),
+        whole(small_disk / "model", "folder") as scratch,
+    ):
+        (scratch / "config.json").write_text("{}")
+        save_file({"x": torch.zeros(100_000)}, scratch / "model.safetensors")
+    assert [p.name for p in small_disk.iterdir()] == ["old"]
+    assert (small_disk / "old").read_text() == "old"
+
+
+def test_a_full_device_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="no space left"), whole(tmp_path / "out"), open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_quota_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="no space left"), whole(tmp_path / "out"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+# --- check_output -----------------------------------------------------------------------------------------------
+
+
+def locum_folder(path):
+    path.mkdir()
+    (path / NOTES).write_text("{}")
+    return path
+
+
+def test_a_new_output_is_accepted_and_nothing_is_made(tmp_path):
+    assert check_output(tmp_path / "a" / "b" / "out", False) == tmp_path / "a" / "b" / "out"
+    assert check_output(str(tmp_path / "folder"), False, "folder") == tmp_path / "folder"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_needs_force(tmp_path):
+    (tmp_path / "file").write_text("x")
+    locum_folder(tmp_path / "folder")
+    for name, kind in (("file", "file"), ("folder", "folder")):
+        with pytest.raises(OutputError, match=f"{name} exists already.*--force"):
+            check_output(tmp_path / name, False, kind)
+        assert check_output(tmp_path / name, True, kind) == tmp_path / name
+    (tmp_path / "empty").mkdir()
+    assert check_output(tmp_path / "empty", False, "folder") == tmp_path / "empty"
+
+
+def test_force_never_replaces_what_is_not_ours_or_in_use(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_bytes(b"")
+    with pytest.raises(OutputError, match="not made by Locum"):
+        check_output(photos, True, "folder")
+    model = locum_folder(tmp_path / "model")
+    for inputs in ([model], [model / "plan.json"], [str(model)]):
+        with pytest.raises(OutputError, match="in use"):
+            check_output(model, True, "folder", inputs=inputs)
+
+
+def test_a_file_is_no_folder_and_the_other_way_round(tmp_path):
+    (tmp_path / "file").write_text("x")
+    locum_folder(tmp_path / "folder")
+    for force in (True, False):
+        with pytest.raises(OutputError, match="is a file, and a folder is to be written"):
+            check_output(tmp_path / "file", force, "folder")
+        with pytest.raises(OutputError, match="is a folder, and a file is to be written"):
+            check_output(tmp_path / "folder", force, "file")
+
+
+def test_an_output_below_a_file_or_where_nothing_may_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file, not a folder"):
+        check_output(tmp_path / "file" / "out", False)
+    with pytest.raises(OutputError, match="cannot write"):
+        check_output("/proc/locum-test", False)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_as_it_was(tmp_path):
+    plan = Plan("olmoe", "f", (LayerPlan("x", (KEPT, DROPPED)),), "by hand", {"a": 1}, {"seed": 3})
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_plans_that_cannot_be_read_name_their_file(tmp_path):
+    with pytest.raises((OutputError, PlanError), match=r"nowhere\.json"):
+        load_plan(tmp_path / "nowhere.json")
+    for content in (b"{", b"\xff\xfe", b"[]", b"{}"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises((OutputError, PlanError), match=r"bad\.json"):
+            load_plan(tmp_path / "bad.json")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------
+
+
+def statistics(**more):
+    shape = ModelShape("toy", (LayerShape("a.b.experts", 4, 2, 3, 5, "r", "softmax", True),), 10, 40, 4)
+    generator = torch.Generator().manual_seed(0)
+    sums = {
+        "count": torch.randint(9, (2, 4), generator=generator).double(),
+        "output_sum": torch.randn(2, 4, 3, dtype=torch.float64, generator=generator),
+        "tokens": torch.tensor([7.0, 8.0], dtype=torch.float64),
+    }
+    known = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "command"), "ä")
+    known |= {"shape": shape.to_json(), "tokens": 15, "seed": 0, "versions": {"torch": "2"}, **more}
+    return Statistics(("code", "prose"), {"a.b.experts": sums}, known)
+
+
+def test_statistics_come_back_as_they_were(tmp_path):
+    before = statistics()
+    save_statistics(before, tmp_path / "s.safetensors")
+    after = load_statistics(tmp_path / "s.safetensors")
+    assert (after.domains, after.provenance) == (before.domains, json.loads(json.dumps(before.provenance)))
+    assert after.layers.keys() == before.layers.keys()
+    for name, named in before.layers.items():
+        assert after.layers[name].keys() == named.keys()
+        for key, tensor in named.items():
+            assert torch.equal(after.layers[name][key], tensor) and after.layers[name][key].dtype == tensor.dtype
+    assert after.shape == before.shape
+
+
+def test_the_same_statistics_give_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        save_statistics(statistics(), tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_statistics_files_that_are_none(tmp_path):
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(StatisticsError, match=r"no statistics file at .*s\.safetensors.*locum calibrate"):
+        load_statistics(path)
+    save_statistics(statistics(), path)
+    whole_file = path.read_bytes()
+    for content in (b"", b"garbage" * 9, whole_file[:-5], whole_file[: len(whole_file) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(StatisticsError, match=r"s\.safetensors.*(again|locum calibrate)"):
+            load_statistics(path)
+    for header in (None, {"format": "pt"}, {"locum-statistics": '{"format_version": 99}'}):
+        save_file({"x": torch.zeros(2)}, path, header)
+        with pytest.raises(StatisticsError, match="not a Locum statistics file of version"):
+            load_statistics(path)
+    for notes in ("", "{", "[]", "1", '{"format_version": 1, "domains": []}'):
+        save_file({"x": torch.zeros(2)}, path, {"locum-statistics": notes})
+        with pytest.raises(StatisticsError, match=r"s\.safetensors"):
+            load_statistics(path)
+
+
+# --- provenance -------------------------------------------------------------------------------------------------
+
+
+def test_provenance_says_who_made_it():
+    known = provenance(seed=3)
+    assert {"torch", "transformers", "safetensors", "locum"} <= known["versions"].keys()
+    assert known["seed"] == 3 and known["time"].endswith("Z") and known["command"]
+    json.dumps(known)
+
+
+def test_fingerprints_keep_their_parts_apart():
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+    assert fingerprint("é") == fingerprint("é".encode())
+    assert len(fingerprint(b"")) == 16

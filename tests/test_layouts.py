@@ -1,0 +1,135 @@
+"""Layouts: what a plan becomes as stacked tensors, and that a tampered one is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from locum.errors import CheckpointError
+from locum.layout import Layout
+from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.shapes import LayerShape
+from oracles import random_layer_plan
+
+
+def layer_shape(has_gate=True, has_bias=False):
+    return LayerShape("experts", 8, 2, 12, 10, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+
+
+PLAN = LayerPlan(
+    "experts",
+    (
+        DROPPED,
+        Slot("stand_in", base=1, rank=3),
+        KEPT,
+        NOTHING,
+        Slot("stand_in", base=0, rank=2, constant=True),
+        Slot("stand_in", rank=3, start="svd"),
+        KEPT,
+        Slot("stand_in", constant=True),
+    ),
+    (Base((4,), (1.0,)), Base((1, 2), (0.5, 0.5))),
+)
+
+
+def test_a_plan_by_hand():
+    layout = Layout.of(PLAN, layer_shape(has_bias=True))
+    assert layout.dense_of == (3, 0, -1, 2, -1, 1, -1)  # kept experts first, then the bases in order
+    assert layout.ranks == (2, 3)
+    assert layout.rank_of == (1, -1, -1, 0, 1, -1, -1)
+    assert layout.adapter_of == (0, -1, -1, 0, 1, -1, -1)
+    assert layout.constant_of == (-1, -1, -1, 0, -1, -1, 1)
+    assert (layout.num_experts, layout.num_dense, layout.num_constants) == (7, 4, 2)
+    assert layout.tensor_shapes() == {
+        "dense.gate_up_NGD": (4, 20, 12),
+        "dense.down_NDF": (4, 12, 10),
+        "dense.gate_up_bias_NG": (4, 20),
+        "dense.down_bias_ND": (4, 12),
+        "adapters.0.gate_up_A": (1, 4, 12),
+        "adapters.0.gate_B_FR": (1, 10, 2),
+        "adapters.0.up_B_FR": (1, 10, 2),
+        "adapters.0.down_A_RF": (1, 2, 10),
+        "adapters.0.down_B_DR": (1, 12, 2),
+        "adapters.1.gate_up_A": (2, 6, 12),
+        "adapters.1.gate_B_FR": (2, 10, 3),
+        "adapters.1.up_B_FR": (2, 10, 3),
+        "adapters.1.down_A_RF": (2, 3, 10),
+        "adapters.1.down_B_DR": (2, 12, 3),
+        "constant_ND": (2, 12),
+    }
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_tensors_hold_exactly_what_the_plan_counts(has_gate, has_bias):
+    shape = layer_shape(has_gate, has_bias)
+    for seed in range(50):
+        plan = random_layer_plan(shape, seed)
+        shapes = Layout.of(plan, shape).tensor_shapes()
+        assert sum(math.prod(s) for s in shapes.values()) == plan.parameters(shape)
+
+
+def test_every_row_has_a_user_and_only_bases_are_shared():
+    for seed in range(50):
+        plan = random_layer_plan(layer_shape(), seed)
+        layout = Layout.of(plan, layer_shape())
+        slots = [plan.slots[e] for e in plan.survivors]
+        num_kept = sum(s.becomes == "kept" for s in slots)
+        assert set(layout.dense_of) - {-1} == set(range(layout.num_dense))
+        for slot, row in zip(slots, layout.dense_of, strict=True):
+            if slot.becomes == "kept":
+                assert row < num_kept and layout.dense_of.count(row) == 1
+            else:
+                assert row == (-1 if slot.base is None else num_kept + slot.base)
+        for index, rank in enumerate(layout.ranks):
+            rows = [a for r, a in zip(layout.rank_of, layout.adapter_of, strict=True) if r == index]
+            assert rows == list(range(sum(s.rank == rank for s in slots)))
+
+
+def test_json_round_trip():
+    for seed in range(20):
+        layout = Layout.of(random_layer_plan(layer_shape(), seed), layer_shape())
+        assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+
+
+def test_adapters_for_training_come_after_those_that_are_there():
+    layout = Layout.of(PLAN, layer_shape())
+    more = layout.with_adapters((0, 1), 3)
+    assert more.ranks == layout.ranks
+    assert more.rank_of == (1, 1, -1, 0, 1, 1, -1)
+    assert more.adapter_of == (0, 2, -1, 0, 1, 3, -1)
+    assert more.num_adapters(1) == 4
+    assert layout.with_adapters((0,), 5).ranks == (2, 3, 5)
+
+
+TAMPERED = {
+    "unknown entry": {"speed": 1},
+    "entry of another kind": {"dense_of": 5},
+    "size that is no number": {"hidden_size": "12"},
+    "size of nothing": {"expert_width": 0},
+    "fewer experts in one list": {"rank_of": [-1] * 6},
+    "row that is no number": {"constant_of": [-1, -1, -1, "0", -1, -1, 1]},
+    "row below -1": {"constant_of": [-1, -1, -1, 0, -1, -2, 1]},
+    "row that nobody uses": {"constant_of": [-1, -1, -1, 0, -1, -1, 2]},
+    "rank that is not there": {"rank_of": [2, -1, -1, 0, 1, -1, -1]},
+    "rank without an adapter": {"adapter_of": [0, -1, -1, 0, -1, -1, -1]},
+    "adapter without a rank": {"adapter_of": [0, 0, -1, 0, 1, -1, -1]},
+    "rank of zero": {"ranks": [0, 3]},
+    "rank larger than the weights": {"ranks": [2, 30]},
+    "rank listed but not used": {"ranks": [2, 3, 4]},
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_tampered_layout_is_refused(what):
+    data = Layout.of(PLAN, layer_shape()).to_json() | TAMPERED[what]
+    with pytest.raises(CheckpointError, match=r"layout in config\.json"):
+        Layout.from_json(json.loads(json.dumps(data)))
+
+
+@pytest.mark.parametrize("data", [None, [], "x", {}, {"hidden_size": 12}])
+def test_something_else_is_refused(data):
+    with pytest.raises(CheckpointError, match=r"layout in config\.json"):
+        Layout.from_json(data)

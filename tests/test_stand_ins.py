@@ -1,0 +1,259 @@
+"""The arithmetic on weights: means, alignment, adapters, and a layer built from a plan computes what the plan says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+
+from locum.container import StandInExperts
+from locum.errors import PlanError
+from locum.plan import KEPT, Base, LayerPlan, Slot
+from locum.shapes import LayerShape
+from locum.stand_ins import (
+    ExpertWeights,
+    align,
+    build_layer,
+    gaussian_factors,
+    make_adapter,
+    mean_expert,
+    old_weights,
+    permute_hidden,
+    svd_factors,
+)
+from oracles import expert_parts, random_layer_plan
+
+D, F, E = 12, 10, 8
+KINDS = {"gate": (True, False), "gate and bias": (True, True), "no gate": (False, False), "only bias": (False, True)}
+
+
+def draw(*shape, generator, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def expert(seed, has_gate=True, has_bias=False, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    gate, up, down = (draw(*s, generator=g, dtype=dtype) for s in ((F, D), (F, D), (D, F)))
+    gate_bias, up_bias, down_bias = (draw(n, generator=g, dtype=dtype) for n in (F, F, D))
+    return ExpertWeights(
+        gate if has_gate else None,
+        up,
+        down,
+        gate_bias if has_gate and has_bias else None,
+        up_bias if has_bias else None,
+        down_bias if has_bias else None,
+    )
+
+
+def run(weights, x):
+    def first(weight, bias):
+        return weight @ x + (0 if bias is None else bias)
+
+    up = first(weights.up_FD, weights.up_bias_F)
+    hidden = (
+        functional.relu(up) if weights.gate_FD is None else torch.tanh(first(weights.gate_FD, weights.gate_bias_F)) * up
+    )
+    return weights.down_DF @ hidden + (0 if weights.down_bias_D is None else weights.down_bias_D)
+
+
+def tensors_of(weights):
+    return {name: t for name, t in vars(weights).items() if t is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_of_experts(kind):
+    experts = [expert(s, *KINDS[kind]) for s in range(3)]
+    mean = mean_expert(experts, [0.5, 0.3, 0.2])
+    for name, tensor in tensors_of(mean).items():
+        a, b, c = (getattr(e, name) for e in experts)
+        torch.testing.assert_close(tensor, 0.5 * a + 0.3 * b + 0.2 * c)
+    assert tensors_of(mean).keys() == tensors_of(experts[0]).keys()
+
+
+def test_mean_of_bfloat16_is_summed_in_float32():
+    experts = [expert(s, dtype=torch.bfloat16) for s in range(4)]
+    mean = mean_expert(experts, [0.25] * 4)
+    exact = sum(e.up_FD.double() for e in experts) / 4
+    assert mean.up_FD.dtype == torch.bfloat16
+    assert torch.equal(mean.up_FD, exact.float().bfloat16())  # one rounding, at the end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuting_hidden_units_keeps_the_function(kind):
+    weights = expert(0, *KINDS[kind])
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+    x = draw(D, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(run(permute_hidden(weights, order), x), run(weights, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alignment_undoes_a_permutation(kind):
+    reference = expert(0, *KINDS[kind])
+    noise = expert(1, *KINDS[kind])
+    noisy = reference.map(lambda name, t: t + 0.05 * getattr(noise, name))
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+    found = align(permute_hidden(noisy, order), reference)
+    for name, tensor in tensors_of(found).items():
+        assert torch.equal(tensor, getattr(noisy, name))
+
+
+def test_alignment_finds_the_best_matching():
+    """Against all 5! permutations."""
+    reference, other = (e.map(lambda name, t: t[:, :5] if name == "down_DF" else t[:5]) for e in (expert(0), expert(1)))
+
+    def likeness(candidate):
+        names = ("gate_FD", "up_FD", "down_DF")
+        return sum(
+            float((getattr(candidate, n) * getattr(reference, n)).sum())
+            / float(getattr(candidate, n).norm() * getattr(reference, n).norm())
+            for n in names
+        )
+
+    best = max(likeness(permute_hidden(other, torch.tensor(p))) for p in itertools.permutations(range(5)))
+    assert likeness(align(other, reference)) == pytest.approx(best, abs=1e-5)
+
+
+def test_svd_factors_are_the_best_of_their_rank():
+    matrix = draw(9, 7, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(matrix)
+    for rank in (1, 3, 7):
+        a, b = svd_factors(matrix, rank)
+        assert a.shape == (rank, 7) and b.shape == (9, rank)
+        error = float((matrix - b @ a).norm())
+        assert error == pytest.approx(float(values[rank:].norm()), abs=1e-5)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # shared evenly
+
+
+def test_gaussian_factors_start_at_nothing():
+    a, b = gaussian_factors(200, 300, 50, torch.zeros(1), torch.Generator().manual_seed(0))
+    assert not b.any()
+    assert float(a.var()) == pytest.approx(1 / 300, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_from_svd_at_full_rank_is_the_expert(kind):
+    old, base = expert(0, *KINDS[kind]), expert(1, *KINDS[kind])
+    rank = min(D, F)
+    for over in (base, None):
+        adapter = make_adapter(Slot("stand_in", 0, rank, "svd"), old, over, torch.Generator())
+        a = adapter.gate_up_A
+        products = {"up_FD": adapter.up_B_FR @ a[-rank:], "down_DF": adapter.down_B_DR @ adapter.down_A_RF}
+        if old.gate_FD is not None:
+            products["gate_FD"] = adapter.gate_B_FR @ a[:rank]
+        for name, product in products.items():
+            rest = getattr(old, name) - (0 if over is None else getattr(over, name))
+            torch.testing.assert_close(product, rest, atol=1e-4, rtol=1e-4)
+
+
+def test_gaussian_adapter_over_nothing_can_learn():
+    """B = 0 in all three projections would make every gradient exactly zero."""
+    old = expert(0)
+    adapter = make_adapter(Slot("stand_in", None, 4), old, None, torch.Generator().manual_seed(0))
+    leaves = [t.clone().requires_grad_(True) for t in vars(adapter).values()]
+    a, gate_b, up_b, down_a, down_b = leaves
+    x = draw(D, generator=torch.Generator().manual_seed(1))
+    y = down_b @ (down_a @ (torch.tanh(gate_b @ (a[:4] @ x)) * (up_b @ (a[4:] @ x))))
+    y.sum().backward()
+    assert all(leaf.grad.abs().max() > 0 for leaf in leaves)
+    variance = torch.stack(
+        [
+            (t.up_B_FR @ t.gate_up_A[4:]).var()
+            for t in (
+                make_adapter(Slot("stand_in", None, 4), old, None, torch.Generator().manual_seed(s)) for s in range(200)
+            )
+        ]
+    ).mean()
+    assert float(variance) == pytest.approx(float(old.up_FD.var()), rel=0.15)
+
+
+def layer_shape(kind):
+    has_gate, has_bias = KINDS[kind]
+    return LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+
+
+def build(plan, shape, read, means=None, seed=0):
+    layout, tensors = build_layer(plan, shape, read, means, seed)
+    container = StandInExperts(layout, torch.relu, torch.float32, "meta")
+    container.load_state_dict(tensors, strict=True, assign=True)
+    return container
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_built_layer_holds_what_its_plan_says(kind):
+    """Written out per expert: kept is the expert; a stand-in its base (+ the SVD of the rest, or nothing) + constant."""
+    shape = layer_shape(kind)
+    experts = [expert(s, *KINDS[kind]) for s in range(E)]
+    means = draw(E, D, generator=torch.Generator().manual_seed(5))
+    for seed in range(12):
+        plan = random_layer_plan(shape, seed)
+        container = build(plan, shape, experts.__getitem__, means, seed)
+        old = old_weights(plan, experts.__getitem__)
+        for new, e in enumerate(plan.survivors):
+            slot, parts = plan.slots[e], expert_parts(container, new)
+            expected = experts[e] if slot.becomes == "kept" else slow_stand_in(slot, plan, experts, old[e], shape)
+            if expected is not None:
+                near = 2e-3 if slot.start == "svd" else 2e-5  # float32 turns singular vectors of nearly equal values
+                for part, value in expected_parts(expected, shape).items():
+                    torch.testing.assert_close(parts[part], value, atol=near, rtol=1e-4)
+            constant = means[e] if slot.constant else torch.zeros(D)
+            torch.testing.assert_close(parts["c"], constant)
+
+
+def expected_parts(weights, shape):
+    g = shape.gate_width
+    b1, b2 = (torch.zeros(g), torch.zeros(D)) if not shape.has_bias else (weights.gate_up_bias_G, weights.down_bias_D)
+    return {"W1": weights.gate_up_GD, "W2": weights.down_DF, "b1": b1, "b2": b2}
+
+
+def slow_stand_in(slot, plan, experts, old, shape):
+    """None where chance decides (a gaussian adapter over nothing)."""
+    zero = experts[0].map(lambda name, t: torch.zeros_like(t))
+    base = zero
+    if slot.base is not None:
+        spec = plan.bases[slot.base]
+        members = [experts[e] for e in spec.experts]
+        if spec.align:
+            heaviest = members[spec.weights.index(max(spec.weights))]
+            members = [align(m, heaviest) for m in members]
+        base = mean_expert(members, list(spec.weights))
+    if not slot.rank:
+        return base
+    if slot.start == "gaussian":
+        return base if slot.base is not None else None
+
+    def add(name, t):
+        if "bias" in name:
+            return t
+        u, s, v = torch.linalg.svd((getattr(old, name) - t).double(), full_matrices=False)
+        return t + (u[:, : slot.rank] * s[: slot.rank] @ v[: slot.rank]).float()
+
+    return base.map(add)
+
+
+def test_building_is_deterministic_for_a_seed():
+    shape, experts = layer_shape("gate"), [expert(s) for s in range(E)]
+    plan = LayerPlan("experts", (KEPT, *[Slot("stand_in", 0, 3)] * 7), (Base((1, 2), (0.5, 0.5)),))
+    one, two, other = (build_layer(plan, shape, experts.__getitem__, None, seed)[1] for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["adapters.0.gate_up_A"], other["adapters.0.gate_up_A"])
+
+
+def test_constants_need_statistics():
+    plan = LayerPlan("experts", (Slot("stand_in", constant=True), *[KEPT] * 7))
+    with pytest.raises(PlanError, match="statistics"):
+        build_layer(plan, layer_shape("gate"), [expert(s) for s in range(E)].__getitem__, None, 0)
+
+
+def test_old_weights_are_in_the_hidden_order_of_their_base():
+    experts = [expert(s) for s in range(E)]
+    plan = LayerPlan(
+        "experts", (KEPT,) * 5 + (Slot("stand_in", 0, 2),) * 3, (Base((5, 6, 7), (0.2, 0.5, 0.3), align=True),)
+    )
+    old = old_weights(plan, experts.__getitem__)
+    assert sorted(old) == [5, 6, 7]
+    x = draw(D, generator=torch.Generator().manual_seed(2))
+    for e in old:
+        torch.testing.assert_close(run(old[e], x), run(experts[e], x))
+        assert torch.equal(old[e].up_FD, align(experts[e], experts[6]).up_FD)
