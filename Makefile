@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest check fix install clean
+.PHONY: demo test test-oldest families families-oldest check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -47,3 +47,11 @@ $(OLDEST)/.ready: pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist
+
+# Every check on every model family of the installed transformers; writes docs/families.md and says what changed.
+families: $(READY)
+	$(BIN)/python tests/families/matrix.py
+
+# The same on the oldest transformers that Locum supports.
+families-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python tests/families/matrix.py

@@ -49,6 +49,8 @@ def expert_parts(container: StandInExperts, e: int) -> dict[str, Tensor | float]
             product = torch.cat([stack.gate_B_FR[row] @ a[:r], product])
         parts["W1"] = parts["W1"] + product
         parts["W2"] = parts["W2"] + stack.down_B_DR[row] @ stack.down_A_RF[row]
+    if (row := layout.bias_of[e]) >= 0:
+        add(container.biases, row, rest)
     if (row := layout.constant_of[e]) >= 0:
         parts["c"] = parts["c"] + rest * container.constant_ND[row]
     return parts

@@ -33,8 +33,10 @@ def fill(checkpoint, words, statistics_file, plan_file, small, tmp_path, monkeyp
 # --- a real SIGINT to a real process --------------------------------------------------------------------------------
 
 # The command in a process that stops itself for good where the test wants to interrupt it: in the middle of its work.
+# A suite that was started in the background inherits an ignored SIGINT, and its children would too.
 WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from locum import cli
 {patch}
 cli.main()

@@ -57,6 +57,8 @@ def test_a_plan_by_hand():
         "adapters.1.up_B_FR": (2, 10, 3),
         "adapters.1.down_A_RF": (2, 3, 10),
         "adapters.1.down_B_DR": (2, 12, 3),
+        "biases.gate_up_bias_NG": (1, 20),
+        "biases.down_bias_ND": (1, 12),
         "constant_ND": (2, 12),
     }
 

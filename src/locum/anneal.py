@@ -82,7 +82,8 @@ def open_layer(
     kept = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
     plan = plan or kept
     if isinstance(experts, StandInExperts):
-        stock, layout, tensors = None, experts.layout, {n: t.detach() for n, t in experts.state_dict().items()}
+        stock, layout = None, experts.layout
+        tensors = {name: experts.get_parameter(name).detach() for name in layout.tensor_shapes()}
     else:
         stock, layout = experts, Layout.of(kept, shape)
         tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
@@ -94,11 +95,14 @@ def open_layer(
     adapters = _adapters(training, tensors, like.device, seed)
     container = StandInExperts(training, apply_gate, like.dtype, "meta")
     container.load_state_dict(tensors | adapters, strict=True, assign=True)
+    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     container.requires_grad_(False)
     _split_bases(container, num_kept)
     set_module(model, shape.name, container)
     device = like.device
     if stock is not None:
+        if container.post_expert_norm is not None:
+            stock.post_expert_norm = None  # it stays alive in the container, and comes back when that closes
         stock.to("meta")
     return OpenLayer(shape.name, plan, layout, rows, container, stock, like.dtype, device)
 
@@ -195,6 +199,8 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
         layer.stock.to_empty(device=layer.device)
         for e in range(layout.num_experts):
             write_expert(layer.stock, e, _row_weights(dense, e, layout))
+        if layer.container.post_expert_norm is not None:
+            layer.stock.post_expert_norm = layer.container.post_expert_norm
         set_module(model, layer.name, layer.stock)
         return
     tensors = {}
@@ -203,6 +209,7 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
         tensors[name] = tensor.to(layer.dtype, copy=True)
     container = StandInExperts(layout, layer.container.apply_gate, layer.dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
+    container.post_expert_norm = layer.container.post_expert_norm
     set_module(model, layer.name, container)
 
 

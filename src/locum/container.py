@@ -71,6 +71,7 @@ class StandInExperts(nn.Module):
             stacks.setdefault(stack, {})[leaf] = shape
         self.dense = Stack(stacks["dense"], dtype, device) if "dense" in stacks else None
         self.adapters = nn.ModuleList(Stack(stacks[f"adapters.{i}"], dtype, device) for i in range(len(layout.ranks)))
+        self.biases = Stack(stacks["biases"], dtype, device) if "biases" in stacks else None
         if "" in stacks:
             self.constant_ND = nn.Parameter(torch.empty(stacks[""]["constant_ND"], dtype=dtype, device=device))
         else:
@@ -117,6 +118,8 @@ class StandInExperts(nn.Module):
         total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
         parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P, wide)]
+        if self.biases is not None:
+            parts.append(_Biases(self.biases, self._rows(self.layout.bias_of, expert_P), token_P, fade_P))
         for part in parts:
             pre_PG = part.add_first(pre_PG, x_TD)
         hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
@@ -220,3 +223,24 @@ class _LowRank:
         low = grouped_linear(hidden_PF[self.pair_S], self.stack.down_A_RF, self.counts)
         product = grouped_linear(low, self.stack.down_B_DR, self.counts)
         return total_TD.index_add(0, self.token_S, product.to(total_TD.dtype))
+
+
+class _Biases:
+    """Biases of their own for the pairs whose expert has an adapter and nothing else to take them from."""
+
+    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor, scale_P: Tensor | None) -> None:
+        self.stack = stack
+        self.pair_S = (row_P >= 0).nonzero().squeeze(1)
+        self.row_S = row_P[self.pair_S]
+        self.token_S = token_P[self.pair_S]
+        self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
+
+    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
+        return pre_PG.index_add(0, self.pair_S, self._scaled(self.stack.gate_up_bias_NG[self.row_S]).to(pre_PG.dtype))
+
+    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
+        bias_SD = self._scaled(self.stack.down_bias_ND[self.row_S]).to(total_TD.dtype)
+        return total_TD.index_add(0, self.token_S, bias_SD * gate_P[self.pair_S, None].to(total_TD.dtype))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale_S is None else x * self.scale_S.to(x.dtype)

@@ -124,7 +124,8 @@ def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
 def unread_tensors(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
     """Those of a checkpoint's tensors that transformers leaves out on purpose, such as multi-token-prediction heads."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return frozenset(name for name in names if any(re.search(pattern, name) for pattern in patterns))
+    known = model.state_dict().keys()  # parts bring their patterns along, which may match what the whole does have
+    return frozenset(n for n in names if n not in known and any(re.search(pattern, n) for pattern in patterns))
 
 
 def notes_on(model: PreTrainedModel, layers: tuple[MoeLayer, ...], unread: frozenset[str]) -> tuple[str, ...]:

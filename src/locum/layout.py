@@ -6,6 +6,7 @@ can be built before any weight is read. Letters: E surviving experts, N stacked 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,6 +41,13 @@ class Layout:
     def num_constants(self) -> int:
         return max(self.constant_of, default=-1) + 1
 
+    @property
+    def bias_of(self) -> tuple[int, ...]:
+        """Row of an expert's own biases: an adapter without a dense row keeps those of the expert it stands in for."""
+        row = itertools.count()
+        pairs = zip(self.dense_of, self.rank_of, strict=True)
+        return tuple(next(row) if self.has_bias and dense < 0 <= rank else -1 for dense, rank in pairs)
+
     def num_adapters(self, rank_index: int) -> int:
         pairs = zip(self.rank_of, self.adapter_of, strict=True)
         return max((row for index, row in pairs if index == rank_index), default=-1) + 1
@@ -59,6 +67,8 @@ class Layout:
             if self.has_gate:
                 shapes[stack + "gate_B_FR"] = (n, f, r)
             shapes |= {stack + "up_B_FR": (n, f, r), stack + "down_A_RF": (n, r, f), stack + "down_B_DR": (n, d, r)}
+        if n := max(self.bias_of, default=-1) + 1:
+            shapes |= {"biases.gate_up_bias_NG": (n, gates * f), "biases.down_bias_ND": (n, d)}
         if n := self.num_constants:
             shapes["constant_ND"] = (n, d)
         return shapes

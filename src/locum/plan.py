@@ -114,10 +114,14 @@ class LayerPlan:
         return all(slot.becomes in ("kept", "dropped") for slot in self.slots)
 
     def parameters(self, shape: LayerShape) -> int:
-        """Parameters of the routed experts afterwards: dense experts and bases, adapters, constants."""
+        """Parameters of the routed experts afterwards: dense experts and bases, adapters, own biases, constants.
+
+        A low-rank stand-in without a base keeps the biases of the expert it stands in for.
+        """
         dense = sum(slot.becomes == "kept" for slot in self.slots) + len(self.bases)
         constants = sum(slot.constant for slot in self.slots) * shape.hidden_size
-        return dense * shape.parameters() + self.adapter_parameters(shape) + constants
+        biases = sum(slot.rank > 0 and slot.base is None for slot in self.slots) * shape.bias_parameters()
+        return dense * shape.parameters() + self.adapter_parameters(shape) + biases + constants
 
     def adapter_parameters(self, shape: LayerShape) -> int:
         return sum(shape.adapter_parameters(slot.rank) for slot in self.slots)

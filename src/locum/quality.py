@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from . import artefacts, checkpoint
 from .apply import save_checkpoint
 from .card import model_card
-from .data import load_tokens, parse_sources
+from .data import load_tokens
+from .documents import parse_sources
 from .errors import CheckpointError, OptionError, PlanError
 from .evaluate import Row, read_rows, write_rows
 from .evaluate import evaluate as evaluate_models

@@ -50,9 +50,13 @@ class LayerShape:
     def parameters(self, width: int | None = None) -> int:
         """Parameters of one dense expert (or base) of this layer, at another width if one is given."""
         width = self.expert_width if width is None else width
-        gates = 2 if self.has_gate else 1
-        weights = (gates + 1) * self.hidden_size * width
-        return weights + (gates * width + self.hidden_size if self.has_bias else 0)
+        weights = (3 if self.has_gate else 2) * self.hidden_size * width
+        return weights + self.bias_parameters(width)
+
+    def bias_parameters(self, width: int | None = None) -> int:
+        """Biases of one expert."""
+        width = self.expert_width if width is None else width
+        return (2 if self.has_gate else 1) * width + self.hidden_size if self.has_bias else 0
 
     def adapter_parameters(self, rank: int, width: int | None = None) -> int:
         """Parameters of a rank-`rank` adapter on every projection of one expert."""

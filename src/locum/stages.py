@@ -21,7 +21,8 @@ from .budget import parse_size, search
 from .calibrate import calibrate as calibrate_model
 from .card import model_card
 from .criteria import CRITERIA
-from .data import fingerprint_tokenizer, load_tokens, parse_sources
+from .data import fingerprint_tokenizer, load_tokens
+from .documents import parse_sources
 from .errors import OptionError, PlanError, StatisticsError, UnsupportedModel
 from .methods import METHODS
 from .options import make_options

@@ -179,6 +179,12 @@ def build_layer(
     for index, rank in enumerate(layout.ranks):
         stacked = stack_adapters(adapters[rank])
         tensors |= {f"adapters.{index}.{name}": tensor for name, tensor in stacked.items()}
+    if max(layout.bias_of, default=-1) >= 0:
+        chosen = [read(e) for e, slot in enumerate(plan.slots) if slot.rank and slot.base is None]
+        tensors |= {
+            "biases.gate_up_bias_NG": torch.stack([expert.gate_up_bias_G for expert in chosen]),
+            "biases.down_bias_ND": torch.stack([expert.down_bias_D for expert in chosen]),
+        }
     if layout.num_constants:
         if mean_output_ED is None:
             raise PlanError(f"{plan.layer}: the plan has constants, so the statistics it was made from are needed too")
