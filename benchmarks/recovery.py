@@ -41,7 +41,7 @@ STATISTICS = (
 )
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.3, 0.5)
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 END_FRACTIONS = (0.1, 0.2, 0.4)
 LIGHTMOE_RANK = 4  # 4 of 256 is to this model what 16 of 2048 is to OLMoE-1B-7B, twice over
 METHODS: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ def jobs_to_select() -> list[dict[str, Any]]:
     """Every method at every learning rate, one seed, half removed; LightMoE also at other end fractions."""
     jobs = [{"name": name, "fraction": 0.5, "seed": 0, "learning_rate": rate} for name in METHODS for rate in RATES]
     others = [end for end in END_FRACTIONS if end != Recovery.end_fraction]
-    middle = {"name": "LightMoE", "fraction": 0.5, "seed": 0, "learning_rate": RATES[0]}
+    middle = {"name": "LightMoE", "fraction": 0.5, "seed": 0, "learning_rate": RATES[1]}
     return jobs + [{**middle, "end_fraction": end} for end in others]
 
 

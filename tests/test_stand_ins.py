@@ -209,8 +209,8 @@ def expected_parts(weights, shape):
 
 def slow_stand_in(slot, plan, experts, old, shape):
     """None where chance decides (a gaussian adapter over nothing)."""
-    zero = experts[0].map(lambda name, t: torch.zeros_like(t))
-    base = zero
+    # An adapter without a base keeps the biases of its expert; a constant alone has none.
+    base = experts[0].map(lambda n, t: getattr(old, n) if slot.rank and "bias" in n else torch.zeros_like(t))
     if slot.base is not None:
         spec = plan.bases[slot.base]
         members = [experts[e] for e in spec.experts]

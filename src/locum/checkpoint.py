@@ -97,6 +97,7 @@ class LocumQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
+        _check_containers(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -105,6 +106,19 @@ class LocumQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _check_containers(model: nn.Module) -> None:
+    """Refuse containers whose tensors are not those of their layout: transformers 5.17 takes whatever the file holds."""
+    for name, module in model.named_modules():
+        if isinstance(module, StandInExperts):
+            for tensor, shape in module.layout.tensor_shapes().items():
+                found = tuple(module.get_parameter(tensor).shape)
+                if found != shape:
+                    raise CheckpointError(
+                        f"{name}.{tensor} has shape {list(found)} in the file, but config.json lays out {list(shape)}; "
+                        f"fetch the checkpoint again"
+                    )
 
 
 def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
