@@ -50,8 +50,8 @@ clean:
 
 # Every check on every model family of the installed transformers; writes docs/families.md and says what changed.
 families: $(READY)
-	$(BIN)/python tests/families/matrix.py
+	PYTHONPATH=tests $(BIN)/python -m families.matrix
 
 # The same on the oldest transformers that Locum supports.
 families-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python tests/families/matrix.py
+	PYTHONPATH=tests $(OLDEST)/bin/python -m families.matrix

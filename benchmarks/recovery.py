@@ -112,7 +112,7 @@ def run(name: str, fraction: float, seed: int, split: str, steps: int, **options
     tokenizer = checkpoint.load_tokenizer(MODEL)
     data = reference_data()
     blocks = load_tokens(data, tokenizer, split="train", length=256, seed=seed)
-    limit = 65536 if split == "test" else 32768
+    limit = 49152 if split == "test" else 32768
     measured_on = load_tokens(data, tokenizer, split=split, length=256, tokens=limit, keep_partial=True)
     model = checkpoint.load_model(MODEL, dtype=torch.float32)
     original = checkpoint.load_model(MODEL, dtype=torch.float32)

@@ -12,6 +12,7 @@ Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import use_experts_implementation
 from transformers.models.auto import modeling_auto
 
 from .container import StandInExperts
@@ -28,12 +30,19 @@ from .routers import RouterRule, RouterTensor, probe_router, router_tensors
 from .shapes import LayerShape
 from .stand_ins import ExpertWeights
 
-EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)  # config entries that hold E
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # where configs hold E
+EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+KNOWN_FLAGS = frozenset(  # of the decorator that puts experts behind transformers' experts interface
+    (
+        "experts_class",
+        "experts_interface",
+        "is_concatenated",
+        "is_transposed",
+        "has_bias",
+        "has_gate",
+        "has_post_expert_norm",
+    )
+)
 OTHER_TOWERS = ("vision", "visual", "audio", "talker")  # parts of a module's path that text does not run through
 CLASSES = ("CAUSAL_LM", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "TOKEN_CLASSIFICATION")  # of models, in order of choice
 
@@ -162,6 +171,8 @@ def _layer(
     name: str, modules: dict[str, nn.Module], model_type: str, family: Family, configs_elsewhere: set[int]
 ) -> MoeLayer:
     experts = modules[name]
+    if not isinstance(experts, StandInExperts):
+        _check_experts(experts, f"{name} ({model_type})")
     block_name = name.rpartition(".")[0]
     block = modules[block_name]
     found = [n for n in ("gate", "router") if isinstance(getattr(block, n, None), nn.Module)]
@@ -196,6 +207,22 @@ def _layer(
         stock_can_drop=id(getattr(experts, "config", None)) not in configs_elsewhere,
     )
     return MoeLayer(shape, experts, router, block, per_expert, family)
+
+
+def _check_experts(experts: nn.Module, where: str) -> None:
+    """Refuse experts that compute something which Locum does not know of: a stand-in would leave it out in silence."""
+    flags = set(inspect.signature(use_experts_implementation).parameters) - KNOWN_FLAGS
+    if new := sorted(flag for flag in flags if getattr(experts, flag, False)):
+        raise UnsupportedModel(
+            f"{where}: transformers gives these experts the flag {new[0]!r}, which this Locum does not know"
+        )
+    norm = "post_expert_norm." if getattr(experts, "has_post_expert_norm", False) else "\n"
+    strange = [n for n, _ in experts.named_parameters() if n not in EXPERT_TENSORS and not n.startswith(norm)]
+    if strange:
+        raise UnsupportedModel(
+            f"{where}: these experts have a tensor {strange[0]!r}; Locum knows {', '.join(EXPERT_TENSORS)} and a norm after "
+            f"the expert, and does not support this family"
+        )
 
 
 def _sizes(experts: nn.Module) -> tuple[int, int, bool, bool]:

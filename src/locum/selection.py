@@ -1,4 +1,4 @@
-"""Which experts LightMoE replaces (arXiv 2603.12645, section 3.1): gate mass, and a threshold for every layer.
+"""Which experts a method takes: LightMoE's thresholds on gate mass (arXiv 2603.12645, section 3.1), or the lowest scored.
 
 Letters: E experts, L layers.
 """
@@ -10,11 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from .budget import global_counts, lowest, uniform_counts
 from .criteria import CRITERIA
 from .shapes import ModelShape
 from .statistics import Statistics
 
 SELECTIONS = ("adaptive", "uniform", "average")
+BUDGETS = ("uniform", "global")
 
 
 def layer_thresholds(norms_L: list[float], base: float, alpha: float, clip: float) -> list[float]:
@@ -55,6 +57,16 @@ def select(
         ]
     orders = [torch.sort(scores_E, stable=True).indices.tolist() for scores_E in scores_LE]
     return [(order[:n], scores) for order, n, scores in zip(orders, counts, scores_LE, strict=True)]
+
+
+def select_lowest(
+    statistics: Statistics, shape: ModelShape, amount: float, *, score: str, budget: str
+) -> list[set[int]]:
+    """For every layer, the lowest-scored experts: the same share of each ("uniform"), or all ranked together ("global")."""
+    scores_LE = [CRITERIA[score](statistics.layer(layer.name)) for layer in shape.layers]
+    counts = uniform_counts(shape, amount) if budget == "uniform" else global_counts(scores_LE, shape, amount)
+    layers = zip(scores_LE, counts, shape.layers, strict=True)
+    return [set(lowest(scores_E, count, layer.num_groups)) for scores_E, count, layer in layers]
 
 
 def mass_weights(scores_E: Tensor, members: list[int]) -> tuple[float, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budget import global_counts, lowest, uniform_counts
 from ..criteria import CRITERIA
 from ..options import option
 from ..plan import KEPT, LayerPlan, Slot
+from ..selection import BUDGETS, select_lowest
 from ..shapes import ModelShape
 from ..statistics import Statistics
 from . import method
@@ -26,20 +26,17 @@ class MoNE:
     """
 
     score: str = option("mone", "criterion by which experts are ranked")
-    budget: str = option(
-        "uniform", "the same count in every layer, or all layers ranked together", choices=("uniform", "global")
-    )
+    budget: str = option("uniform", "the same count in every layer, or all layers ranked together", choices=BUDGETS)
 
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, "output_sum", "count")
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        scores_LE = [CRITERIA[self.score](statistics.layer(layer.name)) for layer in shape.layers]
-        uniform = self.budget == "uniform"
-        counts = uniform_counts(shape, amount) if uniform else global_counts(scores_LE, shape, amount)
-        plans = []
-        for layer, scores_E, count in zip(shape.layers, scores_LE, counts, strict=True):
-            chosen = set(lowest(scores_E, count, layer.num_groups))
-            slots = tuple(Slot("stand_in", constant=True) if e in chosen else KEPT for e in range(layer.num_experts))
-            plans.append(LayerPlan(layer.name, slots))
-        return plans
+        taken = select_lowest(statistics, shape, amount, score=self.score, budget=self.budget)
+        return [
+            LayerPlan(
+                layer.name,
+                tuple(Slot("stand_in", constant=True) if e in chosen else KEPT for e in range(layer.num_experts)),
+            )
+            for layer, chosen in zip(shape.layers, taken, strict=True)
+        ]

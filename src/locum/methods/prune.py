@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budget import global_counts, lowest, uniform_counts
 from ..criteria import CRITERIA
 from ..options import option
 from ..plan import DROPPED, KEPT, LayerPlan
+from ..selection import BUDGETS, select_lowest
 from ..shapes import ModelShape
 from ..statistics import Statistics
 from . import method
@@ -29,20 +29,14 @@ class Prune:
     """
 
     score: str = option("reap", "criterion by which experts are ranked")
-    budget: str = option(
-        "uniform", "the same count in every layer, or all layers ranked together", choices=("uniform", "global")
-    )
+    budget: str = option("uniform", "the same count in every layer, or all layers ranked together", choices=BUDGETS)
 
     def needs(self) -> tuple[str, ...]:
         return CRITERIA[self.score].needs
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        scores_LE = [CRITERIA[self.score](statistics.layer(layer.name)) for layer in shape.layers]
-        uniform = self.budget == "uniform"
-        counts = uniform_counts(shape, amount) if uniform else global_counts(scores_LE, shape, amount)
-        plans = []
-        for layer, scores_E, count in zip(shape.layers, scores_LE, counts, strict=True):
-            dropped = set(lowest(scores_E, count, layer.num_groups))
-            slots = tuple(DROPPED if e in dropped else KEPT for e in range(layer.num_experts))
-            plans.append(LayerPlan(layer.name, slots))
-        return plans
+        taken = select_lowest(statistics, shape, amount, score=self.score, budget=self.budget)
+        return [
+            LayerPlan(layer.name, tuple(DROPPED if e in chosen else KEPT for e in range(layer.num_experts)))
+            for layer, chosen in zip(shape.layers, taken, strict=True)
+        ]
