@@ -143,9 +143,7 @@ def notes_on(model: PreTrainedModel, layers: tuple[MoeLayer, ...], unread: froze
     if reason := layers[0].shape.refuse_dropping:
         notes.append(f"no expert of this model can be dropped, only replaced: {reason}")
     if elsewhere := [n for n, m in model.named_modules() if is_stock_experts(m) and _is_elsewhere(n)]:
-        notes.append(
-            f"the experts of {len(elsewhere)} layers that text does not reach are left alone: {elsewhere[0]} ..."
-        )
+        notes.append(f"experts that text does not reach are left alone: {elsewhere[0]} (one of {len(elsewhere)})")
     if unread:
         notes.append(
             f"transformers does not load {len(unread)} tensors of this checkpoint (such as a multi-token-prediction head: "

@@ -1,0 +1,437 @@
+"""What is checked of every family, one function per check. Each takes a `Case` and raises where the family fails.
+
+A check raises `NotApplicable` where the family has nothing of the kind, and Locum's own errors pass through: they are
+refusals, and what they say is the stated reason.
+
+Letters: T tokens, K top-k, E experts, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from families.tiny_families import tiny
+from locum.apply import apply_plan
+from locum.calibrate import _observed, calibrate
+from locum.checkpoint import load_model, read_shape, shape_of
+from locum.cli import cli
+from locum.container import StandInExperts
+from locum.data import Tokens
+from locum.families import MoeLayer, find_layers
+from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
+from locum.routers import router_logits
+from locum.shapes import LayerShape, ModelShape
+from locum.statistics import Statistics, Sums, mean_output
+
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+
+
+class NotApplicable(Exception):
+    """The family has nothing that this check could look at."""
+
+
+class Case:
+    """One family: a fresh tiny model whenever one is asked for, and what several checks need of it."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.reloaded_mixed: PreTrainedModel | None = None  # left by the check of that plan for the one after it
+        self.ids_BS = torch.randint(2, 120, (3, 12), generator=torch.Generator().manual_seed(0))
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        model = tiny(self.family)
+        model.set_experts_implementation("eager")
+        return model
+
+    def model(self) -> PreTrainedModel:
+        return copy.deepcopy(self._model)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return shape_of(self._model)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.logits_of(self._model)
+
+    def logits_of(self, model: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=self.ids_BS, use_cache=False).logits
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return calibrate(self.model(), tokens_of(self.ids_BS), batch_size=2)
+
+    @cached_property
+    def mean_outputs(self) -> dict[str, Tensor]:
+        return {x.name: mean_output(self.statistics.layer(x.name)).float() for x in self.shape.layers}
+
+    def plan(self, make: Callable[[LayerShape], tuple[list[Slot], list[Base]]]) -> Plan:
+        layers = []
+        for shape in self.shape.layers:
+            slots, bases = make(shape)
+            layers.append(LayerPlan(shape.name, tuple(slots), tuple(bases)))
+        return make_plan(self.shape, layers)
+
+    def applied(self, plan: Plan) -> PreTrainedModel:
+        return apply_plan(self.model(), plan, self.mean_outputs if plan.needs_constants else None)
+
+
+def tokens_of(ids_BS: Tensor) -> Tokens:
+    blocks, length = ids_BS.shape
+    ones = torch.ones_like(ids_BS)
+    fields = {"loss_mask_BS": ones.bool(), "attention_BS": ones, "bytes_BS": ones}
+    domain_B = torch.zeros(blocks, dtype=torch.long)
+    names = {"domains": ("text",), "weights": (1.0,), "fingerprint": "data", "sources": (), "split": "all"}
+    return Tokens(ids_BS=ids_BS, domain_B=domain_B, length=length, **fields, **names)
+
+
+def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(
+        actual, expected, atol=tolerance * float(expected.abs().max().clamp(min=1)), rtol=tolerance
+    )
+
+
+def dropped_of(shape: LayerShape) -> tuple[int, ...]:
+    """Two experts to drop, one in each group where there are two groups."""
+    return (1, shape.num_experts - 2)
+
+
+def prune(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    return [DROPPED if e in dropped_of(shape) else KEPT for e in range(shape.num_experts)], []
+
+
+def lightmoe(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    half = shape.num_experts // 2
+    stand_in = Slot("stand_in", base=0, rank=2, start="svd")
+    return [KEPT] * half + [stand_in] * half, [Base(tuple(range(half, 2 * half)), (1 / half,) * half)]
+
+
+def low_rank(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    return [Slot("stand_in", rank=4, start="svd") if e % 2 else KEPT for e in range(shape.num_experts)], []
+
+
+def constant(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    return [Slot("stand_in", constant=True) if e % 2 else KEPT for e in range(shape.num_experts)], []
+
+
+def merged(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    slots = [Slot("stand_in", base=e % 2) if e < 6 else KEPT for e in range(shape.num_experts)]
+    return slots, [Base((0, 2, 4), (0.5, 0.25, 0.25)), Base((1, 3, 5), (0.2, 0.2, 0.6), align=True)]
+
+
+def mixed(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
+    """Every kind of slot. Where nothing may be dropped, the two become nothing."""
+    slots = [
+        Slot("stand_in", base=0, rank=2, start="svd"),
+        NOTHING if shape.refuse_dropping else DROPPED,
+        Slot("stand_in", base=0, rank=3, start="svd", constant=True),
+        NOTHING,
+        Slot("stand_in", rank=3, start="svd"),
+        Slot("stand_in", constant=True),
+        NOTHING if shape.refuse_dropping else DROPPED,
+        KEPT,
+    ]
+    return slots, [Base((0, 2), (0.5, 0.5))]
+
+
+PLANS = {"LightMoE": lightmoe, "low rank": low_rank, "constant": constant, "merged": merged, "mixed": mixed}
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def check_inspect(case: Case) -> None:
+    """`locum inspect` of a saved checkpoint, from config and headers, says what the live model is, to the byte."""
+    with tempfile.TemporaryDirectory() as folder:
+        case.model().save_pretrained(folder)
+        shape = read_shape(folder)
+        assert shape.layers == case.shape.layers and shape.model_type == case.shape.model_type
+        assert (shape.parameters, shape.bytes) == stored(folder)
+        said = CliRunner().invoke(cli, ["inspect", folder], catch_exceptions=False)
+        assert said.exit_code == 0 and f"{shape.parameters:,} parameters" in said.output, said.output
+        assert f"routed experts {shape.expert_parameters:,}" in said.output
+    live = sum(p.numel() for x in find_layers(case._model) for n, p in x.experts.named_parameters() if "norm" not in n)
+    assert shape.expert_parameters == live
+
+
+def check_observed(case: Case) -> None:
+    """Looking changes nothing: logits equal those of the eager experts."""
+    model = case.model()
+    needs = ("count", "gate_sum", "tokens")
+    with _observed(model, find_layers(model), needs) as observer:
+        observer.begin_batch(Sums("text", needs), torch.ones_like(case.ids_BS, dtype=torch.bool), model.device)
+        near(case.logits_of(model), case.logits)
+
+
+def check_statistics(case: Case) -> None:
+    """Counts, sums of gates, of norms and of outputs equal one token and one expert at a time."""
+    model, expected = case.model(), {}
+    for layer in find_layers(model):
+        sums = expected[layer.shape.name] = torch.zeros(4, layer.shape.num_experts, dtype=torch.float64)
+        layer.experts.register_forward_pre_hook(slow_counter(layer, sums))
+    case.logits_of(model)
+    for name, sums in expected.items():
+        layer = case.statistics.layer(name)
+        assert torch.equal(layer["count"], sums[0])
+        near(layer["gate_sum"], sums[1])
+        near(layer["output_norm"], sums[2])
+        near(layer["output_sum"].sum(dim=1), sums[3], 1e-4)
+        assert sums[0].sum() == case.ids_BS.numel() * case.shape.layer(name).top_k
+
+
+def slow_counter(layer: MoeLayer, sums: Tensor) -> Callable[..., None]:
+    def hook(experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x_TD, index_TK, gate_TK = arguments
+        forward = type(experts).forward.__wrapped__  # the family's own loop, whatever the experts interface says
+        for t, k in ((t, k) for t in range(len(x_TD)) for k in range(index_TK.shape[1])):
+            e = int(index_TK[t, k])
+            out_D = forward(experts, x_TD[t : t + 1], torch.tensor([[e]]), gate_TK.new_ones(1, 1))[0]
+            sums[:, e] += torch.stack([torch.tensor(1.0), gate_TK[t, k], out_D.norm(), out_D.sum()]).double()
+
+    return hook
+
+
+def check_logits(case: Case) -> None:
+    """What statistics read as a router's logits orders experts as the product with the router's weights does."""
+    model = case.model()
+    layers = find_layers(model)
+    read: list[Tensor] = []
+    for layer in layers:
+        rule = layer.family.router
+        layer.router.register_forward_hook(lambda _m, _i, output, rule=rule: read.append(router_logits(output, rule)))
+    with RouterProducts(layers) as products:
+        case.logits_of(model)
+    assert len(read) == len(products.seen) == len(layers)
+    for logits, product, layer in zip(read, products.seen, layers, strict=True):
+        count = layer.shape.num_experts
+        expected_TE = product.reshape(-1, product.shape[-1])[:, :count]
+        assert logits.reshape(-1, count).shape == expected_TE.shape
+        assert torch.equal(logits.reshape(-1, count).argsort(dim=-1), expected_TE.argsort(dim=-1))
+
+
+class RouterProducts(TorchFunctionMode):
+    """While it is entered, keeps every product with a router's weights."""
+
+    def __init__(self, layers: tuple[MoeLayer, ...]) -> None:
+        super().__init__()
+        self.weights = {p.tensor.data_ptr() for x in layers for p in x.per_expert if p.tensor.ndim == 2 and p.axis == 0}
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function is torch.nn.functional.linear and arguments[1].data_ptr() in self.weights:
+            self.seen.append(result)
+        return result
+
+
+def check_keep_all(case: Case) -> None:
+    """A plan that keeps everything is the identity; and so is a container in which every expert is a base of its own."""
+    model = case.applied(case.plan(lambda shape: ([KEPT] * shape.num_experts, [])))
+    assert torch.equal(case.logits_of(model), case.logits)
+    own = case.plan(
+        lambda shape: (
+            [Slot("stand_in", base=e) for e in range(shape.num_experts)],
+            [Base((e,), (1.0,)) for e in range(shape.num_experts)],
+        )
+    )
+    model = case.applied(own)
+    assert all(isinstance(layer.experts, StandInExperts) for layer in find_layers(model))
+    near(case.logits_of(model), case.logits, 2e-5)
+
+
+def check_masking(case: Case) -> None:
+    """Dropping equals giving the dropped experts a logit of minus infinity in the family's own router."""
+    pruned = case.applied(case.plan(prune))
+    pruned.set_experts_implementation("eager")
+    model = case.model()
+    layers = find_layers(model)
+    with MaskedRouters(layers):
+        expected = case.logits_of(model)
+    assert not torch.equal(expected, case.logits)
+    near(case.logits_of(pruned), expected)
+    assert all(layer.shape.num_experts == 6 for layer in find_layers(pruned))
+
+
+class MaskedRouters(TorchFunctionMode):
+    """While it is entered, products with router weights have minus infinity in the columns of dropped experts.
+
+    That happens before the family's own score function, selection and normalisation, whatever they are. Selection
+    biases become minus infinity too, for routers that would add them to a score of zero.
+    """
+
+    def __init__(self, layers: tuple[MoeLayer, ...]) -> None:
+        super().__init__()
+        self.dropped: dict[int, tuple[int, ...]] = {}
+        for layer in layers:
+            dropped = list(dropped_of(layer.shape))
+            for part in layer.per_expert:
+                if part.tensor.ndim == 2 and part.axis == 0:
+                    self.dropped[part.tensor.data_ptr()] = dropped_of(layer.shape)
+                elif part.leaf == "bias":
+                    continue  # a linear layer's, inside the product already
+                elif "bias" in part.leaf:
+                    part.tensor.data.transpose(0, part.axis)[dropped] = float("-inf")
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function is torch.nn.functional.linear and (dropped := self.dropped.get(arguments[1].data_ptr())):
+            result = result.index_fill(-1, torch.tensor(dropped), float("-inf"))
+        return result
+
+
+def check_stock_reload(case: Case) -> None:
+    """A uniformly pruned model is saved without a trace of Locum, loads in stock transformers, equal to the bit."""
+    plan = case.plan(prune)
+    model = case.applied(plan)
+    if not plan.is_stock(case.shape):
+        raise NotApplicable(
+            "experts of another tower share the config's number of experts, so a pruned text part is saved in containers"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        assert "quantization_config" not in (Path(folder) / "config.json").read_text()
+        again = reloaded(type(model), folder)
+        assert stored(folder) == (plan.size(case.shape).parameters, plan.size(case.shape).bytes)
+    assert not any(isinstance(module, StandInExperts) for module in again.modules())
+    assert torch.equal(case.logits_of(again), case.logits_of(model))
+
+
+def check_implementations(case: Case) -> None:
+    """Eager, grouped and batched kernels agree on the pruned model."""
+    model = case.applied(case.plan(prune))
+    if not case.plan(prune).is_stock(case.shape):
+        raise NotApplicable("its pruned layers are containers, which have one implementation")
+    expected = case.logits_of(model)
+    for name in IMPLEMENTATIONS:
+        model.set_experts_implementation(name)
+        assert all(layer.experts.config._experts_implementation == name for layer in find_layers(model))
+        near(case.logits_of(model), expected, 2e-5)
+
+
+def check_plan(case: Case, name: str) -> None:
+    """Through the container: forward, backward, save, size to the byte, load with `import locum`, equal to the bit."""
+    plan = case.plan(PLANS[name])
+    model = case.applied(plan)
+    before = case.logits_of(model)
+    check_gradients(case, model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = plan.size(case.shape)
+        assert stored(folder) == (size.parameters, size.bytes)
+        again = copied(load_model(folder))
+    assert type(again) is type(model)
+    assert [type(x.experts) for x in find_layers(again)] == [type(x.experts) for x in find_layers(model)]
+    assert torch.equal(case.logits_of(again), before)
+    if name == "mixed":
+        case.reloaded_mixed = again
+
+
+def plan_check(name: str) -> Callable[[Case], None]:
+    check = functools.partial(check_plan, name=name)
+    check.__doc__ = f"The plan `{PLANS[name].__name__}`. {check_plan.__doc__}"
+    return check
+
+
+def check_gradients(case: Case, model: PreTrainedModel) -> None:
+    """Finite everywhere; not zero in whatever a selected expert uses, and in the routers."""
+    chosen: dict[str, set[int]] = {}
+    hooks = []
+    for layer in find_layers(model):
+        seen = chosen.setdefault(layer.shape.name, set())
+
+        def see(module: nn.Module, arguments: tuple[Tensor, ...], seen: set[int] = seen) -> None:
+            seen.update(arguments[1].unique().tolist())
+
+        hooks.append(layer.experts.register_forward_pre_hook(see))
+    logits = model(input_ids=case.ids_BS, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), case.ids_BS.flatten() % logits.shape[-1]).backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    for layer in find_layers(model):
+        used = {id(p): n for n, p in used_parameters(layer.experts, chosen[layer.shape.name])}
+        assert used
+        for parameter in layer.experts.parameters():
+            if id(parameter) in used:
+                assert parameter.grad is not None and bool(parameter.grad.any()), used[id(parameter)]
+    model.zero_grad()
+
+
+def used_parameters(container: StandInExperts, chosen: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    layout = container.layout
+    if container.dense is not None and any(layout.dense_of[e] >= 0 for e in chosen):
+        yield from container.dense.named_parameters()
+    for index, stack in enumerate(container.adapters):
+        if any(layout.rank_of[e] == index for e in chosen):
+            yield from stack.named_parameters()
+    if container.constant_ND is not None and any(layout.constant_of[e] >= 0 for e in chosen):
+        yield "constant_ND", container.constant_ND
+
+
+def check_generate(case: Case) -> None:
+    """Greedy generation of the reloaded mixed model with its cache equals recomputing every step without one."""
+    model = case.reloaded_mixed or case.applied(case.plan(mixed))
+    if not model.can_generate():
+        raise NotApplicable(f"{type(model).__name__} does not generate text")
+    prompt = case.ids_BS[:2, :9]
+    model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(prompt)}
+    written, slow = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(written, slow), (written.tolist(), slow.tolist())
+    assert written.shape[1] == prompt.shape[1] + 6
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "inspect": check_inspect,
+    "observed": check_observed,
+    "statistics": check_statistics,
+    "router logits": check_logits,
+    "keep all": check_keep_all,
+    "pruned = masked": check_masking,
+    "pruned, stock reload": check_stock_reload,
+    "kernels": check_implementations,
+    **{name: plan_check(name) for name in PLANS},
+    "generate": check_generate,
+}
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def stored(folder: str) -> tuple[int, int]:
+    """Numbers and bytes of the tensors in a folder's safetensors files."""
+    numbers = size = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                tensor = tensors.get_tensor(name)
+                numbers, size = numbers + tensor.numel(), size + tensor.numel() * tensor.element_size()
+    return numbers, size
+
+
+def reloaded(model_class: type[PreTrainedModel], folder: str) -> PreTrainedModel:
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info.get(what), (what, sorted(map(str, info[what]))[:3])
+    return copied(model)
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """Tensors where the allocator puts them, not where a file has them: the last bit of a product depends on alignment."""
+    model.set_experts_implementation("eager")
+    return copy.deepcopy(model).eval()

@@ -1,0 +1,246 @@
+"""The suite over every family, what each exception is needed for, and that docs/families.md is current.
+
+Without `-m families` only a sample runs; `make families` runs everything and writes the page.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import pytest
+import torch
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import locum.families
+from families import matrix
+from families.checks import CHECKS, Case, NotApplicable, low_rank, near
+from families.tiny_families import (
+    config_types,
+    decorated_families,
+    main_type,
+    other_families,
+    refused_with,
+    tiny,
+    tiny_config,
+)
+from locum.anneal import close_layer, open_layer
+from locum.checkpoint import read_shape, shape_of
+from locum.errors import LocumError, PlanError, UnsupportedModel
+from locum.families import FAMILIES, Family, family_of, find_layers, model_class
+from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.routers import RouterRule
+from tiny_models import CONFIGS
+
+SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4")
+ROWS = [name for name in FAMILIES if name in CONFIG_MAPPING]  # the installed transformers may lack some
+
+
+def empty(model_type):
+    with torch.device("meta"):
+        config = tiny_config(model_type)
+        return model_class(config)._from_config(config, dtype=torch.float32)
+
+
+def marked(family):
+    return family if family in SAMPLE else pytest.param(family, marks=pytest.mark.families)
+
+
+@lru_cache(maxsize=1)
+def case_of(family):
+    return Case(family)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("family", [marked(family) for family in decorated_families()])  # outermost: one case for all
+def test_family(family, check):
+    rule = family_of(main_type(family))
+    try:
+        CHECKS[check](case_of(family))
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
+    except LocumError as error:
+        stated = rule.refuse or rule.refuse_dropping
+        assert stated and stated in str(error)
+    else:
+        assert not rule.refuse
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model_type", [n for n in ROWS if n in (*map(main_type, decorated_families()), "inkling_text")]
+)
+def test_without_its_row_a_family_is_refused_and_never_wrong_in_silence(model_type, monkeypatch):
+    """Removing a row leaves a router that does not fit the rule; restoring it brings back what it says."""
+    with monkeypatch.context() as patch:
+        patch.delitem(FAMILIES, model_type)
+        with pytest.raises(UnsupportedModel, match="expected the 8 experts"):
+            find_layers(empty(model_type))
+    if reason := FAMILIES[model_type].refuse:
+        with pytest.raises(UnsupportedModel, match="not supported: " + reason[:40]):
+            find_layers(empty(model_type))
+    else:
+        assert find_layers(empty(model_type))
+
+
+TEXT_PARTS = [t for t in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t.endswith("_text")]
+DECORATED = {t for family in decorated_families() for t in config_types(family)}
+
+
+@pytest.mark.parametrize("model_type", sorted(set(TEXT_PARTS) & DECORATED))
+def test_the_text_part_alone_follows_the_rule_too(model_type):
+    layers = find_layers(empty(model_type))
+    assert len(layers) == 2 and all(layer.shape.num_experts == 8 for layer in layers)
+
+
+def test_few_families_need_a_row():
+    assert sum(family_of(main_type(family)) != Family() for family in decorated_families()) <= 8
+
+
+def test_routers_that_give_probabilities_are_read_as_such(monkeypatch):
+    """Softmax of the statistics' logits must give Gemma's probabilities; without the row it would soften them twice."""
+    family = "gemma4"
+    right = Case(family).statistics
+    rule = RouterRule(shared=FAMILIES[family].router.shared)
+    monkeypatch.setitem(FAMILIES, family, Family(router=rule))
+    wrong = Case(family).statistics
+    name = right.shape.layers[0].name
+    assert torch.equal(right.layer(name)["count"], wrong.layer(name)["count"])
+    model = tiny(family)
+    layer, seen = find_layers(model)[0], []
+    layer.router.register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(input_ids=Case(family).ids_BS)
+    expected_E = seen[0].double().sum(dim=0)
+    torch.testing.assert_close(right.layer(name)["softmax_sum"], expected_E, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(wrong.layer(name)["softmax_sum"], expected_E, atol=1e-2)
+
+
+def test_experts_of_a_newer_transformers_that_do_more_are_refused(monkeypatch):
+    """A tensor or a flag that Locum does not know of would be left out of every stand-in in silence."""
+    model = empty("olmoe")
+    experts = find_layers(model)[1].experts
+    experts.expert_scale = torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.experts \(olmoe\).*tensor 'expert_scale'"):
+        find_layers(model)
+    del experts.expert_scale
+    find_layers(model)
+    monkeypatch.setattr(locum.families, "KNOWN_FLAGS", locum.families.KNOWN_FLAGS - {"has_gate"})
+    with pytest.raises(UnsupportedModel, match="the flag 'has_gate', which this Locum does not know"):
+        find_layers(model)
+
+
+def test_dropping_alone_is_refused_where_only_that_is_unsafe():
+    shape = Case("deepseek_v4").shape
+    slots = (DROPPED, DROPPED, *[KEPT] * 6)
+    with pytest.raises(PlanError, match="drops expert 0, which this model does not allow: its hash-routed layers"):
+        make_plan(shape, [LayerPlan(shape.layers[0].name, slots)])
+    make_plan(shape, [LayerPlan(shape.layers[0].name, (NOTHING, NOTHING, *[KEPT] * 6))])
+
+
+def test_inspect_says_what_is_refused_and_what_is_left_alone(tmp_path):
+    for family, said in (("deepseek_v4", "no expert of this model can be dropped"), ("dots3_note", "left alone")):
+        if family in decorated_families():
+            tiny(family).save_pretrained(tmp_path / family)
+            assert any(said in note for note in read_shape(tmp_path / family).notes)
+
+
+def test_heads_that_transformers_does_not_load_are_not_counted(tmp_path):
+    """Some checkpoints carry a multi-token-prediction head; transformers leaves it out, so Locum says so."""
+    from safetensors.torch import load_file, save_file
+
+    tiny("qwen3_next").save_pretrained(tmp_path)
+    before = read_shape(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {**load_file(file), "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.ones(3, 5)}, file, {"format": "pt"}
+    )
+    after = read_shape(tmp_path)
+    assert (after.parameters, after.bytes) == (before.parameters, before.bytes)
+    assert not before.notes and "does not load 1 tensors" in after.notes[0]
+
+
+def test_experts_that_text_does_not_reach_are_left_alone():
+    if "dots3_note" not in decorated_families():
+        pytest.skip("this transformers has no such family")
+    model = tiny("dots3_note")
+    everywhere = [n for n, m in model.named_modules() if hasattr(m, "has_gate") and hasattr(m, "down_proj")]
+    found = [layer.shape.name for layer in find_layers(model)]
+    assert set(found) < set(everywhere) and not any("vision" in name for name in found)
+
+
+def test_experts_that_share_their_number_with_others_are_never_saved_stock(monkeypatch):
+    """Text and vision experts of one layer with one number of experts in the config: fewer of one need a container."""
+    monkeypatch.setitem(FAMILIES, "ernie4_5_vl_moe", Family(router=FAMILIES["ernie4_5_vl_moe"].router))
+    model = empty("ernie4_5_vl_moe")
+    shape = shape_of(model)
+    assert [layer.name.split(".")[-2] for layer in shape.layers] == ["text_moe"] * 2
+    fewer = [LayerPlan(layer.name, (DROPPED, *[KEPT] * 7)) for layer in shape.layers]
+    assert not make_plan(shape, fewer).is_stock(shape)
+    assert make_plan(shape, [LayerPlan(layer.name, (KEPT,) * 8) for layer in shape.layers]).is_stock(shape)
+
+
+@pytest.mark.parametrize("model_type", other_families())
+def test_families_without_the_interface_are_refused_with_a_reason(model_type):
+    said = refused_with(model_type)
+    assert model_type in said and (
+        "not behind transformers' experts interface" in said or family_of(model_type).refuse in said
+    )
+
+
+def test_a_whole_omni_model_says_what_to_do_instead():
+    assert "thinker" in FAMILIES["qwen3_omni_moe"].refuse
+
+
+def test_an_adapter_without_a_base_at_full_rank_is_its_expert_biases_included():
+    """gpt_oss has biases in its experts: at full rank, an SVD start must reproduce the model."""
+    case = Case("gpt_oss")
+    rank = min(case.shape.layers[0].hidden_size, case.shape.layers[0].expert_width)
+    plan = case.plan(lambda shape: ([Slot("stand_in", rank=rank, start="svd")] * shape.num_experts, []))
+    near(case.logits_of(case.applied(plan)), case.logits, 1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f in ("muse_spark", "olmoe", "gpt_oss") if f in decorated_families()])
+def test_recovery_opens_and_closes_a_layer_and_nothing_changes(family):
+    """Also where a norm comes after the expert, stock and compressed."""
+    case = Case(family)
+    for model, plan in ((case.model(), None), (case.applied(case.plan(low_rank)), case.plan(low_rank))):
+        before, expected = {n: t.clone() for n, t in model.state_dict().items()}, case.logits_of(model)
+        for layer in find_layers(model):
+            opened = open_layer(model, layer, plan and plan.layer(layer.shape.name), 2, True, 0)
+            near(case.logits_of(model), expected, 2e-5)
+            close_layer(model, opened)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_current():
+    assert matrix.PAGE.read_text() == matrix.page(matrix.all_results()), "run `make families`"
+
+
+@pytest.mark.parametrize("version, families, whole", [("5.23.0", 64, 60), ("5.17.0", 54, 50)])
+def test_the_results_are_whole(version, families, whole):
+    results = json.loads((matrix.RESULTS / f"families-{version}.json").read_text())
+    found = [matrix.summary(row["checks"]) for row in results["families"].values()]
+    assert len(found) == families and found.count("all") >= whole
+    assert all(list(row["checks"]) == list(CHECKS) for row in results["families"].values())
+    assert not any(said.startswith("fails") for said in found)
+    assert results["minutes"] < 12
+
+
+def test_changes_are_told():
+    one = {"families": {"a": {"checks": {"x": "passed"}}, "b": {"checks": {"x": "passed"}}}}
+    two = {
+        "families": {
+            "a": {"checks": {"x": "failed: no"}},
+            "b": {"checks": {"x": "passed"}},
+            "c": {"checks": {"x": "passed"}},
+        }
+    }
+    assert matrix.changes(one, two) == ["a, x: passed -> failed: no", "c, x: not there -> passed"]
