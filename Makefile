@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest families families-oldest check fix install clean
+.PHONY: demo test test-families test-oldest families families-oldest check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Every check on every model family; `make test` runs what does not need the whole matrix.
+test-families: $(READY)
+	$(BIN)/python -m pytest -m families tests/families
 
 # The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
 OLDEST := .venv-oldest

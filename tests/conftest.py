@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses too: results are equal to the bit for equal thread counts only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
