@@ -31,7 +31,7 @@ def reference_data() -> list[str]:
 def demo(
     *,
     out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),
-    steps: Annotated[int, Help("recovery steps")] = 300,
+    steps: Annotated[int, Help("recovery steps")] = 200,
     force: Force = False,
     progress: Progress = stages._silent,
 ) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, 
 
         timed(name, compress)
     recovered = "lightmoe recovered"
-    options = {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "rank": 4, "validate_every": max(steps // 4, 1)}
+    options = {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "rank": 4, "validate_every": max(steps // 2, 1)}
     timed(
         recovered,
         lambda: quality.recover(folder / "lightmoe", data=data, out=folder / recovered, progress=progress, **options),
@@ -74,7 +74,7 @@ def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, 
     rows: list[Row] = []
     for done, name in enumerate(("lightmoe", recovered, "reap", "replace")):
         progress("evaluate", done, 4)
-        measured = quality.evaluate(folder / name, data=data, tokens=49152, against=MODEL, name=name)
+        measured = quality.evaluate(folder / name, data=data, tokens=32768, against=MODEL, name=name)
         rows += measured if not rows else [row for row in measured if row.model != "original"]
     progress("evaluate", 4, 4)
     write_rows(folder / "results.jsonl", [_relative(row, folder) for row in rows])
