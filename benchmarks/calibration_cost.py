@@ -11,11 +11,7 @@ either, with the faster of transformers' eager and grouped_mm experts; `with_hea
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +20,8 @@ import transformers
 
 from locum.calibrate import calibrate
 from locum.data import Tokens
-from locum.statistics import STATISTICS
+from locum.statistics import STATISTICS, check_needs
+from timing import Seconds, measure, publish, random_tokens
 
 REFERENCE = Path(__file__).parents[1] / "src" / "locum" / "reference" / "model"
 STOCK = ("eager", "grouped_mm")
@@ -46,25 +43,6 @@ def load(path: Path | None) -> tuple[transformers.PreTrainedModel, str]:
     return transformers.AutoModelForCausalLM.from_config(config).eval(), "random OLMoE, 12M parameters"
 
 
-def random_tokens(vocabulary: int, blocks: int, length: int) -> Tokens:
-    """Calibration costs the same for any ids; what they say only moves which experts they reach."""
-    ids_BS = torch.randint(2, vocabulary, (blocks, length), generator=torch.Generator().manual_seed(0))
-    ones_BS = torch.ones_like(ids_BS)
-    return Tokens(
-        ids_BS=ids_BS,
-        loss_mask_BS=ones_BS.bool(),
-        attention_BS=ones_BS,
-        bytes_BS=ones_BS,
-        domain_B=torch.zeros(blocks, dtype=torch.int64),
-        domains=("random",),
-        weights=(1.0,),
-        fingerprint="random",
-        sources=(),
-        split="all",
-        length=length,
-    )
-
-
 def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: int) -> dict[str, Callable[[], object]]:
     def forward(module: torch.nn.Module, implementation: str) -> Callable[[], None]:
         def run() -> None:
@@ -75,7 +53,7 @@ def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: 
 
         return run
 
-    routing = tuple(n for n, d in STATISTICS.items() if "D" not in d.axes and "norm" not in n)
+    routing = tuple(n for n in check_needs(None) if "D" not in STATISTICS[n].axes and "norm" not in n)
     return (
         {f"plain {name}": forward(model.base_model, name) for name in STOCK}
         | {f"with_head {name}": forward(model, name) for name in STOCK}
@@ -84,31 +62,8 @@ def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: 
     )
 
 
-Seconds = dict[str, list[float]]
-
-
-def measure(runs: dict[str, Callable[[], object]], rounds: int) -> tuple[Seconds, Seconds]:
-    """Wall-clock and processor seconds of every run in every round."""
-    wall: Seconds = {name: [] for name in runs}
-    cpu: Seconds = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            runs[name]()
-            if number:  # the first round warms caches and thread pools
-                wall[name].append(time.perf_counter() - begin)
-                cpu[name].append(time.process_time() - cpu_begin)
-    return wall, cpu
-
-
 def ratio(seconds: Seconds, name: str, kind: str, summary: Callable[[list[float]], float]) -> float:
     return round(summary(seconds[name]) / min(summary(seconds[f"{kind} {stock}"]) for stock in STOCK), 3)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
@@ -139,19 +94,8 @@ def main() -> None:
         "length": options.length,
         "batch_size": options.batch_size,
         "rounds": options.rounds,
-        "threads": options.threads,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    line = json.dumps(result)
-    print(line)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    publish(result, options.threads, options.out)
 
 
 if __name__ == "__main__":

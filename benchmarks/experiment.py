@@ -40,6 +40,9 @@ MEASURED = {"validation": 32768, "test": 49152}  # tokens
 COLUMNS = ("bits_per_byte", "kl", "top1_agreement")
 
 
+Choices = dict[tuple[str, Any], dict[str, Any]]  # options of recovery by arm and setting
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A grid of jobs. `run(name, setting, seed, split, steps, **options)` does one and returns its rows."""
@@ -48,7 +51,7 @@ class Experiment:
     arms: tuple[str, ...]
     run: Callable[..., list[dict[str, Any]]]
     to_select: Callable[[], Iterable[dict[str, Any]]]
-    to_test: Callable[[dict[str, dict[str, Any]]], Iterable[dict[str, Any]]]  # given every arm's chosen options
+    to_test: Callable[[Choices], Iterable[dict[str, Any]]]  # given what was chosen on validation
     table: Callable[[list[dict[str, Any]]], str]
     varied: tuple[str, ...] = ("learning_rate",)  # options of recovery that are chosen on validation
     setting: str = "fraction"  # what the rows call a setting
@@ -104,13 +107,13 @@ def train_and_measure(
     split: str,
     extra: dict[str, Any],
     sources: Sequence[str] = (),
-    plan_inputs: Any = None,
+    plan_statistics: Any = None,
     keep_original: bool = False,
 ) -> list[dict[str, Any]]:
     """Apply a plan to the reference model, train, measure; the rows of one job.
 
-    On the test split the original is measured beside it, and the model also before training (seed 0). `plan_inputs` is
-    what the plan needs from statistics; `keep_original` leaves the original's own rows in.
+    On the test split the original is measured beside it, and the model also before training (seed 0). `plan_statistics` are
+    those that building the plan reads; `keep_original` leaves the original's own rows in.
     """
     tokenizer, seed = checkpoint.load_tokenizer(MODEL), chosen.seed
     data = list(sources) or reference_data()
@@ -119,7 +122,7 @@ def train_and_measure(
     model, original = (checkpoint.load_model(MODEL, dtype=torch.float32) for _ in range(2))
     shape = checkpoint.shape_of(model)
     if decided is not None:
-        apply_plan(model, decided, plan_inputs, seed=seed)
+        apply_plan(model, decided, plan_statistics, seed=seed)
     bare = make_plan(shape, []) if decided is None else decided
     testing = split == "test"
     before = evaluate(model, measured_on, resamples=200, model_name=f"{name} before") if testing and not seed else []
@@ -163,15 +166,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def chosen_options(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """For each arm the options with the lowest validation loss."""
-    best: dict[str, tuple[float, dict[str, Any]]] = {}
+def chosen_options(experiment: Experiment) -> Choices:
+    """For each arm, in each setting that choices were made in, the options with the lowest validation loss."""
+    best: dict[tuple[str, Any], tuple[float, dict[str, Any]]] = {}
     for row in read(experiment.file("select")):
         if row["metric"] == "loss" and row["domain"] == "all" and row["model"] in experiment.arms:
-            options = {key: row["provenance"]["recovery"][key] for key in experiment.varied}
-            if row["model"] not in best or row["value"] < best[row["model"]][0]:
-                best[row["model"]] = (row["value"], options)
-    return {name: options for name, (_, options) in best.items()}
+            key = (row["model"], row["provenance"][experiment.setting])
+            options = {name: row["provenance"]["recovery"][name] for name in experiment.varied}
+            if key not in best or row["value"] < best[key][0]:
+                best[key] = (row["value"], options)
+    return {key: options for key, (_, options) in best.items()}
 
 
 def work(experiment: Experiment, phase: str, shard: str, steps: int) -> None:

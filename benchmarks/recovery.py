@@ -18,6 +18,7 @@ import locum
 from experiment import (
     COLUMNS,
     SEEDS,
+    Choices,
     Experiment,
     cell,
     main,
@@ -80,12 +81,12 @@ def jobs_to_select() -> list[dict[str, Any]]:
     return jobs + [{**middle, "end_fraction": end} for end in others]
 
 
-def jobs_to_test(options: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def jobs_to_test(options: Choices) -> list[dict[str, Any]]:
     jobs = []
     for seed in SEEDS:
         for name in METHODS:
             for fraction in FRACTIONS if METHODS[name]["method"] else (0.5,):
-                jobs.append({"name": name, "fraction": fraction, "seed": seed, **options[name]})
+                jobs.append({"name": name, "fraction": fraction, "seed": seed, **options[name, 0.5]})
     return jobs
 
 
