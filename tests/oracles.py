@@ -13,6 +13,7 @@ from torch import Tensor
 
 from locum.container import StandInExperts
 from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.routing import Routing
 from locum.shapes import LayerShape
 
 
@@ -102,3 +103,60 @@ def random_layer_plan(shape: LayerShape, seed: int, with_dropped: bool = True) -
         weights = [rng.random() + 0.1 for _ in members]
         bases.append(Base(members, tuple(w / sum(weights) for w in weights), rng.random() < 0.5))
     return LayerPlan(shape.name, tuple(slots), tuple(bases))
+
+
+def slow_routed(
+    parts: Callable[[int], dict],
+    apply_gate: Callable[[Tensor], Tensor],
+    policy: Routing,
+    vectors_NV: Tensor | None,
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    norm: Callable[[Tensor], Tensor] = lambda out_D: out_D,
+) -> Tensor:
+    """Compressed Experts (arXiv 2503.00634, section 2.2) token by token: sort, split, theta, main experts on h theta.
+
+    `vectors_NV` are the vectors themselves, one where nothing was learnt: gate's, up's and down's one after the other.
+    """
+    rows = []
+    for t in range(x_TD.shape[0]):
+        gates = list(gate_TK[t])
+        order = sorted(range(len(gates)), key=lambda k: (-float(gates[k].detach()), k))
+        main, rest = order[: policy.main], order[policy.main :]
+        scale = sum(gates) / sum(gates[k] for k in main) if policy.renormalise else 1.0
+        theta_V = theta_of(policy, vectors_NV, [int(index_TK[t, k]) for k in rest], [gates[k] for k in rest])
+        y_D = torch.zeros_like(x_TD[t])
+        for k in main:
+            p = parts(int(index_TK[t, k]))
+            d, f = p["W2"].shape
+            gated = p["W1"].shape[0] == 2 * f
+            on_gate, on_up, on_down = spread(policy, theta_V, d, f, gated, x_TD)
+            first = [p["W1"][:f] @ (x_TD[t] * on_gate), p["W1"][f:] @ (x_TD[t] * on_up)] if gated else []
+            pre_G = (torch.cat(first) if gated else p["W1"] @ (x_TD[t] * on_up)) + p["b1"]
+            hidden_F = apply_gate(pre_G[None])[0] * on_down
+            y_D = y_D + scale * gates[k] * (norm(p["W2"] @ hidden_F + p["b2"]) + p["c"])
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+def theta_of(policy: Routing, vectors_NV: Tensor | None, experts: list[int], gates: list[Tensor]) -> Tensor | None:
+    if vectors_NV is None or (policy.vectors != "static" and not experts):
+        return None
+    if policy.vectors == "static":
+        return vectors_NV[0]
+    return sum(gate / sum(gates) * vectors_NV[e] for e, gate in zip(experts, gates, strict=True))
+
+
+def spread(
+    policy: Routing, theta_V: Tensor | None, d: int, f: int, gated: bool, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is multiplied into the inputs of gate, up and down."""
+    ones_D, ones_F = like.new_ones(d), like.new_ones(f)
+    if theta_V is None:
+        return ones_D, ones_D, ones_F
+    if policy.vectors == "hidden":
+        return theta_V, theta_V, ones_F
+    if gated:
+        return theta_V[:d], theta_V[d : 2 * d], theta_V[2 * d :]
+    return ones_D, theta_V[:d], theta_V[d:]

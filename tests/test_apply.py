@@ -291,7 +291,7 @@ def made(tmp_path_factory):
         plan = make_plan(shape, PLANS[kind](shape))
         out = root / f"case-{len(cases)}"
         stages.apply(original, plan=plan, out=out, statistics=statistics(shape) if plan.needs_constants else None)
-        model = realigned(apply_plan(copy.deepcopy(live), plan, mean_outputs(shape)))
+        model = realigned(apply_plan(copy.deepcopy(live), plan, statistics(shape)))
         cases[name] = SimpleNamespace(
             original=original, out=out, shape=shape, plan=plan, logits=logits(model), dtype=dtype
         )

@@ -63,8 +63,8 @@ LINES = [
     ("calibrate {lacks_shard} --data {words} --out {out}", "lacks shard"),
     ("apply {truncated} --plan {plan} --out {out}", "is damaged"),
     ("calibrate {no_tokenizer} --data {words} --out {out}", "has no usable tokenizer|copy its files there"),
-    ("calibrate {small} --data {words} --out {out}", "compressed already; calibrate the original"),
-    ("apply {small} --plan {plan} --out {out}", "compressed already; apply the plan to the original"),
+    ("calibrate {small} --data {words} --out {out}", "has stand-ins); calibrate the original"),
+    ("apply {small} --plan {plan} --out {out}", "has stand-ins); apply the plan to the original"),
     ("compress {small} --data {words} --remove 0.5 --out {out}", "compressed already"),
     # plans
     (f"{APPLY} {{nowhere}}", "no plan file at {nowhere}; make one with: locum plan"),
@@ -121,7 +121,10 @@ LINES = [
     ("plan {stats} --fit lots", "cannot read size 'lots'; write for example 16GiB"),
     (f"{COMPRESS} --fit 1KB", "--fit 1KB is out of reach|bytes"),
     (f"{COMPRESS} --fit lots", "cannot read size 'lots'"),
-    ("plan {stats} --method prun --remove 0.5", "unknown method 'prun': did you mean 'prune'? allowed: lightmoe"),
+    (
+        "plan {stats} --method prun --remove 0.5",
+        "unknown method 'prun': did you mean 'prune'? allowed: compressed-experts",
+    ),
     (f"{COMPRESS} --method prun --remove 0.5", "unknown method 'prun': did you mean 'prune'?"),
     ("plan {stats} --method prune --score reep --remove 0.5", "unknown criterion 'reep': did you mean 'reap'"),
     (f"{COMPRESS} --method prune --score reep --remove 0.5", "unknown criterion 'reep': did you mean 'reap'"),

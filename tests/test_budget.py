@@ -110,7 +110,7 @@ def test_just_beyond_the_best_gives_the_best() -> None:
         search(uniform(SHAPE), SHAPE, remove=0.75 + 0.07)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].saves == "stored"])
 def test_methods_hit_targets(method: str) -> None:
     """With 3 layers and 16 experts, a step is at most one expert in each layer."""
     shape = toy_shape()

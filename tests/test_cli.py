@@ -37,24 +37,38 @@ locum recover small --original PATH --how annealed --data a.txt --steps 3 --seed
 locum recover pruned --how lora --data a.txt --steps 3 --seed 0 --out pruned-recovered
 locum eval recovered --against PATH --data code=a.txt --json results.jsonl
 locum report results.jsonl --out report.html
+locum search PATH --data a.txt --tokens 2048 --sample 256 --generations 3 --population 8 --seed 1 --out found
 locum list --json
 """
 # Every command and option. A change here is a change for users: say it in the changelog.
-METHOD = "--align --alpha --bases --budget --clip --grouping --rank --score --selection --shared --start"
+SEARCH = (
+    "--block --candidates --counts --decompose --exponent --generations --importance --minimum --multiple --population "
+    "--pruned --start"
+)
+METHOD = (
+    "--align --alpha --bases --budget --clip --grouping --main --rank --renormalise --score --selection --shared "
+    f"--vectors {SEARCH}"
+)
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
-    "calibrate": "MODEL --batch-size --data --device --force --json --length --out --seed --split --tokens",
-    "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --remove --seed "
-    f"--statistics --tokens {METHOD}",
+    "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
+    "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
+    f"--recover-learning-rate --recover-steps --remove --sample --seed --statistics --tokens {METHOD}",
     "demo": "--force --json --out --steps",
-    "eval": "MODEL --against --batch-size --data --device --json --length --name --resamples --seed --split --tokens",
+    "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
+    "--task-path --tasks --tokens",
+    "export": "MODEL --force --json --out --pre-tokenizer --to --type",
     "inspect": "MODEL --json",
     "list": "--json",
-    "plan": f"STATISTICS... --diff --fit --force --json --method --out --remove {METHOD}",
-    "recover": "MODEL --accumulate --annealing --batch-size --checkpoint-every --clip --data --device --end-fraction "
-    "--force --how --json --learning-rate --length --original --out --precision --rank --restart --schedule --seed "
+    "plan": f"STATISTICS... --diff --fit --force --json --method --onto --out --remove --seed {METHOD}",
+    "recover": "MODEL --accumulate --adapter-only --annealing --balance --batch-size --checkpoint-every --clip --data "
+    "--device --end-fraction --force --how --json --learning-rate --length --original --out --precision --rank "
+    "--restart --schedule --seed "
     "--steepness --steps --train-bases --validate-every --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
+    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens "
+    + SEARCH,
+    "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }
 FUNCTIONS = {
     "apply": locum.apply,
@@ -62,11 +76,14 @@ FUNCTIONS = {
     "compress": locum.compress,
     "demo": locum.demo,
     "eval": locum.evaluate,
+    "export": locum.export,
     "inspect": locum.inspect,
     "list": locum.catalogue,
     "plan": locum.plan,
     "recover": locum.recover,
     "report": locum.report,
+    "search": locum.search,
+    "verify": locum.verify,
 }
 FIELDS = {"compress": METHODS, "plan": METHODS, "recover": {"": Recovery}}
 
@@ -104,6 +121,8 @@ def python_calls():
     locum.recover("pruned", how="lora", data="a.txt", steps=3, seed=0, out="pruned-recovered")
     rows = locum.evaluate("recovered", against="PATH", data="code=a.txt", json="results.jsonl")
     locum.report("results.jsonl", out="report.html")
+    quick = {"tokens": 2048, "sample": 256, "generations": 3, "population": 8}
+    locum.search("PATH", data="a.txt", seed=1, out="found", **quick)
     return {
         "inspect": shape,
         "statistics": statistics,
@@ -123,7 +142,7 @@ def test_every_documented_line_works(journey):
     written = {path.name for path in folder.iterdir()}
     assert written == {
         *("PATH", "a.txt", "b.jsonl", "stats.safetensors", "plan.json", "small", "pruned", "replaced"),
-        *("recovered", "pruned-recovered", "results.jsonl", "report.html"),
+        *("recovered", "pruned-recovered", "results.jsonl", "report.html", "found"),
     }
     for name in ("small", "pruned", "replaced", "recovered", "pruned-recovered"):
         files = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "locum.json", "README.md"}
@@ -141,6 +160,9 @@ def test_python_does_the_same(journey):
         for name, tensor in named.items():
             assert torch.equal(tensor, two.layers[layer][name])
             assert torch.equal(tensor, returned["statistics"].layers[layer][name])
+    found = [locum.load_statistics(f / "found").layers for f in (folder, other)]
+    for layer, named in found[0].items():
+        assert all(torch.equal(tensor, found[1][layer][name]) for name, tensor in named.items())
     assert locum.load_plan(folder / "plan.json").layers == returned["plan"].layers
     for name in ("small", "pruned", "replaced", "recovered", "pruned-recovered"):
         for part in ("model.safetensors", "config.json", "tokenizer.json"):

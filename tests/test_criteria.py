@@ -42,7 +42,8 @@ class Layer:
         counts = tuple(torch.bincount(expert_P, minlength=E).tolist())
         routed = RoutedEvent(expert_P, self.gate_TK.flatten()[pair_P], self.out_TKD.flatten(0, 1)[pair_P], counts)
         events = {RoutedEvent: routed, RouterEvent: RouterEvent(self.logits_TE[:, order], (T // 2, T - T // 2))}
-        return LayerStatistics(SHAPE, {n: d.increment(events[d.event]) for n, d in STATISTICS.items()})
+        definitions = {name: definition for name, definition in STATISTICS.items() if not definition.on_demand}
+        return LayerStatistics(SHAPE, {name: d.increment(events[d.event]) for name, d in definitions.items()})
 
     def outputs(self, expert: int) -> tuple[list[float], list[list[float]]]:
         pairs = [(t, k) for t in range(T) for k in range(K) if int(self.index_TK[t, k]) == expert]

@@ -17,8 +17,10 @@ from locum.families import (
     FAMILIES,
     Family,
     canonical_gate,
+    family_of,
     find_layers,
     is_stock_experts,
+    model_class,
     read_expert,
     set_expert_count,
     slice_experts,
@@ -234,10 +236,22 @@ def test_a_dense_model_is_refused():
         find_layers(model)
 
 
-def test_experts_outside_the_interface_are_refused():
-    for model_type in ("jetmoe", "llama4_text"):
+def test_experts_outside_the_interface_are_refused(monkeypatch):
+    """Also in a family that no row names."""
+    for model_type, row in (("jetmoe", "jetmoe"), ("llama4_text", "llama4")):
+        model = empty_model(model_type, num_hidden_layers=1)
+        monkeypatch.delitem(FAMILIES, row)
         with pytest.raises(UnsupportedModel, match=f"'{model_type}' has experts, but not behind transformers' experts"):
-            find_layers(empty_model(model_type, num_hidden_layers=1))
+            find_layers(model)
+
+
+def test_a_family_that_has_no_class_to_load_says_why_too():
+    """An encoder-decoder has no language model head; its row's reason says more than that."""
+    for model_type in ("nllb-moe", "switch_transformers"):
+        with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: it is an encoder-decoder"):
+            model_class(AutoConfig.for_model(model_type))
+    with pytest.raises(UnsupportedModel, match="'vit' is not a language model that transformers can load"):
+        model_class(AutoConfig.for_model("vit"))
 
 
 def test_every_exception_names_a_family_that_transformers_has_and_a_reason():
@@ -245,11 +259,12 @@ def test_every_exception_names_a_family_that_transformers_has_and_a_reason():
         assert model_type in CONFIG_MAPPING
         assert family != Family()
         assert all(len(reason) > 20 for reason in (family.refuse, family.refuse_dropping) if reason)
+        assert not (family.undecorated and family.refuse)
 
 
-@pytest.mark.parametrize("model_type", ["longcat_flash", "zaya"])
+@pytest.mark.parametrize("model_type", ["longcat_flash", "zaya", "llama4_text", "jetmoe"])
 def test_refused_families_say_why(model_type):
-    with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: {FAMILIES[model_type].refuse}"):
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: {family_of(model_type).refuse}"):
         find_layers(empty_model(model_type, num_hidden_layers=2))
 
 
@@ -259,6 +274,27 @@ def test_a_new_row_changes_what_happens_and_removing_it_restores_it(monkeypatch,
         with pytest.raises(UnsupportedModel, match="'olmoe' is not supported: this test says so"):
             find_layers(olmoe)
     assert len(find_layers(olmoe)) == 2
+
+
+def test_naming_an_experts_class_undecorated_is_what_puts_it_behind_the_interface(monkeypatch, olmoe):
+    """OLMoE's experts in a class without the decorator are refused; a row makes them what they were, to the bit."""
+    olmoe.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = olmoe(tiny_ids()).logits
+    shapes = [layer.shape for layer in find_layers(olmoe)]
+    for layer in find_layers(olmoe):
+        bare = {"forward": type(layer.experts).forward.__wrapped__}
+        layer.experts.__class__ = type("BareExperts", (type(layer.experts),), bare)
+        for flag in ("has_gate", "is_transposed", "is_concatenated", "has_bias", "config"):
+            delattr(layer.experts, flag)
+    with pytest.raises(UnsupportedModel, match="'olmoe' has experts, but not behind transformers' experts interface"):
+        find_layers(olmoe)
+    monkeypatch.setitem(FAMILIES, "olmoe", Family(undecorated="BareExperts"))
+    layers = find_layers(olmoe)
+    assert [layer.shape for layer in layers] == shapes
+    assert all(layer.experts.config is olmoe.config and layer.experts.has_gate for layer in layers)
+    with torch.no_grad():
+        assert torch.equal(olmoe(tiny_ids()).logits, expected)
 
 
 def test_a_router_whose_tensors_do_not_fit_the_rule_is_refused(olmoe):

@@ -17,9 +17,11 @@ SRC = Path(locum.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 PURE = {
     *("errors", "registry", "options", "shapes", "layout", "plan", "statistics", "criteria", "selection", "budget"),
-    "stand_ins",
+    "routing",
+    *("stand_ins", "definitions", "genetic", "allocation", "gate_rules"),
 }
-EDGE = {"cli", "report", "charts", "demo", "quality", "__main__"}
+EDGE = {"cli", "report", "charts", "demo", "quality", "tasks", "pipeline", "vllm_plugin", "__main__"}
+EDGE |= {"verify", "file_checks", "loops", "export", "engines", "engine_run", "gguf_run"}
 HEAVY = {"transformers", "accelerate", "safetensors", "peft", "datasets", "vllm", "lm_eval"}
 SHOWING = {"click", "rich", "typer", "matplotlib"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "manager", "factory", "misc"}
@@ -155,5 +157,7 @@ def test_public_functions_and_classes_are_documented():
 @files
 def test_every_module_imports_on_its_own(path):
     name = name_of(path)
+    if "vllm" in outside(imports(path, top_level_only=True)):
+        pytest.importorskip("vllm")
     if name != "__main__":
         importlib.import_module("locum" if name == "__init__" else f"locum.{name.removesuffix('.__init__')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ import pytest
 from locum.errors import CheckpointError
 from locum.layout import Layout
 from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.routing import VECTORS, Routing
 from locum.shapes import LayerShape
 from oracles import random_layer_plan
 
@@ -68,7 +70,8 @@ def test_a_plan_by_hand():
 def test_tensors_hold_exactly_what_the_plan_counts(has_gate, has_bias):
     shape = layer_shape(has_gate, has_bias)
     for seed in range(50):
-        plan = random_layer_plan(shape, seed)
+        policy = Routing(1, VECTORS[seed % 4]) if seed % 2 else None
+        plan = dataclasses.replace(random_layer_plan(shape, seed), routing=policy)
         shapes = Layout.of(plan, shape).tensor_shapes()
         assert sum(math.prod(s) for s in shapes.values()) == plan.parameters(shape)
 
@@ -92,7 +95,10 @@ def test_every_row_has_a_user_and_only_bases_are_shared():
 
 def test_json_round_trip():
     for seed in range(20):
-        layout = Layout.of(random_layer_plan(layer_shape(), seed), layer_shape())
+        policy = Routing(1, VECTORS[seed % 4], seed % 3 == 0) if seed % 2 else None
+        plan = dataclasses.replace(random_layer_plan(layer_shape(), seed), routing=policy)
+        layout = Layout.of(plan, layer_shape())
+        assert ("routing" in layout.to_json()) == (policy is not None)  # so that older files stay what they were
         assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
@@ -121,6 +127,12 @@ TAMPERED = {
     "rank of zero": {"ranks": [0, 3]},
     "rank larger than the weights": {"ranks": [2, 30]},
     "rank listed but not used": {"ranks": [2, 3, 4]},
+    "policy of another kind": {"routing": 2},
+    "policy without its number": {"routing": {"vectors": "none"}},
+    "policy that lets none run": {"routing": {"main": 0}},
+    "policy with a number of another kind": {"routing": {"main": True}},
+    "policy with vectors that are not there": {"routing": {"main": 1, "vectors": "two"}},
+    "policy with an unknown entry": {"routing": {"main": 1, "aux": 1}},
 }
 
 
@@ -135,3 +147,24 @@ def test_a_tampered_layout_is_refused(what):
 def test_something_else_is_refused(data):
     with pytest.raises(CheckpointError, match=r"layout in config\.json"):
         Layout.from_json(data)
+
+
+def test_vectors_are_as_wide_as_what_they_modulate():
+    """Width 12 x 10, seven survivors: gate and up read 12 each, down reads 10."""
+    widths = {"projections": (7, 34), "hidden": (7, 12), "static": (1, 34), "none": None}
+    for vectors, expected in widths.items():
+        layout = Layout.of(dataclasses.replace(PLAN, routing=Routing(1, vectors)), layer_shape())
+        assert layout.tensor_shapes().get("offsets_NV") == expected
+    without_gate = Layout.of(dataclasses.replace(PLAN, routing=Routing(1)), layer_shape(has_gate=False))
+    assert without_gate.tensor_shapes()["offsets_NV"] == (7, 22)
+    assert layout.with_adapters((0,), 5).routing == layout.routing
+
+
+def test_one_token_uses_the_largest_experts_at_most():
+    """An expert has 360 parameters, a rank-3 adapter 198, a rank-2 one 132, a constant 12."""
+    layout = Layout.of(PLAN, layer_shape())
+    assert [layout.active_parameters(k) for k in (1, 2, 3, 9)] == [558, 1062, 1422, 558 + 504 + 720 + 198 + 12]
+    policy = dataclasses.replace(layout, routing=Routing(1))
+    assert [policy.active_parameters(k) for k in (1, 2, 3)] == [558, 558 + 34, 558 + 68]
+    assert dataclasses.replace(layout, routing=Routing(1, "static")).active_parameters(3) == 558 + 34
+    assert dataclasses.replace(layout, routing=Routing(2, "none")).active_parameters(3) == 1062

@@ -9,11 +9,12 @@ import re
 import pytest
 import torch
 
-from handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_sums
+from handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
 from locum.calibrate import calibrate
 from locum.checkpoint import shape_of
 from locum.criteria import CRITERIA
 from locum.errors import StatisticsError
+from locum.layout import active_parameters
 from locum.methods import METHODS
 from locum.methods.lightmoe import LightMoE
 from locum.methods.mone import MoNE
@@ -25,6 +26,10 @@ from locum.statistics import STATISTICS, Statistics, mean_output
 from tiny_models import tiny_ids, tiny_model
 
 ALL = tuple(METHODS)
+READING = tuple(name for name in ALL if METHODS[name]().needs())  # the others plan from a shape alone
+STORED = tuple(
+    name for name in ALL if METHODS[name].saves == "stored"
+)  # the others remove nothing, whatever the amount
 AMOUNTS = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 SHAPE = toy_shape()
 
@@ -57,14 +62,14 @@ def test_needs_are_known_and_enough(name: str) -> None:
         assert plan_of(method, only, SHAPE, amount) == plan_of(method, statistics, SHAPE, amount)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", READING)
 def test_missing_statistics_are_named(name: str) -> None:
     method = METHODS[name]()
     with pytest.raises(StatisticsError, match="has no statistic"):
         method.plan(restrict(make_statistics(SHAPE), ("samples",)), SHAPE, 0.5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_amount_goes_from_nothing_to_most(name: str, seed: int) -> None:
     statistics = make_statistics(SHAPE, seed)
@@ -74,7 +79,15 @@ def test_amount_goes_from_nothing_to_most(name: str, seed: int) -> None:
     assert removed[-1] > 0.4 and removed == sorted(removed)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in STORED])
+def test_a_method_that_saves_active_parameters_does(name: str) -> None:
+    plan = plan_of(METHODS[name](), make_statistics(SHAPE), SHAPE, 1.0)
+    assert METHODS[name].saves == "active" and active_parameters(SHAPE, plan) < active_parameters(SHAPE)
+    assert all(plan_of(METHODS[name](), make_statistics(SHAPE), SHAPE, amount) == plan for amount in AMOUNTS)
+    assert METHODS[name]().needs() or plan_of(METHODS[name](), None, SHAPE, 1.0) == plan
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_every_layer_is_smaller_or_whole(name: str) -> None:
     statistics = make_statistics(SHAPE)
     for amount in AMOUNTS:
@@ -104,7 +117,7 @@ def test_numbering_of_experts_does_not_matter(name: str) -> None:
             assert meaning(one, list(range(16))) == meaning(two, order)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STORED)
 def test_never_routed_experts_go_first_and_do_no_harm(name: str) -> None:
     never = (2, 9, 13)
     statistics = make_statistics(SHAPE, never=never)
@@ -144,11 +157,13 @@ def test_method_says_what_it_is(name: str) -> None:
     assert dataclasses.is_dataclass(cls) and all(item.metadata["help"] for item in dataclasses.fields(cls))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STORED)
 def test_on_the_statistics_of_a_real_model(name: str) -> None:
     model = tiny_model("olmoe", hidden_size=96, intermediate_size=64)
     method, shape = METHODS[name](), shape_of(model)
-    statistics = calibrate(model, tokens_of(tiny_ids(4, 32)), needs=method.needs())
+    summed = tuple(need for need in method.needs() if not STATISTICS[need].searched)
+    statistics = calibrate(model, tokens_of(tiny_ids(4, 32)), needs=("gated_output_norm", *summed))
+    statistics = with_search(statistics) if len(summed) < len(method.needs()) else statistics
     removed = [plan_of(method, statistics, shape, amount).removed(shape) for amount in AMOUNTS]
     assert removed[0] == 0 and removed[-1] == max(removed) > 0.1
 

@@ -11,12 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-from handmade import toy_shape
+from handmade import toy_shape, with_sums
 from locum.apply import apply_plan
 from locum.checkpoint import shape_of
 from locum.errors import PlanError
 from locum.families import find_layers
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, diff, make_plan, with_provenance
+from locum.plan import (
+    DROPPED,
+    KEPT,
+    NOTHING,
+    Base,
+    LayerPlan,
+    Plan,
+    Slot,
+    diff,
+    make_plan,
+    with_provenance,
+    with_routing,
+)
+from locum.routing import Routing
 from locum.shapes import LayerShape, ModelShape
 from tiny_models import CONFIGS, tiny_model
 
@@ -174,6 +187,55 @@ def test_bad_bases(change: dict, words: tuple[str, ...]) -> None:
     edited = data()
     layer(edited)["bases"][1] |= change
     refused(edited, *words)
+
+
+def routed() -> Plan:
+    """`everything` with a policy in its first layer."""
+    return with_routing(everything(), {ONE: Routing(1, "hidden", True)}, SHAPE)
+
+
+ROUTING_EDITS = [
+    ({"main": 3}, (ONE, "routing has main 3", "1 to 2")),
+    ({"main": 0}, ("main 0", "1 to 2")),
+    ({"main": True}, ("'main' is True", "a whole number")),
+    ({"vectors": "hiden"}, (ONE, "unknown kind of vectors 'hiden'", "did you mean 'hidden'")),
+    ({"vectors": 1}, ("'vectors' is 1", "text")),
+    ({"renormalise": 1}, ("'renormalise' is 1", "true or false")),
+    ({"renormalize": True}, ("unknown entry 'renormalize'", "did you mean 'renormalise'")),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), ROUTING_EDITS)
+def test_bad_policies(change: dict, words: tuple[str, ...]) -> None:
+    edited = json.loads(routed().dumps())
+    layer(edited)["routing"] |= change
+    refused(edited, *words)
+
+
+def test_a_policy_in_a_plan() -> None:
+    plan = routed()
+    text = plan.dumps()
+    assert Plan.loads(text) == plan and Plan.loads(text).dumps() == text and plan.id != everything().id
+    assert '  "routing": {"main": 1, "vectors": "hidden", "renormalise": true},\n' in text
+    assert "routing" not in everything().dumps()
+    assert diff(everything(), plan) == [f"{ONE} routing: all -> 1 main, vectors hidden, weights renormalised"]
+    survivors = len(plan.layers[0].survivors)
+    assert plan.size(SHAPE).parameters == everything().size(SHAPE).parameters + survivors * 32
+    assert plan.layers[0].slots == everything().layers[0].slots and plan.layers[1] == everything().layers[1]
+    edited = json.loads(text)
+    del layer(edited)["routing"]["main"]
+    refused(edited, ONE, "lacks the entry 'main'")
+    layer(edited)["routing"] = [1]
+    refused(edited, "'routing' is [1]", "an object")
+
+
+def test_a_policy_alone_makes_a_plan_of_kept_experts() -> None:
+    plan = with_routing(make_plan(SHAPE, ()), {TWO: Routing(2)}, SHAPE)
+    assert plan.layers == (LayerPlan(TWO, (KEPT,) * 8, routing=Routing(2)),)
+    only = plan.layers[0]
+    assert not only.is_identity and not only.is_dense and only.keeps_experts and not plan.is_stock(SHAPE)
+    with pytest.raises(PlanError, match="1 to 2"):
+        with_routing(plan, {TWO: Routing(3)}, SHAPE)
 
 
 TOP_EDITS = [
@@ -394,7 +456,8 @@ def test_size_equals_the_tensors_that_are_there(model_type: str, kind: str) -> N
     assert shape.parameters == sum(t.numel() for t in model.state_dict().values())
     plan = make_plan(shape, plans_for(shape)[kind])
     expected, removed = plan.size(shape), plan.removed(shape)
-    apply_plan(model, plan, {s.name: torch.zeros(s.num_experts, s.hidden_size) for s in shape.layers})
+    zeros = [torch.zeros(s.num_experts, s.hidden_size) for s in shape.layers]
+    apply_plan(model, plan, with_sums(shape, output_sum=zeros, count=[z[:, 0] for z in zeros]))
     tensors = list(model.state_dict().values())
     experts = sum(t.numel() for found in find_layers(model) for t in found.experts.state_dict().values())
     assert expected.parameters == sum(t.numel() for t in tensors)

@@ -21,7 +21,7 @@ from locum.methods.prune import Prune
 from locum.methods.replace import Replace
 from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
 from locum.stand_ins import ExpertWeights, permute_hidden
-from locum.statistics import Statistics, mean_output
+from locum.statistics import Statistics
 from tiny_models import tiny_ids, tiny_model
 
 IDS = tiny_ids(6, 32)
@@ -38,10 +38,7 @@ def measured(model: PreTrainedModel) -> Statistics:
 
 def compressed(model: PreTrainedModel, layers: list[LayerPlan], statistics: Statistics | None = None) -> Tensor:
     """The model's logits after the plan is applied to it."""
-    means = None
-    if statistics is not None:
-        means = {name: mean_output(statistics.layer(name)) for name in statistics.layers}
-    return logits(apply_plan(model, make_plan(shape_of(model), layers), means))
+    return logits(apply_plan(model, make_plan(shape_of(model), layers), statistics))
 
 
 def edit(layer: MoeLayer, experts: dict[int, ExpertWeights]) -> None:

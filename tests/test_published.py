@@ -4,6 +4,9 @@ The paper prints the mean number of replaced experts per layer only roughly; 24.
 its total parameters imply with three bases per layer and rank 16. Counts per layer are whole numbers, so the tests take
 the nearest totals over 16 layers: 390, 501 and 611. Ratios that follow from the printed (rounded) parameters, 32.6, 43.2
 and 53.6 % by Eq. 5, are met within 0.15: one expert of 1024 is 0.1 %.
+
+MoE-I2's (arXiv 2411.01016): the ranks behind its printed reductions are not stated; mean ranks of 512 (DeepSeek-V2-Lite)
+and 2048 (Mixtral) give exactly the figures that it prints.
 """
 
 from __future__ import annotations
@@ -12,8 +15,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from handmade import with_sums
+from locum.allocation import rank_bounds
 from locum.checkpoint import place_containers, shape_of
-from locum.layout import Layout
+from locum.layout import Layout, active_parameters
+from locum.methods.compressed_experts import CompressedExperts
+from locum.methods.moe_i2 import MoEI2
 from locum.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
 from locum.recover import count_trainable
 from locum.shapes import ModelShape
@@ -48,6 +55,17 @@ DEEPSEEK = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
 }
 # replaced experts in all layers, parameters in B, memory in GiB, Eq. 5 ratio in %
@@ -134,6 +152,67 @@ def test_total_ratios(olmoe: ModelShape, replaced: int, total: float) -> None:
     assert 100 * (1 - size / olmoe.parameters) == pytest.approx(total, abs=0.15)
 
 
+PHI = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def phi() -> ModelShape:
+    return shape_of(full_size("phimoe", PHI))
+
+
+def halved(shape: ModelShape) -> Plan:
+    return make_plan(shape, CompressedExperts().plan(None, shape, 1.0), method="compressed-experts")
+
+
+# d, d_ff, k, L, then the paper's MoE part before and after in B, and its totals (arXiv 2503.00634, App. A)
+COMPRESSED = {
+    "phi": (4096, 6400, 2, 32, "5.03", "2.52", 7.45, 4.93),
+    "olmoe": (2048, 1024, 8, 16, "0.81", "0.40", 1.28, 0.878),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_experts_active_parameters(name: str, request: pytest.FixtureRequest) -> None:
+    """The paper's count 3 (d d_ff k_m + 2 d + d_ff) L and ours, L (3 d d_ff k_m + k_a (2 d + d_ff)).
+
+    Its bracket takes three times the vectors of one auxiliary expert; ours the vectors of all k_a of them, once. They
+    differ by less than 2 million. The rest of OLMoE is 476.7 M here and 475 M there. The rest of Phi-3.5-MoE is 1.60 B
+    by its shapes, where the paper says 2.4 B, so its totals of 7.45 and 4.93 B are 6.64 and 4.12 B here; what is saved,
+    2.52 B, is the same.
+    """
+    shape: ModelShape = request.getfixturevalue(name)
+    d, f, k, layers, moe_before, moe_after, before, after = COMPRESSED[name]
+    main, rest = k // 2, shape.parameters - shape.expert_parameters
+    plan = halved(shape)
+    ours = active_parameters(shape, plan) - rest
+    theirs = 3 * (d * f * main + 2 * d + f) * layers
+    assert ours == layers * (3 * d * f * main + (k - main) * (2 * d + f))
+    assert abs(ours - theirs) < 2e6
+    assert [billions(x) for x in (active_parameters(shape) - rest, ours, theirs)] == [moe_before, moe_after, moe_after]
+    saved = active_parameters(shape) - active_parameters(shape, plan)
+    assert saved / 1e9 == pytest.approx(before - after, abs=0.005)
+    stored = {"phi": 32 * 16 * 14592, "olmoe": 16 * 64 * 5120}[name]
+    assert plan.size(shape).parameters - shape.parameters == stored
+
+
+def test_compressed_experts_totals(phi: ModelShape, olmoe: ModelShape) -> None:
+    assert billions(active_parameters(olmoe)) == "1.28"
+    assert f"{active_parameters(olmoe, halved(olmoe)) / 1e6:.0f}" == "880"  # the paper: 878
+    assert [billions(active_parameters(phi, plan)) for plan in (None, halved(phi))] == ["6.64", "4.12"]
+
+
 def test_trainable_parameters_from_shapes(olmoe: ModelShape, deepseek: ModelShape) -> None:
     """Three full-rank bases per layer and a rank-16 adapter on every expert, kept, replaced and shared."""
 
@@ -156,3 +235,36 @@ def test_recovery_trains_what_the_paper_trains(olmoe: ModelShape, replaced: int)
     place_containers(model, layouts)
     assert sum(t.numel() for t in model.state_dict().values()) == plan.size(olmoe).parameters
     assert f"{count_trainable(model, plan, Recovery(how='annealed', rank=RANK)) / 1e9:.3f}" == "0.453"
+
+
+# --- MoE-I2 -----------------------------------------------------------------------------------------------------
+
+
+def moe_i2(shape: ModelShape, dropped: int, mean_rank: int, exponent: float, **options: bool) -> Plan:
+    """The first experts of every layer dropped, the others at this mean rank, by importances from 1 up."""
+    experts = [layer.num_experts for layer in shape.layers]
+    gone = [(torch.arange(count) < dropped).double() for count in experts]
+    worth = [(1 + torch.arange(count)) * (1 - gone_E) for count, gone_E in zip(experts, gone, strict=True)]
+    method = MoEI2(exponent=exponent, **options)
+    least, dense, _ = rank_bounds(shape.layers[0], method.minimum, method.multiple)
+    amount = (dense - mean_rank) / (dense - least)
+    statistics = with_sums(shape, dropped=gone, pruned_importance=worth)
+    return make_plan(shape, method.plan(statistics, shape, amount))
+
+
+@pytest.mark.parametrize("exponent", [0, 0.15])
+def test_moe_i2_on_deepseek(deepseek: ModelShape, exponent: float) -> None:
+    """A quarter pruned and a mean rank of 512: 53.98 % of the expert parameters, however the ranks are spread."""
+    plan = moe_i2(deepseek, 16, 512, exponent)
+    ranks = [slot.rank for slot in plan.layers[0].slots if slot.survives]
+    assert sum(ranks) == 512 * 48 and (len(set(ranks)) > 1) == (exponent > 0)
+    assert f"{100 * plan.removed(deepseek):.2f}" == "53.98"
+
+
+def test_moe_i2_on_mixtral() -> None:
+    """6 of 8 experts at rank 2048: 43.49 GiB in bfloat16, of 86.99; pruning alone 65.99."""
+    shape = shape_of(full_size("mixtral", MIXTRAL))
+    assert f"{shape.bytes / 2**30:.2f}" == "86.99"
+    pruned = moe_i2(shape, 2, 2048, 0, decompose=False).size(shape)
+    assert f"{pruned.bytes / 2**30:.2f}" == "65.99"
+    assert f"{moe_i2(shape, 2, 2048, 0).size(shape).bytes / 2**30:.2f}" == "43.49"

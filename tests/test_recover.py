@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from handmade import with_sums
 from locum.anneal import beta_at, set_beta
 from locum.apply import apply_plan
 from locum.checkpoint import LocumConfig, load_model, shape_of, skeleton
@@ -58,8 +59,9 @@ def light(model, *, rank=3, start="gaussian", align=False, bases=True, constant=
 
 
 def compressed(model, plan):
-    means = {layer.layer: torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) for layer in plan.layers}
-    return apply_plan(copy.deepcopy(model), plan, means if plan.needs_constants else None)
+    means = [torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) for _ in shape_of(model).layers]
+    statistics = with_sums(shape_of(model), output_sum=means, count=[torch.ones(8)] * len(means))
+    return apply_plan(copy.deepcopy(model), plan, statistics)
 
 
 def readers(model):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from locum.container import StandInExperts
-from locum.errors import PlanError
+from locum.errors import PlanError, StatisticsError
 from locum.plan import KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 from locum.stand_ins import (
@@ -22,7 +22,9 @@ from locum.stand_ins import (
     old_weights,
     permute_hidden,
     svd_factors,
+    whitened_factors,
 )
+from locum.statistics import LayerStatistics
 from oracles import expert_parts, random_layer_plan
 
 D, F, E = 12, 10, 8
@@ -126,6 +128,75 @@ def test_svd_factors_are_the_best_of_their_rank():
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # shared evenly
 
 
+def gram(size, tokens, seed=0, dtype=torch.float64):
+    x = draw(tokens, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    x = x * torch.logspace(0, -2, size, dtype=dtype)  # inputs that differ much in size
+    return x.T @ x
+
+
+def slow_whitened(matrix, gram_II, rank):
+    """SVD-LLM to the letter: truncate the SVD of W S, S the Cholesky factor of the Gram; then undo S."""
+    s = torch.linalg.cholesky(gram_II)
+    u, sigma, vh = torch.linalg.svd(matrix.double() @ s, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]) @ vh[:rank] @ torch.linalg.inv(s)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 7), (7, 9)])
+def test_whitened_factors_equal_svd_llm(rows, columns):
+    matrix = draw(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram_II = gram(columns, 200)
+    for rank in (1, 3, 7):
+        a, b = whitened_factors(matrix, gram_II, rank)
+        assert a.shape == (rank, columns) and b.shape == (rows, rank)
+        torch.testing.assert_close(b @ a, slow_whitened(matrix, gram_II, rank), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # shared evenly
+    torch.testing.assert_close(b @ a, matrix)  # full rank
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whitened_factors_lose_less_of_the_outputs_than_plain_ones(seed):
+    matrix = draw(10, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    tokens = draw(80, 12, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
+    tokens = tokens * torch.logspace(0, -2, 12)
+    for rank in (1, 4, 8):
+        losses = []
+        for a, b in (whitened_factors(matrix, tokens.T @ tokens, rank), svd_factors(matrix, rank)):
+            losses.append(float((tokens @ (matrix - b.double() @ a.double()).T).norm()))
+        assert losses[0] < losses[1]
+
+
+def test_whitening_with_nothing_to_whiten_is_the_plain_svd():
+    """A Gram that is a multiple of the identity, and one without any token."""
+    matrix = draw(9, 7, generator=torch.Generator().manual_seed(0))
+    a, b = svd_factors(matrix, 3)
+    for gram_II in (5.0 * torch.eye(7), torch.zeros(7, 7)):
+        white_a, white_b = whitened_factors(matrix, gram_II.double(), 3)
+        torch.testing.assert_close(white_b @ white_a, b @ a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(white_a.norm(dim=1), a.norm(dim=1))
+
+
+def test_whitening_with_fewer_tokens_than_inputs_is_exact_on_them_and_uses_the_rest_of_the_rank():
+    matrix = draw(9, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = draw(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for rank in (3, 6):
+        a, b = whitened_factors(matrix, tokens.T @ tokens, rank)
+        torch.testing.assert_close(tokens @ (b @ a).T, tokens @ matrix.T, atol=1e-3, rtol=1e-3)
+    a3, b3 = whitened_factors(matrix, tokens.T @ tokens, 3)
+    assert float((matrix - b @ a).norm()) < float((matrix - b3 @ a3).norm()) - 0.5
+
+
+def test_a_matrix_of_low_rank_is_reproduced_by_it_whatever_its_inputs():
+    g = torch.Generator().manual_seed(0)
+    matrix = draw(20, 3, generator=g) @ draw(3, 16, generator=g)
+    for gram_II in (gram(16, 100), gram(16, 5), torch.zeros(16, 16)):
+        a, b = whitened_factors(matrix, gram_II, 3)
+        torch.testing.assert_close(b @ a, matrix, atol=1e-4, rtol=1e-3)
+    a, b = whitened_factors(matrix, gram(16, 100), 2)
+    assert float((b @ a - matrix).norm()) > 0.1
+    a, b = whitened_factors(matrix.bfloat16(), gram(16, 100), 3)
+    assert a.dtype == b.dtype == torch.bfloat16
+
+
 def test_gaussian_factors_start_at_nothing():
     a, b = gaussian_factors(200, 300, 50, torch.zeros(1), torch.Generator().manual_seed(0))
     assert not b.any()
@@ -173,8 +244,12 @@ def layer_shape(kind):
     return LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
 
 
-def build(plan, shape, read, means=None, seed=0):
-    layout, tensors = build_layer(plan, shape, read, means, seed)
+def observed(shape, **sums):
+    return LayerStatistics(shape, {name: torch.as_tensor(value).double() for name, value in sums.items()})
+
+
+def build(plan, shape, read, layer=None, seed=0):
+    layout, tensors = build_layer(plan, shape, read, layer, seed)
     container = StandInExperts(layout, torch.relu, torch.float32, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     return container
@@ -186,9 +261,10 @@ def test_a_built_layer_holds_what_its_plan_says(kind):
     shape = layer_shape(kind)
     experts = [expert(s, *KINDS[kind]) for s in range(E)]
     means = draw(E, D, generator=torch.Generator().manual_seed(5))
+    layer = observed(shape, output_sum=means, count=torch.ones(E))
     for seed in range(12):
         plan = random_layer_plan(shape, seed)
-        container = build(plan, shape, experts.__getitem__, means, seed)
+        container = build(plan, shape, experts.__getitem__, layer, seed)
         old = old_weights(plan, experts.__getitem__)
         for new, e in enumerate(plan.survivors):
             slot, parts = plan.slots[e], expert_parts(container, new)
@@ -242,8 +318,54 @@ def test_building_is_deterministic_for_a_seed():
 
 def test_constants_need_statistics():
     plan = LayerPlan("experts", (Slot("stand_in", constant=True), *[KEPT] * 7))
-    with pytest.raises(PlanError, match="statistics"):
+    with pytest.raises(PlanError, match=r"has constants, .*statistics.*missing: output_sum, count"):
         build_layer(plan, layer_shape("gate"), [expert(s) for s in range(E)].__getitem__, None, 0)
+
+
+# --- whitened layers ----------------------------------------------------------------------------------------------
+
+
+def grams(shape):
+    pairs = (("input_gram", D), ("hidden_gram", F))
+    return observed(shape, **{name: torch.stack([gram(n, 50, seed=e) for e in range(E)]) for name, n in pairs})
+
+
+@pytest.mark.parametrize("align_base", [False, True])
+def test_whitened_adapters_are_those_of_each_expert_and_its_own_inputs(align_base):
+    """With a base, of what it leaves over; with an aligned one, hidden units and their Gram are reordered alike."""
+    shape, experts = layer_shape("gate"), [expert(s) for s in range(E)]
+    statistics = grams(shape)
+    over = Slot("stand_in", 0, 3, "whitened")
+    base = Base((4, 5, 6), (0.2, 0.5, 0.3), align=align_base)
+    plan = LayerPlan("experts", (KEPT,) * 4 + (over, over, over, Slot("stand_in", None, 3, "whitened")), (base,))
+    container = build(plan, shape, experts.__getitem__, statistics)
+    old = old_weights(plan, experts.__getitem__)
+    mean = mean_expert([old[e] for e in base.experts], list(base.weights))
+    zero = mean.map(lambda _, t: torch.zeros_like(t))
+    for e, under in ((4, mean), (5, mean), (6, mean), (7, zero)):
+        parts = expert_parts(container, e)
+        units = [int((experts[e].up_FD == row).all(dim=1).nonzero()) for row in old[e].up_FD]  # where each came from
+        assert (units == list(range(F))) == (not align_base or e in (5, 7))
+        given = {"up_FD": statistics["input_gram"][e], "gate_FD": statistics["input_gram"][e]}
+        given["down_DF"] = statistics["hidden_gram"][e][units][:, units]
+        found = {"gate_FD": parts["W1"][:F], "up_FD": parts["W1"][F:], "down_DF": parts["W2"]}
+        for name, weight in found.items():
+            a, b = whitened_factors(getattr(old[e], name) - getattr(under, name), given[name], 3)
+            torch.testing.assert_close(weight, getattr(under, name) + b @ a, atol=1e-4, rtol=1e-4)
+
+
+def test_whitened_adapters_need_finite_grams():
+    shape, read = layer_shape("gate"), [expert(s) for s in range(E)].__getitem__
+    plan = LayerPlan("experts", (KEPT,) * 7 + (Slot("stand_in", None, 3, "whitened"),))
+    assert plan.needs == ("input_gram", "hidden_gram")
+    with pytest.raises(PlanError, match=r"whitened adapters, .*missing: input_gram, hidden_gram"):
+        build_layer(plan, shape, read)
+    with pytest.raises(PlanError, match=r"missing: hidden_gram"):
+        build_layer(plan, shape, read, observed(shape, input_gram=grams(shape)["input_gram"]))
+    bad = {name: tensor.clone() for name, tensor in grams(shape).items()}
+    bad["hidden_gram"][2, 1, 1] = torch.inf
+    with pytest.raises(StatisticsError, match="not finite"):
+        build_layer(plan, shape, read, observed(shape, **bad))
 
 
 def test_old_weights_are_in_the_hidden_order_of_their_base():

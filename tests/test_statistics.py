@@ -15,6 +15,7 @@ from locum.statistics import (
     STATISTICS,
     RoutedEvent,
     RouterEvent,
+    SearchEvent,
     Statistics,
     Sums,
     check_needs,
@@ -22,9 +23,10 @@ from locum.statistics import (
     output_variance,
 )
 
-E, D, K = 5, 4, 2
+E, D, F, K = 5, 4, 3, 2
 HEADINGS = ("Needs:", "Shapes:", "Units:", "Edges:", "Cost:", "Source:")
 ALL = tuple(STATISTICS)
+SUMMED = tuple(name for name in ALL if not STATISTICS[name].searched)
 
 
 def model_shape(experts: int = E, layers: int = 2) -> ModelShape:
@@ -51,11 +53,24 @@ def draw(lengths: tuple[int, ...], seed: int = 0, experts: int = E) -> tuple[Rou
     gate_P = torch.rand(len(expert_P), generator=generator)
     out_PD = torch.randn(len(expert_P), D, generator=generator) + 1
     counts = tuple(torch.bincount(expert_P, minlength=experts).tolist())
-    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts)
+    inside = (torch.randn(len(expert_P), size, generator=generator) for size in (D, F))
+    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts, *inside)
+
+
+FOUND = SearchEvent(
+    {
+        "dropped": torch.tensor([0.0, 1, 0, 0, 1], dtype=torch.float64),
+        "pruned_importance": torch.tensor([0.5, 0, 2, 3, 0], dtype=torch.float64),
+    }
+)
+
+
+def event_for(name: str, *events: object) -> object:
+    return next(event for event in (*events, FOUND) if type(event) is STATISTICS[name].event)
 
 
 def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), **changes: object) -> Statistics:
-    sums = Sums(domain, ALL)
+    sums = Sums(domain, SUMMED)
     for seed in seeds:
         for layer in ("layer.0", "layer.1"):
             for event in draw(lengths, seed):
@@ -94,6 +109,13 @@ def slow_router(event: RouterEvent) -> dict[str, object]:
 def slow_routed(event: RoutedEvent) -> dict[str, object]:
     sums = {name: [0.0] * E for name in ("count", "gate_sum", "output_norm", "gated_output_norm")}
     rows = {name: [[0.0] * D for _ in range(E)] for name in ("output_sum", "output_square")}
+    grams = {"input_gram": (event.in_PD, D), "hidden_gram": (event.hidden_PF, F)}
+    products = {name: [[[0.0] * size for _ in range(size)] for _ in range(E)] for name, (_, size) in grams.items()}
+    for name, (x_PI, size) in grams.items():
+        for expert, x in zip(event.expert_P.tolist(), x_PI.tolist(), strict=True):
+            for i in range(size):
+                for j in range(size):
+                    products[name][expert][i][j] += x[i] * x[j]
     for expert, gate, out in zip(event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True):
         norm = math.sqrt(sum(v * v for v in out))
         sums["count"][expert] += 1
@@ -103,19 +125,19 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         for d, value in enumerate(out):
             rows["output_sum"][expert][d] += value
             rows["output_square"][expert][d] += value * value
-    return {**sums, **rows}
+    return {**sums, **rows, **products}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_definition_equals_slow_loop(name: str) -> None:
     router, routed = draw((6, 1, 3))
-    expected = {**slow_router(router), **slow_routed(routed)}[name]
+    expected = {**slow_router(router), **slow_routed(routed), **FOUND.found}[name]
     definition = STATISTICS[name]
-    value = definition.increment(router if definition.event is RouterEvent else routed)
-    sizes = {"E": E, "D": D}
+    value = definition.increment(event_for(name, router, routed))
+    sizes = {"E": E, "D": D, "F": F}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
-    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -124,29 +146,31 @@ def test_docstring_has_every_heading(name: str) -> None:
     assert [heading for heading in HEADINGS if heading not in text] == []
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SUMMED)
 def test_empty_event_adds_zero(name: str) -> None:
     router = RouterEvent(torch.zeros(0, E), ())
-    routed = RoutedEvent(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, D), (0,) * E)
+    rows = (torch.zeros(0, size) for size in (D, D, F))
+    routed = RoutedEvent(torch.zeros(0, dtype=torch.int64), torch.zeros(0), next(rows), (0,) * E, *rows)
     definition = STATISTICS[name]
-    value = definition.increment(router if definition.event is RouterEvent else routed)
+    value = definition.increment(event_for(name, router, routed))
     assert value.count_nonzero() == 0 and value.ndim == len(definition.axes)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SUMMED)
 def test_half_precision_events_are_summed_wide(name: str) -> None:
     router, routed = draw((40, 24))
     definition = STATISTICS[name]
-    half = {
-        RouterEvent: RouterEvent(router.logits_TE.bfloat16(), router.sample_lengths),
-        RoutedEvent: RoutedEvent(routed.expert_P, routed.gate_P.bfloat16(), routed.out_PD.bfloat16(), routed.counts),
-    }[definition.event]
-    wide = {
-        RouterEvent: RouterEvent(router.logits_TE.bfloat16().float(), router.sample_lengths),
-        RoutedEvent: RoutedEvent(
-            routed.expert_P, routed.gate_P.bfloat16().float(), routed.out_PD.bfloat16().float(), routed.counts
-        ),
-    }[definition.event]
+
+    def cast(dtype: torch.dtype) -> object:
+        rows = (routed.gate_P, routed.out_PD, routed.in_PD, routed.hidden_PF)
+        gate_P, out_PD, *inside = (x.bfloat16().to(dtype) for x in rows)
+        return event_for(
+            name,
+            RouterEvent(router.logits_TE.bfloat16().to(dtype), router.sample_lengths),
+            RoutedEvent(routed.expert_P, gate_P, out_PD, routed.counts, *inside),
+        )
+
+    half, wide = cast(torch.bfloat16), cast(torch.float32)
     torch.testing.assert_close(definition.increment(half), definition.increment(wide), rtol=0, atol=0)
 
 
@@ -161,7 +185,7 @@ def test_silent_router_column_has_cosine_zero() -> None:
 def test_halves_add_up_to_the_whole() -> None:
     whole, sum_ = collect(1, 2, 3), collect(1) + collect(2, 3)
     for layer in whole.layers:
-        for name in ALL:
+        for name in SUMMED:
             torch.testing.assert_close(sum_.layers[layer][name], whole.layers[layer][name], rtol=1e-12, atol=1e-12)
     assert sum_.domains == ("a",) and sum_.provenance == whole.provenance and sum_.provenance["tokens"] == 27
 
@@ -174,7 +198,7 @@ def test_adding_unites_domains_and_leaves_both_sides_alone() -> None:
     count_CE = both.layers["layer.0"]["count"]
     assert torch.equal(count_CE[0], 2 * a.layers["layer.0"]["count"][0])
     assert torch.equal(count_CE[1], b.layers["layer.0"]["count"][0])
-    assert all(torch.equal(before[x][n], a.layers[x][n]) for x in before for n in ALL)
+    assert all(torch.equal(before[x][n], a.layers[x][n]) for x in before for n in SUMMED)
     assert torch.equal((b + a).layer("layer.1")["count"], (a + b).layer("layer.1")["count"])
 
 
@@ -223,7 +247,7 @@ def test_layer_sums_domains_with_weights() -> None:
     )
     assert torch.equal(both.layer("layer.0", {"b": 1})["logit_norm"], named["logit_norm"][1])
     layer = both.layer("layer.0")
-    assert layer.shape.num_experts == E and set(layer) == set(ALL) and len(layer) == len(ALL) and "count" in layer
+    assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer
 
 
 @pytest.mark.parametrize(
@@ -261,7 +285,7 @@ def test_malformed_statistics_are_refused() -> None:
 
 
 def test_layer_without_events_is_refused() -> None:
-    sums = Sums("a", ALL)
+    sums = Sums("a", SUMMED)
     for event in draw((4,)):
         sums.add("layer.0", event)
     with pytest.raises(StatisticsError, match=r"layer layer\.1 never gave what .*count"):
@@ -275,11 +299,47 @@ def test_only_needed_statistics_are_collected() -> None:
         for event in draw((4,)):
             sums.add(layer, event)
     assert sums.statistics(origin()).names == ("count",)
-    assert check_needs(None) == ALL and check_needs(("count", "count")) == ("count",)
+    assert check_needs(None) == tuple(n for n in ALL if not STATISTICS[n].on_demand)
+    assert check_needs(("count", "count")) == ("count",)
     with pytest.raises(OptionError, match="did you mean 'count'"):
         check_needs(("counts",))
     with pytest.raises(OptionError, match="no statistics"):
         check_needs(())
+
+
+def test_grams_are_collected_on_demand_only() -> None:
+    assert {name for name in ALL if STATISTICS[name].on_demand} == {"input_gram", "hidden_gram", *FOUND.found}
+    assert not Sums("a", check_needs(None)).wants_inside
+    assert check_needs(("input_gram",)) == ("input_gram",) and Sums("a", ("input_gram",)).wants_inside
+    with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*on demand only"):
+        Statistics(("a",), {"layer.0": {}}, origin()).layer("layer.0")["input_gram"]
+
+
+def test_what_a_search_finds_is_no_sum() -> None:
+    with pytest.raises(OptionError, match=r"calibration does not give dropped: .*run `locum search`"):
+        check_needs(("count", "dropped"))
+    one = collect(1)
+    with pytest.raises(StatisticsError, match=r"no statistic 'dropped'; .* Run `locum search`"):
+        one.layer("layer.0")["dropped"]
+    found = {n: {**s, "dropped": FOUND.found["dropped"][None]} for n, s in one.layers.items()}
+    searched = Statistics(("a",), found, origin())
+    assert torch.equal(searched.layer("layer.1")["dropped"], FOUND.found["dropped"])
+    with pytest.raises(StatisticsError, match="cannot be added: dropped are what one search found"):
+        searched + searched
+
+
+def test_nothing_is_summed_over_domains_that_nobody_reads() -> None:
+    """A file may hold Grams of gigabytes; planning reads none of them, again and again."""
+    one = collect(1, 2)
+
+    class Unreadable(dict):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            assert name != "input_gram"
+            return super().__getitem__(name)
+
+    layers = {name: Unreadable(named) for name, named in one.layers.items()}
+    layer = Statistics(("a",), layers, origin()).layer("layer.0")
+    assert "input_gram" in layer and torch.equal(layer["count"], one.layer("layer.0")["count"])
 
 
 def test_running_sums_are_copied_out() -> None:

@@ -11,6 +11,7 @@ from .demo import demo
 from .errors import (
     CheckpointError,
     DataError,
+    EngineError,
     LocumError,
     OptionError,
     OutputError,
@@ -18,18 +19,22 @@ from .errors import (
     StatisticsError,
     UnsupportedModel,
 )
+from .export import export
 from .methods import METHODS
+from .pipeline import compress, search
 from .plan import Base, LayerPlan, Plan, Slot, make_plan
 from .quality import evaluate, recover, report
 from .shapes import LayerShape, ModelShape
-from .stages import apply, calibrate, catalogue, compress, diff, inspect, plan
+from .stages import apply, calibrate, catalogue, diff, inspect, plan
 from .statistics import Statistics
+from .verify import verify
 
 __all__ = [
     "METHODS",
     "Base",
     "CheckpointError",
     "DataError",
+    "EngineError",
     "LayerPlan",
     "LayerShape",
     "LocumError",
@@ -50,6 +55,7 @@ __all__ = [
     "demo",
     "diff",
     "evaluate",
+    "export",
     "inspect",
     "load_plan",
     "load_statistics",
@@ -60,4 +66,6 @@ __all__ = [
     "report",
     "save_plan",
     "save_statistics",
+    "search",
+    "verify",
 ]

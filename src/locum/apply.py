@@ -14,11 +14,21 @@ from transformers import PreTrainedModel
 from .artefacts import NOTES, save_plan, whole
 from .checkpoint import LocumConfig, set_module, shape_of
 from .container import StandInExperts
-from .errors import PlanError, UnsupportedModel
-from .families import MoeLayer, canonical_gate, find_layers, read_expert, set_expert_count, slice_experts, slice_router
+from .errors import UnsupportedModel
+from .families import (
+    EXPERT_COUNTS,
+    MoeLayer,
+    canonical_gate,
+    find_layers,
+    read_expert,
+    set_expert_count,
+    slice_experts,
+    slice_router,
+)
 from .plan import LayerPlan, Plan
 from .shapes import LayerShape
-from .stand_ins import ExpertWeights, build_layer
+from .stand_ins import ExpertWeights, build_layer, check_statistics
+from .statistics import LayerStatistics, Statistics
 
 KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
@@ -28,11 +38,11 @@ def make_container(
     shape: LayerShape,
     read: Callable[[int], ExpertWeights],
     apply_gate: Callable[[Tensor], Tensor],
-    mean_output_ED: Tensor | None,
+    statistics: LayerStatistics | None,
     seed: int,
 ) -> StandInExperts:
     """The container of one layer, filled. It does not matter where `read` takes the experts from."""
-    layout, tensors = build_layer(plan, shape, read, mean_output_ED, seed)
+    layout, tensors = build_layer(plan, shape, read, statistics, seed)
     like = read(0).down_DF
     container = StandInExperts(layout, apply_gate, like.dtype, "meta")
     container.load_state_dict(tensors, assign=True, strict=True)
@@ -42,14 +52,14 @@ def make_container(
 def apply_plan(
     model: PreTrainedModel,
     plan: Plan,
-    mean_output: dict[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda layer: None,
 ) -> PreTrainedModel:
     """Change a live stock model into what the plan says, in place. Layers the plan keeps whole are left as they are.
 
-    `mean_output` maps layer names to mean outputs [E, D] and is needed only where the plan has constants.
-    Raises PlanError before anything is changed when the plan does not fit.
+    `statistics` are read only where the plan has constants or whitened adapters (`plan.needs` says which).
+    Raises PlanError before anything is changed when the plan does not fit or they are missing.
     """
     shape = shape_of(model)
     plan.validate(shape)
@@ -57,19 +67,16 @@ def apply_plan(
     if any(isinstance(layer.experts, StandInExperts) for layer in layers.values()):
         raise UnsupportedModel("the model is compressed already; apply the plan to the original checkpoint")
     for layer_plan in plan.layers:
-        if any(slot.constant for slot in layer_plan.slots) and layer_plan.layer not in (mean_output or {}):
-            raise PlanError(
-                f"{layer_plan.layer}: the plan has constants, so the statistics it was made from are needed too"
-            )
+        check_statistics(layer_plan, _read_by(layer_plan, statistics))
     stock = plan.is_stock(shape)
     layouts = {}
     for index, layer_plan in enumerate(plan.layers):
         layer = layers[layer_plan.layer]
-        if not layer_plan.is_identity:
+        if not layer_plan.is_identity or (not stock and _is_uneven(layer)):
             if stock:
                 slice_experts(layer.experts, layer_plan.survivors)
             else:
-                layouts[layer_plan.layer] = _replace(model, layer, layer_plan, mean_output, seed * 1_000_003 + index)
+                layouts[layer_plan.layer] = _replace(model, layer, layer_plan, statistics, seed * 1_000_003 + index)
             if len(layer_plan.survivors) < layer.shape.num_experts:
                 slice_router(layer, layer_plan.survivors)
         progress(layer_plan.layer)
@@ -81,13 +88,25 @@ def apply_plan(
     return model
 
 
-def _replace(
-    model: nn.Module, layer: MoeLayer, plan: LayerPlan, mean_output: dict[str, Tensor] | None, seed: int
-) -> object:
-    mean_output_ED = None if mean_output is None else mean_output.get(plan.layer)
+def _is_uneven(layer: MoeLayer) -> bool:
+    """Whether a stock layer has another number of experts than its config says, as one opened from a container may."""
+    counts = (getattr(layer.experts.config, name, None) for name in EXPERT_COUNTS)
+    return layer.shape.num_experts not in counts
+
+
+def _read_by(plan: LayerPlan, statistics: Statistics | None) -> LayerStatistics | None:
+    return statistics.layer(plan.layer) if statistics is not None and plan.needs else None
+
+
+def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> object:
     experts = layer.experts
     container = make_container(
-        plan, layer.shape, lambda e: read_expert(experts, e), canonical_gate(experts), mean_output_ED, seed
+        plan,
+        layer.shape,
+        lambda e: read_expert(experts, e),
+        canonical_gate(experts),
+        _read_by(plan, statistics),
+        seed,
     )
     container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     set_module(model, plan.layer, container)
@@ -103,13 +122,15 @@ def save_checkpoint(
     source: Path,
     notes: dict[str, Any],
     extra: Iterable[Path] = (),
+    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained,
 ) -> None:
     """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
 
     From `source` come the files that saving a model does not write; `extra` files are copied in under their names.
+    `write` puts the model itself into the folder.
     """
     with whole(out, "folder") as folder:
-        model.save_pretrained(folder)
+        write(model, folder)
         tokenizer.save_pretrained(folder)
         for name in KEEP_FILES:
             if (source / name).is_file() and not (folder / name).exists():

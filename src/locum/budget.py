@@ -34,7 +34,8 @@ def search(
     """The plan that removes the fraction `remove` of the routed experts' parameters, or that fits `fit` bytes.
 
     `build(amount)` makes a plan for an amount from 0 to 1, more amount meaning less left. Plans change in steps of
-    whole experts: for `remove` the nearest step is taken (as LightMoE, App. D), for `fit` the largest that fits.
+    whole experts: for `remove` the nearest step is taken (as LightMoE, App. D), for `fit` the largest that fits. Where the
+    first step removes much at once (the experts that a search dropped), a target far below it is refused.
     Raises OptionError for a target out of range and PlanError, with the best that can be had, for one out of reach.
     """
     if (remove is None) == (fit is None):
@@ -71,8 +72,20 @@ def search(
             a, low = middle, plan
         else:
             b, high = middle, plan
-    nearest_is_low = fit is None and abs(excess(low)) < abs(excess(high))
-    return low if nearest_is_low else high
+    if fit is not None:
+        return high
+    if a == 0 and min(abs(excess(low)), abs(excess(high))) > _half_step(shape):
+        raise PlanError(
+            f"--remove {remove:g} is too little for this method: the least it removes here is {high.removed(shape):.4f} of "
+            f"the expert parameters, and below that nothing at all; ask for that or more, or search again for fewer experts "
+            f"to drop"
+        )
+    return low if abs(excess(low)) < abs(excess(high)) else high
+
+
+def _half_step(shape: ModelShape) -> float:
+    """Half of what one expert, or one of every group, is of the smallest layer: as near as whole experts come."""
+    return 0.5 * max(layer.num_groups / layer.num_experts for layer in shape.layers)
 
 
 def uniform_counts(shape: ModelShape, amount: float) -> list[int]:

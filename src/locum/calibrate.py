@@ -49,8 +49,9 @@ def calibrate(
 ) -> Statistics:
     """Statistics of every MoE layer of a model over these tokens, per domain. Padding is left out; prompts count.
 
-    `needs` names the statistics to collect (all by default). `provenance` adds what only the caller knows: the
-    fingerprints of model and tokenizer, the seed. `progress(done, total)` is called after every batch, in blocks.
+    `needs` names the statistics to collect (by default all but those on demand only). `provenance` adds what only the
+    caller knows: the fingerprints of model and tokenizer, the seed. `progress(done, total)` is called after every batch,
+    in blocks.
     `on_batch(statistics_so_far, next_block)` is called after every `save_every` batches; to go on from there, pass the
     pair as `start`. Afterwards, also after an error or Ctrl-C, the model is as it was.
 
@@ -200,7 +201,7 @@ class Observer:
 
     def experts_forward(self, experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """An implementation of transformers' experts interface that also looks."""
-        y_TD, event, token_P = run_experts(experts, x_TD, index_TK, gate_TK)
+        y_TD, event, token_P = run_experts(experts, x_TD, index_TK, gate_TK, self.sums.wants_inside)
         if len(x_TD) != self.num_rows:
             raise UnsupportedModel(
                 f"{self.name_of[id(experts)]} was called with {len(x_TD)} tokens, the batch has {self.num_rows}; padding "
@@ -214,23 +215,29 @@ class Observer:
 
 
 def run_experts(
-    experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor
+    experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, inside: bool = False
 ) -> tuple[Tensor, RoutedEvent, Tensor]:
-    """A stock experts module's output [T, D], every selected pair behind it, and the token of each pair [P]."""
+    """A stock experts module's output [T, D], every selected pair behind it, and the token of each pair [P].
+
+    With `inside`, the pairs' inputs and hidden states stay in the event; they are at hand, so nothing is copied.
+    """
     num_tokens, top_k = index_TK.shape
     expert_P, order_P = torch.sort(index_TK.reshape(-1), stable=True)
     token_P, gate_P = order_P // top_k, gate_TK.reshape(-1)[order_P]
     counts = tuple(torch.bincount(expert_P, minlength=experts.num_experts).tolist())
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    pre_PG = _project(experts, first, x_TD[token_P], expert_P, counts)
+    in_PD = x_TD[token_P]
+    pre_PG = _project(experts, first, in_PD, expert_P, counts)
     hidden_PF = experts._apply_gate(pre_PG) if experts.has_gate else experts.act_fn(pre_PG)
+    seen = (in_PD, hidden_PF) if inside else ()
+    del in_PD  # the copies below then take its place in memory
     out_PD = _project(experts, "down_proj", hidden_PF, expert_P, counts)
     if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
         out_PD = experts.post_expert_norm(out_PD)
     gated_PD = out_PD * gate_P[:, None]
     unsorted_PD = torch.empty_like(gated_PD).index_copy_(0, order_P, gated_PD)
     y_TD = unsorted_PD.view(num_tokens, top_k, -1).sum(dim=1).to(x_TD.dtype)
-    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts), token_P
+    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, *seen), token_P
 
 
 def _project(experts: nn.Module, name: str, x_PI: Tensor, expert_P: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -243,7 +250,8 @@ def _project(experts: nn.Module, name: str, x_PI: Tensor, expert_P: Tensor, coun
 def _select_pairs(event: RoutedEvent, keep_P: Tensor) -> RoutedEvent:
     expert_P = event.expert_P[keep_P]
     counts = tuple(torch.bincount(expert_P, minlength=len(event.counts)).tolist())
-    return RoutedEvent(expert_P, event.gate_P[keep_P], event.out_PD[keep_P], counts)
+    inside = (None if x_PI is None else x_PI[keep_P] for x_PI in (event.in_PD, event.hidden_PF))
+    return RoutedEvent(expert_P, event.gate_P[keep_P], event.out_PD[keep_P], counts, *inside)
 
 
 # --- leaving everything as it was -------------------------------------------------------------------------------

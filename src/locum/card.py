@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from .layout import active_parameters
 from .plan import Plan
 from .shapes import ModelShape
 
@@ -15,6 +16,15 @@ def describe_size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def _saved(plan: Plan, shape: ModelShape) -> str:
+    """What a plan saves, in words: parameters that are stored, or those that a token uses, whichever it is about."""
+    said = [f"{plan.removed(shape):.1%} of the routed experts' parameters removed"] if plan.removed(shape) > 0 else []
+    if any(layer.routing for layer in plan.layers):
+        share = 1 - active_parameters(shape, plan) / active_parameters(shape)
+        said.append(f"{share:.1%} fewer parameters active for a token")
+    return ", ".join(said) or "nothing removed"
 
 
 def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any]) -> str:
@@ -28,12 +38,21 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         "```",
     ]
-    if not stock:
+    needs = (
+        "It is an ordinary checkpoint and loads without Locum."
+        if stock
+        else "Its compressed layers need Locum to load."
+    )
+    if over := provenance.get("adapter"):
+        needs = "It holds routers and the vectors of experts alone; all weights are those of its base."
+        load[1:3] = ["from locum.checkpoint import load_model", f'model = load_model("{name}")  # over {over["base"]}']
+    elif not stock:
         load.insert(1, "import locum  # registers the loader for its layers")
     options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
     rows = [
         ("parameters", f"{shape.parameters:,}", f"{size.parameters:,}"),
         ("expert parameters", f"{shape.expert_parameters:,}", f"{size.expert_parameters:,}"),
+        ("active parameters, at most", f"{active_parameters(shape):,}", f"{active_parameters(shape, plan):,}"),
         ("tensor bytes", f"{shape.bytes:,}", f"{size.bytes:,}"),
     ]
     experts = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()))
@@ -44,12 +63,9 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
         "---",
         f"# {name}",
         "",
-        f"Made with Locum: {plan.removed(shape):.1%} of the routed experts' parameters removed by `{plan.method}`"
-        + (f" ({options})." if options else "."),
+        f"Made with Locum: {_saved(plan, shape)} by `{plan.method}`" + (f" ({options})." if options else "."),
         "",
-        "It is an ordinary checkpoint and loads without Locum."
-        if stock
-        else "Its compressed layers need Locum to load.",
+        needs,
         "",
         *load,
         "",

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .layout import Layout
 from .shapes import LayerShape, ModelShape
 
 FORMAT_VERSION = 1
+ADAPTER = "vectors.safetensors"  # instead of weights, in a folder that needs a base (adapter.py)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WRONG_KEYS = {
     "missing_keys": "tensors are missing",
@@ -113,7 +115,11 @@ def _check_containers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, StandInExperts):
             for tensor, shape in module.layout.tensor_shapes().items():
-                found = tuple(module.get_parameter(tensor).shape)
+                parameter = module.get_parameter(tensor)
+                # transformers fills what a file lacks with whatever memory holds, and does not fail.
+                if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+                    raise CheckpointError(f"tensors are missing (first: {name}.{tensor}); fetch the checkpoint again")
+                found = tuple(parameter.shape)
                 if found != shape:
                     raise CheckpointError(
                         f"{name}.{tensor} has shape {list(found)} in the file, but config.json lays out {list(shape)}; "
@@ -153,6 +159,11 @@ def _read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
         raise CheckpointError(
             f"config.json gives the container {name} {layout.num_experts} experts; the layer can have "
             f"{shape.fewest_experts} to {shape.num_experts}; restore the config.json that was written with the weights"
+        )
+    if layout.routing is not None and layout.routing.main > shape.top_k:
+        raise CheckpointError(
+            f"config.json lets {layout.routing.main} experts of {name} run for a token, but its router selects "
+            f"{shape.top_k}; restore the config.json that was written with the weights"
         )
     return layout
 
@@ -202,8 +213,15 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds vectors and routers alone, over the weights of a base."""
+    return (Path(path) / ADAPTER).is_file()
+
+
 def shard_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint; raises when one that the index names is missing."""
+    if is_adapter(path):
+        return [path / ADAPTER]
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -304,6 +322,8 @@ def read_shape(path: str | Path) -> ModelShape:
     if config.dtype is None:  # transformers then takes that of the weights
         config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
     model, layers = _layers_of(path, config)
+    if is_adapter(path):  # as large as what base and adapter make together
+        return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
     unread = unread_tensors(model, headers)
     headers = {name: entry for name, entry in headers.items() if name not in unread}
     counts = [_numel(entry) for entry in headers.values()]
@@ -324,16 +344,29 @@ def _layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedMo
         raise type(error)(f"{path}: {error}") from error
 
 
+def layouts_of(path: str | Path) -> dict[str, Layout]:
+    """The layouts of a checkpoint's containers by the names of their layers."""
+    return {name: Layout.from_json(data) for name, data in _locum_layers(read_config(path)).items()}
+
+
 def expert_parameters(path: str | Path, shape: ModelShape) -> int:
     """What a checkpoint stores for its routed experts; in compressed ones, what stands in for them."""
-    containers = _locum_layers(read_config(path))
-    count = 0
+    containers, count = layouts_of(path), 0
     for layer in shape.layers:
         if layer.name in containers:
-            shapes = Layout.from_json(containers[layer.name]).tensor_shapes()
+            shapes = containers[layer.name].tensor_shapes()
             count += sum(math.prod(tensor_shape) for tensor_shape in shapes.values())
         else:
             count += layer.num_experts * layer.parameters()
+    return count
+
+
+def active_parameters(path: str | Path, shape: ModelShape) -> int:
+    """The most parameters of a checkpoint that one token uses (locum.layout.active_parameters)."""
+    containers, count = layouts_of(path), shape.parameters - expert_parameters(path, shape)
+    for layer in shape.layers:
+        there = containers.get(layer.name)
+        count += there.active_parameters(layer.top_k) if there else layer.top_k * layer.parameters()
     return count
 
 
@@ -360,6 +393,10 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
     config = read_config(path)
     _layers_of(path, config)  # refuse what is unsupported before reading gigabytes
     read_headers(path)
+    if is_adapter(path):
+        from .adapter import load_adapted  # which loads the base through this very function
+
+        return load_adapted(Path(path), dtype, device)
     model, info = model_class(config).from_pretrained(
         path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )  # mismatched sizes are not ignored: they are in `info`, by name
@@ -368,6 +405,17 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
             first = min(map(str, info[what]))
             raise CheckpointError(f"{path}: {len(info[what])} {words} (first: {first}); fetch the checkpoint again")
     return model.to(device).eval()
+
+
+def vectors_and_routers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters, by name, that make a model with routing policies out of its base: what an adapter file holds."""
+    found: dict[str, nn.Parameter] = {}
+    for layer in find_layers(model):
+        routers = layer.router.named_parameters()
+        found |= {f"{layer.shape.router}.{name}": p for name, p in routers if p.is_floating_point()}
+        if getattr(layer.experts, "offsets_NV", None) is not None:
+            found[f"{layer.shape.name}.offsets_NV"] = layer.experts.offsets_NV
+    return found
 
 
 def load_tokenizer(path: str | Path) -> Any:

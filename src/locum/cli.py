@@ -25,18 +25,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from . import quality, stages
-from .artefacts import load_statistics
+from . import pipeline, quality, stages
 from .card import describe_size
 from .demo import demo
 from .errors import LocumError, unknown
+from .export import export, larger
+from .file_checks import FAILED, Check
 from .methods import METHODS
 from .recover import Recovery
 from .stages import Help
+from .verify import verify
 
 console = Console(stderr=True)
 HIDDEN = ("progress", "options")  # parameters that are not for the command line
-RESUMABLE = ("calibrate", "compress", "recover")
+RESUMABLE = ("calibrate", "search", "compress", "recover")
 
 
 @contextlib.contextmanager
@@ -220,12 +222,16 @@ def _inspect_table(result: dict[str, Any]) -> None:
         f"{result['parameters']:,} parameters, {describe_size(result['bytes'])}; "
         f"routed experts {result['expert_parameters']:,} ({share:.1%})"
     )
+    click.echo(
+        f"active for a token, at most: {result['active_parameters']:,} parameters, {describe_size(result['active_bytes'])}"
+    )
     table = Table("layers", "experts", "top-k", "width", "router", "groups", "shared", box=None)
     for alike, first in _alike(result["layers"]):
         kind = first["router_kind"] + (", gates sum to one" if first["renormalised"] else "")
         sizes = f"{first['hidden_size']} x {first['expert_width']}"
         counts = (first[key] for key in ("num_groups", "shared_experts"))
-        table.add_row(alike, str(first["num_experts"]), str(first["top_k"]), sizes, kind, *map(str, counts))
+        top_k = str(first["top_k"]) + (f" ({first['routing']})" if first["routing"] else "")
+        table.add_row(alike, str(first["num_experts"]), top_k, sizes, kind, *map(str, counts))
     Console(width=120).print(table)
     for note in result["notes"]:
         click.echo(f"note: {note}")
@@ -256,7 +262,7 @@ def _show_path(result: Any, as_json: bool) -> None:
 
 def _show_summary(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
-        for key in ("parameters", "expert_parameters", "bytes"):
+        for key in ("parameters", "expert_parameters", "active_parameters", "bytes"):
             before, after = d[key]
             click.echo(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
         click.echo(
@@ -286,7 +292,7 @@ def _show_recovery(result: dict[str, Any], as_json: bool) -> None:
 
 def _show_rows(rows: list[Any], as_json: bool) -> None:
     def human(_: Any) -> None:
-        table = Table("model", "domain", "metric", "value", "95% interval", "tokens", box=None)
+        table = Table("model", "domain", "metric", "value", "95% interval", "n", box=None)
         for row in rows:
             table.add_row(
                 row.model,
@@ -299,6 +305,22 @@ def _show_rows(rows: list[Any], as_json: bool) -> None:
         Console().print(table)
 
     _print([dataclasses.asdict(row) for row in rows], as_json, human)
+
+
+def _show_checks(checks: list[Check], as_json: bool) -> None:
+    def human(_: Any) -> None:
+        table = Table("check", "engine", "result", "detail", box=None)
+        for check in checks:
+            table.add_row(*dataclasses.astuple(check))
+        Console(width=max(120, Console().width)).print(table, markup=False)
+
+    _print([dataclasses.asdict(check) for check in checks], as_json, human)
+    if any(check.result == FAILED for check in checks):
+        raise click.exceptions.Exit(1)
+
+
+def _show_export(result: dict[str, Any], as_json: bool) -> None:
+    _print(result, as_json, lambda d: click.echo(larger(d)))
 
 
 def _show_demo(result: dict[str, Any], as_json: bool) -> None:
@@ -326,7 +348,7 @@ def _plan_or_diff(
             raise click.UsageError("--diff takes exactly two plan files")
         return stages.diff(*statistics)
     decided = stages.plan(statistics, **given)
-    return stages.plan_summary(decided, load_statistics(statistics[0]).shape)
+    return stages.plan_summary(decided, stages.shape_behind(statistics[0]))
 
 
 def _register() -> None:
@@ -335,10 +357,14 @@ def _register() -> None:
     _command("calibrate", stages.calibrate, _show_statistics)
     _command("plan", _like(stages.plan, _plan_or_diff), _show_plan, methods)
     _command("apply", stages.apply, _show_path)
-    _command("compress", stages.compress, _show_path, methods)
+    searching = {name: cls for name, cls in methods.items() if hasattr(cls, "explore")}
+    _command("search", pipeline.search, _show_statistics, searching)
+    _command("compress", pipeline.compress, _show_path, methods)
     _command("recover", quality.recover, _show_recovery, {"": Recovery})
     _command("eval", quality.evaluate, _show_rows)
     _command("report", quality.report, _show_path)
+    _command("verify", verify, _show_checks)
+    _command("export", export, _show_export)
     _command("list", stages.catalogue, _show_catalogue)
     _command("demo", demo, _show_demo)
 

@@ -7,6 +7,10 @@ Work on a dense row is shared by all the experts that use it. For a token, the p
 computed once however many of the base's members are selected, and so is the down projection, applied to the sum of
 their gate-weighted hidden states. Low-rank parts are added around them, per expert.
 
+Where a layer has a routing policy (routing.py), it decides first which of the selected experts run, and on which inputs:
+one for each token, so that the sharing above stays. With vectors of their own for gate and up, the first product of a
+weight is made in two halves, one for each input.
+
 During annealed recovery (LightMoE, arXiv 2603.12645, Eq. 6) a replaced expert's weights are
 beta W_old + (1 - beta) W_base + B A; each projection is linear, so the three terms are computed and added.
 
@@ -23,14 +27,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .layout import Layout
+from .routing import Routed, modulate, route
 
 
-def grouped_linear(x_PI: Tensor, weight_NOI: Tensor, counts: list[int]) -> Tensor:
+def grouped_linear(x_PI: Tensor, weight_NOI: Tensor | tuple[Tensor, ...], counts: list[int]) -> Tensor:
     """Rows of `x`, sorted by item, each times its item's weight: the first counts[0] rows use weight[0], and so on."""
     # One unbind, not an index per item: its gradient is one stack, where each index would cost a whole tensor of zeros.
-    pairs = zip(torch.split(x_PI, counts), weight_NOI.unbind(0), strict=True)
-    parts = [functional.linear(x, weight_OI) for x, weight_OI in pairs if x.shape[0]]
-    return torch.cat(parts) if parts else x_PI.new_zeros(0, weight_NOI.shape[1])
+    weights = weight_NOI.unbind(0) if isinstance(weight_NOI, Tensor) else weight_NOI
+    parts = [
+        functional.linear(x, w_OI) for x, w_OI in zip(torch.split(x_PI, counts), weights, strict=True) if x.shape[0]
+    ]
+    return torch.cat(parts) if parts else x_PI.new_zeros(0, weights[0].shape[0])
+
+
+def grouped_first(inputs: tuple[Tensor, ...], token_P: Tensor, weight_NOI: Tensor, counts: list[int]) -> Tensor:
+    """The first product for these tokens: of the one input, or of gate's half of each weight with the first input and
+    up's half with the second."""
+    if len(inputs) == 1:
+        return grouped_linear(inputs[0][token_P], weight_NOI, counts)
+    halves = weight_NOI.unflatten(1, (2, -1)).flatten(0, 1).unbind(0)  # gate and up of each item in turn
+    parts = [grouped_linear(x_TD[token_P], halves[i::2], counts) for i, x_TD in enumerate(inputs)]
+    return torch.cat(parts, dim=1)
 
 
 class Stack(nn.Module):
@@ -72,10 +89,10 @@ class StandInExperts(nn.Module):
         self.dense = Stack(stacks["dense"], dtype, device) if "dense" in stacks else None
         self.adapters = nn.ModuleList(Stack(stacks[f"adapters.{i}"], dtype, device) for i in range(len(layout.ranks)))
         self.biases = Stack(stacks["biases"], dtype, device) if "biases" in stacks else None
-        if "" in stacks:
-            self.constant_ND = nn.Parameter(torch.empty(stacks[""]["constant_ND"], dtype=dtype, device=device))
-        else:
-            self.register_parameter("constant_ND", None)
+        for name in ("constant_ND", "offsets_NV"):
+            shape = stacks.get("", {}).get(name)
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            self.register_parameter(name, parameter)
         self.post_expert_norm: nn.Module | None = (
             None  # the family's own, applied to an expert's output before its gate
         )
@@ -86,19 +103,21 @@ class StandInExperts(nn.Module):
 
     def extra_repr(self) -> str:
         layout = self.layout
-        return f"experts={layout.num_experts}, dense={layout.num_dense}, ranks={layout.ranks}"
+        policy = f", routing=({layout.routing})" if layout.routing else ""
+        return f"experts={layout.num_experts}, dense={layout.num_dense}, ranks={layout.ranks}{policy}"
 
     def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        expert_P, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        token_P = order // top_k_index.shape[1]
-        gate_P = top_k_weights.reshape(-1)[order]
+        routed = self._routed(x_TD, top_k_index, top_k_weights)
+        expert_P, order = torch.sort(routed.index_TM.reshape(-1), stable=True)
+        token_P = order // routed.index_TM.shape[1]
+        gate_P = routed.weight_TM.reshape(-1)[order]
         wide = torch.promote_types(x_TD.dtype, torch.float32)  # in which contributions are summed
         fade_P = self._fade(expert_P, wide)
         if self.post_expert_norm is None:
-            total_TD = self._products(x_TD, expert_P, token_P, gate_P, fade_P)
+            total_TD = self._products(routed, expert_P, token_P, gate_P, fade_P)
         else:  # outputs are normed one by one, so nothing can be summed before
             pair_P, one_P = torch.arange(len(token_P), device=token_P.device), torch.ones_like(gate_P)
-            out_PD = self._products(x_TD[token_P], expert_P, pair_P, one_P, fade_P)
+            out_PD = self._products(routed.of(token_P), expert_P, pair_P, one_P, fade_P)
             out_PD = self.post_expert_norm(out_PD.to(x_TD.dtype)) * gate_P[:, None]
             total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device).index_add(0, token_P, out_PD.to(wide))
         if self.constant_ND is not None:
@@ -110,10 +129,16 @@ class StandInExperts(nn.Module):
             total_TD = total_TD.index_add(0, token_P[chosen], values.to(wide))
         return total_TD.to(x_TD.dtype)
 
+    def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed:
+        if self.layout.routing is None:
+            return Routed(index_TK, weight_TK, (x_TD,))
+        return route(self.layout.routing, self.offsets_NV, x_TD, index_TK, weight_TK, self.layout.has_gate)
+
     def _products(
-        self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, fade_P: Tensor | None
+        self, routed: Routed, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, fade_P: Tensor | None
     ) -> Tensor:
         """The sum over a token's pairs of gate times expert output, constants left out."""
+        x_TD = routed.inputs[0]
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
@@ -121,8 +146,10 @@ class StandInExperts(nn.Module):
         if self.biases is not None:
             parts.append(_Biases(self.biases, self._rows(self.layout.bias_of, expert_P), token_P, fade_P))
         for part in parts:
-            pre_PG = part.add_first(pre_PG, x_TD)
+            pre_PG = part.add_first(pre_PG, routed.inputs)
         hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
+        if routed.down_TF is not None:
+            hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
         for part in parts:
             total_TD = part.add_second(total_TD, hidden_PF, gate_P)
         return total_TD
@@ -177,8 +204,8 @@ class _Dense:
         self.counts = torch.bincount(self.row_U, minlength=stack.down_NDF.shape[0]).tolist()
         self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
 
-    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
-        product_UG = grouped_linear(x_TD[self.token_U], self.stack.gate_up_NGD, self.counts)
+    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        product_UG = grouped_first(inputs, self.token_U, self.stack.gate_up_NGD, self.counts)
         if hasattr(self.stack, "gate_up_bias_NG"):
             product_UG = product_UG + self.stack.gate_up_bias_NG[self.row_U]
         return pre_PG.index_add(0, self.pair_S, self._scaled(product_UG[self.unit_S]).to(pre_PG.dtype))
@@ -209,8 +236,8 @@ class _LowRank:
         self.token_S = token_P[self.pair_S]
         self.counts = torch.bincount(row_S, minlength=stack.down_B_DR.shape[0]).tolist()
 
-    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
-        low = grouped_linear(x_TD[self.token_S], self.stack.gate_up_A, self.counts)
+    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        low = grouped_first(inputs, self.token_S, self.stack.gate_up_A, self.counts)
         if hasattr(self.stack, "gate_B_FR"):
             gate_low, up_low = low.chunk(2, dim=1)
             gate = grouped_linear(gate_low, self.stack.gate_B_FR, self.counts)
@@ -235,7 +262,7 @@ class _Biases:
         self.token_S = token_P[self.pair_S]
         self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
 
-    def add_first(self, pre_PG: Tensor, x_TD: Tensor) -> Tensor:
+    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         return pre_PG.index_add(0, self.pair_S, self._scaled(self.stack.gate_up_bias_NG[self.row_S]).to(pre_PG.dtype))
 
     def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:

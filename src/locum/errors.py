@@ -8,6 +8,7 @@
       StatisticsError               statistics lack what is needed or belong to something else
       PlanError (ValueError)        a plan does not fit the model, or cannot be made
       OutputError                   an output cannot be written where it was asked for
+      EngineError                   another engine, in its own process, failed or refused a checkpoint
 
 A message says what is wrong with which value, where, what is allowed and what to do.
 """
@@ -48,6 +49,10 @@ class PlanError(LocumError, ValueError):
 
 class OutputError(LocumError):
     """An output cannot be written where it was asked for."""
+
+
+class EngineError(LocumError):
+    """Another engine, in its own process, failed or refused a checkpoint."""
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:

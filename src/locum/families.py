@@ -3,8 +3,8 @@
 The rule: an experts module carries the flags that transformers' `use_experts_implementation` gives it (`has_gate`,
 `is_transposed`, ...) and a `down_proj`; its router is the sibling named `gate` or `router`, and every tensor of the
 router has the expert axis first. A selection bias may live in the block around the two. Experts of vision and audio
-towers are left alone: text never reaches them. What does not fit gets a row in `FAMILIES`; what is not safe is refused
-there, by name, with the reason. There is no other per-model code anywhere.
+towers are left alone: text never reaches them. What does not fit gets a row in `FAMILIES`, also experts that transformers
+left without the flags; what is not safe is refused there, by name, with the reason. There is no other per-model code.
 
 Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with a gate and F without.
 """
@@ -12,6 +12,7 @@ Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ class Family:
     refuse: str = ""  # why nothing can be done safely
     refuse_dropping: str = ""  # why no expert may leave the router; replacing experts is safe
     router: RouterRule = field(default_factory=RouterRule)
+    undecorated: str = ""  # the class of its experts, which follow the rule but lack transformers' decorator
 
 
 GEMMA = RouterRule(shared=("scale",), probabilities=True)
@@ -85,10 +87,36 @@ FAMILIES: dict[str, Family] = {
         refuse="its router has a skip class beside the experts and reports skipped tokens as expert 0 with gate 0, so "
         "what is counted for expert 0 is not its own"
     ),
+    # Families whose experts transformers keeps out of its experts interface.
+    "step3p7": Family(undecorated="Step3p7Experts"),
+    "dbrx": Family(
+        refuse="its experts have no axis of their own: the rows of all of them follow one another in three flat matrices of "
+        "a module inside, which neither transformers' kernels nor a router's index can address by expert"
+    ),
     "doge": Family(
         refuse="its experts are rows of embeddings found by product keys, not networks that could be replaced"
     ),
-    "longcat_flash": Family(refuse="its router selects zero-computation experts beside the real ones"),
+    "jetmoe": Family(
+        refuse="its attention is a mixture of experts too, under the same number of experts in the config, and its "
+        "feed-forward experts are two layers of their own called one after the other on tokens sorted by expert, so there "
+        "is no one call with a token's experts and gates to observe or replace"
+    ),
+    "llama4": Family(
+        refuse="its gates multiply what goes into an expert, not what comes out, and every expert runs on every token, so "
+        "its layer is not the sum of gates times outputs that statistics, merging and stand-ins describe"
+    ),
+    "longcat_flash": Family(
+        refuse="its router also selects zero-computation experts, which hand a token on as it is, so what it selects is not "
+        "always an expert that could be measured or replaced"
+    ),
+    "nllb-moe": Family(
+        refuse="it is an encoder-decoder whose router turns tokens away from an expert beyond its capacity, so what an expert "
+        "does depends on the other tokens of the batch, and next-token calibration reaches one half of it only"
+    ),
+    "switch_transformers": Family(
+        refuse="it is an encoder-decoder whose router turns tokens away from an expert beyond its capacity, so what an expert "
+        "does depends on the other tokens of the sequence, and next-token calibration reaches one half of it only"
+    ),
 }
 
 
@@ -115,12 +143,14 @@ def is_stock_experts(module: nn.Module) -> bool:
 def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     """The MoE layers of a live model in model order (on any device, meta included).
 
+    Experts that a row of `FAMILIES` calls undecorated get the experts interface, in this model alone.
     Raises UnsupportedModel for a dense model, a family that is refused and a layer that does not fit the rule.
     """
     model_type = model.config.model_type
     family = family_of(model_type)
     if family.refuse:
         raise UnsupportedModel(f"model type {model_type!r} is not supported: {family.refuse}")
+    _decorate(model, family.undecorated)
     modules = dict(model.named_modules())
     experts = [n for n, m in modules.items() if is_stock_experts(m) or isinstance(m, StandInExperts)]
     names = [n for n in experts if not _is_elsewhere(n)]
@@ -128,6 +158,27 @@ def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
         raise UnsupportedModel(_why_no_layers(model_type, modules))
     configs_elsewhere = {id(getattr(modules[n], "config", None)) for n in experts if _is_elsewhere(n)}
     return tuple(_layer(name, modules, model_type, family, configs_elsewhere) for name in names)
+
+
+def _decorate(model: nn.Module, class_name: str) -> None:
+    """Put the experts of this class behind the experts interface. Their tensors and transformers' class do not change."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)] if class_name else []
+    for part in reversed(parts):  # the innermost first: its config is the one that its experts follow
+        found = [module for module in part.modules() if type(module).__name__ == class_name]
+        for experts in found:
+            if not is_stock_experts(experts):
+                experts.__class__ = _decorated(type(experts))
+                experts.__init__(part.config)  # sets the flags
+        if found:  # transformers itself looks for the decorator in the source file of a model's class
+            part._can_set_experts_implementation = lambda: True
+
+
+@functools.cache
+def _decorated(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass with transformers' own decorator, for modules that are built already."""
+    return use_experts_implementation(
+        type(experts_class.__name__, (experts_class,), {"__init__": lambda self, config: None})
+    )
 
 
 def unread_tensors(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
@@ -257,6 +308,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for task in order:
         if found := getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(config.model_type):
             return getattr(transformers, found)
+    if reason := family_of(config.model_type).refuse:
+        raise UnsupportedModel(f"model type {config.model_type!r} is not supported: {reason}")
     raise UnsupportedModel(
         f"model type {config.model_type!r} is not a language model that transformers can load as one"
     )

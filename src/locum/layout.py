@@ -7,12 +7,15 @@ can be built before any weight is read. Letters: E surviving experts, N stacked 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import CheckpointError
-from .plan import LayerPlan
-from .shapes import LayerShape
+from .plan import LayerPlan, Plan
+from .routing import VECTORS, Routing
+from .shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Layout:
     adapter_of: tuple[int, ...]  # row inside the adapter stack of that rank
     constant_of: tuple[int, ...]
     ranks: tuple[int, ...] = ()  # the distinct ranks, one adapter stack each
+    routing: Routing | None = None  # None: every selected expert runs
 
     @property
     def num_experts(self) -> int:
@@ -71,7 +75,30 @@ class Layout:
             shapes |= {"biases.gate_up_bias_NG": (n, gates * f), "biases.down_bias_ND": (n, d)}
         if n := self.num_constants:
             shapes["constant_ND"] = (n, d)
+        if self.routing and (vectors := self.routing.offsets_shape(self.num_experts, d, f, self.has_gate)):
+            shapes["offsets_NV"] = vectors
         return shapes
+
+    def active_parameters(self, top_k: int) -> int:
+        """The most parameters that one token uses: its main experts, the largest there are, and its vectors.
+
+        An expert counts with everything that it computes with, so a base that two of them share counts twice.
+        """
+        sizes: Counter[str] = Counter()  # of one row of each stack
+        for name, shape in self.tensor_shapes().items():
+            sizes[name.rpartition(".")[0] or name] += math.prod(shape[1:])
+
+        def size(e: int) -> int:
+            parts = ("dense", self.dense_of[e]), (f"adapters.{self.rank_of[e]}", self.rank_of[e])
+            parts = *parts, ("biases", self.bias_of[e]), ("constant_ND", self.constant_of[e])
+            return sum(sizes[stack] for stack, row in parts if row >= 0)
+
+        largest = sorted(map(size, range(self.num_experts)))
+        if self.routing is None:
+            return sum(largest[-top_k:])
+        return sum(largest[-min(self.routing.main, top_k) :]) + sizes["offsets_NV"] * self.routing.vectors_per_token(
+            top_k
+        )
 
     @classmethod
     def of(cls, plan: LayerPlan, shape: LayerShape) -> Layout:
@@ -96,7 +123,7 @@ class Layout:
             constant_of.append(constants if slot.constant else -1)
             constants += slot.constant
         rows = (tuple(dense_of), tuple(rank_of), tuple(adapter_of), tuple(constant_of))
-        return cls(shape.hidden_size, shape.expert_width, shape.has_gate, shape.has_bias, *rows, ranks)
+        return cls(shape.hidden_size, shape.expert_width, shape.has_gate, shape.has_bias, *rows, ranks, plan.routing)
 
     def with_adapters(self, rows: tuple[int, ...], rank: int) -> Layout:
         """The layout for training in which these dense rows have an adapter of this rank, shared by all their users.
@@ -114,13 +141,15 @@ class Layout:
         return replace(self, rank_of=tuple(rank_of), adapter_of=tuple(adapter_of), ranks=ranks)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "routing" or value is not None}
 
     @classmethod
     def from_json(cls, data: Any) -> Layout:
         """Raises CheckpointError for anything that `to_json` of a layout that a plan made cannot have written."""
         try:
             layout = cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()})
+            if layout.routing is not None:
+                layout = replace(layout, routing=Routing(**layout.routing))
             reason = layout._fault()
         except (TypeError, AttributeError) as error:
             raise CheckpointError(f"a container's layout in config.json cannot be read: {error}") from error
@@ -136,6 +165,13 @@ class Layout:
         numbers = (self.hidden_size, self.expert_width, *self.ranks, *(row for of in rows.values() for row in of))
         if not all(type(number) is int for number in numbers):
             return "sizes, ranks and rows are whole numbers"
+        if (policy := self.routing) is not None and not (
+            type(policy.main) is int
+            and policy.main >= 1
+            and policy.vectors in VECTORS
+            and type(policy.renormalise) is bool
+        ):
+            return f"there is no such routing policy: {policy}"
         if len({len(of) for of in rows.values()}) > 1 or not self.dense_of:
             return f"its lists name {[len(of) for of in rows.values()]} experts"
         if not all(1 <= rank <= min(self.hidden_size, self.expert_width) for rank in self.ranks):
@@ -152,3 +188,18 @@ class Layout:
         if set(self.rank_of) - {-1} != set(range(len(self.ranks))):
             return f"rank_of = {list(self.rank_of)} does not use the ranks {list(self.ranks)}"
         return ""
+
+
+def active_parameters(shape: ModelShape, plan: Plan | None = None) -> int:
+    """The most parameters that one token uses, of a stock model or of what a plan makes of it.
+
+    Everything outside the routed experts counts, in each MoE layer the `main` (else top-k) largest experts, and the
+    vectors of the other selected ones. Where experts differ in size it is an upper bound: a token may use smaller ones.
+    """
+    plans = {layer.layer: layer for layer in plan.layers} if plan else {}
+    size = plan.size(shape) if plan else shape
+    total = size.parameters - size.expert_parameters
+    for layer in shape.layers:
+        mine = plans.get(layer.name)
+        total += Layout.of(mine, layer).active_parameters(layer.top_k) if mine else layer.top_k * layer.parameters()
+    return total

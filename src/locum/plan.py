@@ -11,6 +11,8 @@ and a `Slot` says which of these parts it has:
     nothing    its router row stays, its output is zero
     dropped    its router row goes too: the remaining logits are normalised by the model's own rule
 
+A layer may also have a `Routing`: how many of the experts that the router selects run, and what the others leave behind.
+
 Letters: E experts, D model width, F expert width.
 """
 
@@ -20,16 +22,19 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .errors import PlanError, unknown
+from .routing import VECTORS, Routing
 from .shapes import LayerShape, ModelShape
 
 FORMAT_VERSION = 1
 BECOMES = ("kept", "stand_in", "nothing", "dropped")
-STARTS = ("gaussian", "svd")
+START_NEEDS = {"gaussian": (), "svd": (), "whitened": ("input_gram", "hidden_gram")}  # statistics that building reads
+STARTS = tuple(START_NEEDS)
 KINDS = {str: "text", int: "a whole number", bool: "true or false", dict: "an object {...}", list: "a list [...]"}
 PLAN_ENTRIES = {
     "kind": str,
@@ -41,7 +46,8 @@ PLAN_ENTRIES = {
     "options": dict,
     "provenance": dict,
 }
-LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list}
+LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list, "routing": dict}
+ROUTING_ENTRIES = {"main": int, "vectors": str, "renormalise": bool}
 BASE_ENTRIES = {"experts": list, "weights": list, "align": bool}
 SLOT_ENTRIES = {"becomes": str, "base": int, "rank": int, "start": str, "constant": bool}
 
@@ -53,7 +59,7 @@ class Slot:
     becomes: str = "kept"
     base: int | None = None  # index into the layer's bases
     rank: int = 0  # of the adapter on every projection; 0 means none
-    start: str = "gaussian"  # adapter: A gaussian and B zero, or the SVD of what the base leaves over
+    start: str = "gaussian"  # adapter: A gaussian and B zero, or the SVD (plain, whitened) of what the base leaves over
     constant: bool = False  # adds the expert's mean output on the calibration tokens
 
     @property
@@ -94,6 +100,7 @@ class LayerPlan:
     layer: str
     slots: tuple[Slot, ...]
     bases: tuple[Base, ...] = ()
+    routing: Routing | None = None  # None: every selected expert runs
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -105,26 +112,45 @@ class LayerPlan:
         return tuple(e for e, slot in enumerate(self.slots) if slot.becomes in ("stand_in", "nothing"))
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that building the layer reads."""
+        constants = ("output_sum", "count") if any(slot.constant for slot in self.slots) else ()
+        starts = dict.fromkeys(slot.start for slot in self.slots if slot.rank)
+        return (*constants, *(name for start in starts for name in START_NEEDS[start]))
+
+    @property
     def is_identity(self) -> bool:
+        return self.keeps_experts and self.routing is None
+
+    @property
+    def keeps_experts(self) -> bool:
         return all(slot.becomes == "kept" for slot in self.slots)
 
     @property
     def is_dense(self) -> bool:
-        """Whether every survivor keeps its own full weights, so that a stock layer can hold it."""
-        return all(slot.becomes in ("kept", "dropped") for slot in self.slots)
+        """Whether a stock layer can hold it: every survivor keeps its own full weights, and all selected ones run."""
+        return self.routing is None and all(slot.becomes in ("kept", "dropped") for slot in self.slots)
 
     def parameters(self, shape: LayerShape) -> int:
-        """Parameters of the routed experts afterwards: dense experts and bases, adapters, own biases, constants.
+        """Parameters of the routed experts afterwards: dense experts, bases, adapters, own biases, constants, vectors.
 
         A low-rank stand-in without a base keeps the biases of the expert it stands in for.
         """
         dense = sum(slot.becomes == "kept" for slot in self.slots) + len(self.bases)
         constants = sum(slot.constant for slot in self.slots) * shape.hidden_size
         biases = sum(slot.rank > 0 and slot.base is None for slot in self.slots) * shape.bias_parameters()
-        return dense * shape.parameters() + self.adapter_parameters(shape) + biases + constants
+        stacked = dense * shape.parameters() + self.adapter_parameters(shape) + biases + constants
+        return stacked + self.vector_parameters(shape)
 
     def adapter_parameters(self, shape: LayerShape) -> int:
         return sum(shape.adapter_parameters(slot.rank) for slot in self.slots)
+
+    def vector_parameters(self, shape: LayerShape) -> int:
+        """Parameters of what auxiliary experts leave behind."""
+        if self.routing is None:
+            return 0
+        sizes = (len(self.survivors), shape.hidden_size, shape.expert_width, shape.has_gate)
+        return math.prod(self.routing.offsets_shape(*sizes) or (0,))
 
 
 @dataclass(frozen=True)
@@ -155,6 +181,16 @@ class Plan:
     @property
     def needs_constants(self) -> bool:
         return any(slot.constant for layer in self.layers for slot in layer.slots)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that building reads: for constants (mean outputs) and for whitened adapters (Grams)."""
+        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.needs))
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether every expert stays as it is, so that at most the routing changes."""
+        return all(layer.keeps_experts for layer in self.layers)
 
     def layer(self, name: str) -> LayerPlan | None:
         return next((layer for layer in self.layers if layer.layer == name), None)
@@ -227,9 +263,9 @@ class Plan:
             data = _layer_to_json(layer)
             bases = ",\n   ".join(json.dumps(base) for base in data["bases"])
             experts = ",\n   ".join(json.dumps(expert) for expert in data["experts"])
-            layers.append(
-                f'  {{"layer": {json.dumps(layer.layer)},\n  "bases": [\n   {bases}],\n  "experts": [\n   {experts}]}}'
-            )
+            name = f'  {{"layer": {json.dumps(layer.layer)},\n'
+            routing = f'  "routing": {json.dumps(data["routing"])},\n' if "routing" in data else ""
+            layers.append(f'{name}{routing}  "bases": [\n   {bases}],\n  "experts": [\n   {experts}]}}')
         return head[: head.rindex("\n}")] + ',\n "layers": [\n' + ",\n".join(layers) + "\n ]\n}\n"
 
     @classmethod
@@ -287,7 +323,8 @@ def _layer_to_json(plan: LayerPlan) -> dict[str, Any]:
         if slot.constant:
             entry["constant"] = True
         experts.append(entry)
-    return {"layer": plan.layer, "bases": bases, "experts": experts}
+    routing = {} if plan.routing is None else {"routing": asdict(plan.routing)}
+    return {"layer": plan.layer, **routing, "bases": bases, "experts": experts}
 
 
 def _layer_from_json(data: Any, where: str) -> LayerPlan:
@@ -309,7 +346,10 @@ def _layer_from_json(data: Any, where: str) -> LayerPlan:
     for b, entry in enumerate(data.get("bases", ())):
         given = _checked(entry, BASE_ENTRIES, 2, f"{where}, base {b}")
         bases.append(Base(**given | {key: tuple(given[key]) for key in ("experts", "weights")}))
-    return LayerPlan(name, tuple(slots[e] for e in range(len(slots))), tuple(bases))
+    routing = None
+    if "routing" in data:
+        routing = Routing(**_checked(data["routing"], ROUTING_ENTRIES, 1, f"{where}, routing"))
+    return LayerPlan(name, tuple(slots[e] for e in range(len(slots))), tuple(bases), routing)
 
 
 def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
@@ -322,6 +362,8 @@ def _validate_layer(plan: LayerPlan, shape: LayerShape) -> None:
         _validate_slot(f"{where}, expert {e}", slot, plan, shape)
     for b, base in enumerate(plan.bases):
         _validate_base(f"{where}, base {b}", base, b, plan)
+    if plan.routing is not None:
+        _validate_routing(f"{where}, routing", plan.routing, shape)
     dropped = [e for e, slot in enumerate(plan.slots) if not slot.survives]
     if dropped and shape.refuse_dropping:
         raise PlanError(
@@ -387,6 +429,17 @@ def _validate_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
         raise PlanError(f"{where} is used by no expert; remove it or give it a member")
 
 
+def _validate_routing(where: str, routing: Routing, shape: LayerShape) -> None:
+    if not _whole(routing.main) or not 1 <= routing.main <= shape.top_k:
+        raise PlanError(
+            f"{where} has main {routing.main!r}; allowed: 1 to {shape.top_k}, the experts that the router selects (top_k)"
+        )
+    if routing.vectors not in VECTORS:
+        raise PlanError(f"{where}: {unknown('kind of vectors', str(routing.vectors), VECTORS)}")
+    if type(routing.renormalise) is not bool:
+        raise PlanError(f"{where} has renormalise {routing.renormalise!r}; it must be true or false")
+
+
 def _whole(value: Any) -> bool:
     return type(value) is int
 
@@ -407,8 +460,21 @@ def diff(a: Plan, b: Plan) -> list[str]:
         for what, *sides in (("expert", one.slots, two.slots), ("base", one.bases, two.bases)):
             pairs = enumerate(itertools.zip_longest(*sides, fillvalue="none"))
             lines += [f"{name} {what} {i}: {x} -> {y}" for i, (x, y) in pairs if x != y]
+        if one.routing != two.routing:
+            lines.append(f"{name} routing: {one.routing or 'all'} -> {two.routing or 'all'}")
     return lines
 
 
 def with_provenance(plan: Plan, **provenance: Any) -> Plan:
     return replace(plan, provenance={**plan.provenance, **provenance})
+
+
+def with_routing(plan: Plan, routing: Mapping[str, Routing], shape: ModelShape) -> Plan:
+    """The plan with these layers' routing policies in place of what it had; layers that it left out come in whole.
+
+    Raises PlanError where the result does not fit `shape`.
+    """
+    kept = {s.name: LayerPlan(s.name, (KEPT,) * s.num_experts) for s in shape.layers if s.name in routing}
+    layers = kept | {layer.layer: layer for layer in plan.layers}
+    made = [replace(layer, routing=routing.get(name, layer.routing)) for name, layer in layers.items()]
+    return replace(plan, layers=tuple(made)).validate(shape)

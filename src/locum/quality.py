@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import artefacts, checkpoint
+from .adapter import adapter_notes, base_of, write_adapter
 from .apply import save_checkpoint
 from .card import model_card
 from .data import load_tokens
@@ -18,7 +19,7 @@ from .evaluate import evaluate as evaluate_models
 from .families import find_layers, read_expert
 from .options import make_options
 from .plan import KEPT, LayerPlan, Plan, make_plan
-from .recover import check_recovery, recover_model
+from .recover import RECIPES, check_recovery, recover_model
 from .report import make_report
 from .shapes import ModelShape
 from .stages import (
@@ -36,6 +37,7 @@ from .stages import (
     _needed,
     _silent,
 )
+from .tasks import evaluate_tasks, find_tasks
 from .train import STATE_FILE, Recovery, forget
 
 LOG = "recovery.jsonl"
@@ -77,6 +79,7 @@ def recover(
     device: Device = "auto",
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
+    adapter_only: Annotated[bool, Help("write vectors and routers alone, over the base (--how vectors)")] = False,
     progress: Progress = _silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -86,6 +89,10 @@ def recover(
     out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, original, *paths])
     chosen: Recovery = make_options(Recovery, options)
     check_recovery(chosen)
+    if adapter_only and RECIPES[chosen.how].changes_weights:
+        raise OptionError(
+            f"--adapter-only keeps the base's weights, and --how {chosen.how} trains them; use --how vectors"
+        )
     device = _device(device)
     config = checkpoint.read_config(model)
     shape = checkpoint.read_shape(model)
@@ -130,15 +137,45 @@ def recover(
             forget(workdir)
         raise
     notes = read_notes(model)
-    made = {
-        **notes,
-        **artefacts.provenance(recovery={**dataclasses.asdict(chosen), **summary}, recovered_from=str(model)),
-    }
     before = checkpoint.read_shape(source) if source is not None else _original_shape(notes, shape)
-    card = model_card(decided or _keep_all(before), before, out.name, made)
-    save_checkpoint(live, tokenizer, out, decided, card, model, made, extra=[workdir / LOG])
+    base = _base_of(model, decided, notes) if adapter_only else None
+    notes |= artefacts.provenance(recovery={**dataclasses.asdict(chosen), **summary}, recovered_from=str(model))
+    _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base)
     forget(workdir)
     return {"out": str(out), **summary}
+
+
+def _save(
+    live: Any,
+    tokenizer: Any,
+    out: Path,
+    plan: Plan,
+    before: ModelShape,
+    model: Path,
+    notes: dict[str, Any],
+    log: Path,
+    base: Path | None,
+) -> None:
+    """Write a recovered checkpoint, or, given a base, the adapter over it. `before` is the original's shape."""
+    notes.pop("adapter", None)  # of an adapter that was trained on
+    if base is not None:
+        notes["adapter"] = adapter_notes(live, base)
+    card = model_card(plan, before, out.name, notes)
+    write = type(live).save_pretrained if base is None else write_adapter
+    kept = plan if plan_of(model) is not None else None
+    save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
+
+
+def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
+    """What an adapter trained on `model` goes over: the original where the plan changes nothing but routing, and no
+    weight was trained since."""
+    if checkpoint.is_adapter(model):
+        return base_of(model)
+    if plan.keeps_experts and "recovery" not in notes and Path(notes.get("original") or "").is_dir():
+        original = Path(notes["original"])
+        if checkpoint.fingerprint_checkpoint(original) == notes.get("original_fingerprint"):
+            return original
+    return model
 
 
 def _reader(experts: Any) -> Any:
@@ -156,7 +193,10 @@ def _original_shape(notes: dict[str, Any], shape: ModelShape) -> ModelShape:
 def evaluate(
     model: Path,
     *,
-    data: Data,
+    data: Data = (),
+    tasks: Annotated[str | None, Help("lm-eval tasks to score, separated by commas")] = None,
+    task_path: Annotated[Path | None, Help("folder with further lm-eval task files")] = None,
+    limit: Annotated[int | None, Help("items per task; default: all of them")] = None,
     against: Annotated[Path | None, Help("the original; default: as the checkpoint's notes say")] = None,
     json: Annotated[Path | None, Help("append the rows to this results file (JSON lines)")] = None,
     split: Annotated[str, Help("train, validation, test or all of the documents")] = "test",
@@ -168,9 +208,10 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> list[Row]:
-    """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals."""
+    """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals; the same for
+    what the model scores on tasks with gold answers."""
     model = Path(model)
-    parse_sources(data)
+    _check_asked(data, tasks, task_path, limit)
     if json is not None:
         json = artefacts.check_output(json, force=True)
         if json.exists():
@@ -186,22 +227,28 @@ def evaluate(
         checkpoint.read_shape(against)
         _check_vocabularies(model, against)
     tokenizer = checkpoint.load_tokenizer(model)
-    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
+    asked = find_tasks(tasks, task_path) if tasks is not None else {}
+    blocks = None
+    if data:
+        blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
     live = checkpoint.load_model(model, device=device)
     original = None if against is None else checkpoint.load_model(against, device=device)
     called = name or model.resolve().name
     plan = plan_of(model)
-    rows = evaluate_models(
-        live,
-        blocks,
-        against=original,
-        batch_size=batch_size,
-        seed=seed,
-        resamples=resamples,
-        model_name=called,
-        plan=None if plan is None else plan.id,
-        provenance=artefacts.provenance(data_fingerprint=blocks.fingerprint, split=split),
-    )
+    shared = {
+        "against": original,
+        "batch_size": batch_size,
+        "seed": seed,
+        "resamples": resamples,
+        "model_name": called,
+        "plan": None if plan is None else plan.id,
+    }
+    rows = []
+    if blocks is not None:
+        made = artefacts.provenance(data_fingerprint=blocks.fingerprint, split=split)
+        rows += evaluate_models(live, blocks, **shared, provenance=made)
+    if asked:
+        rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=artefacts.provenance())
     about = {called: _about(model, plan, notes)}
     if against is not None:
         about["original"] = _about(Path(against), None, {})
@@ -209,6 +256,17 @@ def evaluate(
     if json is not None:
         write_rows(json, rows)
     return rows
+
+
+def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: int | None) -> None:
+    if not data and tasks is None:
+        raise OptionError("nothing to evaluate on; give --data (text), --tasks (questions with answers), or both")
+    if data:
+        parse_sources(data)
+    if tasks is None and (task_path is not None or limit is not None):
+        raise OptionError("--task-path and --limit are about tasks; name some with --tasks")
+    if limit is not None:
+        _check_number("limit", limit, 1)
 
 
 def _check_vocabularies(model: Path, against: Path) -> None:
@@ -229,6 +287,7 @@ def _about(model: Path, plan: Plan | None, notes: dict[str, Any]) -> dict[str, A
         "parameters": shape.parameters,
         "bytes": shape.bytes,
         "expert_parameters": checkpoint.expert_parameters(model, shape),
+        "active_parameters": checkpoint.active_parameters(model, shape),
         "stage": "original" if plan is None else "recovered" if "recovery" in notes else "compressed",
         "method": None if plan is None else plan.method,
         "plan_file": str(model / "plan.json") if plan is not None else None,

@@ -7,7 +7,10 @@ again (`finish`). The result has exactly the layout it came with: a stock model 
     annealed    shared bases, constants, adapters on every expert, while the   LightMoE, arXiv 2603.12645, section 3.3
                 replaced experts' old weights fade out
     lora        the same without old weights                                   LoRA, arXiv 2106.09685, per expert
-    full        every parameter
+    vectors     routers and the vectors of auxiliary experts (routing.py)      IA3's way, arXiv 2205.05638
+    full        every parameter                                                Compressed Experts, arXiv 2503.00634
+
+Vectors of auxiliary experts are trained by every recipe, where a layer has them.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from transformers import PreTrainedModel
 
 from .anneal import OpenLayer, beta_at, close_layer, keep_old, open_layer, set_beta
 from .artefacts import fingerprint, provenance
+from .checkpoint import vectors_and_routers
 from .container import StandInExperts
 from .data import Tokens
 from .errors import OptionError, PlanError
@@ -55,6 +59,8 @@ class Work:
 
 class Full:
     """Train every parameter; nothing is added."""
+
+    changes_weights = True  # False: the result is its base with other routers and vectors (an adapter can hold it)
 
     def check(self, work: Work) -> None:
         """Refuse what cannot be done, before anything is changed."""
@@ -91,11 +97,11 @@ class Lora(Full):
             # Far from the seeds that `apply` draws the stand-ins' adapters from.
             seed = (1 << 40) + options.seed * 1_000_003 + index
             opened = open_layer(work.model, layer, plan, rank, options.train_bases, seed)
-            opened.container.adapters.requires_grad_(True)
-            if options.train_bases:
-                for part in (opened.container.shared, opened.container.constant_ND):
-                    if part is not None:
-                        part.requires_grad_(True)
+            container = opened.container
+            bases = (container.shared, container.constant_ND) if options.train_bases else ()
+            for part in (container.adapters, container.offsets_NV, *bases):
+                if part is not None:
+                    part.requires_grad_(True)
             work.layers.append(opened)
 
     def finish(self, work: Work) -> None:
@@ -150,9 +156,30 @@ class Annealed(Lora):
         return beta_at(step, options.steps, options.end_fraction, options.annealing, options.steepness)
 
 
+class Vectors(Full):
+    """Train the routers and what auxiliary experts leave behind; every weight stays as it is."""
+
+    changes_weights = False
+
+    def check(self, work: Work) -> None:
+        for layer in find_layers(work.model):
+            check_plan(layer, work.layer_plan(layer.shape.name))
+        if not any(layer.routing for layer in (work.plan.layers if work.plan else ())):
+            raise OptionError(
+                "--how vectors trains the vectors and routers of layers with a routing policy, and no layer has one; "
+                "compress with --method compressed-experts, or use --how lora or --how full"
+            )
+
+    def prepare(self, work: Work, start: int) -> None:
+        work.model.requires_grad_(False)
+        for tensor in vectors_and_routers(work.model).values():
+            tensor.requires_grad_(True)
+
+
 RECIPES: Registry[Full] = Registry("way to recover")
 RECIPES.add("annealed", Annealed())
 RECIPES.add("lora", Lora())
+RECIPES.add("vectors", Vectors())
 RECIPES.add("full", Full())
 
 

@@ -144,13 +144,17 @@ def _agreement_figure(best: Model) -> tuple[str, str] | None:
 
 
 def _experts_figure(best: Model, original: Model | None) -> tuple[str, str] | None:
-    after, before = best.number("expert_parameters"), original.number("expert_parameters") if original else None
-    if not after or not before or best is original:
+    """What was saved most of: the parameters of routed experts, or those that a token uses."""
+    kinds = {
+        "expert_parameters": "of the routed experts' parameters",
+        "active_parameters": "of the parameters that a token uses at most",
+    }
+    both = {key: (original and original.number(key), best.number(key)) for key in kinds}
+    saved = {key: 1 - after / before for key, (before, after) in both.items() if before and after}
+    if not saved or best is original or max(saved.values()) <= 0:
         return None
-    return (
-        f"\N{MINUS SIGN}{1 - after / before:.1%}",
-        f"of the routed experts' parameters: {_from_to(_count(before), _count(after))}",
-    )
+    key = max(saved, key=saved.__getitem__)
+    return f"\N{MINUS SIGN}{saved[key]:.1%}", f"{kinds[key]}: {_from_to(*map(_count, both[key]))}"
 
 
 # --- quality --------------------------------------------------------------------------------------------------------
@@ -190,7 +194,8 @@ def _point(model: Model, x: float, compared: Comparison) -> Point:
 
 
 def _models_table(compared: Comparison) -> str:
-    heads = ["model", "size", QUALITY[compared.metric], "change", "agreement"]
+    with_active = any(model.number("active_parameters") for model in compared.models)
+    heads = ["model", "size", *["active"] * with_active, QUALITY[compared.metric], "change", "agreement"]
     before = compared.original and compared.original.estimate(compared.metric)
     rows, best = [], None
     for i, model in enumerate(compared.models):
@@ -198,10 +203,12 @@ def _models_table(compared: Comparison) -> str:
         agreed = model.estimate("top1_agreement")
         words = describe_size(size) if model.number("bytes") else _count(size) if size else ""
         change = now.value - before.value if now and before and model is not compared.original else None
+        active = model.number("active_parameters")
         rows.append(
             [
                 model.name,
                 (words, size),
+                *[(_count(active) if active else "", active)] * with_active,
                 (f"{now.value:.4f}" if now else "", now.value if now else None),
                 ("" if change is None else _signed(change, 4), change),
                 (f"{agreed.value:.1%}" if agreed else "", agreed.value if agreed else None),
@@ -388,7 +395,9 @@ def _origin_section(found: Inputs) -> str:
     )
 
 
-_MODEL_FACTS = ("parameters", "bytes", "expert_parameters", "stage", "method", "remove")  # shown in the sections above
+_MODEL_FACTS = (
+    *("parameters", "bytes", "expert_parameters", "active_parameters", "stage", "method", "remove"),
+)  # shown in the sections above
 
 
 def _distinct(many: Iterable[dict[str, Any]]) -> dict[str, list[str]]:

@@ -21,7 +21,9 @@ class LayerShape:
     hidden_size: int
     expert_width: int
     router: str  # module path of the router
-    router_kind: str  # "softmax", "sigmoid", ... as far as known; for people, never for decisions
+    router_kind: (
+        str  # "softmax", "sigmoid", ... as far as known; for people (and for what a load-balance loss balances)
+    )
     renormalised: bool  # whether the selected gates are scaled to sum to one (or a constant)
     num_groups: int = 1  # group-limited routing: every group must keep the same number of experts
     min_per_group: int = 1  # and at least so many, or its router fails

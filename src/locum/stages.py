@@ -23,13 +23,16 @@ from .card import model_card
 from .criteria import CRITERIA
 from .data import fingerprint_tokenizer, load_tokens
 from .documents import parse_sources
-from .errors import OptionError, PlanError, StatisticsError, UnsupportedModel
+from .errors import OptionError, PlanError, StatisticsError
+from .layout import active_parameters
 from .methods import METHODS
+from .opening import check_openable, open_model
 from .options import make_options
-from .plan import Plan, make_plan, with_provenance
+from .plan import Plan, make_plan, with_provenance, with_routing
 from .plan import diff as diff_plans
 from .shapes import ModelShape
-from .statistics import STATISTICS, Statistics, check_same_origin, mean_output
+from .stand_ins import check_statistics
+from .statistics import STATISTICS, Statistics, check_needs, check_same_origin
 
 MOST_SEED = 2**31 - 1
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -47,6 +50,8 @@ Out = Annotated[Path | None, Help("where to write")]
 Force = Annotated[bool, Help("replace an output that exists")]
 Seed = Annotated[int, Help("seed of everything random")]
 Device = Annotated[str, Help("auto, cpu, cuda, cuda:1, ...")]
+ToObserve = Annotated[int, Help("tokens to observe, shared over domains by weight")]
+Split = Annotated[str, Help("train, validation, test or all of the documents")]
 Length = Annotated[int, Help("tokens in a block")]
 BatchSize = Annotated[int, Help("blocks in a batch")]
 Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
@@ -80,15 +85,21 @@ def inspect(model: Path) -> dict[str, Any]:
     """Layers, experts, routers and sizes of a checkpoint, from its config and file headers; no weight is read."""
     shape = checkpoint.read_shape(model)
     config = checkpoint.read_config(model)
+    experts, active = checkpoint.expert_parameters(model, shape), checkpoint.active_parameters(model, shape)
+    layouts = checkpoint.layouts_of(model)
+    policies = {layer.name: layer.name in layouts and layouts[layer.name].routing for layer in shape.layers}
+    routing = {name: str(policy) if policy else None for name, policy in policies.items()}
     return {
         "model": str(model),
         "model_type": shape.model_type,
         "compressed": checkpoint.is_compressed(config),
         "parameters": shape.parameters,
         "bytes": shape.bytes,
-        "expert_parameters": checkpoint.expert_parameters(model, shape),
+        "expert_parameters": experts,
+        "active_parameters": active,
+        "active_bytes": shape.bytes - (shape.parameters - active) * shape.expert_itemsize,
         "fingerprint": checkpoint.fingerprint_checkpoint(model),
-        "layers": [dataclasses.asdict(layer) for layer in shape.layers],
+        "layers": [{**dataclasses.asdict(layer), "routing": routing[layer.name]} for layer in shape.layers],
         "notes": list(shape.notes),
     }
 
@@ -98,10 +109,11 @@ def calibrate(
     *,
     data: Data,
     out: Out,
-    tokens: Annotated[int, Help("tokens to observe, shared over domains by weight")] = 131072,
+    tokens: ToObserve = 131072,
     length: Length = 512,
     batch_size: BatchSize = 8,
-    split: Annotated[str, Help("train, validation, test or all of the documents")] = "train",
+    split: Split = "train",
+    also: Annotated[Sequence[str], Help("statistics on demand to collect too; see locum list")] = (),
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -115,10 +127,10 @@ def calibrate(
     paths = [source.path for source in parse_sources(data)]
     out = artefacts.check_output(_needed(out, "out"), force, inputs=[model, *paths])
     _check_number("batch-size", batch_size, 1)
+    needs = check_needs((*check_needs(None), *([also] if isinstance(also, str) else also)))
     device = _device(device)
     shape = checkpoint.read_shape(model)
-    if checkpoint.is_compressed(checkpoint.read_config(model)):
-        raise UnsupportedModel(f"{model} is compressed already; calibrate the original checkpoint")
+    check_openable(model, "calibrate the original checkpoint")
     tokenizer = checkpoint.load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
     origin = {
@@ -131,13 +143,14 @@ def calibrate(
     }
     partial = out.with_name(f".{out.name}.partial")
     statistics = calibrate_model(
-        checkpoint.load_model(model, device=device),
+        open_model(model, device=device),
         blocks,
         batch_size=batch_size,
+        needs=needs,
         provenance=origin,
         progress=lambda done, total: progress("calibrate", done, total),
         on_batch=lambda so_far, block: _save_partial(so_far, block, partial),
-        start=_load_partial(partial, origin, blocks.fingerprint),
+        start=_load_partial(partial, origin, blocks.fingerprint, needs),
     )
     artefacts.save_statistics(statistics, out)
     partial.unlink(missing_ok=True)
@@ -149,8 +162,10 @@ def _save_partial(statistics: Statistics, next_block: int, path: Path) -> None:
     artefacts.save_statistics(marked, path)
 
 
-def _load_partial(path: Path, origin: dict[str, Any], data_fingerprint: str) -> tuple[Statistics, int] | None:
-    """What an interrupted run with the same model and data left behind, if anything."""
+def _load_partial(
+    path: Path, origin: dict[str, Any], data_fingerprint: str, needs: tuple[str, ...]
+) -> tuple[Statistics, int] | None:
+    """What an interrupted run with the same model, data and needs left behind, if anything."""
     if not path.is_file():
         return None
     statistics = artefacts.load_statistics(path)
@@ -158,7 +173,7 @@ def _load_partial(path: Path, origin: dict[str, Any], data_fingerprint: str) -> 
         check_same_origin(statistics.provenance, origin)
     except StatisticsError:
         return None
-    if statistics.provenance["data_fingerprint"] != data_fingerprint:
+    if statistics.provenance["data_fingerprint"] != data_fingerprint or set(statistics.names) != set(needs):
         return None
     provenance = {k: v for k, v in statistics.provenance.items() if k != "next_block"}
     return dataclasses.replace(statistics, provenance=provenance), statistics.provenance["next_block"]
@@ -170,39 +185,96 @@ def plan(
     method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
     remove: Remove = None,
     fit: Fit = None,
+    onto: Annotated[Path | None, Help("add the method's routing policy to the plan in this file")] = None,
     out: Out = None,
     force: Force = False,
     **options: Any,
 ) -> Plan:
-    """Decide what becomes of every expert, from statistics alone. Several statistics files are added up."""
+    """Decide what becomes of every expert, from statistics alone. Several statistics files are added up.
+
+    A method that needs no statistics takes a checkpoint folder as well.
+    """
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
-    out = None if out is None else artefacts.check_output(out, force, inputs=files)
+    out = None if out is None else artefacts.check_output(out, force, inputs=[*files, onto])
     chosen = _chosen(method, options)
-    _check_target(remove, fit)
-    loaded = [s if isinstance(s, Statistics) else artefacts.load_statistics(s) for s in files]
-    total = loaded[0]
-    for more in loaded[1:]:
-        total = total + more
-    shape = total.shape
+    _check_target(remove, fit, method=chosen)
+    base = None if onto is None else onto if isinstance(onto, Plan) else artefacts.load_plan(onto)
+    if base is not None and chosen.saves != "active":
+        raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
+    shape, total, origin = _planned_from(files, chosen)
+    chosen = _as_searched(chosen, options, total)
     made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
 
     def build(amount: float) -> Plan:
         return make_plan(shape, chosen.plan(total, shape, amount), **made)
 
-    result = search(build, shape, remove, None if fit is None else parse_size(fit))
-    named = [str(s) for s in files if not isinstance(s, Statistics)]
-    result = with_provenance(
-        result,
-        **artefacts.provenance(
-            target={"remove": remove, "fit": fit},
-            statistics_file=named[0] if len(named) == 1 else named,
-            model_fingerprint=total.provenance["model_fingerprint"],
-            data_fingerprint=total.provenance["data_fingerprint"],
-        ),
-    )
+    if chosen.saves == "active":
+        result = build(1.0)
+    else:
+        result = search(build, shape, remove, None if fit is None else parse_size(fit))
+    origin["target"] = {"remove": remove, "fit": fit}
+    if base is not None:
+        result = _joined(base, result, shape)
+        origin |= {key: value for key, value in base.provenance.items() if key in (*origin, "statistics_file")}
+    result = with_provenance(result, **artefacts.provenance(**origin))
     if out is not None:
         artefacts.save_plan(result, out)
     return result
+
+
+def _joined(base: Plan, policy: Plan, shape: ModelShape) -> Plan:
+    """The base plan with the policy's routing."""
+    joined = with_routing(base.validate(shape), {layer.layer: layer.routing for layer in policy.layers}, shape)
+    joined = dataclasses.replace(joined, method=f"{base.method} + {policy.method}", options=policy.options)
+    return with_provenance(joined, onto={"plan": base.id, "method": base.method, "options": base.options})
+
+
+def _planned_from(
+    files: Sequence[Path | Statistics], chosen: Any
+) -> tuple[ModelShape, Statistics | None, dict[str, Any]]:
+    """Shape and statistics to plan from, and what the plan's provenance says of them."""
+    folder = next((f for f in files if not isinstance(f, Statistics) and Path(f).is_dir()), None)
+    if folder is None:
+        loaded = [s if isinstance(s, Statistics) else artefacts.load_statistics(s) for s in files]
+        total = loaded[0]
+        for more in loaded[1:]:
+            total = total + more
+        named = [str(s) for s in files if not isinstance(s, Statistics)]
+        known = {key: total.provenance[key] for key in ("model_fingerprint", "data_fingerprint")}
+        return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
+    if chosen.needs() or len(files) > 1:
+        raise OptionError(
+            f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum calibrate"
+            if chosen.needs()
+            else f"{folder} is a checkpoint; give it alone, or statistics files"
+        )
+    shape = checkpoint.read_shape(folder)
+    check_openable(folder, "make plans for the original checkpoint")
+    return shape, None, {"model_fingerprint": checkpoint.fingerprint_checkpoint(folder)}
+
+
+def _as_searched(chosen: Any, given: dict[str, Any], statistics: Statistics | None) -> Any:
+    """A searching method with the options that its statistics were searched with; others cannot be given any more."""
+    search = None if statistics is None else statistics.provenance.get("search")
+    if not hasattr(chosen, "explore") or search is None:
+        return chosen
+    if search["method"] != chosen.name:
+        raise StatisticsError(
+            f"the statistics were searched for method {search['method']}, not {chosen.name}; search again"
+        )
+    searched = {name: search["options"][name] for name in chosen.searched_with}
+    for name, value in searched.items():
+        if name in given and given[name] != value:
+            raise StatisticsError(
+                f"the statistics were searched with --{name.replace('_', '-')} {value}, the plan asks for {given[name]}; leave "
+                f"that out to plan with what was found, or run `locum search` again"
+            )
+    return dataclasses.replace(chosen, **searched)
+
+
+def shape_behind(path: Path) -> ModelShape:
+    """The shape of the model that a statistics file or a checkpoint folder is of."""
+    return checkpoint.read_shape(path) if Path(path).is_dir() else artefacts.load_statistics(path).shape
 
 
 def diff(a: Path, b: Path) -> list[str]:
@@ -216,7 +288,7 @@ def apply(
     plan: Annotated[Path, Help("the plan file")],
     out: Out,
     statistics: Annotated[
-        Path | None, Help("statistics for a plan with constants; default: those it was made from")
+        Path | None, Help("statistics for a plan with constants or whitened adapters; default: those it was made from")
     ] = None,
     seed: Seed = 0,
     force: Force = False,
@@ -228,12 +300,11 @@ def apply(
     _check_number("seed", seed, 0, MOST_SEED)
     decided = plan if isinstance(plan, Plan) else artefacts.load_plan(plan)
     shape = checkpoint.read_shape(model)
-    if checkpoint.is_compressed(checkpoint.read_config(model)):
-        raise UnsupportedModel(f"{model} is compressed already; apply the plan to the original checkpoint")
+    check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
-    means = _mean_outputs(decided, statistics, model) if decided.needs_constants else None
+    observed = _statistics_for(decided, statistics, model) if decided.needs else None
     tokenizer = checkpoint.load_tokenizer(model)
-    live = checkpoint.load_model(model)
+    live = open_model(model)
     count = 0
 
     def step(layer: str) -> None:
@@ -241,7 +312,7 @@ def apply(
         count += 1
         progress("apply", count, len(decided.layers))
 
-    apply_plan(live, decided, means, seed, step)
+    apply_plan(live, decided, observed, seed, step)
     made = artefacts.provenance(
         original=str(model.resolve()),
         original_fingerprint=checkpoint.fingerprint_checkpoint(model),
@@ -253,13 +324,14 @@ def apply(
     return out
 
 
-def _mean_outputs(plan: Plan, statistics: Path | Statistics | None, model: Path) -> dict[str, torch.Tensor]:
-    """The constants a plan asks for, from the statistics given or those that the plan names."""
+def _statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path) -> Statistics:
+    """The statistics that carrying out a plan reads: those given, or those that the plan names."""
     source = statistics or plan.provenance.get("statistics_file")
     if source is None or isinstance(source, list) or (statistics is None and not Path(source).is_file()):
         gone = f" (made from {source}, which is not there)" if isinstance(source, str) else ""
         raise PlanError(
-            f"the plan has constants, which are mean outputs{gone}; name the statistics they come from with --statistics"
+            f"the plan has constants or whitened adapters, which are made from statistics ({', '.join(plan.needs)}){gone}; "
+            f"name them with --statistics"
         )
     loaded = source if isinstance(source, Statistics) else artefacts.load_statistics(source)
     if loaded.shape.fingerprint != plan.shape_fingerprint:
@@ -267,71 +339,27 @@ def _mean_outputs(plan: Plan, statistics: Path | Statistics | None, model: Path)
             f"the statistics were collected on another model ({loaded.shape.model_type}, {len(loaded.shape.layers)} MoE "
             f"layers) than {model}; name those that the plan was made from"
         )
-    return {layer.name: mean_output(loaded.layer(layer.name)) for layer in loaded.shape.layers}
-
-
-def compress(
-    model: Path,
-    *,
-    data: Data,
-    out: Out,
-    method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
-    remove: Remove = None,
-    fit: Fit = None,
-    tokens: Annotated[int, Help("tokens to observe, shared over domains by weight")] = 131072,
-    length: Length = 512,
-    batch_size: BatchSize = 8,
-    seed: Seed = 0,
-    device: Device = "auto",
-    statistics: Annotated[
-        Path | None, Help("use this statistics file, or write it there when it does not exist")
-    ] = None,
-    force: Force = False,
-    progress: Progress = _silent,
-    **options: Any,
-) -> Path:
-    """Calibrate, plan and apply in one."""
-    model = Path(model)
-    paths = [source.path for source in parse_sources(data)]
-    out = artefacts.check_output(_needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
-    _check_number("seed", seed, 0, MOST_SEED)
-    _chosen(method, options)
-    _check_target(remove, fit, checkpoint.read_shape(model))
-    keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
-    if not Path(keep).is_file():
-        calibrate(
-            model,
-            data=data,
-            out=Path(keep),
-            tokens=tokens,
-            length=length,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
-    try:
-        loaded = artefacts.load_statistics(keep)
-        _check_statistics_of(loaded, model, keep)
-        decided = plan([loaded], method=method, remove=remove, fit=fit, **options)
-        if statistics is not None:
-            decided = with_provenance(decided, statistics_file=str(statistics))
-        return apply(model, plan=decided, out=out, statistics=loaded, seed=seed, force=force, progress=progress)
-    finally:
-        if statistics is None:
-            Path(keep).unlink(missing_ok=True)
+    for layer in plan.layers:
+        check_statistics(layer, loaded.layer(layer.layer))
+    return loaded
 
 
 def _chosen(method: str, options: dict[str, Any]) -> Any:
     """A method with its options. Raises OptionError for an unknown method, option or criterion."""
     chosen = make_options(METHODS[method], options)
-    if hasattr(chosen, "score"):
-        CRITERIA[chosen.score]
+    chosen.needs()  # knows the criterion
     return chosen
 
 
-def _check_target(remove: float | None, fit: str | None, shape: ModelShape | None = None) -> None:
+def _check_target(remove: float | None, fit: str | None, shape: ModelShape | None = None, method: Any = None) -> None:
     """Fail on a target that can never be met before an hour of calibration, not after."""
+    if method is not None and method.saves == "active":
+        if (remove, fit) != (None, None):
+            raise OptionError(
+                f"method {method.name} saves active parameters, not stored ones: every expert stays in the checkpoint, so "
+                f"there is nothing to --remove or to --fit; its own options say how much it saves (locum list)"
+            )
+        return
     if (remove is None) == (fit is None):
         raise OptionError("give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)")
     if remove is not None and not 0 < remove < 1:
@@ -397,6 +425,7 @@ def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
         "removed": decided.removed(shape),
         "parameters": [shape.parameters, size.parameters],
         "expert_parameters": [shape.expert_parameters, size.expert_parameters],
+        "active_parameters": [active_parameters(shape), active_parameters(shape, decided)],
         "bytes": [shape.bytes, size.bytes],
         "stock_layout": decided.is_stock(shape),
         "replaced_per_layer": [len(layer.replaced) for layer in decided.layers],

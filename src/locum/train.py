@@ -34,6 +34,7 @@ from torch.nn import functional
 
 from .anneal import ANNEALING
 from .artefacts import whole
+from .balance import Balance, balanced
 from .data import Batch, Tokens, batches, training_batches
 from .errors import CheckpointError, DataError, OptionError
 from .options import option
@@ -58,7 +59,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 class Recovery:
     """Options of recovery training. Learning rate and annealing are those of LightMoE (arXiv 2603.12645)."""
 
-    how: str = option("annealed", "annealed, lora or full: what is trained, and how")
+    how: str = option("annealed", "annealed, lora, vectors or full: what is trained, and how")
     steps: int = option(300, "optimizer steps", at_least=1)
     learning_rate: float = option(1e-4, "highest learning rate", above=0)
     schedule: str = option("constant", "course of the learning rate after warm-up", choices=SCHEDULES)
@@ -77,6 +78,7 @@ class Recovery:
     )
     annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
     steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
+    balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
     seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0, at_most=2**31 - 1)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
@@ -161,6 +163,10 @@ def accelerated(precision: str, device: torch.device) -> Iterator[Accelerator]:
             AcceleratorState._reset_state(reset_partial_state=not had_partial)
 
 
+def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContextManager[Balance | None]:
+    return balanced(model) if options.balance else contextlib.nullcontext()
+
+
 def loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, int]:
     """The summed cross entropy in nats of the tokens that have loss, and their number."""
     ids_BS = batch.ids_BS.to(device)
@@ -174,8 +180,15 @@ class Loop:
     """One run. Its state between steps is `State`; everything else is fixed by the options, the data and the model."""
 
     def __init__(
-        self, model: nn.Module, tokens: Tokens, validation: Tokens | None, options: Recovery, accelerator: Accelerator
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        validation: Tokens | None,
+        options: Recovery,
+        accelerator: Accelerator,
+        balance: Balance | None = None,
     ) -> None:
+        self.balance, self.balance_loss = balance, 0.0
         self.model = model.eval()
         self.tokens, self.validation_tokens, self.options, self.accelerator = tokens, validation, options, accelerator
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -234,12 +247,16 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         count = max(sum(int(part.loss_mask_BS[:, 1:].sum()) for part in parts), 1)
-        total = 0.0
+        total = self.balance_loss = 0.0
         for part in parts:
             with self.accelerator.autocast():
-                summed, _ = loss_sum(self.model, part, self.device)
+                summed, positions = loss_sum(self.model, part, self.device)
             loss = summed / count
             total += float(loss.detach())
+            if self.balance is not None:
+                uneven = self.balance.loss(part.attention_BS.to(self.device)) * (positions / count)
+                self.balance_loss += float(uneven.detach())
+                loss = loss + self.options.balance * uneven
             self.accelerator.backward(loss)
             self.tokens_seen += int(part.attention_BS.sum())
         if not math.isfinite(total):
@@ -283,8 +300,8 @@ def train(
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with accelerated(options.precision, device) as accelerator:
-        loop = Loop(model, tokens, validation, options, accelerator)
+    with accelerated(options.precision, device) as accelerator, _observing(model, options) as balance:
+        loop = Loop(model, tokens, validation, options, accelerator, balance)
         loop.resume(state)
         open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
@@ -310,6 +327,8 @@ def _run(loop: Loop, hooks: Hooks) -> None:
         rate = learning_rate_at(loop.step, options)
         loop.one_step(list(islice(stream, options.accumulate)))
         done = {"step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
+        if loop.balance is not None:
+            done["balance_loss"] = loop.balance_loss
         write_log(hooks.log, done | {"seconds": round(loop.seconds, 3), "tokens": loop.tokens_seen})
         if hooks.progress is not None:
             hooks.progress(loop.step, options.steps, loop.loss)

@@ -29,11 +29,14 @@ from locum.checkpoint import load_model, read_shape, shape_of
 from locum.cli import cli
 from locum.container import StandInExperts
 from locum.data import Tokens
+from locum.explore import ModelExplorer
 from locum.families import MoeLayer, find_layers
 from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
+from locum.replay import Recording
 from locum.routers import router_logits
+from locum.routing import Routing
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import Statistics, Sums, mean_output
+from locum.statistics import Statistics, Sums
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -75,10 +78,6 @@ class Case:
     def statistics(self) -> Statistics:
         return calibrate(self.model(), tokens_of(self.ids_BS), batch_size=2)
 
-    @cached_property
-    def mean_outputs(self) -> dict[str, Tensor]:
-        return {x.name: mean_output(self.statistics.layer(x.name)).float() for x in self.shape.layers}
-
     def plan(self, make: Callable[[LayerShape], tuple[list[Slot], list[Base]]]) -> Plan:
         layers = []
         for shape in self.shape.layers:
@@ -87,7 +86,7 @@ class Case:
         return make_plan(self.shape, layers)
 
     def applied(self, plan: Plan) -> PreTrainedModel:
-        return apply_plan(self.model(), plan, self.mean_outputs if plan.needs_constants else None)
+        return apply_plan(self.model(), plan, self.statistics if plan.needs else None)
 
 
 def tokens_of(ids_BS: Tensor) -> Tokens:
@@ -396,6 +395,58 @@ def check_generate(case: Case) -> None:
     assert written.shape[1] == prompt.shape[1] + 6
 
 
+def check_compressed_experts(case: Case) -> None:
+    """Half of the selected experts run: at one, vectors change nothing; drawn, it all trains, saves and loads again."""
+    policies = [(Routing(max(1, x.top_k // 2)), Routing(max(1, x.top_k // 2), "none")) for x in case.shape.layers]
+    made = []
+    for which in (0, 1):
+        layers = zip(case.shape.layers, policies, strict=True)
+        plan = [LayerPlan(x.name, (KEPT,) * x.num_experts, routing=policy[which]) for x, policy in layers]
+        made.append((make_plan(case.shape, plan), case.applied(make_plan(case.shape, plan))))
+    (plan, model), (_, without) = made
+    near(case.logits_of(model), case.logits_of(without))
+    generator = torch.Generator().manual_seed(0)
+    for layer in find_layers(model):
+        layer.experts.offsets_NV.data.normal_(0, 0.2, generator=generator)
+    before = case.logits_of(model)
+    check_gradients(case, model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = plan.size(case.shape)
+        assert stored(folder) == (size.parameters, size.bytes)
+        again = copied(load_model(folder))
+    assert torch.equal(case.logits_of(again), before)
+
+
+def check_explore(case: Case) -> None:
+    """Removals tried on the live model give the errors that one pruned for good shows: of a layer, of all of them."""
+    model = case.model()
+    explorer = ModelExplorer(model, tokens_of(case.ids_BS), sample=case.ids_BS.numel())
+    ids_BS = explorer.batches[0].ids_BS
+    plan = case.plan(prune)
+    removed = {x.name: torch.tensor([e in dropped_of(x) for e in range(x.num_experts)]) for x in case.shape.layers}
+    for layer in plan.layers:
+        one = case.applied(make_plan(case.shape, [layer]))
+        outputs = [experts_output(m, layer.layer, ids_BS) for m in (one, model)]
+        expected = (outputs[0] - outputs[1]).norm()
+        near(explorer.output_error(layer.layer, removed[layer.layer][None])[0].float(), expected, 1e-4)
+    with torch.no_grad():
+        before, after = (Recording(m, list(removed), explorer.batches) for m in (model, case.applied(plan)))
+    last = max(before.position.values())
+    expected = (after.recorded(last, 0) - before.recorded(last, 0)).norm()
+    near(explorer.block_error([removed])[0].float(), expected, 1e-4)
+    assert torch.equal(case.logits_of(model), case.logits)
+
+
+def experts_output(model: PreTrainedModel, name: str, ids_BS: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.no_grad():
+        model.base_model(ids_BS, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "inspect": check_inspect,
     "observed": check_observed,
@@ -407,6 +458,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "kernels": check_implementations,
     **{name: plan_check(name) for name in PLANS},
     "generate": check_generate,
+    "compressed experts": check_compressed_experts,
+    "explore": check_explore,
 }
 
 

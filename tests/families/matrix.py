@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from families.checks import CHECKS, Case, NotApplicable
-from families.tiny_families import decorated_families, main_type, other_families, refused_with, tiny_config
+from families.tiny_families import adapted_families, all_families, main_type, other_families, refused_with, tiny_config
 from locum.errors import LocumError
 from locum.families import family_of, model_class
 
@@ -40,7 +40,7 @@ def main() -> int:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        results = run(tuple(options.families) or decorated_families())
+        results = run(tuple(options.families) or all_families())
         failed = any(
             verdict.startswith("failed") for row in results["families"].values() for verdict in row["checks"].values()
         )
@@ -71,7 +71,10 @@ def run(families: tuple[str, ...]) -> dict[str, Any]:
         "torch": torch.__version__.partition("+")[0],
         "minutes": round((time.monotonic() - start) / 60, 1),
         "families": rows,
-        "without the interface": {name: refused_with(name) for name in other_families()},
+        "without the interface": {
+            **{name: f"adapted: {family_of(name).undecorated}" for name in adapted_families()},
+            **{name: f"refused: {refused_with(name)}" for name in other_families()},
+        },
     }
 
 
@@ -148,7 +151,8 @@ def page(results: list[dict[str, Any]]) -> str:
         "# Families",
         "",
         "Made by `make families` from its results; do not edit. A tiny real model of every family whose experts are behind",
-        "transformers' experts interface is built from its config class and put through every check below.",
+        "transformers' experts interface, or can be put there, is built from its config class and put through every check",
+        "below.",
         "",
         "| transformers | families | pass everything | refused whole | refused in part | fail | minutes |",
         "|---|---|---|---|---|---|---|",
@@ -174,11 +178,14 @@ def page(results: list[dict[str, Any]]) -> str:
         "",
         *_not_applicable(results),
         "",
-        "## Families without the interface",
+        "## Families without the experts interface",
         "",
-        "They keep their experts in layouts of their own. `locum inspect` says:",
+        "transformers keeps their experts out of the interface at which Locum observes and replaces them. Those whose experts",
+        "follow the rule are put behind it and are in the table above; the others `locum inspect` refuses, by name.",
         "",
-        *(f"- **{name}**: {reason}" for name, reason in results[0]["without the interface"].items()),
+        "| model type | " + " | ".join(versions) + " | what Locum does, and why |",
+        "|---" * (2 + len(versions)) + "|",
+        *_without_the_interface(results),
         "",
         "## The checks",
         "",
@@ -232,6 +239,18 @@ def _not_applicable(results: list[dict[str, Any]]) -> list[str]:
                 if said.startswith("not applicable"):
                     lines[f"- **{name}**, {check}: {said.partition(': ')[2]}."] = None
     return sorted(lines) or ["None."]
+
+
+def _without_the_interface(results: list[dict[str, Any]]) -> list[str]:
+    columns = [result["without the interface"] for result in results]
+    lines = []
+    for name in sorted({name for column in columns for name in column}):
+        newest = next(column[name] for column in columns if name in column)
+        kind, _, said = newest.partition(": ")
+        does = f"gives `{said}` transformers' decorator" if kind == "adapted" else said.partition(": ")[2]
+        cells = [column.get(name, "not there").partition(":")[0] for column in columns]
+        lines.append(f"| {' | '.join((f'`{name}`', *cells, does))} |")
+    return lines
 
 
 def _checks() -> list[str]:

@@ -17,8 +17,11 @@ import locum.families
 from families import matrix
 from families.checks import CHECKS, Case, NotApplicable, low_rank, near
 from families.tiny_families import (
+    adapted_families,
+    all_families,
     config_types,
     decorated_families,
+    empty_other,
     main_type,
     other_families,
     refused_with,
@@ -33,7 +36,7 @@ from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from locum.routers import RouterRule
 from tiny_models import CONFIGS
 
-SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4")
+SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4", "step3p7")
 ROWS = [name for name in FAMILIES if name in CONFIG_MAPPING]  # the installed transformers may lack some
 
 
@@ -53,7 +56,7 @@ def case_of(family):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("family", [marked(family) for family in decorated_families()])  # outermost: one case for all
+@pytest.mark.parametrize("family", [marked(family) for family in all_families()])  # outermost: one case for all
 def test_family(family, check):
     rule = family_of(main_type(family))
     try:
@@ -184,11 +187,40 @@ def test_experts_that_share_their_number_with_others_are_never_saved_stock(monke
 
 
 @pytest.mark.parametrize("model_type", other_families())
-def test_families_without_the_interface_are_refused_with_a_reason(model_type):
-    said = refused_with(model_type)
-    assert model_type in said and (
-        "not behind transformers' experts interface" in said or family_of(model_type).refuse in said
-    )
+def test_inspect_says_why_a_family_without_the_interface_is_refused(model_type):
+    assert refused_with(model_type) == f"model type {model_type!r} is not supported: {family_of(model_type).refuse}"
+
+
+@pytest.mark.parametrize("model_type", (*other_families(), *adapted_families()))
+def test_without_its_row_a_family_without_the_interface_is_refused_too(model_type, monkeypatch):
+    """A new family of this kind is never taken for one that Locum can observe."""
+    model = empty(model_type) if model_type in adapted_families() else empty_other(model_type)
+    monkeypatch.delitem(FAMILIES, model_type.removesuffix("_text"))
+    with pytest.raises(UnsupportedModel, match=r"not behind transformers' experts interface|has no mixture-of-experts"):
+        find_layers(model)
+
+
+@pytest.mark.parametrize("family", adapted_families())
+def test_experts_put_behind_the_interface_are_otherwise_as_they_were(family):
+    """Only this model's experts change, once, and in nothing but what the decorator gives."""
+    plain, model = tiny(family), tiny(family)
+    ids_BS = Case(family).ids_BS
+    with torch.no_grad():
+        expected = plain(input_ids=ids_BS).logits
+    layers = find_layers(model)
+    classes = [type(layer.experts) for layer in layers]
+    assert [type(layer.experts) for layer in find_layers(model)] == classes  # and no decorator on a decorator
+    for layer, bare in zip(layers, (plain.get_submodule(x.shape.name) for x in layers), strict=True):
+        assert issubclass(type(layer.experts), type(bare)) and not hasattr(bare, "has_gate")
+        assert type(layer.experts).forward.__wrapped__ is type(bare).forward
+        assert layer.experts.state_dict().keys() == bare.state_dict().keys()
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(name)
+        assert {layer.experts.config._experts_implementation for layer in layers} == {name}
+        with torch.no_grad():
+            near(model(input_ids=ids_BS).logits, expected, 2e-5)
+    with pytest.raises(ValueError, match="does not support setting experts implementation"):
+        plain.set_experts_implementation("grouped_mm")
 
 
 def test_a_whole_omni_model_says_what_to_do_instead():
@@ -203,7 +235,7 @@ def test_an_adapter_without_a_base_at_full_rank_is_its_expert_biases_included():
     near(case.logits_of(case.applied(plan)), case.logits, 1e-4)
 
 
-@pytest.mark.parametrize("family", [f for f in ("muse_spark", "olmoe", "gpt_oss") if f in decorated_families()])
+@pytest.mark.parametrize("family", [f for f in ("muse_spark", "olmoe", "gpt_oss", "step3p7") if f in all_families()])
 def test_recovery_opens_and_closes_a_layer_and_nothing_changes(family):
     """Also where a norm comes after the expert, stock and compressed."""
     case = Case(family)
@@ -224,7 +256,7 @@ def test_the_page_is_current():
     assert matrix.PAGE.read_text() == matrix.page(matrix.all_results()), "run `make families`"
 
 
-@pytest.mark.parametrize("version, families, whole", [("5.23.0", 64, 60), ("5.17.0", 54, 50)])
+@pytest.mark.parametrize("version, families, whole", [("5.23.0", 65, 61), ("5.17.0", 55, 51)])
 def test_the_results_are_whole(version, families, whole):
     results = json.loads((matrix.RESULTS / f"families-{version}.json").read_text())
     found = [matrix.summary(row["checks"]) for row in results["families"].values()]

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import inspect
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from click.testing import CliRunner
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from locum.errors import UnsupportedModel
-from locum.families import find_layers, model_class
+from locum.cli import cli
+from locum.families import FAMILIES, model_class
 
 MODELS = Path(transformers.__file__).parent / "models"
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
@@ -189,6 +192,14 @@ CHANGES: dict[str, dict[str, Any]] = {  # by model type
     },  # generate reads it, and only the whole model's config has it
     "unlimited_ocr_sam_vision_model": SAM,
     "unlimited_ocr_text": SPARSE,
+    "step3p5": {  # the text part of step3p7; its experts clamp what goes into their last layer
+        "layer_types": ["full_attention", "sliding_attention"],
+        "share_expert_dim": 24,
+        "moe_router_scaling_factor": 1.5,
+        "swiglu_limits": [0.2, 0.0],
+        "swiglu_limits_shared": [0.0, 0.2],
+        **SPARSE,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 CHANGES["afmoe"] = {"num_dense_layers": 0}
@@ -205,7 +216,18 @@ def decorated_families() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-# Families with experts in layouts of their own, by model type, and what turns the experts on.
+def adapted_families() -> tuple[str, ...]:
+    """Those that Locum puts behind the interface itself."""
+    rows = {name for name, row in FAMILIES.items() if row.undecorated and name in CONFIG_MAPPING}
+    return tuple(sorted(rows - set(decorated_families())))
+
+
+def all_families() -> tuple[str, ...]:
+    return tuple(sorted((*decorated_families(), *adapted_families())))
+
+
+# Families whose experts transformers keeps out of the interface and Locum refuses, by model type, and what turns the
+# experts on.
 OTHERS: dict[str, dict[str, Any]] = {
     "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 1, "attn_config": {"rope_theta": 10000.0}},
     "doge": {"is_moe": True, "num_experts": 16},
@@ -213,7 +235,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "llama4_text": {},
     "longcat_flash": {},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "decoder_layers": 1},
-    "step3p7": {"text_config": {"mlp_layer_types": ["sparse"] * LAYERS}},
     "switch_transformers": {},
 }
 
@@ -222,17 +243,22 @@ def other_families() -> tuple[str, ...]:
     return tuple(name for name in OTHERS if name in CONFIG_MAPPING)
 
 
-def refused_with(model_type: str) -> str:
-    """What Locum says to a model of another family, built without weights. Raises where it is not refused."""
-    config = tiny_config(model_type, **OTHERS[model_type])
+def empty_other(model_type: str) -> PreTrainedModel:
+    """A model of another family without weights."""
     found = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    config = tiny_config(model_type, **OTHERS[model_type])
     with torch.device("meta"):
-        model = (getattr(transformers, found) if found else model_class(config))(config)
-    try:
-        find_layers(model)
-    except UnsupportedModel as error:
-        return str(error)
-    raise AssertionError(f"{model_type} is not refused")
+        return (getattr(transformers, found) if found else model_class(config))(config)
+
+
+def refused_with(model_type: str) -> str:
+    """What `locum inspect` says to a checkpoint of another family. Raises where it is not refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_config(model_type, **OTHERS[model_type]).save_pretrained(folder)
+        save_file({}, Path(folder) / "model.safetensors")  # it is refused before a weight is looked for
+        said = CliRunner().invoke(cli, ["inspect", folder])
+    assert said.exit_code not in (0, None) and "not supported" in said.output, said.output
+    return said.output.strip().partition(f"{folder}: ")[2]
 
 
 def config_types(family: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..criteria import CRITERIA
 from ..options import option
-from ..plan import KEPT, STARTS, Base, LayerPlan, Slot
+from ..plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
 from ..selection import SELECTIONS, mass_weights, select
 from ..shapes import LayerShape, ModelShape
 from ..statistics import LayerStatistics, Statistics, mean_output
@@ -54,7 +54,7 @@ class LightMoE:
 
     def needs(self) -> tuple[str, ...]:
         similarity = ("output_sum", "count") if self.grouping == "kmeans" else ("logit_cosine", "samples")
-        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity)
+        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity, *START_NEEDS[self.start])
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
         selected = select(

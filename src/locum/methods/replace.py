@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..criteria import CRITERIA
 from ..options import option
-from ..plan import KEPT, STARTS, Base, LayerPlan, Slot
+from ..plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
 from ..selection import SELECTIONS, mass_weights, select
 from ..shapes import ModelShape
 from ..statistics import Statistics
@@ -39,7 +39,7 @@ class Replace:
     )
 
     def needs(self) -> tuple[str, ...]:
-        return (*CRITERIA[self.score].needs, "logit_norm", "tokens")
+        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *START_NEEDS.get(self.start, ()))
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
         selected = select(

