@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
@@ -15,6 +16,13 @@ from tiny_models import tiny_ids
 
 NEW = 6
 PROMPTS = ("The red fox ran over the hills", "Seven old trees")
+
+
+@pytest.fixture
+def accelerate_state():
+    """Trainer sets accelerate up for the whole process, in its own precision; other tests use another."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,7 @@ def test_a_lora_adapter_on_attention(small, model, tmp_path):
         assert torch.equal(fresh(tiny_ids()).logits, changed)
 
 
-def test_steps_of_trainer(small, tmp_path):
+def test_steps_of_trainer(small, tmp_path, accelerate_state):
     """All of the container's parameters learn (A from the second step on, as B starts at zero), and what is saved loads as it was."""
     live = AutoModelForCausalLM.from_pretrained(small)
     before = {name: p.detach().clone() for name, p in live.named_parameters()}
