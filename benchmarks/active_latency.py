@@ -39,7 +39,7 @@ ARMS = {
 def load(name: str) -> transformers.PreTrainedModel:
     if name == "reference":
         return checkpoint.load_model(MODEL)
-    config = transformers.OlmoeConfig(num_hidden_layers=2, vocab_size=8192)
+    config = transformers.OlmoeConfig(num_hidden_layers=2, vocab_size=8192, eos_token_id=2)
     torch.manual_seed(0)
     return transformers.OlmoeForCausalLM(config).to(torch.bfloat16).eval()
 
