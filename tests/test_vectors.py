@@ -15,11 +15,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
+from families.tiny_families import tiny
 from locum.adapter import load_adapter
 from locum.apply import apply_plan
 from locum.balance import balanced, load_balance
 from locum.checkpoint import ADAPTER, load_model, read_shape, shape_of, vectors_and_routers
-from locum.errors import CheckpointError, OptionError
+from locum.errors import CheckpointError, OptionError, UnsupportedModel
 from locum.families import find_layers
 from locum.plan import DROPPED, KEPT, LayerPlan, make_plan
 from locum.quality import plan_of
@@ -403,3 +404,9 @@ def test_over_stand_ins_the_compressed_checkpoint_is_the_base(top_4, words, tmp_
     assert torch.equal(logits(realigned(load_model(tmp_path / "adapter"))), expected)
     with pytest.raises(CheckpointError, match="not what the adapter was made for"):
         load_adapter(load_model(top_4), tmp_path / "adapter")
+
+
+def test_a_model_that_predicts_no_tokens_is_refused():
+    """A token classifier is compressed like others, but next-token recovery has nothing to train it by."""
+    with pytest.raises(UnsupportedModel, match="does not predict tokens"):
+        recover_model(tiny("openai_privacy_filter"), None, tiny_tokens(), None, Recovery(how="full", steps=1))

@@ -30,7 +30,7 @@ from .artefacts import fingerprint, provenance
 from .checkpoint import vectors_and_routers
 from .container import StandInExperts
 from .data import Tokens
-from .errors import OptionError, PlanError
+from .errors import OptionError, PlanError, UnsupportedModel
 from .families import MoeLayer, find_layers
 from .layout import Layout
 from .options import check_options
@@ -257,6 +257,8 @@ def recover_model(
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
     check_recovery(options)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it")
     recipe, work = RECIPES[options.how], Work(model, plan, options, original_read or {})
     recipe.check(work)
     identity = _identity(work, tokens) | recipe.identity(work)

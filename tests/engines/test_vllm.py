@@ -101,26 +101,32 @@ def test_the_engine_writes_what_transformers_writes(served, family, name):
     assert answer["bytes"] == pytest.approx(answer["promised"], rel=0.05)
 
 
+def agreement(logits_BSV: torch.Tensor, token_BS: torch.Tensor) -> float:
+    """How often a token is the likeliest. In bfloat16 the two likeliest tie at some 2 % of positions, and rounding
+    decides: a token whose logit is within one step of bfloat16 of the largest counts.
+    """
+    largest_BS = logits_BSV.amax(-1)
+    found_BS = logits_BSV.gather(-1, token_BS[..., None])[..., 0]
+    step = torch.finfo(torch.bfloat16).eps
+    return (found_BS >= largest_BS - step * largest_BS.abs()).float().mean().item()
+
+
+@torch.no_grad()
 def test_the_next_token_is_the_same_in_bfloat16(tmp_path):
     """Teacher-forced on held-out text, of the bundled model in its own format.
 
-    In bfloat16 the two likeliest tokens are equally likely at some 2 % of positions, and rounding decides: a token whose
-    logit is within one step of bfloat16 of transformers' largest counts as the same.
+    A routing policy cuts between experts whose gates may be all but equal. Where transformers' own float32 agrees less
+    with its bfloat16 than 99 %, that is what can be asked of the engine too.
     """
-    texts, jobs, logits = reference_ids(12, 128), [], {}
+    ids, jobs, logits, own = torch.tensor(reference_ids(12, 128)), [], {}, {}
     for name in COMPRESSED:
         model, _ = make(tmp_path / name, "reference", name, torch.bfloat16)
-        with torch.no_grad():
-            logits[name] = model(torch.tensor(texts)).logits[:, :-1].float()
-        jobs.append({"folder": str(tmp_path / name), "dtype": "bfloat16", "score": texts})
-    agreement = {}
-    for (name, expected_BSV), answer in zip(logits.items(), serve(tmp_path, jobs), strict=True):
-        largest_BS = expected_BSV.amax(-1)
-        found_BS = expected_BSV.gather(-1, torch.tensor(answer["top"])[..., None])[..., 0]
-        step = torch.finfo(torch.bfloat16).eps
-        agreement[name] = (found_BS >= largest_BS - step * largest_BS.abs()).float().mean().item()
-    print(agreement)
-    assert min(agreement.values()) >= 0.99, agreement
+        logits[name] = model(ids).logits[:, :-1].float()
+        own[name] = agreement(logits[name], model.float()(ids).logits[:, :-1].argmax(-1))
+        jobs.append({"folder": str(tmp_path / name), "dtype": "bfloat16", "score": ids.tolist()})
+    answers = dict(zip(COMPRESSED, serve(tmp_path, jobs), strict=True))
+    found = {name: agreement(logits[name], torch.tensor(answer["top"])) for name, answer in answers.items()}
+    assert all(found[name] >= min(0.99, own[name] - 0.005) for name in COMPRESSED), (found, own)
 
 
 def test_a_uniformly_pruned_checkpoint_needs_no_plugin(tmp_path):
@@ -205,11 +211,13 @@ for more in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "enabl
     config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, **more).create_engine_config()
     try:
         check_engine(config)
-        print("fine")
+        print("answer: fine")
     except UnsupportedModel as error:
-        print(error)
+        print("answer:", error)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "light")]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-3:]
-    assert lines[0] == "fine"
-    assert all("one device" in line and "tensor_parallel_size=2" in line for line in lines[1:])
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    one, *more = [line for line in output.splitlines() if line.startswith("answer:")]  # vLLM's own log goes there too
+    assert one == "answer: fine"
+    assert len(more) == 2
+    assert all("one device" in line and "tensor_parallel_size=2" in line for line in more)
