@@ -258,7 +258,9 @@ def recover_model(
     """
     check_recovery(options)
     if model.get_output_embeddings() is None:
-        raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it")
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it"
+        )
     recipe, work = RECIPES[options.how], Work(model, plan, options, original_read or {})
     recipe.check(work)
     identity = _identity(work, tokens) | recipe.identity(work)
