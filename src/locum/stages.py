@@ -243,8 +243,9 @@ def _planned_from(
         known = {key: total.provenance[key] for key in ("model_fingerprint", "data_fingerprint")}
         return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
     if chosen.needs() or len(files) > 1:
+        made_by = "search" if hasattr(chosen, "explore") else "calibrate"
         raise OptionError(
-            f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum calibrate"
+            f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum {made_by}"
             if chosen.needs()
             else f"{folder} is a checkpoint; give it alone, or statistics files"
         )
