@@ -59,7 +59,7 @@ class Recipe:
     """Everything that decides what the model will be."""
 
     domains: tuple[str, ...] = TRAINED
-    steps: int = 100  # of every expert
+    steps: int = 80  # of every expert
     experts_per_domain: int = 1
     granularity: int = 1
     joint_steps: int = 0

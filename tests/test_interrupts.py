@@ -18,6 +18,10 @@ from checkpoints import locum as command
 from checkpoints import tree
 
 CALIBRATE = "calibrate {model} --data {words} --length 32 --batch-size 1 --out out.safetensors"
+SEARCH = (
+    "search {model} --data {words} --length 64 --tokens 1024 --sample 128 --generations 2 --population 6 --out stats"
+)
+COMPRESS = "compress {model} --data {words} --length 64 --batch-size 2 --remove 0.4 --rank 2 --recover annealed --recover-steps 12 --out small"
 RECOVER = "recover {small} --data {words} --length 64 --batch-size 2 --steps 12 --checkpoint-every 2 --out recovered"
 PARTIAL, WORKDIR = ".out.safetensors.partial", ".recovered.recover"
 
@@ -68,6 +72,24 @@ def slow(self, parts):
         print("ready", flush=True); time.sleep(600)
 train.Loop.one_step = slow
 """
+AFTER_ANSWERS = """
+import locum
+explorer, done = sys.modules["locum.explore"].ModelExplorer, []
+real = explorer.output_error
+def slow(self, layer, removed_CE):
+    done.append(1)
+    if len(done) == 3:
+        print("ready", flush=True); time.sleep(600)
+    return real(self, layer, removed_CE)
+explorer.output_error = slow
+"""
+IN_AN_ENGINE = """
+import locum
+verify = sys.modules["locum.verify"]
+def slow(*arguments):
+    print("ready", flush=True); time.sleep(600)
+verify.ask = slow
+"""
 IN_EVALUATION = """
 import locum
 evaluate = sys.modules["locum.evaluate"]
@@ -100,8 +122,11 @@ def interrupted(patch, arguments):
         (IN_SAVING, "apply {model} --plan {plan} --out small", []),
         (AFTER_STEPS, RECOVER, [WORKDIR]),
         (IN_EVALUATION, "eval {small} --data {words} --json results.jsonl", []),
+        (AFTER_ANSWERS, SEARCH, [".stats.answers", ".stats.calibrated"]),
+        (AFTER_STEPS, COMPRESS, []),
+        (IN_AN_ENGINE, "verify {small} --engine transformers", []),
     ],
-    ids=["calibrate", "apply", "recover", "eval"],
+    ids=["calibrate", "apply", "recover", "eval", "search", "compress", "verify"],
 )
 def test_ctrl_c(patch, line, kept, fill, tmp_path):
     said, code = interrupted(patch, fill(line))
