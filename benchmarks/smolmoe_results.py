@@ -1,12 +1,14 @@
 """What SmolMoE is worth: test loss by domain of the dense parent, of every domain's expert alone, and of the model.
 
     python benchmarks/smolmoe_results.py measure [--quick]     on the model that smolmoe.py built; minutes
+    python benchmarks/smolmoe_results.py tasks [--quick]       questions with gold answers, by lm-eval; more minutes
     python benchmarks/smolmoe_results.py table [--quick]       Markdown from the results
 
 Losses are Locum's own (`locum eval`), on text that nothing was trained on, of trained and other domains, all models in
 bf16 on the same tokens. How far a domain uses its own expert is measured twice: `own_top1` is the share of its tokens
 that give their own expert the greatest gate (a hook on the routers), `own_gate` the share of its gates that
 its own expert gets (Locum's statistics, which are kept beside the model for `locum report`); both are means over layers.
+Tasks are those of tasks/, on the same items for parent and model; an expert alone is not asked.
 
 Shapes: T tokens, E experts, C domains.
 """
@@ -34,6 +36,7 @@ import locum
 from evaluate_reference import environment
 from locum.data import Tokens, load_tokens
 from locum.evaluate import evaluate
+from locum.tasks import evaluate_tasks, find_tasks
 from smolmoe import BuildError, Recipe, Sources, add_options, cached_model, is_built, recipe_of
 from smolmoe_dense import dense_parent, smolmoe_folder
 from smolmoe_mixtral import mlps_of, taken_mlp
@@ -42,6 +45,8 @@ from smolmoe_text import WINDOW, write_files
 RESULTS = Path(__file__).parent / "results" / "smolmoe.jsonl"
 OTHERS = ("novels", "scripture", "kernel", "webster", "brown")  # domains that the default model is not trained on
 TOKENS = 4096  # of every domain, of documents that are drawn from all of its held-out ones
+TASKS = Path(__file__).parent / "tasks"
+ITEMS = 60  # of every task
 
 
 def own_experts(recipe: Recipe, domain: str) -> list[int]:
@@ -124,6 +129,33 @@ def measure(
     return lines
 
 
+def measure_tasks(model: Path, parent: Path, folder: Path = TASKS, *, items: int = ITEMS) -> list[dict[str, Any]]:
+    """A line for every task, metric and model, and one for model minus parent, on the first items of each task."""
+    tasks = find_tasks([file.stem for file in sorted(folder.glob("*.yaml"))], folder)
+    dense = LlamaForCausalLM.from_pretrained(parent, dtype=torch.bfloat16).eval()
+    moe = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    rows = evaluate_tasks(
+        moe,
+        AutoTokenizer.from_pretrained(model),
+        tasks,
+        against=dense,
+        limit=items,
+        model_name="SmolMoE",
+        against_name="dense",
+    )
+    return [
+        {
+            "model": row.model,
+            "task": row.domain.removeprefix("locum_"),
+            "metric": row.metric,
+            "value": row.value,
+            "interval": [row.low, row.high],
+            "items": row.n,
+        }
+        for row in rows
+    ]
+
+
 @contextlib.contextmanager
 def _wearing(dense: LlamaForCausalLM, mlp: dict[str, Tensor]) -> Iterator[None]:
     """The dense model with other MLPs, for as long as the block runs."""
@@ -158,6 +190,22 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def task_table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row for every task, by the metric that lm-eval calls acc_norm where there is one."""
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["task"], {})[line["model"], line["metric"]] = line
+    rows = ["| task | metric | items | dense | SmolMoE | difference [95%] |", "|---|---|---|---|---|---|"]
+    for task, of in found.items():
+        metrics = [metric for model, metric in of if model == "dense"]
+        metric = "acc_norm" if "acc_norm" in metrics else metrics[0]
+        dense, moe, delta = of["dense", metric], of["SmolMoE", metric], of["SmolMoE", f"{metric}_delta"]
+        low, high = delta["interval"]
+        cells = [task, metric, str(moe["items"]), f"{dense['value']:.3f}", f"{moe['value']:.3f}"]
+        rows.append("| " + " | ".join([*cells, f"{delta['value']:+.3f} [{low:+.3f}, {high:+.3f}]"]) + " |")
+    return "\n".join(rows)
+
+
 def commit() -> str | None:
     """The commit of the sources, with "+" when they were changed since; None outside a repository."""
     here = Path(__file__).parent
@@ -188,10 +236,11 @@ def _build_record(model: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("measure", "table"))
+    parser.add_argument("action", choices=("measure", "tasks", "table"))
     add_options(parser)
     parser.add_argument("--model", type=Path, help="folder of the model (default: in the cache)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of every domain ({TOKENS})")
+    parser.add_argument("--items", type=int, default=ITEMS, help=f"of every task ({ITEMS})")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
     options = parser.parse_args()
     try:
@@ -203,25 +252,26 @@ def main() -> int:
         print(f"smolmoe_results: {error}", file=sys.stderr)
         return 1
     record = _build_record(model)
+    torch.set_num_threads(options.threads)
     if options.action == "measure":
-        torch.set_num_threads(options.threads)
         domains = [*recipe.domains, *(name for name in OTHERS if name not in recipe.domains)]
         specs = write_files(smolmoe_folder() / "text", domains)
-        lines = measure(model, dense_parent(), recipe, specs, tokens=options.tokens)
-        about = {
-            "build": record,
-            "split": "all of the held-out files",
-            "threads": options.threads,
-            "commit": commit(),
-            **environment(),
-        }
-        about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with options.results.open("a", encoding="ascii") as stream:
-            stream.writelines(json.dumps({"benchmark": "smolmoe", **line, **about}) + "\n" for line in lines)
+        _append(options, record, measure(model, dense_parent(), recipe, specs, tokens=options.tokens))
+    elif options.action == "tasks":
+        _append(options, record, measure_tasks(model, dense_parent(), items=options.items))
     every = [json.loads(line) for line in options.results.read_text().splitlines()]
     of_model = [line for line in every if line["build"]["identity"] == record["identity"]]
-    print(table([line for line in of_model if line["time"] == of_model[-1]["time"]]))
+    for key, to_table in (("domain", table), ("task", task_table)):
+        if lines := [line for line in of_model if key in line]:
+            print(to_table([line for line in lines if line["time"] == lines[-1]["time"]]), end="\n\n")
     return 0
+
+
+def _append(options: argparse.Namespace, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    about = {"build": record, "split": "held out", "threads": options.threads, "commit": commit(), **environment()}
+    about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with options.results.open("a", encoding="ascii") as stream:
+        stream.writelines(json.dumps({"benchmark": "smolmoe", **line, **about}) + "\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -393,6 +393,30 @@ def test_results_of_a_tiny_build(sources, tmp_path, parent):
     assert table.count("\n") >= 5 and "| a |" in table
 
 
+TASK = """task: fox
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+"""
+
+
+def test_tasks_of_an_exact_upcycle_are_its_parents(sources, tmp_path, parent):
+    out = smolmoe.build(dataclasses.replace(RECIPE, exact=True), tmp_path / "out", threads=1, sources=sources)
+    items = [{"query": query, "choices": ["a b c", "d e"], "gold": i % 2} for i, query in enumerate(["a", "bc", "d"])]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "fox.yaml").write_text(TASK.replace("FILE", str(tmp_path / "items.jsonl")))
+    lines = smolmoe_results.measure_tasks(out, parent, tmp_path / "tasks", items=2)
+    found = {(line["model"], line["metric"]): line["value"] for line in lines}
+    assert found["SmolMoE", "acc"] == found["dense", "acc"] and found["SmolMoE", "acc_delta"] == 0
+    assert {line["items"] for line in lines} == {2}
+    assert "| fox | acc_norm | 2 |" in smolmoe_results.task_table(lines)
+
+
 def _top1(moe, tokens, own):
     seen = []
     for layer in moe.model.layers:
