@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick engines test-vllm test-llamacpp check fix install clean
+.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines test-vllm test-llamacpp check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -66,6 +66,9 @@ smolmoe: $(READY)
 
 smolmoe-quick: $(READY)
 	$(BIN)/python benchmarks/smolmoe.py build --quick
+
+test-smolmoe: smolmoe-quick
+	$(BIN)/python -m pytest -m smolmoe tests/test_smolmoe.py
 
 # The engines that serve Locum's checkpoints, each in an environment of its own, made once.
 ENGINE_PYTHON ?= python3.11

@@ -18,10 +18,12 @@ import corpora
 import smolmoe
 import smolmoe_dense
 import smolmoe_mixtral
+import smolmoe_recovery
 import smolmoe_results
 import smolmoe_text
 import smolmoe_train
 from checkpoints import VOCABULARY, text, write_tokenizer
+from checkpoints import locum as command
 from locum.apply import apply_plan
 from locum.calibrate import calibrate
 from locum.checkpoint import load_model, load_tokenizer, shape_of
@@ -391,6 +393,31 @@ def test_results_of_a_tiny_build(sources, tmp_path, parent):
     )
     table = smolmoe_results.table(lines)
     assert table.count("\n") >= 5 and "| a |" in table
+
+
+def test_the_recovery_benchmark_runs_each_job_once(sources, tmp_path, monkeypatch):
+    model = smolmoe.build(RECIPE, tmp_path / "model", threads=1, sources=sources)
+    file, results = tmp_path / "words.jsonl", tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents("a")))
+    ran = []
+
+    def run(*arguments):
+        result = command(*arguments)
+        assert result.exit_code == 0, result.stderr
+        ran.append(arguments[0])
+        return {"seconds": 1.0, "peak_bytes": 2**30}
+
+    monkeypatch.setattr(smolmoe_recovery, "locum", run)
+    for seeds in ([0], [0, 1]):
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        bench = smolmoe_recovery.Bench(model, [f"a={file}"], tmp_path / "scratch", 1, results)
+        if not bench.is_done("original", 0.0, None):
+            bench._measure(model, "original", 0.0, None, {})
+        bench.job("REAP + LoRA", 0.5, seeds)
+    assert ran.count("recover") == 2 and ran.count("calibrate") == 1 and ran.count("eval") == 4
+    table = smolmoe_recovery.table(smolmoe_recovery.rows_of(results)).splitlines()
+    assert len(table) == 4 and table[2].startswith("| 0 | original |") and table[3].startswith("| 50% | REAP + LoRA |")
+    assert "(2)" in table[3] and table[3].endswith("| 1.0 GiB |")
 
 
 TASK = """task: fox
