@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from locum import container as module
 from locum.container import Stack, StandInExperts
 from locum.families import canonical_gate, find_layers
 from locum.layout import Layout
@@ -212,27 +211,6 @@ def test_several_members_of_one_base_for_the_same_token():
     x, _, gates = routing(E, 6, 3)
     index = torch.tensor([[5, 7, 4]] * 6)
     assert_near(container(x, index, gates), slow(container, x, index, gates), 1e-5)
-
-
-def test_a_base_is_multiplied_once_per_token_however_many_members_are_selected(monkeypatch):
-    container = shared_base_container(rank=0)
-    rows = {"gate_up": 0, "down": 0}
-    original = module.grouped_linear
-
-    def counting(x, weight, counts):
-        name = {container.dense.gate_up_NGD.data_ptr(): "gate_up", container.dense.down_NDF.data_ptr(): "down"}
-        rows[name[weight.data_ptr()]] += x.shape[0]
-        assert sum(counts) == x.shape[0]
-        return original(x, weight, counts)
-
-    monkeypatch.setattr(module, "grouped_linear", counting)
-    # Token 0: three members, one base. Token 1: two members and a kept expert. Token 2: three kept experts.
-    index = torch.tensor([[4, 5, 7], [6, 4, 0], [1, 2, 3]])
-    x, _, gates = routing(E, 3, 3)
-    output = container(x, index, gates)
-    assert rows == {"gate_up": 1 + 2 + 3, "down": 1 + 2 + 3}
-    monkeypatch.undo()
-    assert_near(output, slow(container, x, index, gates), 1e-5)
 
 
 @pytest.mark.parametrize("annealed", [False, True])

@@ -17,11 +17,12 @@ SRC = Path(locum.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 PURE = {
     *("errors", "registry", "options", "shapes", "layout", "plan", "statistics", "criteria", "selection", "budget"),
-    "routing",
+    *("routing", "products", "native"),
     *("stand_ins", "definitions", "genetic", "allocation", "gate_rules"),
 }
 EDGE = {"cli", "report", "charts", "demo", "quality", "tasks", "pipeline", "vllm_plugin", "__main__"}
-EDGE |= {"verify", "file_checks", "loops", "export", "engines", "engine_run", "gguf_run"}
+EDGE |= {"verify", "file_checks", "loops", "export", "engines", "engine_run", "gguf_run", "remote_code", "substitution"}
+EDGE |= {"bench", "bench_run", "bench_page"}
 HEAVY = {"transformers", "accelerate", "safetensors", "peft", "datasets", "vllm", "lm_eval"}
 SHOWING = {"click", "rich", "typer", "matplotlib"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "manager", "factory", "misc"}

@@ -7,8 +7,8 @@ output and looks at it on the way; afterwards the model and the interface are ex
 
 Blocks are taken domain by domain, so a batch belongs to one domain. `order_B` is that order; `next_block` counts in it.
 
-Letters: B blocks, S tokens of a block, T = B*S tokens of a batch, K top-k, P = T*K selected (token, expert) pairs, E
-experts, D model width, F expert width, G 2F with a gate and F without.
+Letters: B blocks, S tokens of a block, T = B*S tokens of a batch, K top-k, P = T*K selected (token, expert) pairs, C those
+of a few experts, E experts, D model width, F expert width, G 2F with a gate and F without.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .artefacts import provenance as make_provenance
 from .checkpoint import shape_of
-from .container import grouped_linear
 from .errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from .families import MoeLayer, find_layers, is_stock_experts
+from .products import grouped_linear
 from .routers import router_logits
 from .statistics import RoutedEvent, RouterEvent, Statistics, Sums, check_needs, check_same_origin
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .data import Tokens
+
+CHUNK = 2**20  # numbers of the experts' inputs at a time on a CPU: 2 MiB in bfloat16
 
 
 def calibrate(
@@ -219,32 +222,64 @@ def run_experts(
 ) -> tuple[Tensor, RoutedEvent, Tensor]:
     """A stock experts module's output [T, D], every selected pair behind it, and the token of each pair [P].
 
-    With `inside`, the pairs' inputs and hidden states stay in the event; they are at hand, so nothing is copied.
+    On a CPU a few experts at a time, so that what lies between their products stays in the cache. With `inside`, the
+    pairs' inputs and hidden states are in the event too.
     """
-    num_tokens, top_k = index_TK.shape
     expert_P, order_P = torch.sort(index_TK.reshape(-1), stable=True)
-    token_P, gate_P = order_P // top_k, gate_TK.reshape(-1)[order_P]
+    token_P, gate_P = order_P // index_TK.shape[1], gate_TK.reshape(-1)[order_P]
     counts = tuple(torch.bincount(expert_P, minlength=experts.num_experts).tolist())
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    in_PD = x_TD[token_P]
-    pre_PG = _project(experts, first, in_PD, expert_P, counts)
-    hidden_PF = experts._apply_gate(pre_PG) if experts.has_gate else experts.act_fn(pre_PG)
-    seen = (in_PD, hidden_PF) if inside else ()
-    del in_PD  # the copies below then take its place in memory
-    out_PD = _project(experts, "down_proj", hidden_PF, expert_P, counts)
-    if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
-        out_PD = experts.post_expert_norm(out_PD)
-    gated_PD = out_PD * gate_P[:, None]
-    unsorted_PD = torch.empty_like(gated_PD).index_copy_(0, order_P, gated_PD)
-    y_TD = unsorted_PD.view(num_tokens, top_k, -1).sum(dim=1).to(x_TD.dtype)
-    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, *seen), token_P
+    weight = experts.down_proj
+    out_PD = torch.empty(len(order_P), x_TD.shape[1], dtype=weight.dtype, device=weight.device)
+    seen: list[tuple[Tensor, Tensor]] = []
+    room = CHUNK // x_TD.shape[1] if x_TD.device.type == "cpu" else len(order_P)
+    start = 0
+    for some in _some_experts(counts, room):
+        pairs = slice(start, start + sum(counts[some]))
+        start = pairs.stop
+        in_CD = x_TD[token_P[pairs]]
+        pre_CG = _project(
+            experts, "gate_up_proj" if experts.has_gate else "up_proj", in_CD, expert_P[pairs], some, counts
+        )
+        hidden_CF = experts._apply_gate(pre_CG) if experts.has_gate else experts.act_fn(pre_CG)
+        out_CD = _project(experts, "down_proj", hidden_CF, expert_P[pairs], some, counts)
+        if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
+            out_CD = experts.post_expert_norm(out_CD)
+        out_PD[pairs] = out_CD
+        if inside:
+            seen.append((in_CD, hidden_CF))
+    in_PD, hidden_PF = map(torch.cat, zip(*seen, strict=True)) if seen else (None, None)
+    y_TD = _weighted_sum(out_PD, gate_TK, order_P).to(x_TD.dtype)
+    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF), token_P
 
 
-def _project(experts: nn.Module, name: str, x_PI: Tensor, expert_P: Tensor, counts: tuple[int, ...]) -> Tensor:
-    weight = getattr(experts, name)
+def _some_experts(counts: tuple[int, ...], room: int) -> Iterator[slice]:
+    """Runs of experts that have `room` pairs at most between them, or one expert that has more alone."""
+    first = total = 0
+    for e, count in enumerate(counts):
+        if e > first and total + count > room:
+            yield slice(first, e)
+            first, total = e, 0
+        total += count
+    yield slice(first, len(counts))
+
+
+def _project(
+    experts: nn.Module, name: str, x_CI: Tensor, expert_C: Tensor, some: slice, counts: tuple[int, ...]
+) -> Tensor:
+    weight = getattr(experts, name)[some]
     weight_EOI = weight.mT if experts.is_transposed else weight
-    out_PO = grouped_linear(x_PI.to(weight.dtype), weight_EOI, list(counts))
-    return out_PO.add_(getattr(experts, name + "_bias")[expert_P]) if experts.has_bias else out_PO
+    out_CO = grouped_linear(x_CI.to(weight.dtype), weight_EOI, list(counts[some]))
+    return out_CO.add_(getattr(experts, name + "_bias")[expert_C]) if experts.has_bias else out_CO
+
+
+def _weighted_sum(out_PD: Tensor, gate_TK: Tensor, order_P: Tensor) -> Tensor:
+    """[T, D] every token's outputs times their gates; pair p of the outputs is number order_P[p] of T*K."""
+    if gate_TK.dtype == out_PD.dtype:
+        place_P = torch.empty_like(order_P)
+        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        return functional.embedding_bag(place_P.view_as(gate_TK), out_PD, per_sample_weights=gate_TK, mode="sum")
+    gated_PD = out_PD * gate_TK.reshape(-1)[order_P, None]  # in the wider type of the two
+    return torch.empty_like(gated_PD).index_copy_(0, order_P, gated_PD).view(*gate_TK.shape, -1).sum(dim=1)
 
 
 def _select_pairs(event: RoutedEvent, keep_P: Tensor) -> RoutedEvent:

@@ -7,15 +7,15 @@ Work on a dense row is shared by all the experts that use it. For a token, the p
 computed once however many of the base's members are selected, and so is the down projection, applied to the sum of
 their gate-weighted hidden states. Low-rank parts are added around them, per expert.
 
+There are two ways through it, and `products.choose` takes one by shape: all pairs at once, with shapes that do not
+depend on what was routed (here), and cluster by cluster (clusters.py), which alone knows what recovery adds.
+
 Where a layer has a routing policy (routing.py), it decides first which of the selected experts run, and on which inputs:
 one for each token, so that the sharing above stays. With vectors of their own for gate and up, the first product of a
 weight is made in two halves, one for each input.
 
-During annealed recovery (LightMoE, arXiv 2603.12645, Eq. 6) a replaced expert's weights are
-beta W_old + (1 - beta) W_base + B A; each projection is linear, so the three terms are computed and added.
-
-Letters: T tokens, K top-k, P selected (token, expert) pairs, U units (distinct token and dense row), E experts,
-N stacked items, D model width, F expert width, G 2F with a gate and F without, R rank.
+Letters: T tokens, K top-k, M main, P selected (token, expert) pairs, E experts, N stacked items, D model width, F expert
+width, G 2F with a gate and F without, R rank, X parts (the stacks that an expert may have a row of).
 """
 
 from __future__ import annotations
@@ -24,30 +24,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from . import clusters, products
 from .layout import Layout
 from .routing import Routed, modulate, route
-
-
-def grouped_linear(x_PI: Tensor, weight_NOI: Tensor | tuple[Tensor, ...], counts: list[int]) -> Tensor:
-    """Rows of `x`, sorted by item, each times its item's weight: the first counts[0] rows use weight[0], and so on."""
-    # One unbind, not an index per item: its gradient is one stack, where each index would cost a whole tensor of zeros.
-    weights = weight_NOI.unbind(0) if isinstance(weight_NOI, Tensor) else weight_NOI
-    parts = [
-        functional.linear(x, w_OI) for x, w_OI in zip(torch.split(x_PI, counts), weights, strict=True) if x.shape[0]
-    ]
-    return torch.cat(parts) if parts else x_PI.new_zeros(0, weights[0].shape[0])
-
-
-def grouped_first(inputs: tuple[Tensor, ...], token_P: Tensor, weight_NOI: Tensor, counts: list[int]) -> Tensor:
-    """The first product for these tokens: of the one input, or of gate's half of each weight with the first input and
-    up's half with the second."""
-    if len(inputs) == 1:
-        return grouped_linear(inputs[0][token_P], weight_NOI, counts)
-    halves = weight_NOI.unflatten(1, (2, -1)).flatten(0, 1).unbind(0)  # gate and up of each item in turn
-    parts = [grouped_linear(x_TD[token_P], halves[i::2], counts) for i, x_TD in enumerate(inputs)]
-    return torch.cat(parts, dim=1)
 
 
 class Stack(nn.Module):
@@ -65,6 +45,10 @@ class Stack(nn.Module):
         for name, tensor in tensors.items():
             stack.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return stack
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
 
 
 class StandInExperts(nn.Module):
@@ -100,6 +84,10 @@ class StandInExperts(nn.Module):
         self.old: Stack | None = None
         self.old_of: tuple[int, ...] = (-1,) * layout.num_experts
         self.beta = 0.0
+        self.clusters = clusters.clusters_of(layout)
+        # No buffer: from_pretrained overwrites those that are in no file.
+        self._table_XE = torch.tensor(self._places(), device="cpu")
+        self._aligned = all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def extra_repr(self) -> str:
         layout = self.layout
@@ -108,166 +96,109 @@ class StandInExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routed = self._routed(x_TD, top_k_index, top_k_weights)
-        expert_P, order = torch.sort(routed.index_TM.reshape(-1), stable=True)
-        token_P = order // routed.index_TM.shape[1]
-        gate_P = routed.weight_TM.reshape(-1)[order]
-        wide = torch.promote_types(x_TD.dtype, torch.float32)  # in which contributions are summed
-        fade_P = self._fade(expert_P, wide)
-        if self.post_expert_norm is None:
-            total_TD = self._products(routed, expert_P, token_P, gate_P, fade_P)
-        else:  # outputs are normed one by one, so nothing can be summed before
-            pair_P, one_P = torch.arange(len(token_P), device=token_P.device), torch.ones_like(gate_P)
-            out_PD = self._products(routed.of(token_P), expert_P, pair_P, one_P, fade_P)
-            out_PD = self.post_expert_norm(out_PD.to(x_TD.dtype)) * gate_P[:, None]
-            total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device).index_add(0, token_P, out_PD.to(wide))
-        if self.constant_ND is not None:
-            row_P = self._rows(self.layout.constant_of, expert_P)
-            chosen = (row_P >= 0).nonzero().squeeze(1)
-            values = self.constant_ND[row_P[chosen]].to(wide) * gate_P[chosen, None]
-            if fade_P is not None:
-                values = values * fade_P[chosen, None]
-            total_TD = total_TD.index_add(0, token_P[chosen], values.to(wide))
-        return total_TD.to(x_TD.dtype)
+        way = products.LOOP
+        if self.shared is None and self.old is None and all(stack.dtype == x_TD.dtype for stack in self._stacks()):
+            pairs = routed.index_TM.numel()
+            way = products.choose(x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned)
+        if way == products.LOOP:
+            return clusters.forward(self, routed).to(x_TD.dtype)
+        return self._at_once(routed, products.PRODUCTS[way]).to(x_TD.dtype)
 
     def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed:
         if self.layout.routing is None:
             return Routed(index_TK, weight_TK, (x_TD,))
         return route(self.layout.routing, self.offsets_NV, x_TD, index_TK, weight_TK, self.layout.has_gate)
 
-    def _products(
-        self, routed: Routed, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, fade_P: Tensor | None
-    ) -> Tensor:
-        """The sum over a token's pairs of gate times expert output, constants left out."""
-        x_TD = routed.inputs[0]
+    def _places(self) -> list[tuple[int, ...]]:
+        """Per expert: its place in the order of the clusters, its dense row, constant and bias, its row in each adapter."""
+        order = [e for cluster in self.clusters for e in cluster.experts]
+        layout = self.layout
+        adapters = [
+            tuple(row if r == index else -1 for r, row in zip(layout.rank_of, layout.adapter_of, strict=True))
+            for index in range(len(layout.ranks))
+        ]
+        place = tuple(order.index(e) for e in range(layout.num_experts))
+        return [place, layout.dense_of, layout.constant_of, layout.bias_of, *adapters]
+
+    def table(self, device: torch.device) -> Tensor:
+        """What `_places` says, kept where it was last needed."""
+        if self._table_XE.device != device:
+            self._table_XE = torch.tensor(self._places(), device=device)
+        return self._table_XE
+
+    def _stacks(self) -> list[Stack]:
+        return [*(stack for stack in (self.dense, self.biases) if stack is not None), *self.adapters]
+
+    def _at_once(self, routed: Routed, way: products.Products) -> Tensor:
+        """All pairs at once. Nothing waits for what was routed, and no shape depends on it."""
+        x_TD, num_main = routed.inputs[0], routed.index_TM.shape[1]
+        _, dense_P, constant_P, bias_P, *adapter_XP = self.table(x_TD.device)[:, routed.index_TM.reshape(-1)].unbind(0)
+        token_P = torch.arange(len(dense_P), device=x_TD.device).div(num_main, rounding_mode="floor")
+        gate_P1 = routed.weight_TM.reshape(-1, 1)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-        pre_PG = x_TD.new_zeros(expert_P.shape[0], self._first_width)
-        parts = [*self._dense_parts(expert_P, token_P, fade_P), *self._own_parts(expert_P, token_P, wide)]
-        if self.biases is not None:
-            parts.append(_Biases(self.biases, self._rows(self.layout.bias_of, expert_P), token_P, fade_P))
-        for part in parts:
-            pre_PG = part.add_first(pre_PG, routed.inputs)
-        hidden_PF = self.apply_gate(pre_PG) * gate_P[:, None].to(pre_PG.dtype)
-        if routed.down_TF is not None:
-            hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
-        for part in parts:
-            total_TD = part.add_second(total_TD, hidden_PF, gate_P)
+        rows = (dense_P, bias_P, *adapter_XP)
+        if self.post_expert_norm is None:
+            self._add_products(total_TD, routed, rows, token_P, gate_P1, way)
+        else:  # outputs are normed one by one, so nothing can be summed before
+            out_PD = total_TD.new_zeros(len(token_P), x_TD.shape[1])
+            each_P = torch.arange(len(token_P), device=x_TD.device)
+            self._add_products(out_PD, routed.of(token_P), rows, each_P, torch.ones_like(gate_P1), way)
+            total_TD.index_add_(0, token_P, (self.post_expert_norm(out_PD.to(x_TD.dtype)) * gate_P1).to(wide))
+        if self.constant_ND is not None:
+            total_TD.index_add_(0, token_P, products.pick(self.constant_ND, constant_P).to(wide) * gate_P1.to(wide))
         return total_TD
 
-    @property
-    def _first_width(self) -> int:
-        return self.layout.expert_width * (2 if self.layout.has_gate else 1)
-
-    def _rows(self, row_of: tuple[int, ...], expert_P: Tensor) -> Tensor:
-        return torch.tensor(row_of, device=expert_P.device)[expert_P]
-
-    def _fade(self, expert_P: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """How far each pair's base and constant have come in for the old weights: 1 - beta, or 1 if it has none."""
-        if self.old is None:
-            return None
-        fading_P = self._rows(self.old_of, expert_P) >= 0
-        return torch.ones(fading_P.shape, dtype=dtype, device=fading_P.device).masked_fill(fading_P, 1 - self.beta)
-
-    def _dense_parts(self, expert_P: Tensor, token_P: Tensor, fade_P: Tensor | None) -> list[_Dense]:
-        row_P = self._rows(self.layout.dense_of, expert_P)
-        if self.shared is None:
-            return [] if self.dense is None else [_Dense(self.dense, row_P, token_P, fade_P)]
-        if self.dense is None:
-            return [_Dense(self.shared, row_P, token_P, fade_P)]
-        first = self.dense.down_NDF.shape[0]
-        own = _Dense(self.dense, torch.where(row_P < first, row_P, -1), token_P, fade_P)
-        return [own, _Dense(self.shared, row_P - first, token_P, fade_P)]
-
-    def _own_parts(self, expert_P: Tensor, token_P: Tensor, dtype: torch.dtype) -> list[_Dense | _LowRank]:
-        parts: list[_Dense | _LowRank] = []
-        if self.old is not None:
-            row_P = self._rows(self.old_of, expert_P)
-            parts.append(_Dense(self.old, row_P, token_P, torch.full_like(row_P, self.beta, dtype=dtype)))
-        for index, stack in enumerate(self.adapters):
-            rows = zip(self.layout.rank_of, self.layout.adapter_of, strict=True)
-            row_P = self._rows(tuple(a if r == index else -1 for r, a in rows), expert_P)
-            parts.append(_LowRank(stack, row_P, token_P))
-        return parts
-
-
-class _Dense:
-    """Full-rank products for the pairs whose expert has a dense row, once per distinct (row, token)."""
-
-    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor, scale_P: Tensor | None) -> None:
-        self.stack = stack
-        self.pair_S = (row_P >= 0).nonzero().squeeze(1)
-        num_tokens = int(token_P.max()) + 1 if token_P.numel() else 1
-        key_S = row_P[self.pair_S] * num_tokens + token_P[self.pair_S]
-        key_U, self.unit_S = torch.unique(key_S, return_inverse=True)
-        self.token_U = key_U % num_tokens
-        self.row_U = key_U // num_tokens
-        self.counts = torch.bincount(self.row_U, minlength=stack.down_NDF.shape[0]).tolist()
-        self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
-
-    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        product_UG = grouped_first(inputs, self.token_U, self.stack.gate_up_NGD, self.counts)
-        if hasattr(self.stack, "gate_up_bias_NG"):
-            product_UG = product_UG + self.stack.gate_up_bias_NG[self.row_U]
-        return pre_PG.index_add(0, self.pair_S, self._scaled(product_UG[self.unit_S]).to(pre_PG.dtype))
-
-    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
-        hidden_SF = self._scaled(hidden_PF[self.pair_S])
-        hidden_UF = hidden_SF.new_zeros(self.token_U.shape[0], hidden_SF.shape[1]).index_add(0, self.unit_S, hidden_SF)
-        product_UD = grouped_linear(hidden_UF, self.stack.down_NDF, self.counts).to(total_TD.dtype)
-        if hasattr(self.stack, "down_bias_ND"):
-            gate_S1 = self._scaled(gate_P[self.pair_S, None].to(total_TD.dtype))
-            mass_U1 = gate_S1.new_zeros(self.token_U.shape[0], 1).index_add(0, self.unit_S, gate_S1)
-            product_UD = product_UD + mass_U1 * self.stack.down_bias_ND[self.row_U].to(total_TD.dtype)
-        return total_TD.index_add(0, self.token_U, product_UD)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.scale_S is None else x * self.scale_S.to(x.dtype)
+    def _add_products(
+        self,
+        total_TD: Tensor,
+        routed: Routed,
+        rows: tuple[Tensor, ...],
+        token_P: Tensor,
+        gate_P1: Tensor,
+        way: products.Products,
+    ) -> None:
+        """Add to each token its pairs' gates times outputs, constants left out."""
+        dense_P, bias_P, *adapter_XP = rows
+        f, each_P = self.layout.expert_width, torch.arange(len(token_P), device=token_P.device)
+        pre_PG = routed.inputs[0].new_zeros(len(token_P), f * (2 if self.layout.has_gate else 1))
+        biased = [(self.dense, dense_P), (self.biases, bias_P)] if self.layout.has_bias else []
+        biased = [(stack, row_P) for stack, row_P in biased if stack is not None]
+        if self.dense is not None:
+            add_first(way, pre_PG, routed.inputs, token_P, self.dense.gate_up_NGD, dense_P)
+        for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
+            low = pre_PG.new_zeros(len(token_P), stack.gate_up_A.shape[1])
+            add_first(way, low, routed.inputs, token_P, stack.gate_up_A, row_P)
+            way.add(pre_PG[:, -f:], low[:, -stack.up_B_FR.shape[2] :], stack.up_B_FR, row_P, each_P)
+            if self.layout.has_gate:
+                way.add(pre_PG[:, :f], low[:, : stack.gate_B_FR.shape[2]], stack.gate_B_FR, row_P, each_P)
+        for stack, row_P in biased:
+            pre_PG += products.pick(stack.gate_up_bias_NG, row_P)
+        hidden_PF = self.apply_gate(pre_PG) * gate_P1.to(pre_PG.dtype)
+        if routed.down_TF is not None:
+            hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
+        if self.dense is not None:
+            way.scatter(total_TD, hidden_PF, self.dense.down_NDF, dense_P, token_P)
+        for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
+            low_PR = hidden_PF.new_zeros(len(token_P), stack.down_A_RF.shape[1])
+            way.add(low_PR, hidden_PF, stack.down_A_RF, row_P, each_P)
+            way.scatter(total_TD, low_PR, stack.down_B_DR, row_P, token_P)
+        for stack, row_P in biased:
+            bias_PD = products.pick(stack.down_bias_ND, row_P).to(total_TD.dtype) * gate_P1.to(total_TD.dtype)
+            total_TD.index_add_(0, token_P, bias_PD)
 
 
-class _LowRank:
-    """Products with adapters of one rank, for the pairs whose expert has one."""
-
-    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor) -> None:
-        self.stack = stack
-        chosen = (row_P >= 0).nonzero().squeeze(1)
-        # Rows follow expert order inside one rank, so the pairs are sorted by row already; sorting keeps that explicit.
-        row_S, order = torch.sort(row_P[chosen], stable=True)
-        self.pair_S = chosen[order]
-        self.token_S = token_P[self.pair_S]
-        self.counts = torch.bincount(row_S, minlength=stack.down_B_DR.shape[0]).tolist()
-
-    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        low = grouped_first(inputs, self.token_S, self.stack.gate_up_A, self.counts)
-        if hasattr(self.stack, "gate_B_FR"):
-            gate_low, up_low = low.chunk(2, dim=1)
-            gate = grouped_linear(gate_low, self.stack.gate_B_FR, self.counts)
-            product = torch.cat([gate, grouped_linear(up_low, self.stack.up_B_FR, self.counts)], dim=1)
-        else:
-            product = grouped_linear(low, self.stack.up_B_FR, self.counts)
-        return pre_PG.index_add(0, self.pair_S, product.to(pre_PG.dtype))
-
-    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
-        low = grouped_linear(hidden_PF[self.pair_S], self.stack.down_A_RF, self.counts)
-        product = grouped_linear(low, self.stack.down_B_DR, self.counts)
-        return total_TD.index_add(0, self.token_S, product.to(total_TD.dtype))
-
-
-class _Biases:
-    """Biases of their own for the pairs whose expert has an adapter and nothing else to take them from."""
-
-    def __init__(self, stack: Stack, row_P: Tensor, token_P: Tensor, scale_P: Tensor | None) -> None:
-        self.stack = stack
-        self.pair_S = (row_P >= 0).nonzero().squeeze(1)
-        self.row_S = row_P[self.pair_S]
-        self.token_S = token_P[self.pair_S]
-        self.scale_S = None if scale_P is None else scale_P[self.pair_S, None]
-
-    def add_first(self, pre_PG: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return pre_PG.index_add(0, self.pair_S, self._scaled(self.stack.gate_up_bias_NG[self.row_S]).to(pre_PG.dtype))
-
-    def add_second(self, total_TD: Tensor, hidden_PF: Tensor, gate_P: Tensor) -> Tensor:
-        bias_SD = self._scaled(self.stack.down_bias_ND[self.row_S]).to(total_TD.dtype)
-        return total_TD.index_add(0, self.token_S, bias_SD * gate_P[self.pair_S, None].to(total_TD.dtype))
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.scale_S is None else x * self.scale_S.to(x.dtype)
+def add_first(
+    way: products.Products,
+    y_PG: Tensor,
+    inputs: tuple[Tensor, ...],
+    token_P: Tensor,
+    weight_NGD: Tensor,
+    row_P: Tensor,
+) -> None:
+    """The first product: of the one input, or of gate's half of each weight with the first input and up's with the
+    second."""
+    width = y_PG.shape[1] // len(inputs)
+    for i, x_TD in enumerate(inputs):
+        half = slice(i * width, (i + 1) * width)
+        way.add(y_PG[:, half], x_TD, weight_NGD[:, half], row_P, token_P)

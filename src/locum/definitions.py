@@ -45,28 +45,40 @@ class RoutedEvent:
     in_PD: Tensor | None = None  # what went in and the input of the last product, only where on-demand statistics
     hidden_PF: Tensor | None = None  # are collected
 
-    @cached_property
+    @property
     def norm_P(self) -> Tensor:
-        return torch.linalg.vector_norm(self.wide_PD, dim=-1).double()
+        return self.moments[2]
 
     @cached_property
-    def wide_PD(self) -> Tensor:
-        return _wide(self.out_PD)
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[E, D] sums and sums of squares over every expert's outputs, and the norm of each output [P].
+
+        One expert's outputs at a time, so that what is float64 of them stays in the processor's cache.
+        """
+        num_experts, width = len(self.counts), self.out_PD.shape[1]
+        sum_ED = self.out_PD.new_zeros(num_experts, width, dtype=torch.float64)
+        square_ED, square_P = torch.zeros_like(sum_ED), sum_ED.new_empty(len(self.out_PD))
+        parts = zip(sum_ED, square_ED, *(x.split(list(self.counts)) for x in (self.out_PD, square_P)), strict=True)
+        for sum_D, square_D, out_ND, square_N in parts:
+            wide_ND = out_ND.double()
+            torch.sum(wide_ND, dim=0, out=sum_D)
+            squared_ND = wide_ND.square()
+            torch.sum(squared_ND, dim=0, out=square_D)
+            torch.sum(squared_ND, dim=1, out=square_N)
+        return sum_ED, square_ED, square_P.sqrt_()
+
+    @cached_property
+    def _lengths_E(self) -> Tensor:
+        return torch.tensor(self.counts, device=self.out_PD.device)
 
     def sum_pairs(self, value_P: Tensor) -> Tensor:
         """[E] sums of one number per pair. Unlike index_add_ it gives the same bits every time on a GPU too."""
-        lengths_E = torch.tensor(self.counts, device=value_P.device)
-        return torch.segment_reduce(value_P.double(), "sum", lengths=lengths_E, unsafe=True)
-
-    def sum_rows(self, term: Callable[[Tensor], Tensor]) -> Tensor:
-        """[E, D] sums of `term` of every output, one expert at a time: no second [P, D] tensor, and far no float64 one."""
-        parts = self.wide_PD.split(list(self.counts))
-        return torch.stack([term(out_ND).sum(dim=0, dtype=torch.float64) for out_ND in parts])
+        return torch.segment_reduce(value_P.double(), "sum", lengths=self._lengths_E, unsafe=True)
 
     def gram(self, x_PI: Tensor) -> Tensor:
         """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
-        parts = _wide(x_PI).split(list(self.counts))
-        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in parts])
+        wide = (_wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
+        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in wide])
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +257,7 @@ def output_norm(event: RoutedEvent) -> Tensor:
     Shapes:   (E,).
     Units:    hidden-state L2 norm; comparable within a layer.
     Edges:    0 for a never-routed expert.
-    Cost:     one pass over P*D, shared with gated_output_norm.
+    Cost:     one pass over P*D, shared with the other norms and sums of outputs.
     Source:   "ean_sum" of REAP's code, arXiv 2510.13999.
     """
     return event.sum_pairs(event.norm_P)
@@ -261,7 +273,7 @@ def gated_output_norm(event: RoutedEvent) -> Tensor:
     Shapes:   (E,).
     Units:    hidden-state L2 norm; comparable within a layer.
     Edges:    0 for a never-routed expert.
-    Cost:     one pass over P*D, shared with output_norm.
+    Cost:     one pass over P*D, shared with the other norms and sums of outputs.
     Source:   REAP, arXiv 2510.13999. Differs: its code takes g from the full softmax by default; here g is what the
               model uses (they agree where gates are neither renormalised nor scaled).
     """
@@ -278,10 +290,10 @@ def output_sum(event: RoutedEvent) -> Tensor:
     Shapes:   (E, D).
     Units:    hidden state.
     Edges:    0 for a never-routed expert.
-    Cost:     E*D float64 per layer and domain; one pass over P*D.
+    Cost:     E*D float64 per layer and domain; one pass over P*D, shared with the norms.
     Source:   the novices of MoNE, arXiv 2507.00390.
     """
-    return event.sum_rows(lambda out_ND: out_ND)
+    return event.moments[0]
 
 
 @statistic("output_square", axes="ED", event=RoutedEvent)
@@ -294,10 +306,10 @@ def output_square(event: RoutedEvent) -> Tensor:
     Shapes:   (E, D).
     Units:    hidden state squared.
     Edges:    0 for a never-routed expert.
-    Cost:     E*D float64 per layer and domain; one pass over P*D.
+    Cost:     E*D float64 per layer and domain; one pass over P*D, shared with the norms.
     Source:   the variance of MoNE, arXiv 2507.00390; EAN of MC-Suite, arXiv 2504.05586.
     """
-    return event.sum_rows(torch.square)
+    return event.moments[1]
 
 
 @statistic("input_gram", axes="EDD", event=RoutedEvent, on_demand=True)

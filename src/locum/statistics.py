@@ -6,9 +6,9 @@ What is counted is defined in definitions.py. Because all statistics are sums, s
 reweighted afterwards, and one file serves every criterion that reads them; only what a search finds does not add up.
 Padding never reaches an event.
 
-Precision: elementwise values (norms, squares, probabilities) are float32 or the model's own wider type, which leaves a
-relative error near 1e-7 in each; every sum over tokens is float64, so that long runs and differences such as a variance
-lose nothing more.
+Precision: what comes from routers (probabilities, norms) and the products of Gram matrices are float32 or the model's own
+wider type, which leaves a relative error near 1e-7 in each; what comes from experts' outputs (norms, squares) and every
+sum over tokens is float64, so that long runs and differences such as a variance lose nothing more.
 
 Letters: E experts, D model width, C domains.
 """

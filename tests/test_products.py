@@ -1,0 +1,266 @@
+"""Every way through a container gives what weights written out give; and what each costs, counted."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from locum import native, products
+from locum.container import StandInExperts
+from locum.layout import Layout
+from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot
+from locum.routing import Routing
+from locum.shapes import LayerShape
+from oracles import random_layer_plan
+from test_container import KINDS, assert_near, filled, relative_error, routing, shared_base_container, slow, swiglu
+
+E, D, F = 8, 16, 24
+ROUNDING = 4 * 2**-8  # test_container.test_bfloat16_stays_within_its_rounding
+
+
+def shape(has_gate=True, has_bias=False):
+    return LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+
+
+def container_of(kind, seed, dtype, ranks=(8, 16), policy=None):
+    """Ranks whose rows have a multiple of 16 bytes, as torch's grouped product wants it."""
+    apply_gate, has_gate, has_bias = KINDS[kind]
+    plan = random_layer_plan(shape(has_gate, has_bias), seed)
+    fitting = itertools.cycle(ranks)
+    slots = tuple(Slot(s.becomes, s.base, next(fitting), s.start, s.constant) if s.rank else s for s in plan.slots)
+    plan = LayerPlan(plan.layer, slots, plan.bases, routing=policy)
+    return filled(Layout.of(plan, shape(has_gate, has_bias)), apply_gate, dtype, seed)
+
+
+def forced(monkeypatch, way):
+    if way.startswith("native") and not native.available():
+        pytest.skip("no compiler or no avx512_bf16")
+    monkeypatch.setattr(products, "choose", lambda *args: way)
+
+
+def routed_to(container, tokens, seed, dtype, distinct=True):
+    _, index, gates = routing(container.num_experts, tokens, 3, seed, dtype, distinct)
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)).to(dtype), index, gates
+
+
+@pytest.mark.parametrize("way", [*products.PRODUCTS, products.LOOP])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_equals_written_out_weights_in_bfloat16(way, kind, monkeypatch):
+    forced(monkeypatch, way)
+    for seed in range(5):
+        container = container_of(kind, seed, torch.bfloat16)
+        x, index, gates = routed_to(container, 1 + 7 * seed, seed, torch.bfloat16, distinct=seed < 3)
+        expected = slow(copy.deepcopy(container).double(), x.double(), index, gates.double())
+        with torch.no_grad():
+            actual = container(x, index, gates)
+        assert actual.dtype == torch.bfloat16
+        if expected.any():
+            assert relative_error(actual, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("way", ["native", "gathered", products.LOOP])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch):
+    forced(monkeypatch, way)
+    for seed in range(5):
+        container = container_of(kind, seed, torch.float32, ranks=(3, 5))
+        x, index, gates = routed_to(container, 6, seed, torch.float32)
+        with torch.no_grad():
+            assert_near(container(x, index, gates), slow(container, x, index, gates), 1e-5)
+
+
+@pytest.mark.parametrize("way", ["native", "gathered", "grouped"])
+@pytest.mark.parametrize("vectors", ["projections", "hidden", "static", "none"])
+def test_every_way_knows_routing_policies(way, vectors, monkeypatch):
+    """Cluster by cluster is held against the oracle in test_routing."""
+    container = container_of("swiglu", 3, torch.bfloat16, policy=Routing(2, vectors))
+    x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
+    with torch.no_grad():
+        monkeypatch.setattr(products, "choose", lambda *args: products.LOOP)
+        expected = copy.deepcopy(container).double()(x.double(), index, gates.double())
+        forced(monkeypatch, way)
+        assert relative_error(container(x, index, gates), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("way", ["native", "gathered", "grouped"])
+def test_every_way_norms_experts_one_by_one(way, monkeypatch):
+    container = container_of("swiglu", 5, torch.bfloat16)
+    container.post_expert_norm = torch.nn.RMSNorm(D, dtype=torch.bfloat16)
+    x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
+    with torch.no_grad():
+        monkeypatch.setattr(products, "choose", lambda *args: products.LOOP)
+        expected = copy.deepcopy(container).double()(x.double(), index, gates.double())
+        forced(monkeypatch, way)
+        assert relative_error(container(x, index, gates), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("way", ["native", "grouped", "gathered"])
+@pytest.mark.parametrize(
+    ("rows", "items", "outputs", "inputs", "pairs"),
+    [
+        (5, 4, 64, 32, 9),
+        (3, 2, 136, 64, 6),
+        (40, 6, 128, 96, 300),
+        (1, 8, 8, 8, 8),
+        (7, 3, 8, 2048, 50),
+        (1, 2, 8, 8, 0),
+    ],
+)
+def test_products_equal_float64(way, rows, items, outputs, inputs, pairs, monkeypatch):
+    forced(monkeypatch, way)
+    check_products(way, rows, items, outputs, inputs, pairs)
+
+
+@pytest.mark.parametrize("dtype", native.FORMATS)
+@pytest.mark.parametrize("sizes", [(5, 4, 63, 33, 9), (30, 3, 61, 5, 90), (2, 2, 1, 1, 4), (3, 2, 130, 17, 6)])
+def test_native_products_take_any_size(sizes, dtype, monkeypatch):
+    forced(monkeypatch, "native")
+    check_products("native", *sizes, dtype, 2**-7 if dtype == torch.bfloat16 else 1e-5)
+
+
+def check_products(way, rows, items, outputs, inputs, pairs, dtype=torch.bfloat16, relative=2**-7):
+    """Views of wider tensors, pairs left out, several pairs of one item and token; nothing beside the rows is touched."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes):
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    item = torch.randint(-1, items, (pairs,), generator=generator)
+    token = torch.randint(rows, (pairs,), generator=generator).sort().values
+    x, weight, y = (
+        random(rows, inputs + 8)[:, :inputs],
+        random(items, 2 * outputs, inputs)[:, outputs:],
+        random(pairs, outputs + 9),
+    )
+    chosen, before = item >= 0, y.clone()
+    products.PRODUCTS[way].add(y[:, 3 : 3 + outputs], x, weight, item, token)
+    exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen[:, None]
+    assert torch.equal(y[:, :3], before[:, :3]) and torch.equal(y[:, 3 + outputs :], before[:, 3 + outputs :])
+    assert_near(y[:, 3 : 3 + outputs].double(), before[:, 3 : 3 + outputs].double() + exact, relative)
+    hidden, total = random(pairs, inputs), torch.zeros(rows, outputs)
+    products.PRODUCTS[way].scatter(total, hidden, weight, item, token)
+    exact = torch.einsum("poi,pi->po", weight.double()[item], hidden.double()) * chosen[:, None]
+    assert_near(total.double(), torch.zeros(rows, outputs).double().index_add(0, token, exact), relative)
+
+
+@pytest.mark.parametrize("way", ["gathered", "grouped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_all_pairs_at_once_are_those_of_the_clusters(way, kind, monkeypatch):
+    """Those of the clusters are held against weights written out in test_container; native products have none."""
+    for seed in range(3):
+        container = container_of(kind, seed, torch.float32)
+        x, index, gates = routed_to(container, 7, seed, torch.float32, distinct=False)
+        wanted = [x.requires_grad_(True), gates.requires_grad_(True), *container.parameters()]
+        found = []
+        for one in (products.LOOP, way):
+            monkeypatch.setattr(products, "choose", lambda *args, one=one: one)
+            loss = container(x, index, gates).square().sum()
+            found.append(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+        for expected, actual in zip(*found, strict=True):
+            assert_near(actual, expected, 1e-4)
+
+
+def mixed_plan():
+    """Kept experts, a shared base with ranks, ranks alone: what a padded product would pay most for."""
+    slots = (
+        KEPT,
+        KEPT,
+        *(Slot("stand_in", 0, r) for r in (3, 8, 8)),
+        *(Slot("stand_in", None, r) for r in (2, 15)),
+        DROPPED,
+    )
+    return LayerPlan("experts", slots, (Base((2, 3), (0.5, 0.5)),))
+
+
+def test_operations_are_those_of_the_ranks_and_of_distinct_bases(monkeypatch):
+    """Cluster by cluster nothing is padded, and a base is multiplied once per token however many members it has."""
+    forced(monkeypatch, products.LOOP)
+    container = filled(Layout.of(mixed_plan(), shape()), swiglu)
+    x, index, gates = routed_to(container, 20, 0, torch.float32)
+    units = {(container.layout.dense_of[e], t) for t, row in enumerate(index.tolist()) for e in row}
+    dense = sum(row >= 0 for row, _ in units)
+    ranks = sum(
+        container.layout.ranks[container.layout.rank_of[e]] for e in index.flatten() if container.layout.rank_of[e] >= 0
+    )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        container(x, index, gates)
+    assert dense < index.numel() - 20
+    assert counter.get_total_flops() == 2 * (dense * 3 * D * F + ranks * 3 * (D + F))
+
+
+def test_a_base_is_multiplied_once_per_token_however_many_members_are_selected():
+    container = shared_base_container(rank=0)
+    # Token 0: three members, one base. Token 1: two members and a kept expert. Token 2: three kept experts.
+    index = torch.tensor([[4, 5, 7], [6, 4, 0], [1, 2, 3]])
+    x, _, gates = routing(E, 3, 3)
+    with FlopCounterMode(display=False) as counter:
+        output = container(x, index, gates)
+    d, f = container.layout.hidden_size, container.layout.expert_width
+    assert counter.get_total_flops() == 2 * (1 + 2 + 3) * 3 * d * f
+    assert_near(output, slow(container, x, index, gates), 1e-5)
+
+
+def test_units_are_distinct_items_and_tokens():
+    item = torch.tensor([2, 0, 2, -1, 0, 2])
+    token = torch.tensor([0, 0, 0, 1, 1, 2])
+    units = products.Units.of(item, token, 3, 4)
+    assert units.ends_N.tolist() == [2, 2, 4]
+    assert units.item_U.tolist() == [0, 0, 2, 2, 3, 3]
+    assert units.token_U.tolist()[:4] == [0, 1, 0, 2]
+    assert units.unit_P.tolist() == [0, 1, 2, 2, 3, 4]
+    assert units.order_P.tolist() == [1, 4, 0, 2, 5, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_compiles_without_a_graph_break(kind, dtype):
+    for seed, policy in enumerate((None, None, None, Routing(2, "projections"), Routing(2, "static"))):
+        torch.compiler.reset()
+        container = container_of(kind, seed, dtype, policy=policy)
+        compiled = torch.compile(container, fullgraph=True, backend="eager")
+        x, index, gates = routed_to(container, 4, seed, dtype)
+        with torch.no_grad():
+            expected, actual = container(x, index, gates), compiled(x, index, gates)
+        assert actual.dtype == dtype
+        if expected.any():
+            assert relative_error(actual, expected.double()) < (1e-5 if dtype == torch.float32 else ROUNDING)
+
+
+def test_what_serves_is_chosen_by_device_format_and_size():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    with torch.no_grad():
+        few = "native" if native.available() else products.LOOP
+        assert products.choose(cpu, bf16, 8, 64, True) == few
+        assert products.choose(cpu, bf16, 8 * 2048, 64, True) == products.LOOP
+        assert products.choose(cpu, fp32, 8, 64, True) == few
+        assert products.choose(cpu, torch.float64, 8, 64, True) == products.LOOP
+        assert products.choose(cuda, bf16, 8 * 2048, 64, True) == "grouped"
+        assert products.choose(cuda, bf16, 8, 64, False) == "gathered"
+        assert products.choose(cuda, fp32, 8 * 2048, 64, True) == products.LOOP
+    assert products.choose(cpu, bf16, 8, 64, True) == products.LOOP  # gradients may be asked for
+
+
+def test_a_container_on_the_meta_device_has_its_table_on_the_cpu():
+    with torch.device("meta"):
+        container = StandInExperts(Layout.of(mixed_plan(), shape()), swiglu, torch.float32, "meta")
+    assert container.table(torch.device("cpu"))[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_library_is_compiled_once_and_a_failure_is_said(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if native.available():
+        file = native.compile_source(shutil.which("c++"))
+        written = file.stat().st_mtime_ns
+        assert native.compile_source(shutil.which("c++")).stat().st_mtime_ns == written
+        assert [f.name for f in file.parent.iterdir()] == [file.name]
+        monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+        assert native.library.__wrapped__() is None
+        assert "torch's own are used" in caplog.text
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert native.library.__wrapped__() is None
