@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines test-vllm test-llamacpp check fix install clean
+.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -70,13 +70,29 @@ smolmoe-quick: $(READY)
 test-smolmoe: smolmoe-quick
 	$(BIN)/python -m pytest -m smolmoe tests/test_smolmoe.py
 
+# Every timed benchmark with short settings, for an idle machine; lines with commit, versions and hardware are appended to
+# benchmarks/results. Some 20 minutes on two cores.
+TIMED := benchmarks/results
+bench: $(READY)
+	$(BIN)/python benchmarks/layer_speed.py --rounds 5 --out $(TIMED)/layer_speed.jsonl
+	$(BIN)/python benchmarks/calibration_cost.py --out $(TIMED)/calibration_cost.jsonl
+	$(BIN)/python benchmarks/calibration_cost.py --model olmoe --blocks 4 --batch-size 4 --length 512 --rounds 3 --out $(TIMED)/calibration_cost.jsonl
+	$(BIN)/python benchmarks/search_speed.py --tokens 512 --generations 10 --naive 1 --out $(TIMED)/search_speed.jsonl
+	$(BIN)/python benchmarks/active_latency.py --rounds 5 --out $(TIMED)/active_latency.jsonl
+	$(BIN)/python benchmarks/reference_speed.py --out $(TIMED)/reference_speed.jsonl
+	$(BIN)/python benchmarks/generate_speed.py --rounds 3 --out $(TIMED)/generate_speed.jsonl
+
 # The engines that serve Locum's checkpoints, each in an environment of its own, made once.
 ENGINE_PYTHON ?= python3.11
 VLLM := .venv-vllm
 LLAMACPP := .venv-llamacpp
 engines: $(VLLM)/.ready $(LLAMACPP)/.ready
 
-# Engines are started one after another, some 10 minutes of two cores in all.
+# `locum verify` of every kind of checkpoint in the engines that are there; writes docs/engines.md.
+engines-report: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m engines.report
+
+# Engines are started one after another.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest -m vllm tests/engines
 
@@ -99,8 +115,9 @@ $(VLLM)/.ready: engines/vllm.txt pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# Built from source: about 15 minutes of two cores.
-$(LLAMACPP)/.ready: engines/llamacpp.txt pyproject.toml
+# Built from source, without its programs and its vision models: about 8 minutes of two cores.
+$(LLAMACPP)/.ready: export CMAKE_ARGS := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE='$(CURDIR)/engines/llamacpp.cmake'
+$(LLAMACPP)/.ready: engines/llamacpp.txt engines/llamacpp.cmake pyproject.toml
 	$(engine_environment)
 	$(@D)/bin/python -m pip install --quiet --requirement engines/llamacpp.txt $(TORCH) || $(NOT_MADE)
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable .

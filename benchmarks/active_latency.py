@@ -25,7 +25,7 @@ from locum.demo import MODEL
 from locum.layout import active_parameters
 from locum.methods import METHODS
 from locum.plan import make_plan
-from timing import measure, publish
+from timing import measure, publish, random_olmoe
 
 STOCK = ("eager", "grouped_mm")
 PROMPT, BATCH, NEW = 32, 8, 16
@@ -37,11 +37,7 @@ ARMS = {
 
 
 def load(name: str) -> transformers.PreTrainedModel:
-    if name == "reference":
-        return checkpoint.load_model(MODEL)
-    config = transformers.OlmoeConfig(num_hidden_layers=2, vocab_size=8192, eos_token_id=2)
-    torch.manual_seed(0)
-    return transformers.OlmoeForCausalLM(config).to(torch.bfloat16).eval()
+    return checkpoint.load_model(MODEL) if name == "reference" else random_olmoe(2, vocabulary=8192)
 
 
 def generating(model: transformers.PreTrainedModel, ids_BS: torch.Tensor) -> Callable[[], object]:

@@ -1,46 +1,81 @@
-"""How much longer a calibration pass takes than a plain forward pass over the same batches.
+"""How much longer a calibration pass takes than a plain forward pass over the same batches, and than running all experts.
 
-    python benchmarks/calibration_cost.py [--model DIR] [--threads 2] [--out results/calibration_cost.jsonl]
+    python benchmarks/calibration_cost.py [--model reference|olmoe|DIR] [--layers 1] [--threads 2]
+                                          [--out results/calibration_cost.jsonl]
 
 Every round runs each contender once, in an order that moves on by one each time, so that other load on the machine hits
 all of them alike. `ratio` compares medians over the rounds. On a machine that is busy with other things `ratio_fastest`
-(the fastest rounds) and `ratio_cpu` (processor time, best with --threads 1) say more. The plain pass is the model's body without its language-modelling head, which calibration does not need
-either, with the faster of transformers' eager and grouped_mm experts; `with_head` is what a user's forward pass costs.
+(the fastest rounds) and `ratio_cpu` (processor time, best with --threads 1) say more. The plain pass is the model's body
+without its language-modelling head, which calibration does not need either, with the faster of transformers' eager and
+grouped_mm experts; `with_head` is what a user's forward pass costs. `olmoe` has decoder layers of OLMoE-1B-7B's shape with
+random weights in bfloat16.
+
+`all_experts` is what an observer of the kind that REAP's code has costs (arXiv 2510.13999): beside the plain pass, every
+expert runs on every token into a buffer of experts x tokens x width, and the norms of the tokens that selected it are
+added up, plain and weighted by the router. `times_faster` is its median over calibration's.
+
+Letters: T tokens, K top-k, E experts, D model width.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor, nn
+from torch.nn import functional
 
+from locum import checkpoint
 from locum.calibrate import calibrate
 from locum.data import Tokens
+from locum.demo import MODEL
+from locum.families import find_layers
 from locum.statistics import STATISTICS, check_needs
-from timing import Seconds, measure, publish, random_tokens
+from timing import Seconds, measure, publish, random_olmoe, random_tokens
 
-REFERENCE = Path(__file__).parents[1] / "src" / "locum" / "reference" / "model"
 STOCK = ("eager", "grouped_mm")
 
 
-def load(path: Path | None) -> tuple[transformers.PreTrainedModel, str]:
-    if path is not None:
-        return transformers.AutoModelForCausalLM.from_pretrained(path).eval(), path.name
-    config = transformers.OlmoeConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_experts=32,
-        num_experts_per_tok=4,
-    )
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval(), "random OLMoE, 12M parameters"
+def load(name: str, layers: int) -> transformers.PreTrainedModel:
+    if name == "olmoe":
+        return random_olmoe(layers, vocabulary=8192)
+    return checkpoint.load_model(MODEL if name == "reference" else name)
+
+
+@contextlib.contextmanager
+def all_experts_observed(model: transformers.PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
+    """Per layer: number of tokens, sum of output norms, and the same weighted by the router, of each expert."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def observe(name: str) -> Callable[..., None]:
+        def hook(experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x_TD, index_TK, weight_TK = arguments
+            out_ETD = x_TD.new_empty(experts.num_experts, *x_TD.shape)
+            for e in range(experts.num_experts):
+                hidden_TF = experts._apply_gate(functional.linear(x_TD, experts.gate_up_proj[e]))
+                out_ETD[e] = functional.linear(hidden_TF, experts.down_proj[e])
+            router_TE = torch.zeros(len(x_TD), experts.num_experts).scatter_(1, index_TK, weight_TK.float())
+            found_E3 = []
+            for e in range(experts.num_experts):
+                active_N = (index_TK == e).any(dim=1).nonzero().squeeze(1)
+                norm_N = torch.linalg.vector_norm(out_ETD[e][active_N].float(), dim=-1)
+                weighted = (norm_N * router_TE[active_N, e]).sum()
+                found_E3.append(torch.stack([torch.tensor(float(len(active_N))), norm_N.sum(), weighted]))
+            sums.setdefault(name, []).append(torch.stack(found_E3))
+
+        return hook
+
+    hooks = [x.experts.register_forward_pre_hook(observe(x.shape.name)) for x in find_layers(model)]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: int) -> dict[str, Callable[[], object]]:
@@ -53,11 +88,16 @@ def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: 
 
         return run
 
+    def all_experts() -> None:
+        with all_experts_observed(model):
+            forward(model.base_model, "grouped_mm")()
+
     routing = tuple(n for n in check_needs(None) if "D" not in STATISTICS[n].axes and "norm" not in n)
     return (
         {f"plain {name}": forward(model.base_model, name) for name in STOCK}
         | {f"with_head {name}": forward(model, name) for name in STOCK}
         | {"calibrate all": lambda: calibrate(model, tokens, batch_size=batch_size)}
+        | {"all_experts": all_experts}
         | {"calibrate routing": lambda: calibrate(model, tokens, batch_size=batch_size, needs=routing)}
     )
 
@@ -68,7 +108,8 @@ def ratio(seconds: Seconds, name: str, kind: str, summary: Callable[[list[float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REFERENCE if REFERENCE.exists() else None)
+    parser.add_argument("--model", default="reference", help="reference, olmoe, or the folder of a checkpoint")
+    parser.add_argument("--layers", type=int, default=1, help="decoder layers of olmoe")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -77,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, name = load(options.model)
+    model = load(options.model, options.layers)
     tokens = random_tokens(model.get_input_embeddings().weight.shape[0], options.blocks, options.length)
     seconds, cpu_seconds = measure(contenders(model, tokens, options.batch_size), options.rounds)
     result = {
@@ -87,9 +128,14 @@ def main() -> None:
         "ratio_cpu": ratio(cpu_seconds, "calibrate all", "plain", statistics.median),
         "ratio_routing_only": ratio(seconds, "calibrate routing", "plain", statistics.median),
         "ratio_with_head": ratio(seconds, "calibrate all", "with_head", statistics.median),
+        "times_faster": round(
+            statistics.median(seconds["all_experts"]) / statistics.median(seconds["calibrate all"]), 2
+        ),
         "median_seconds": {key: round(statistics.median(values), 4) for key, values in seconds.items()},
         "fastest_seconds": {key: round(min(values), 4) for key, values in seconds.items()},
-        "model": name,
+        "model": options.model,
+        "layers": len(find_layers(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "blocks": options.blocks,
         "length": options.length,
         "batch_size": options.batch_size,

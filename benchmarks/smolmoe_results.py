@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from smolmoe import BuildError, Recipe, Sources, add_options, cached_model, is_b
 from smolmoe_dense import dense_parent, smolmoe_folder
 from smolmoe_mixtral import mlps_of, taken_mlp
 from smolmoe_text import WINDOW, write_files
+from timing import commit
 
 RESULTS = Path(__file__).parent / "results" / "smolmoe.jsonl"
 OTHERS = ("novels", "scripture", "kernel", "webster", "brown")  # domains that the default model is not trained on
@@ -204,19 +204,6 @@ def task_table(lines: list[dict[str, Any]]) -> str:
         cells = [task, metric, str(moe["items"]), f"{dense['value']:.3f}", f"{moe['value']:.3f}"]
         rows.append("| " + " | ".join([*cells, f"{delta['value']:+.3f} [{low:+.3f}, {high:+.3f}]"]) + " |")
     return "\n".join(rows)
-
-
-def commit() -> str | None:
-    """The commit of the sources, with "+" when they were changed since; None outside a repository."""
-    here = Path(__file__).parent
-    try:
-        run = [
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ".", "../src"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run[0] + "+" * bool(run[1])
 
 
 def _build_record(model: Path) -> dict[str, Any]:

@@ -51,6 +51,8 @@ METHOD = (
 )
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
+    "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
+    "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
     f"--recover-learning-rate --recover-steps --remove --sample --seed --statistics --tokens {METHOD}",
@@ -72,6 +74,7 @@ COMMANDS = {
 }
 FUNCTIONS = {
     "apply": locum.apply,
+    "bench": locum.bench,
     "calibrate": locum.calibrate,
     "compress": locum.compress,
     "demo": locum.demo,

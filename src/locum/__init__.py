@@ -5,6 +5,7 @@ Importing it registers the loader for checkpoints with compressed layers, so tha
 """
 
 from .artefacts import load_plan, load_statistics, save_plan, save_statistics
+from .bench import bench
 from .checkpoint import read_shape
 from .container import StandInExperts
 from .demo import demo
@@ -49,6 +50,7 @@ __all__ = [
     "StatisticsError",
     "UnsupportedModel",
     "apply",
+    "bench",
     "calibrate",
     "catalogue",
     "compress",

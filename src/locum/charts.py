@@ -231,6 +231,7 @@ class Bar:
     low: float
     high: float
     colour: str
+    interval: str = "95% interval"  # what low and high are
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str, reference: str | None = None) -> str:
@@ -271,7 +272,7 @@ def _bar(bar: Bar, y: float, scale: Scale, decimals: int) -> list[str]:
     start, end = sorted((scale(0), scale(bar.value)))
     low, high, middle = scale(bar.low), scale(bar.high), y + 8
     value = plain(bar.value, decimals)
-    seen = f"{bar.label}: {value}, 95% interval {plain(bar.low, decimals)} to {plain(bar.high, decimals)}"
+    seen = f"{bar.label}: {value}, {bar.interval} {plain(bar.low, decimals)} to {plain(bar.high, decimals)}"
     shape = (
         f'<rect x="{start:.1f}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" height="14" class="{bar.colour}"/>'
     )

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from . import pipeline, quality, stages
+from . import bench_page, pipeline, quality, stages
+from .bench import bench
 from .card import describe_size
 from .demo import demo
 from .errors import LocumError, unknown
@@ -319,6 +320,20 @@ def _show_checks(checks: list[Check], as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+def _show_bench(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        table = Table(*bench_page.HEADS, box=None)
+        for row in d["rows"]:
+            table.add_row(*bench_page.cells(row))
+        Console(width=max(170, Console().width)).print(table)
+        for name, model in d["models"].items():
+            click.echo(bench_page.memory_line(name, model))
+        for x in d["not_run"]:
+            click.echo(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
+
+    _print(result, as_json, human)
+
+
 def _show_export(result: dict[str, Any], as_json: bool) -> None:
     _print(result, as_json, lambda d: click.echo(larger(d)))
 
@@ -363,6 +378,7 @@ def _register() -> None:
     _command("recover", quality.recover, _show_recovery, {"": Recovery})
     _command("eval", quality.evaluate, _show_rows)
     _command("report", quality.report, _show_path)
+    _command("bench", bench, _show_bench)
     _command("verify", verify, _show_checks)
     _command("export", export, _show_export)
     _command("list", stages.catalogue, _show_catalogue)

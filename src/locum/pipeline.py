@@ -41,6 +41,7 @@ from .stages import (
     _device,
     _needed,
     _silent,
+    _timed,
     apply,
     calibrate,
     plan,
@@ -115,7 +116,7 @@ def search(
     explorer = ModelExplorer(open_model(model, device), blocks, sample=sample, batch_size=batch_size, seed=seed)
     answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), identity)
     try:
-        found = chosen.explore(answers, progress)
+        found = chosen.explore(answers, _timed(progress))
     except BaseException:
         answers.save()
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,18 @@ Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
+
+
+def _timed(progress: Progress) -> Progress:
+    """The same progress, with the seconds that the last layer took."""
+    last = time.perf_counter()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        before, last = last, time.perf_counter()
+        progress(f"{stage}: {last - before:.1f} s for the last layer", done, total)
+
+    return report
 
 
 def _device(name: str) -> str:
@@ -306,12 +319,12 @@ def apply(
     observed = _statistics_for(decided, statistics, model) if decided.needs else None
     tokenizer = checkpoint.load_tokenizer(model)
     live = open_model(model)
-    count = 0
+    count, timed = 0, _timed(progress)
 
     def step(layer: str) -> None:
         nonlocal count
         count += 1
-        progress("apply", count, len(decided.layers))
+        timed("apply", count, len(decided.layers))
 
     apply_plan(live, decided, observed, seed, step)
     made = artefacts.provenance(
