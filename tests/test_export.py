@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import locum
@@ -103,6 +104,28 @@ def test_an_exported_folder_needs_no_locum(tmp_path):
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4)
 
 
+def test_a_tied_head_is_written_too(tmp_path):
+    """For engines that do not tie it. transformers does, in silence, and what is written next has it once again."""
+    made = written(tmp_path, mixed, tie_word_embeddings=True)
+    assert "lm_head.weight" not in read_headers(made)
+    said = locum.export(made, to="stock", out=tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock" / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert said["bytes"][1] == sum(tensor.nbytes for tensor in tensors.values())
+    run = [sys.executable, "-c", WITHOUT_LOCUM, str(tmp_path / "stock"), str(tmp_path / "logits.pt")]
+    assert "tie" not in subprocess.run(run, check=True, capture_output=True, text=True).stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    shape = read_shape(tmp_path / "stock")
+    assert shape == shape_of(model)
+    plan = make_plan(shape, PLANS["uniform"](shape.layers))
+    pruned = locum.apply(tmp_path / "stock", plan=plan, out=tmp_path / "pruned")
+    assert plan.size(shape).bytes == read_shape(pruned).bytes
+    assert "lm_head.weight" not in read_headers(pruned)
+    locum.export(pruned, to="stock", out=tmp_path / "again")  # though it has the stock layout already
+    assert "lm_head.weight" in read_headers(tmp_path / "again")
+
+
 def test_what_was_opened_is_saved_as_its_family_does(tmp_path):
     """Pruned unequally, opened, pruned to equal counts: an ordinary checkpoint, whose files other engines read."""
     uneven = written(tmp_path, lambda layers: [LayerPlan(layers[0].name, cycle(layers[0], KEPT, KEPT, KEPT, DROPPED))])
@@ -164,7 +187,9 @@ def test_wrong_arguments_are_one_line(pruned, small, tmp_path):
     out = tmp_path / "out"
     for arguments, words in (
         ([pruned, "--to", "stock", "--out", out], "has the stock layout already"),
-        ([small, "--to", "onnx", "--out", out], "allowed: gguf, stock"),
+        ([pruned, "--to", "vllm", "--out", out], "vLLM reads it as it is"),
+        ([pruned, "--to", "remote-code", "--out", out], "it loads without Locum"),
+        ([small, "--to", "onnx", "--out", out], "allowed: gguf, remote-code, stock, vllm"),
         ([pruned, "--to", "gguf", "--type", "q4_k", "--out", out], "allowed: bf16, f16, f32, q8_0"),
         ([small, "--to", "stock", "--out", small], "in use"),
     ):

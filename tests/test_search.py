@@ -281,7 +281,9 @@ def test_compress_searches_and_recovers_in_one(checkpoint, words, searched, tmp_
     once = {"out": tmp_path / "one", "statistics": tmp_path / "stats", **asked, **SHORT, **QUICK}
     said = []
     locum.compress(checkpoint, recover="lora", recover_steps=2, progress=lambda *now: said.append(now), **once)
-    assert {"calibrate", "importance", "search", "blocks", "importance anew", "apply"} <= {stage.split(":")[0] for stage, *_ in said}
+    assert {"calibrate", "importance", "search", "blocks", "importance anew", "apply"} <= {
+        stage.split(":")[0] for stage, *_ in said
+    }
     one, two = found_in(tmp_path / "stats"), found_in(searched)
     assert all(torch.equal(one[layer][name], two[layer][name]) for layer in one for name in two[layer])
     plan = locum.plan(searched, method="moe-i2", remove=0.5, multiple=2, start="whitened")

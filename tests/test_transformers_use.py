@@ -5,12 +5,18 @@ Compiling its decoding into one graph is not among it: the container's products 
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
+import locum
 from locum.container import StandInExperts
 from tiny_models import tiny_ids
 
@@ -123,3 +129,97 @@ def test_steps_of_trainer(small, tmp_path, accelerate_state):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     with torch.no_grad():
         assert torch.equal(again(tiny_ids()).logits, live.eval()(tiny_ids()).logits)
+
+
+# --- without `import locum`, as `locum export --to remote-code` allows ------------------------------------------------
+
+IMPORTS_NOTHING = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "locum" not in sys.modules
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info.values()), info
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
+model.save_pretrained(sys.argv[2])
+with torch.no_grad():
+    torch.save(model(torch.arange(2, 40)[None]).logits, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def remote(small, tmp_path_factory):
+    """`small` in the form that loads with trust_remote_code=True. Tests only read it."""
+    out = tmp_path_factory.mktemp("remote") / "small"
+    locum.export(small, to="remote-code", out=out)
+    return out
+
+
+def test_a_tool_that_imports_nothing_loads_it_and_saves_it(remote, small, model, tmp_path):
+    saved, logits = tmp_path / "saved", tmp_path / "logits.pt"
+    run = [sys.executable, "-c", IMPORTS_NOTHING, str(remote), str(saved), str(logits)]
+    done = subprocess.run(run, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(torch.load(logits), model(ids).logits, atol=1e-4)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(saved)(ids).logits, model(ids).logits)
+    config = json.loads((saved / "config.json").read_text())  # an ordinary checkpoint of Locum again, without code
+    assert "auto_map" not in config
+    assert config["quantization_config"] == json.loads((small / "config.json").read_text())["quantization_config"]
+    assert not list(saved.glob("*.py"))
+
+
+def test_it_is_trusted_only_when_asked(remote, model, tmp_path):
+    """With Locum imported, nothing of the folder is run, and what is saved names no file that is not there."""
+    live = AutoModelForCausalLM.from_pretrained(remote)
+    with torch.no_grad():
+        assert torch.equal(live(tiny_ids()).logits, model(tiny_ids()).logits)
+    live.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not any(name.startswith("transformers_modules") for name in sys.modules)
+
+
+QUESTIONS = [
+    {"query": "The red fox", "choices": [" ran over the blue hills", " slept", " and then"], "gold": 0},
+    {"query": "Seven old", "choices": [" trees", " blue", " the"], "gold": 2},
+    {"query": "Then under the", "choices": [" hills and old trees", " fox", " red ran"], "gold": 1},
+    {"query": "Blue hills", "choices": [" then slept", " over over", " seven and seven"], "gold": 1},
+]
+TASK = """
+task: questions
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, query: str, choice: str) -> float:
+    """The log-likelihood of an answer after its question."""
+    start, ids = len(tokenizer(query)["input_ids"]), torch.tensor(tokenizer(query + choice)["input_ids"])
+    log_SV = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return float(log_SV.gather(1, ids[1:, None])[start - 1 :].sum())
+
+
+def test_lm_evals_own_command_imports_nothing(remote, model, tokenizer, tmp_path):
+    """Its tasks by name do not import Locum, and neither does this task; it passes trust_remote_code on."""
+    pytest.importorskip("lm_eval")
+    data, task, out = tmp_path / "questions.json", tmp_path / "questions.yaml", tmp_path / "out"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    task.write_text(TASK % data)
+    line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "1"]
+    line += ["--model_args", f"pretrained={remote},dtype=float32,trust_remote_code=True"]
+    homes = {"HF_MODULES_CACHE": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    line += ["--tasks", str(task), "--output_path", str(out)]
+    done = subprocess.run(line, env={**os.environ, **homes}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (saved,) = out.rglob("results_*.json")
+    scores = [[likelihood(model, tokenizer, q["query"], choice) for choice in q["choices"]] for q in QUESTIONS]
+    right = [row.index(max(row)) == q["gold"] for row, q in zip(scores, QUESTIONS, strict=True)]
+    assert json.loads(saved.read_text())["results"]["questions"]["acc,none"] == sum(right) / len(right)

@@ -15,13 +15,17 @@ from scipy.stats import fisher_exact
 
 import locum
 from checkpoints import locum as command
-from checkpoints import write_tokenizer
+from checkpoints import write_checkpoint, write_tokenizer
+from engines.broken import DAMAGES, change_weights
+from locum.adapter import load_adapter
 from locum.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from locum.errors import CheckpointError, EngineError, LocumError, OptionError
+from locum.families import find_layers
 from locum.file_checks import FAILED, OK, SKIPPED
 from locum.loops import ends_in_loop, more_than_chance
 from locum.plan import KEPT, NOTHING, LayerPlan
-from locum.verify import Promise, check_engine, compare_logits, compare_tokens
+from locum.verify import Promise, check_engine, compare_likeliest, compare_logits, compare_tokens, set_dtype
+from tiny_models import CONFIGS, tiny_model
 
 FEW = {"prompts": 2, "new_tokens": 6}
 
@@ -79,41 +83,66 @@ def test_wrong_weights_do_not_keep_the_promise(small, tmp_path):
     assert checks["tensors", "transformers"]["result"] == OK
 
 
+# --- what was trained since, and other precisions -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(words, tmp_path_factory) -> Path:
+    """Vectors that were trained: as an adapter over the original, and in a whole checkpoint."""
+    root = tmp_path_factory.mktemp("trained")
+    original = write_checkpoint(root / "original", num_experts_per_tok=4)
+    small = locum.compress(original, method="compressed-experts", out=root / "small")
+    options = {"how": "vectors", "data": [str(words)], "steps": 2, "length": 32, "learning_rate": 0.01}
+    locum.recover(small, out=root / "whole", **options)
+    locum.recover(small, out=root / "adapter", adapter_only=True, **options)
+    return root
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+def test_what_was_recovered_passes(name, precision, trained):
+    checks = locum.verify(trained / name, engine="transformers", precision=precision, **FEW)
+    assert failures(checks) == []
+    said = {check.check: check.detail for check in checks if check.engine == "transformers" and check.result == OK}
+    assert {"tensors", "logits", "greedy tokens"} <= said.keys()
+    assert "it was trained since" in said["logits"]
+
+
+def test_what_an_adapter_computes_is_compared(trained, monkeypatch):
+    def changed(*arguments):
+        model = load_adapter(*arguments)
+        for layer in find_layers(model):
+            layer.experts.offsets_NV.data.add_(0.5)
+        return model
+
+    monkeypatch.setattr("locum.adapter.load_adapter", changed)  # of the promise alone: the engine is another process
+    checks = locum.verify(trained / "adapter", engine="transformers", **FEW)
+    assert failures(checks) == [("logits", "transformers"), ("greedy tokens", "transformers")]
+
+
+def test_engines_without_adapters_say_what_to_do(trained):
+    *_, last = locum.verify(trained / "adapter", engine="llamacpp", **FEW)
+    assert (last.engine, last.result) == ("llamacpp", FAILED)
+    assert "--adapter-only" in last.detail or "not there" in last.detail
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_has_the_types_that_loading_gives_it(model_type, dtype, tmp_path):
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    expected = type(model).from_pretrained(tmp_path, dtype=dtype).state_dict()
+    found = set_dtype(model, dtype).state_dict()
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # --- broken on purpose ----------------------------------------------------------------------------------------------
 
 
-def without_a_tensor(folder: Path) -> tuple[str, str]:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return "tensors", "tensors are missing"
-
-
 def with_one_more(folder: Path) -> tuple[str, str]:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.extra": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, lambda tensors: tensors.update({"model.extra": torch.ones(3)}))
     return "tensors", "have no place in the model"
-
-
-def of_another_shape(folder: Path) -> tuple[str, str]:
-    tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("dense.down_NDF"))
-    tensors[name] = tensors[name][:-1].clone()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return "tensors", "in the file, but config.json lays out"
-
-
-def of_another_version(folder: Path) -> tuple[str, str]:
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 99
-    (folder / "config.json").write_text(json.dumps(config))
-    return "config", "format version 99"
-
-
-def truncated(folder: Path) -> tuple[str, str]:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    return "files", "is damaged"
 
 
 def of_another_plan(folder: Path) -> tuple[str, str]:
@@ -170,23 +199,23 @@ def with_other_settings(folder: Path) -> tuple[str, str]:
 
 
 BROKEN = (
-    *(without_a_tensor, with_one_more, of_another_shape, of_another_version, truncated, of_another_plan),
-    *(of_a_forged_plan, with_a_damaged_plan, of_another_original, with_another_tokenizer, without_a_tokenizer),
-    *(with_a_template, with_other_settings),
+    *(with_one_more, of_another_plan, of_a_forged_plan, with_a_damaged_plan, of_another_original),
+    *(with_another_tokenizer, without_a_tokenizer, with_a_template, with_other_settings),
 )
+FOUND_BY = {"of_another_version": "config", "of_another_layout": "config", "truncated": "files"}
 
 
-@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [*BROKEN, *DAMAGES.values()], ids=lambda damage: damage.__name__)
 def test_what_is_broken_is_one_line(damage, small, tmp_path):
     folder = Path(shutil.copytree(small, tmp_path / "broken"))
-    check, words = damage(folder)
+    check, *words = damage(folder) if damage in BROKEN else (FOUND_BY.get(damage.__name__, "tensors"), *damage(folder))
     result = command("verify", folder, "--engine", "transformers", "--json")
     assert result.exit_code == 1
     assert result.stderr == ""
     checks = json.loads(result.stdout)
     failed = [c for c in checks if c["result"] == FAILED]
     assert [c["check"] for c in failed] == [check]
-    assert words in failed[0]["detail"]
+    assert all(word in failed[0]["detail"] for word in words)
     assert "\n" not in failed[0]["detail"]
     assert checks[-1]["result"] == SKIPPED  # no engine is started on what is broken
 
@@ -249,7 +278,7 @@ def promise_of(steps_BSV: torch.Tensor) -> Promise:
 
 
 def answer_of(values: torch.Tensor, tokens=(), ids=None) -> Answer:
-    return Answer("1", values, ids, list(tokens), {}, None, 0.0)
+    return Answer("1", values, ids, list(tokens), {}, None, None, 0.0)
 
 
 def test_logits_are_compared_one_by_one():
@@ -272,6 +301,22 @@ def test_log_probabilities_of_the_likeliest_are_compared():
     assert "log-probabilities" in compare_logits(promise, answer_of(values, ids=ids), 1e-6)
     with pytest.raises(CheckpointError):
         compare_logits(promise, answer_of(values, ids=ids.flip(-1)), 1e-2)
+
+
+def test_likeliest_tokens_are_compared_in_16_bits():
+    logits_BSV = torch.tensor([[[5.0, 1.0, 0.0], [2.0, 1.999, 0.0], [0.0, 1.0, 7.0]]])
+    promise = dataclasses.replace(promise_of(logits_BSV), agree=0.99)
+    off = logits_BSV.clone()
+    off[0, 1, 1] = 2.5  # which was nearly the likeliest: rounding to bfloat16 decides
+    assert "100.0%" in compare_likeliest(promise, answer_of(off), torch.bfloat16)
+    off[0, 0, 1] = 6.0
+    with pytest.raises(CheckpointError, match=r"same in 66\.7% \(at least 99\.0%\)"):
+        compare_likeliest(promise, answer_of(off), torch.bfloat16)
+    less = dataclasses.replace(promise, agree=0.6)
+    assert compare_likeliest(less, answer_of(off, ids=off.argsort(descending=True)), torch.bfloat16)
+    off[0, 0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        compare_likeliest(less, answer_of(off), torch.bfloat16)
 
 
 def test_tokens_may_part_at_a_tie_only():

@@ -43,6 +43,7 @@ from .layout import Layout
 from .shapes import LayerShape, ModelShape
 
 FORMAT_VERSION = 1
+SUBSTITUTED = "approximate_experts"  # a config entry of the form that is for vLLM alone (substitution.py)
 ADAPTER = "vectors.safetensors"  # instead of weights, in a folder that needs a base (adapter.py)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WRONG_KEYS = {
@@ -89,8 +90,13 @@ class LocumConfig(QuantizationConfigMixin):
 class LocumQuantizer(HfQuantizer):
     """Puts containers into the empty model, then steps aside: afterwards it is an ordinary, trainable model."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         place_containers(model, self.quantization_config.layers)
+        _check_files(model, checkpoint_files or [])
+        if hasattr(model.config, "auto_map"):  # names a file that saving the model does not write (remote_code.py)
+            del model.config.auto_map
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # The config keeps the layouts, so saving works; without a quantizer, .half(), Trainer and PEFT work as usual.
@@ -99,7 +105,7 @@ class LocumQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
-        _check_containers(model)
+        _check_loaded(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -110,21 +116,40 @@ class LocumQuantizer(HfQuantizer):
         return True
 
 
-def _check_containers(model: nn.Module) -> None:
-    """Refuse containers whose tensors are not those of their layout: transformers 5.17 takes whatever the file holds."""
-    for name, module in model.named_modules():
-        if isinstance(module, StandInExperts):
-            for tensor, shape in module.layout.tensor_shapes().items():
-                parameter = module.get_parameter(tensor)
-                # transformers fills what a file lacks with whatever memory holds, and does not fail.
-                if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
-                    raise CheckpointError(f"tensors are missing (first: {name}.{tensor}); fetch the checkpoint again")
-                found = tuple(parameter.shape)
-                if found != shape:
-                    raise CheckpointError(
-                        f"{name}.{tensor} has shape {list(found)} in the file, but config.json lays out {list(shape)}; "
-                        f"fetch the checkpoint again"
-                    )
+def _check_files(model: nn.Module, files: list[str]) -> None:
+    """Refuse damaged files, and tensors of another shape than their container's, which transformers calls missing."""
+    headers = {name: entry for file in files for name, entry in read_header(Path(file)).items()}
+    for name, container in _containers(model):
+        for tensor, shape in container.layout.tensor_shapes().items():
+            if entry := headers.get(f"{name}.{tensor}"):
+                check_shape(f"{name}.{tensor}", tuple(entry["shape"]), shape)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Refuse what a file lacks, which transformers fills with random numbers or whatever memory holds, and containers
+    whose tensors are not those of their layout: transformers 5.17 takes whatever the file holds."""
+    may_lack = model._keys_to_ignore_on_load_missing or ()
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" or any(re.search(pattern, name) for pattern in may_lack):
+            continue
+        if not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(f"tensors are missing (first: {name}); fetch the checkpoint again")
+    for name, container in _containers(model):
+        for tensor, shape in container.layout.tensor_shapes().items():
+            check_shape(f"{name}.{tensor}", tuple(container.get_parameter(tensor).shape), shape)
+
+
+def _containers(model: nn.Module) -> list[tuple[str, StandInExperts]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, StandInExperts)]
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a container's tensor of another shape than its layout gives it."""
+    if found != expected:
+        raise CheckpointError(
+            f"{name} has shape {list(found)} in the file, but config.json lays out {list(expected)}; fetch the "
+            f"checkpoint again"
+        )
 
 
 def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
@@ -180,7 +205,10 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         raise CheckpointError(f"no such folder: {path}; give the path of a checkpoint folder with a config.json")
     if not path.is_dir() or not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a model: expected a folder with config.json and safetensors files")
-    kind = read_json(path / "config.json").get("model_type")
+    entries = read_json(path / "config.json")
+    if SUBSTITUTED in entries:
+        raise UnsupportedModel(f"{path} is in a form for vLLM alone; give the checkpoint that it was exported from")
+    kind = entries.get("model_type")
     if kind is None:
         raise CheckpointError(f"{path / 'config.json'} names no model_type, so {path} is not a transformers checkpoint")
     if kind not in CONFIG_MAPPING:
@@ -325,7 +353,8 @@ def read_shape(path: str | Path) -> ModelShape:
     if is_adapter(path):  # as large as what base and adapter make together
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
     unread = unread_tensors(model, headers)
-    headers = {name: entry for name, entry in headers.items() if name not in unread}
+    again = {tied for tied, source in model.all_tied_weights_keys.items() if source in headers}  # the same, twice
+    headers = {name: entry for name, entry in headers.items() if name not in unread | again}
     counts = [_numel(entry) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
     expert_sizes = {

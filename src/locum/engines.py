@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ class Engine:
     variable: str = ""  # of the environment, with the path of its interpreter
     folder: str = ""  # its environment where nothing else is said
     settings: Mapping[str, str] = field(default_factory=dict)
-    # The most that a logit, or a log-probability where the engine gives those, may differ; in float32 and in 16 bits.
+    # The most that a logit may differ, or a log-probability where the engine gives those. In 16 bits rounding can turn a
+    # router's choice, so there the likeliest tokens are compared, and this is said of tokens that tie.
     tolerance: float = 1e-2
     tolerance_16: float = 0.5
     stock_only: str = ""  # why it can read nothing but stock checkpoints
+    adapters: bool = False  # whether an adapter folder can be put over its base there
 
     def python(self) -> Path | None:
         """Its interpreter, or None where it is not there. Raises OptionError where the variable leads nowhere."""
@@ -64,7 +66,7 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("transformers", "transformers", "transformers", tolerance=1e-3),
+        Engine("transformers", "transformers", "transformers", tolerance=1e-3, adapters=True),
         Engine(
             "vllm",
             "vLLM",
@@ -113,23 +115,32 @@ class Answer:
     tokens: list[list[int]]
     keys: dict[str, list[str]]
     texts: list[list[int]] | None
+    bytes: int | None
     seconds: float
 
 
-def ask(engine: Engine, python: Path, job: Mapping[str, Any], workdir: Path) -> Answer:
-    """Run a job in the engine's environment. Raises EngineError with what it said where it failed."""
+def ask_all(
+    engine: Engine, python: Path, jobs: Sequence[Mapping[str, Any]], workdir: Path, **environment: str
+) -> list[dict[str, Any]]:
+    """Run jobs in the engine's environment, one after another in one process; what it says of each, as engine_run.py has
+    it. Raises EngineError with its last words where the process dies."""
     workdir.mkdir(parents=True, exist_ok=True)
-    asked, answer = workdir / "job.json", workdir / "answer.json"
-    write_text(asked, json.dumps({"more": {}, **job, "engine": engine.name}))
-    start = time.perf_counter()
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **engine.settings}
+    asked, answers = workdir / "jobs.json", workdir / "answers.json"
+    write_text(asked, json.dumps(list(jobs)))
+    settings = {**engine.settings, **os.environ, "HF_HUB_OFFLINE": "1", **environment}
     # -P: the folder of the script has modules with the names of others (statistics, data) and must not come first.
-    command = [str(python), "-P", str(SCRIPT), str(asked), str(answer)]
+    command = [str(python), "-P", str(SCRIPT), engine.name, str(asked), str(answers)]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode or not answer.is_file():
+    if done.returncode or not answers.is_file():
         last = " | ".join(done.stderr.strip().splitlines()[-LINES:])
         raise EngineError(f"{engine.title} ended with code {done.returncode}: {last or 'it said nothing'}")
-    said = json.loads(answer.read_text(encoding="utf-8"))
+    return json.loads(answers.read_text(encoding="utf-8"))
+
+
+def ask(engine: Engine, python: Path, job: Mapping[str, Any], workdir: Path) -> Answer:
+    """What an engine says of one job. Raises EngineError with its own words where it failed."""
+    start = time.perf_counter()
+    (said,) = ask_all(engine, python, [job], workdir)
     if "error" in said:
         kind, message = said["error"]
         raise EngineError(f"{engine.title} refused it: {kind}: {' '.join(message.split()) or 'no message'}")
@@ -140,5 +151,6 @@ def ask(engine: Engine, python: Path, job: Mapping[str, Any], workdir: Path) -> 
         said["tokens"],
         said["keys"],
         said.get("texts"),
+        said.get("bytes"),
         time.perf_counter() - start,
     )

@@ -1,8 +1,10 @@
-"""Other forms of a compressed checkpoint: a GGUF file for llama.cpp, or dense experts that any engine reads.
+"""Other forms of a compressed checkpoint, for those who cannot or do not want to have Locum import its containers.
 
-    gguf    one file, by the public converter, of a folder that has the stock layout
-    stock   a folder with the stock layout, of one with containers: every expert's base, adapter and bias become whole
-            weights, W = base + B A. It computes the same and is larger.
+    gguf         one file for llama.cpp, by the public converter, of a folder that has the stock layout
+    stock        a folder with the stock layout, of one with containers: every expert's base, adapter and bias become whole
+                 weights, W = base + B A. It computes the same and is larger.
+    vllm         a folder for vLLM without Locum's plugin: constants in place of experts (substitution.py)
+    remote-code  the same folder with a file that imports Locum, for tools that can do no more than trust_remote_code=True
 
 A stock layout has one number of experts for all layers, and whole experts alone. What it cannot hold is refused, by name.
 
@@ -12,31 +14,35 @@ Letters: E experts, N stacked items, D model width, F expert width, G 2F with a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import artefacts, checkpoint
 from .anneal import adapter_product
 from .apply import save_checkpoint
 from .card import describe_size
-from .checkpoint import set_module
+from .checkpoint import SUBSTITUTED, is_adapter, layouts_of, set_module
 from .container import StandInExperts
 from .engines import ENGINES, LINES
-from .errors import EngineError, OptionError, UnsupportedModel, unknown
+from .errors import CheckpointError, EngineError, OptionError, UnsupportedModel, unknown
 from .families import find_layers, set_expert_count
 from .layout import Layout
 from .opening import open_containers
 from .quality import plan_of, read_notes
 from .shapes import LayerShape, ModelShape
 from .stages import Force, Help, Out, _needed
+from .substitution import form_faults, substitute
 
-SCRIPT = Path(__file__).with_name("gguf_run.py")
+SCRIPT, LOADER = (Path(__file__).with_name(name) for name in ("gguf_run.py", "remote_code.py"))
 TYPES = ("f32", "f16", "bf16", "q8_0")
 GPT2 = {"type": "ByteLevel", "use_regex": True}  # a pre-tokenizer that is GPT-2's, in tokenizer.json
 
@@ -44,7 +50,13 @@ GPT2 = {"type": "ByteLevel", "use_regex": True}  # a pre-tokenizer that is GPT-2
 def export(
     model: Path,
     *,
-    to: Annotated[str, Help("gguf (a file for llama.cpp) or stock (whole experts that any engine reads)")],
+    to: Annotated[
+        str,
+        Help(
+            "gguf (a file for llama.cpp), stock (whole experts that any engine reads), vllm (what vLLM 0.33 reads without "
+            "Locum) or remote-code (loads with trust_remote_code=True)"
+        ),
+    ],
     out: Out,
     type: Annotated[str, Help(f"of the numbers in a GGUF file: {', '.join(TYPES)}")] = "bf16",
     pre_tokenizer: Annotated[
@@ -52,7 +64,7 @@ def export(
     ] = None,
     force: Force = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint in another form: GGUF for llama.cpp, or with whole experts in the stock layout.
+    """Write a checkpoint in another form: for llama.cpp, for engines without Locum, or for tools that cannot import it.
 
     transformers and vLLM read the folders that Locum writes as they are, where Locum is installed beside them.
     """
@@ -64,9 +76,9 @@ def export(
     kind, write = TARGETS[to]
     out = artefacts.check_output(_needed(out, "out"), force, kind, inputs=[model])
     checkpoint.read_shape(model)
-    write(model, out, type, pre_tokenizer)
+    form = write(model, out, type, pre_tokenizer)
     sizes = [_size(model), _size(out)]
-    return {"out": str(out), "bytes": sizes, "times_larger": sizes[1] / sizes[0]}
+    return {"out": str(out), "form": form, "bytes": sizes, "times_larger": sizes[1] / sizes[0]}
 
 
 def _size(path: Path) -> int:
@@ -81,9 +93,9 @@ def _size(path: Path) -> int:
 
 def stock_faults(model: Path) -> list[str]:
     """What keeps a checkpoint with containers from ever being stock, in words; empty where whole experts can hold it."""
-    if checkpoint.is_adapter(model):
+    if is_adapter(model):
         return ["it is an adapter, without weights of its own"]
-    shape, layouts = checkpoint.read_shape(model), checkpoint.layouts_of(model)
+    shape, layouts = checkpoint.read_shape(model), layouts_of(model)
     faults = []
     counts = sorted({layer.num_experts for layer in shape.layers})
     if len(counts) > 1:
@@ -111,7 +123,7 @@ def _first(names: list[str]) -> str:
 
 def gguf_fault(model: Path) -> str:
     """Why a checkpoint cannot become a GGUF file as it is, and what to do; empty where it can."""
-    layouts = checkpoint.layouts_of(model)
+    layouts = layouts_of(model)
     if faults := stock_faults(model):
         return f"GGUF cannot hold {'; '.join(faults)}; {_nearest(model)}"
     if not layouts:
@@ -192,33 +204,117 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     for layer in find_layers(model):
         if isinstance(layer.experts, StandInExperts):
             set_module(model, layer.shape.name, with_whole_experts(layer.experts))
-    model = open_containers(model)
+    if checkpoint.is_compressed(model.config):
+        model = open_containers(model)
     layers = find_layers(model)
     for config in (model.config, *(layer.experts.config for layer in layers)):
         set_expert_count(config, layers[0].shape.num_experts)
     return model
 
 
-def write_stock(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> None:
-    if not checkpoint.layouts_of(model) and not checkpoint.is_adapter(model):
-        raise OptionError(f"{model} has the stock layout already; there is nothing to export")
+def with_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Give an output head that is tied to the embedding memory of its own, so that the file has it too. In place.
+
+    vLLM's classes of a dozen families (OLMoE, DeepSeek, GLM-4, gpt-oss, ...) never tie it and leave it uninitialised in
+    silence; transformers ties it again when it loads, because the config still says so and the two are equal.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
+
+
+def _lacks_head(model: Path) -> bool:
+    tied = checkpoint.skeleton(checkpoint.read_config(model)).all_tied_weights_keys
+    return not is_adapter(model) and not tied.keys() <= checkpoint.read_headers(model).keys()
+
+
+def write_stock(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
+    if not _lacks_head(model):
+        _check_not_stock(model, "there is nothing to export")
     if faults := stock_faults(model):
         raise UnsupportedModel(f"{model}: the stock layout cannot hold {'; '.join(faults)}; {_nearest(model)}")
     tokenizer = checkpoint.load_tokenizer(model)
-    live = to_stock(checkpoint.load_model(model))
+    live = with_head(to_stock(checkpoint.load_model(model)))
+    words = "with whole experts and an output head: an ordinary checkpoint that loads without Locum, computes the same"
+    save_checkpoint(live, tokenizer, out, None, _card(model, out, f"{words} and is larger"), model, _provenance(model))
+    return "the stock layout with whole experts and an output head, for any engine"
+
+
+def _check_not_stock(model: Path, so: str) -> None:
+    if not layouts_of(model) and not is_adapter(model):
+        raise OptionError(f"{model} has the stock layout already; {so}")
+
+
+def _provenance(model: Path) -> dict[str, Any]:
     theirs = {k: v for k, v in read_notes(model).items() if k.startswith("original")}
-    made = artefacts.provenance(**theirs, exported_from=str(model.resolve()), exported=_says(model))
-    card = (
-        f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, compressed, locum]\n---\n# {out.name}\n\n"
-        f"Written by Locum from {model.name}, with whole experts in place of its stand-ins: an ordinary checkpoint that "
-        f"loads without Locum, computes the same and is larger.\n"
-    )
-    save_checkpoint(live, tokenizer, out, None, card, model, made)
-
-
-def _says(model: Path) -> dict[str, Any]:
     plan = plan_of(model)
-    return {"fingerprint": checkpoint.fingerprint_checkpoint(model), "plan": None if plan is None else plan.id}
+    says = {"fingerprint": checkpoint.fingerprint_checkpoint(model), "plan": None if plan is None else plan.id}
+    return artefacts.provenance(**theirs, exported_from=str(model.resolve()), exported=says)
+
+
+def _card(model: Path, out: Path, words: str) -> str:
+    return (
+        f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, compressed, locum]\n---\n# {out.name}\n\n"
+        f"Written by Locum from {model.name}, {words}.\n"
+    )
+
+
+# --- vLLM without the plugin ----------------------------------------------------------------------------------------
+
+
+def vllm_fault(model: Path) -> str:
+    """Why vLLM cannot read a checkpoint with containers without Locum's plugin, and what to do; empty where it can."""
+    with_plugin = "vLLM reads it as it is where Locum is installed beside it"
+    if is_adapter(model):
+        return f"it is an adapter, without weights of its own; {with_plugin}"
+    found = form_faults(checkpoint.read_config(model), layouts_of(model))
+    if not found:
+        return ""
+    whole = f"; or write whole experts, which are larger: locum export {model} --to stock --out STOCK"
+    return f"{'; '.join(found)}; {with_plugin}{'' if stock_faults(model) else whole}"
+
+
+def write_vllm(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
+    head = "but its tied output head, which some of vLLM's classes leave out: --to stock writes one"
+    _check_not_stock(model, f"vLLM reads it as it is{f', {head}' if _lacks_head(model) else ''}")
+    if fault := vllm_fault(model):
+        raise UnsupportedModel(f"{model}: vLLM without Locum's plugin cannot hold {fault}")
+    tokenizer = checkpoint.load_tokenizer(model)
+    live = with_head(checkpoint.load_model(model))
+    tensors = substitute(live)
+    count = sum(map(len, getattr(live.config, SUBSTITUTED).values()))
+    replaced = sum(row < 0 for layout in layouts_of(model).values() for row in layout.dense_of)
+    form = (
+        f"vLLM's constant-v1 ({SUBSTITUTED}, vLLM 0.33 or newer): {replaced} experts are constants, {count - replaced} were "
+        f"dropped and are never selected"
+    )
+    write = functools.partial(PreTrainedModel.save_pretrained, state_dict=tensors, save_original_format=False)
+    card = _card(model, out, f"in a form that vLLM 0.33 or newer serves without Locum, and nothing else loads: {form}")
+    save_checkpoint(live, tokenizer, out, None, card, model, _provenance(model), write=write)
+    return form
+
+
+# --- loading without the import -------------------------------------------------------------------------------------
+
+
+def write_remote_code(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
+    _check_not_stock(model, "it loads without Locum")
+    if is_adapter(model):
+        raise UnsupportedModel(
+            f"{model} is an adapter; transformers loads no model from it, with or without the import"
+        )
+    config = checkpoint.read_json(model / "config.json") | {"auto_map": {"AutoConfig": f"{LOADER.stem}.Config"}}
+    with artefacts.whole(out, "folder") as folder:
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+        shutil.copyfile(LOADER, folder / LOADER.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(
+                f"\nIt also loads without `import locum` before, where Locum is installed: `trust_remote_code=True` lets "
+                f"transformers run `{LOADER.name}`, which imports it.\n"
+            )
+    return "the same folder, which also loads with trust_remote_code=True"
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
@@ -227,11 +323,12 @@ def _says(model: Path) -> dict[str, Any]:
 def write_gguf(model: Path, out: Path, type_: str, pre_tokenizer: str | None = None) -> Path:
     """A GGUF file of a stock checkpoint, whole or not at all.
 
-    Raises UnsupportedModel for what GGUF cannot hold, OptionError where the converter's environment is not there, and
-    EngineError with the converter's own words where it fails.
+    Raises UnsupportedModel for what GGUF cannot hold, CheckpointError where weights are missing, OptionError where the
+    converter's environment is not there, and EngineError with the converter's own words where it fails.
     """
     if fault := gguf_fault(model):
         raise UnsupportedModel(f"{model}: {fault}")
+    _check_whole(model)
     engine = ENGINES["llamacpp"]
     python = engine.python()
     if python is None:
@@ -250,6 +347,22 @@ def write_gguf(model: Path, out: Path, type_: str, pre_tokenizer: str | None = N
     return out
 
 
+def _gguf(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
+    write_gguf(model, out, type_, pre_tokenizer)
+    return f"GGUF in {type_}"
+
+
+def _check_whole(model: Path) -> None:
+    """Refuse a folder that lacks weights: the converter does not notice, and llama.cpp names its own tensors."""
+    found = checkpoint.read_shape(model).parameters
+    described = checkpoint.shape_of(checkpoint.skeleton(checkpoint.read_config(model))).parameters
+    if found != described:
+        raise CheckpointError(
+            f"{model} has {found:,} parameters in its files, its config.json describes {described:,}: tensors are missing, "
+            f"too many or of another shape; fetch it again"
+        )
+
+
 def _known_pre_tokenizer(model: Path) -> str:
     """ "gpt-2" for the pre-tokenizer of GPT-2, which many were trained anew with and the converter does not recognise."""
     file = model / "tokenizer.json"
@@ -266,13 +379,16 @@ def _reason(said: str, named: str) -> str:
     return " | ".join(said.strip().splitlines()[-LINES:]) or "the converter said nothing"
 
 
-TARGETS: dict[str, tuple[str, Callable[[Path, Path, str, str | None], Any]]] = {
-    "gguf": ("file", write_gguf),
+TARGETS: dict[str, tuple[str, Callable[[Path, Path, str, str | None], str]]] = {
+    "gguf": ("file", _gguf),
     "stock": ("folder", write_stock),
+    "vllm": ("folder", write_vllm),
+    "remote-code": ("folder", write_remote_code),
 }
 
 
 def larger(result: dict[str, Any]) -> str:
     """What an export made, in words."""
     before, after = map(describe_size, result["bytes"])
-    return f"{result['out']}: {after}, {result['times_larger']:.2f} times the {before} of the checkpoint"
+    times = f"{result['times_larger']:.2f} times the {before} of the checkpoint"
+    return f"{result['out']}: {result['form']}; {after}, {times}"

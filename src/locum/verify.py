@@ -2,14 +2,15 @@
 
 The promise is the model before it was saved: the original with the plan carried out on it again, or, where that cannot be
 had (after recovery, or without the original), the folder as Locum loads it. Engines are asked in processes of their own.
-Logits are compared at every position of some prompts; greedy tokens up to the first one that differs, which must be a
-tie within the tolerance.
+Logits are compared at every position of some prompts, in 16 bits the likeliest tokens in their place; greedy tokens up to
+the first one that differs, which must be a tie within the tolerance.
 
 Letters: B prompts, S positions, V vocabulary, N likeliest tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .adapter import base_of
 from .apply import apply_plan
+from .card import describe_size
 from .engines import ENGINES, Answer, Engine, ask, chosen_engines
 from .errors import CheckpointError, LocumError, OptionError
 from .export import gguf_fault, write_gguf
@@ -33,6 +36,8 @@ PROMPT = 16  # tokens of a prompt
 SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
 CHANCE = 0.01  # of calling a model loopy that loops no more than its original
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE = 0.99  # of the positions, in 16 bits, have the same likeliest token
+MEMORY = 0.05  # of the bytes of a plan that the weights may differ by in an engine's memory
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Promise:
     logits_BSV: Tensor
     tokens: list[list[int]]
     steps_BSV: Tensor  # the logits behind each greedy token
+    agree: float | None = None  # in 16 bits: the share of positions whose likeliest token has to be the same
 
 
 def verify(
@@ -157,14 +163,34 @@ def compare_loops(looping: dict[str, int], count: int) -> str:
     return said
 
 
+def set_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A live model in the dtypes that it has when it is loaded so: families keep some tensors in float32. In place."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    like = checkpoint.skeleton(config).state_dict()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(like[name].dtype)
+    return model
+
+
+def agreement(logits_BSV: Tensor, token_BS: Tensor, dtype: torch.dtype) -> float:
+    """How often a token is the likeliest. In bfloat16 the two likeliest tie at some 2 % of positions, and rounding
+    decides: a token whose logit is within one step of `dtype` of the largest counts."""
+    largest_BS = logits_BSV.amax(-1)
+    found_BS = logits_BSV.gather(-1, token_BS[..., None])[..., 0]
+    return (found_BS >= largest_BS - torch.finfo(dtype).eps * largest_BS.abs()).float().mean().item()
+
+
 @torch.no_grad()
 def ask_in_memory(model: Any, of: str, ids_BS: Tensor, dtype: torch.dtype, new_tokens: int) -> Promise:
-    """Logits of the prompts, and of every greedy step, each computed from the whole text: no cache that could be wrong."""
-    stored = model.dtype
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.dtype == stored:  # what the family keeps in float32 stays so
-            tensor.data = tensor.data.to(dtype)
-    ids_BS = ids_BS.to(model.device)
+    """Logits of the prompts, and of every greedy step, each computed from the whole text: no cache that could be wrong.
+
+    In 16 bits an engine cannot be asked to agree more with the model than that does with itself in float32.
+    """
+    ids_BS, likeliest_BS = ids_BS.to(model.device), None
+    if dtype != torch.float32:
+        likeliest_BS = set_dtype(model, torch.float32)(ids_BS, use_cache=False).logits.argmax(-1)
+    set_dtype(model, dtype)
     text_BS, logits_BSV, steps = ids_BS, None, []
     for _ in range(new_tokens):
         now_BSV = model(text_BS, use_cache=False).logits
@@ -172,7 +198,10 @@ def ask_in_memory(model: Any, of: str, ids_BS: Tensor, dtype: torch.dtype, new_t
         steps.append(now_BSV[:, -1].float().cpu())
         text_BS = torch.cat([text_BS, now_BSV[:, -1:].argmax(-1)], dim=1)
     tokens = text_BS[:, ids_BS.shape[1] :].tolist()
-    return Promise(of, ids_BS.cpu(), logits_BSV.float().cpu(), tokens, torch.stack(steps, dim=1))
+    logits_BSV, agree = logits_BSV.float(), None
+    if likeliest_BS is not None:
+        agree = min(AGREE, agreement(logits_BSV, likeliest_BS, dtype))
+    return Promise(of, ids_BS.cpu(), logits_BSV.cpu(), tokens, torch.stack(steps, dim=1), agree)
 
 
 # --- engines --------------------------------------------------------------------------------------------------------
@@ -188,11 +217,12 @@ def check_engine(
         return [Check("logits", engine.name, unasked, engine.absence)]
     if reason := _unreadable(engine, folder):
         return [Check("logits", engine.name, unasked, reason)]
-    texts = [*sample_texts(4)]
+    texts, dtype, is_adapter = sample_texts(4), PRECISIONS[precision], checkpoint.is_adapter(folder.path)
     with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
         job = {
-            "folder": str(folder.path.resolve()),
-            "dtype": str(PRECISIONS[precision]).removeprefix("torch."),
+            "folder": str((base_of(folder.path) if is_adapter else folder.path).resolve()),
+            "adapter": str(folder.path.resolve()) if is_adapter else None,
+            "dtype": str(dtype).removeprefix("torch."),
             "device": folder.device,
             "import_locum": bool(checkpoint.layouts_of(folder.path)),
             "prompts": promise.ids_BS.tolist(),
@@ -205,20 +235,28 @@ def check_engine(
             answer = ask(engine, python, job, Path(scratch))
         except LocumError as error:
             return [Check("logits", engine.name, FAILED, " ".join(str(error).split()))]
-    tolerance = engine.tolerance if precision == "fp32" else engine.tolerance_16
+    tolerance = engine.tolerance if promise.agree is None else engine.tolerance_16
+
+    def compare_values() -> str:
+        if promise.agree is not None:
+            return compare_likeliest(promise, answer, dtype)
+        return compare_logits(promise, answer, tolerance)
+
     checks = [
         run_check("tensors", engine.name, lambda: compare_keys(answer)),
-        run_check("logits", engine.name, lambda: compare_logits(promise, answer, tolerance)),
+        run_check("logits", engine.name, compare_values),
         run_check("greedy tokens", engine.name, lambda: compare_tokens(promise, answer, tolerance)),
     ]
     if answer.texts is not None:
         checks.append(run_check("tokenizer", engine.name, lambda: compare_texts(folder, texts, answer)))
+    if answer.bytes is not None and job["import_locum"]:
+        checks.append(run_check("memory", engine.name, lambda: compare_memory(folder, answer, dtype)))
     return checks
 
 
 def _unreadable(engine: Engine, folder: Folder) -> str:
-    if checkpoint.is_adapter(folder.path):
-        return "an adapter without weights, which Locum alone puts over its base"
+    if checkpoint.is_adapter(folder.path) and not engine.adapters:
+        return "an adapter without weights of its own; recover it without --adapter-only to serve it there"
     return gguf_fault(folder.path) if engine.stock_only else ""
 
 
@@ -241,6 +279,31 @@ def compare_logits(promise: Promise, answer: Answer, tolerance: float) -> str:
     if not worst <= tolerance:
         raise CheckpointError(f"{said} from {promise.of}")
     return f"{said} from {promise.of}"
+
+
+def compare_likeliest(promise: Promise, answer: Answer, dtype: torch.dtype) -> str:
+    """How often the engine's likeliest token is that of the promise, where rounding to 16 bits does not decide."""
+    if not bool(answer.values.isfinite().all()):
+        raise CheckpointError("logits are not finite numbers in this precision")
+    token_BS = answer.values.argmax(-1) if answer.ids is None else answer.ids[..., 0]
+    share = agreement(promise.logits_BSV, token_BS, dtype)
+    said = (
+        f"the likeliest token of {token_BS.numel()} positions is the same in {share:.1%} (at least {promise.agree:.1%})"
+    )
+    if share < promise.agree:
+        raise CheckpointError(f"{said}, compared with {promise.of}")
+    return f"{said}, compared with {promise.of}"
+
+
+def compare_memory(folder: Folder, answer: Answer, dtype: torch.dtype) -> str:
+    """What the engine holds for the weights, against the parameters of the files in this precision."""
+    promised = folder.shape.parameters * dtype.itemsize
+    said = (
+        f"{describe_size(answer.bytes)} of weights in memory, {describe_size(promised)} in the files at this precision"
+    )
+    if abs(answer.bytes - promised) > MEMORY * promised:
+        raise CheckpointError(said)
+    return said
 
 
 def compare_tokens(promise: Promise, answer: Answer, tolerance: float) -> str:

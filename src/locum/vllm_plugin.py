@@ -33,7 +33,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from .checkpoint import LocumConfig, read_headers, skeleton
+from .checkpoint import LocumConfig, check_shape, read_headers, skeleton
 from .container import StandInExperts
 from .errors import CheckpointError, UnsupportedModel
 from .layout import Layout
@@ -77,7 +77,7 @@ class LocumQuantization(QuantizationConfig):
         found: set[tuple[Numbers, str]] = set()
         for name, entry in read_headers(model_name).items():
             if place := self.place(name):
-                _check_shape(name, tuple(entry["shape"]), self.layouts[place[0]].tensor_shapes()[place[1]])
+                check_shape(name, tuple(entry["shape"]), self.layouts[place[0]].tensor_shapes()[place[1]])
                 found.add(place)
         self.check_complete(found)
 
@@ -132,14 +132,6 @@ def _read_layout(name: str, data: Any) -> Layout:
         return Layout.from_json(data)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
-
-
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"{name} has shape {list(found)} in the file, but config.json lays out {list(expected)}; fetch the "
-            f"checkpoint again"
-        )
 
 
 def _empty_containers(hf_config: PreTrainedConfig) -> dict[str, StandInExperts]:
@@ -285,7 +277,7 @@ def load_weights(
                 yield name, tensor
                 continue
             parameter = containers[place[0]][1].get_parameter(place[1])
-            _check_shape(name, tuple(tensor.shape), tuple(parameter.shape))
+            check_shape(name, tuple(tensor.shape), tuple(parameter.shape))
             parameter.data.copy_(tensor)
             found.add(place)
 

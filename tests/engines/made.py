@@ -105,6 +105,14 @@ PLANS: dict[str, Callable[[tuple[LayerShape, ...]], list[LayerPlan]]] = {
 }
 
 
+def together(*kinds: Callable[[tuple[LayerShape, ...]], list[LayerPlan]]) -> Callable[..., list[LayerPlan]]:
+    """One kind in each layer: of several kinds in one checkpoint, and one start of an engine."""
+    return lambda layers: [kind(layers)[i] for i, kind in enumerate(kinds)]
+
+
+MIXED = {"mixed_1": together(lightmoe, low_rank, constants), "mixed_2": together(uneven, merged, vectors)}
+
+
 def statistics(shape: ModelShape, generator: torch.Generator) -> Statistics:
     """Statistics that have nothing but mean outputs, drawn at random: of size one for every token."""
     layers = {
@@ -122,7 +130,7 @@ def make(folder: Path, family: str, plan_name: str, dtype: torch.dtype) -> tuple
     """Write a compressed checkpoint; returns the model and the bytes that its plan promised."""
     model = original(family, dtype)
     shape = shape_of(model)
-    plan = make_plan(shape, PLANS[plan_name](shape.layers))
+    plan = make_plan(shape, (PLANS | MIXED)[plan_name](shape.layers))
     generator = torch.Generator().manual_seed(5)
     apply_plan(model, plan, statistics(shape, generator))
     for module in model.modules():

@@ -1,6 +1,6 @@
 """Whole chains of two methods on every family: statistics or a search, a plan, stand-ins, a step of recovery, a file.
 
-    search -> plan -> apply -> recover -> evaluate -> save -> load again, to the bit
+search -> plan -> apply -> recover -> evaluate -> save -> load again, to the bit
 """
 
 from __future__ import annotations
