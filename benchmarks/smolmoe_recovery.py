@@ -38,7 +38,7 @@ FRACTIONS = (0.25, 0.5)
 CALIBRATED = 16_384  # tokens
 MEASURED = 6_144  # tokens
 TRAINING = ["--batch-size", "2", "--length", "256", "--learning-rate", "1e-3", "--schedule", "cosine"]
-TRAINING += ["--precision", "bf16", "--rank", "16", "--validate-every", "0"]
+TRAINING += ["--precision", "bf16", "--rank", "16", "--validate-every", "0", "--validation-tokens", "2048"]
 
 
 def locum(*arguments: Any) -> dict[str, float]:

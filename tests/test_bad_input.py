@@ -152,6 +152,7 @@ LINES = [
     (f"{COMPRESS} {TARGET} --batch-size 0", "--batch-size is 0"),
     (f"{COMPRESS} {TARGET} --device cuda:7", "--device cuda:7 cannot be used"),
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),
+    (f"{RECOVER} --validation-tokens 0", "validation-tokens is 0"),
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),

@@ -245,6 +245,22 @@ def test_recovery_goes_on_from_a_recovered_checkpoint(recovered, words, tmp_path
     assert locum.inspect(tmp_path / "again")["bytes"] == weights_on_disk(recovered)
 
 
+def test_validation_reads_no_more_than_it_is_given(small, words, tmp_path, monkeypatch):
+    asked, load = {}, locum.data.load_tokens
+
+    def count(*arguments, **options):
+        tokens = load(*arguments, **options)
+        asked[options["split"]] = int(tokens.attention_BS.sum())
+        return tokens
+
+    monkeypatch.setattr("locum.quality.load_tokens", count)
+    recipe = {"data": str(words), "length": 64, "batch_size": 1, "steps": 1}
+    locum.recover(small, out=tmp_path / "all", **recipe)
+    everything = asked["validation"]
+    locum.recover(small, out=tmp_path / "few", validation_tokens=100, **recipe)
+    assert asked["validation"] <= 100 < everything
+
+
 def test_annealing_that_has_ended_needs_no_original(small, words, tmp_path):
     """With end_fraction 0 nothing of the original is used, so it need not be there."""
     copy = shutil.copytree(small, tmp_path / "copy")

@@ -41,7 +41,8 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
     needs = (
         "It is an ordinary checkpoint and loads without Locum."
         if stock
-        else "Its compressed layers need Locum to load."
+        else "Its compressed layers need Locum to load: without `import locum` first, transformers only warns of an unknown "
+        "quantization type and fills the experts at random."
     )
     if over := provenance.get("adapter"):
         needs = "It holds routers and the vectors of experts alone; all weights are those of its base."

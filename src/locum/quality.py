@@ -80,6 +80,7 @@ def recover(
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
     adapter_only: Annotated[bool, Help("write vectors and routers alone, over the base (--how vectors)")] = False,
+    validation_tokens: Annotated[int, Help("most tokens that a validation reads, shared over domains")] = 65536,
     progress: Progress = _silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -93,6 +94,7 @@ def recover(
         raise OptionError(
             f"--adapter-only keeps the base's weights, and --how {chosen.how} trains them; use --how vectors"
         )
+    _check_number("validation-tokens", validation_tokens, 1)
     device = _device(device)
     config = checkpoint.read_config(model)
     shape = checkpoint.read_shape(model)
@@ -112,7 +114,9 @@ def recover(
             decided.validate(checkpoint.read_shape(source))
     tokenizer = checkpoint.load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
-    validation = load_tokens(data, tokenizer, split="validation", length=chosen.length, keep_partial=True)
+    validation = load_tokens(
+        data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
+    )
     live = checkpoint.load_model(model, device=device)
     reads = None
     if source is not None:
