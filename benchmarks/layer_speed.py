@@ -167,7 +167,9 @@ def compare(
     median_cpu = {name: statistics.median(seconds) for name, seconds in cpu.items()}
     best = min(names, key=median.__getitem__)
     with torch.no_grad():
-        way = products.choose(torch.device("cpu"), torch.bfloat16, tokens * main, container.num_experts, True)
+        way = products.choose(
+            torch.device("cpu"), torch.bfloat16, tokens * main, container.num_experts, True, container._low_rank
+        )
     return {
         "speedup": round(median[best] / median["container"], 3),
         "speedup_cpu_time": round(min(median_cpu[name] for name in names) / median_cpu["container"], 3),

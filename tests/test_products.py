@@ -238,6 +238,8 @@ def test_what_serves_is_chosen_by_device_format_and_size():
         few = "native" if native.available() else products.LOOP
         assert products.choose(cpu, bf16, 8, 64, True) == few
         assert products.choose(cpu, bf16, 8 * 2048, 64, True) == products.LOOP
+        assert products.choose(cpu, bf16, 8 * 2048, 64, True, low_rank=True) == few
+        assert products.choose(cpu, bf16, 8 * 6144, 64, True, low_rank=True) == products.LOOP
         assert products.choose(cpu, fp32, 8, 64, True) == few
         assert products.choose(cpu, torch.float64, 8, 64, True) == products.LOOP
         assert products.choose(cuda, bf16, 8 * 2048, 64, True) == "grouped"

@@ -87,6 +87,9 @@ class StandInExperts(nn.Module):
         self.clusters = clusters.clusters_of(layout)
         # No buffer: from_pretrained overwrites those that are in no file.
         self._table_XE = torch.tensor(self._places(), device="cpu")
+        self._low_rank = (
+            2 * sum(r >= 0 > d for d, r in zip(layout.dense_of, layout.rank_of, strict=True)) > self.num_experts
+        )
         self._aligned = all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def extra_repr(self) -> str:
@@ -99,7 +102,7 @@ class StandInExperts(nn.Module):
         way = products.LOOP
         if self.shared is None and self.old is None and all(stack.dtype == x_TD.dtype for stack in self._stacks()):
             pairs = routed.index_TM.numel()
-            way = products.choose(x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned)
+            way = products.choose(x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank)
         if way == products.LOOP:
             return clusters.forward(self, routed).to(x_TD.dtype)
         return self._at_once(routed, products.PRODUCTS[way]).to(x_TD.dtype)

@@ -70,6 +70,19 @@ def original_of(model: Path, given: Path | None, why: str) -> Path:
     return Path(path)
 
 
+def _old_weights(model: Path, original: Path | None, decided: Plan | None, chosen: Recovery) -> Path | None:
+    """Where the weights are that annealing fades out; None where none are needed."""
+    if chosen.how != "annealed":
+        return None
+    if decided is None or not any(layer.replaced for layer in decided.layers):
+        raise PlanError(f"{model} has no replaced experts, so there is nothing to anneal; use --how lora or --how full")
+    if chosen.end_fraction == 0:
+        return None
+    source = original_of(model, original, "annealing needs the old weights")
+    decided.validate(checkpoint.read_shape(source))
+    return source
+
+
 def recover(
     model: Path,
     *,
@@ -103,15 +116,7 @@ def recover(
         raise CheckpointError(
             f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
         )
-    source = None
-    if chosen.how == "annealed":
-        if decided is None or not any(layer.replaced for layer in decided.layers):
-            raise PlanError(
-                f"{model} has no replaced experts, so there is nothing to anneal; use --how lora or --how full"
-            )
-        if chosen.end_fraction > 0:
-            source = original_of(model, original, "annealing needs the old weights")
-            decided.validate(checkpoint.read_shape(source))
+    source = _old_weights(model, original, decided, chosen)
     tokenizer = checkpoint.load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
