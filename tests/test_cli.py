@@ -66,7 +66,7 @@ COMMANDS = {
     "recover": "MODEL --accumulate --adapter-only --annealing --balance --batch-size --checkpoint-every --clip --data "
     "--device --end-fraction --force --how --json --learning-rate --length --original --out --precision --rank "
     "--restart --schedule --seed "
-    "--steepness --steps --train-bases --validate-every --warmup-fraction --weight-decay",
+    "--steepness --steps --train-bases --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens "
     + SEARCH,
