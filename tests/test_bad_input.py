@@ -150,6 +150,7 @@ LINES = [
     (CALIBRATE + f" {SHORT} --device gpu", "--device gpu cannot be used|devices here: auto, cpu"),
     (f"{COMPRESS} {TARGET} --seed -1", "--seed is -1; allowed: whole numbers from 0"),
     (f"{COMPRESS} {TARGET} --batch-size 0", "--batch-size is 0"),
+    (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: whole numbers from 1"),
     (f"{COMPRESS} {TARGET} --device cuda:7", "--device cuda:7 cannot be used"),
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),
     (f"{RECOVER} --validation-tokens 0", "validation-tokens is 0"),

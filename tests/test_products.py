@@ -75,22 +75,12 @@ def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch
 
 
 @pytest.mark.parametrize("way", ["native", "gathered", "grouped"])
-@pytest.mark.parametrize("vectors", ["projections", "hidden", "static", "none"])
-def test_every_way_knows_routing_policies(way, vectors, monkeypatch):
+@pytest.mark.parametrize("what", ["projections", "hidden", "static", "none", "norm"])
+def test_every_way_knows_routing_policies_and_norms_of_single_experts(way, what, monkeypatch):
     """Cluster by cluster is held against the oracle in test_routing."""
-    container = container_of("swiglu", 3, torch.bfloat16, policy=Routing(2, vectors))
-    x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
-    with torch.no_grad():
-        monkeypatch.setattr(products, "choose", lambda *args: products.LOOP)
-        expected = copy.deepcopy(container).double()(x.double(), index, gates.double())
-        forced(monkeypatch, way)
-        assert relative_error(container(x, index, gates), expected) < ROUNDING
-
-
-@pytest.mark.parametrize("way", ["native", "gathered", "grouped"])
-def test_every_way_norms_experts_one_by_one(way, monkeypatch):
-    container = container_of("swiglu", 5, torch.bfloat16)
-    container.post_expert_norm = torch.nn.RMSNorm(D, dtype=torch.bfloat16)
+    container = container_of("swiglu", 3, torch.bfloat16, policy=None if what == "norm" else Routing(2, what))
+    if what == "norm":
+        container.post_expert_norm = torch.nn.RMSNorm(D, dtype=torch.bfloat16)
     x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
     with torch.no_grad():
         monkeypatch.setattr(products, "choose", lambda *args: products.LOOP)

@@ -199,6 +199,7 @@ def compress(
     _check_number("seed", seed, 0, MOST_SEED)
     recovery = {"how": recover, "steps": recover_steps, "learning_rate": recover_learning_rate, "seed": seed}
     if recover is not None:
+        _check_number("recover-steps", recover_steps, 1)
         check_recovery(make_options(Recovery, recovery))
     _check_target(remove, fit, checkpoint.read_shape(model), chosen)
     asked = {"method": method, "remove": remove, "fit": fit, **options}
