@@ -1,11 +1,12 @@
 """SmolMoE compressed and trained back with Locum's own commands: size, loss, time and memory of LightMoE and REAP.
 
-    python benchmarks/smolmoe_recovery.py run [--quick] [--seeds 0,1,2] [--recovery-steps 24]
+    python benchmarks/smolmoe_recovery.py select [--quick]    learning rates, on the validation split
+    python benchmarks/smolmoe_recovery.py run [--quick] [--seeds 0,1,2] [--recovery-steps 24]    the best of them, on test
     python benchmarks/smolmoe_recovery.py table
 
 Calibration, training and measuring are on text that SmolMoE was not trained on, split by Locum into train, validation
-and test; figures are on test. Every command is a process of its own, and what is told of memory is its greatest resident
-size. Learning rate and schedule are the same for all and were not tuned. A job that is in the results is not run again.
+and test. Every command is a process of its own, and what is told of memory is its greatest resident size. Both methods
+are given the same rates to choose from, at half of the experts, with seed 0. A job that is in the results is not run again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from smolmoe_results import commit
 from smolmoe_text import write_files
 
 RESULTS = Path(__file__).parent / "results" / "smolmoe_recovery.jsonl"
+RATES = (3e-5, 1e-4, 3e-4)
 METHODS = {
     "LightMoE": (["--method", "lightmoe", "--rank", "16"], "annealed"),
     "REAP + LoRA": (["--method", "prune", "--score", "reap"], "lora"),
@@ -37,8 +39,8 @@ METHODS = {
 FRACTIONS = (0.25, 0.5)
 CALIBRATED = 16_384  # tokens
 MEASURED = 6_144  # tokens
-TRAINING = ["--batch-size", "2", "--length", "256", "--learning-rate", "1e-3", "--schedule", "cosine"]
-TRAINING += ["--precision", "bf16", "--rank", "16", "--validate-every", "0", "--validation-tokens", "2048"]
+TRAINING = ["--batch-size", "2", "--length", "256", "--schedule", "cosine", "--precision", "bf16"]
+TRAINING += ["--rank", "16", "--validate-every", "0", "--validation-tokens", "4096"]
 
 
 def locum(*arguments: Any) -> dict[str, float]:
@@ -59,31 +61,56 @@ class Bench:
         self.data = [word for spec in specs for word in ("--data", spec)]
         self.statistics = scratch / "statistics"
         self.about = {"benchmark": "smolmoe_recovery", "base": model.name, "commit": commit(), **environment()}
-        self.done = {(r["name"], r["fraction"], r["seed"], r["steps"]) for r in rows_of(results)}
+        self.done = {(r["name"], r["fraction"], r["seed"], r["steps"]) for r in rows_of(results) if "all" in r}
 
     def is_done(self, name: str, fraction: float, seed: int | None) -> bool:
         return (name, fraction, seed, self.steps) in self.done
+
+    def select(self, name: str) -> None:
+        """A method trained at every rate; what stands in the results is the validation loss before and after."""
+        left = [rate for rate in RATES if (name, rate, self.steps) not in self.tried()]
+        small = self._apply(name, 0.5)[0] if left else self.scratch
+        for rate in left:
+            out, used = self._recover(small, name, rate, 0)
+            log = [json.loads(line) for line in (out / "recovery.jsonl").read_text().splitlines()]
+            losses = [line["validation_loss"] for line in log if "validation_loss" in line]
+            row = {"name": name, "fraction": 0.5, "seed": 0, "learning_rate": rate, "recover": used}
+            self._write({**row, "validation_loss": {"before": losses[0], "after": losses[-1]}})
+
+    def tried(self) -> dict[tuple[str, float, int], float]:
+        """By method, learning rate and steps: the validation loss after training."""
+        rows = [row for row in rows_of(self.results) if row["base"] == self.model.name and "validation_loss" in row]
+        return {(r["name"], r["learning_rate"], r["steps"]): r["validation_loss"]["after"] for r in rows}
 
     def job(self, name: str, fraction: float, seeds: list[int]) -> None:
         """A plan applied and measured, and trained back and measured once for every seed."""
         if all(self.is_done(name, fraction, seed) for seed in (None, *seeds)):
             return
-        options, how = METHODS[name]
+        tried = {rate: loss for (n, rate, steps), loss in self.tried().items() if (n, steps) == (name, self.steps)}
+        if not tried:
+            raise SystemExit(f"no learning rate was chosen for {name} with {self.steps} steps: run select first")
+        small, used = self._apply(name, fraction)
+        if not self.is_done(name, fraction, None):
+            self._measure(small, name, fraction, None, {"apply": used})
+        for seed in seeds:
+            if not self.is_done(name, fraction, seed):
+                rate = min(tried, key=tried.__getitem__)
+                out, used = self._recover(small, name, rate, seed)
+                self._measure(out, name, fraction, seed, {"learning_rate": rate, "recover": used})
+
+    def _apply(self, name: str, fraction: float) -> tuple[Path, dict[str, float]]:
         plan, small = self.scratch / "plan.json", self.scratch / "small"
         if not self.statistics.is_file():
             made = locum("calibrate", self.model, *self.data, "--tokens", CALIBRATED, "--out", self.statistics)
             self._write({"name": "calibrate", "fraction": 0, "seed": None, "calibrate": made})
-        locum("plan", self.statistics, *options, "--remove", fraction, "--out", plan, "--force")
-        used = locum("apply", self.model, "--plan", plan, "--out", small, "--force")
-        if not self.is_done(name, fraction, None):
-            self._measure(small, name, fraction, None, {"apply": used})
-        for seed in seeds:
-            if self.is_done(name, fraction, seed):
-                continue
-            out = self.scratch / "recovered"
-            words = ["--how", how, "--steps", self.steps, "--seed", seed, "--out", out, "--force", "--restart"]
-            used = locum("recover", small, "--original", self.model, *self.data, *TRAINING, *words)
-            self._measure(out, name, fraction, seed, {"recover": used})
+        locum("plan", self.statistics, *METHODS[name][0], "--remove", fraction, "--out", plan, "--force")
+        return small, locum("apply", self.model, "--plan", plan, "--out", small, "--force")
+
+    def _recover(self, small: Path, name: str, rate: float, seed: int) -> tuple[Path, dict[str, float]]:
+        out = self.scratch / "recovered"
+        words = ["--how", METHODS[name][1], "--steps", self.steps, "--learning-rate", rate, "--seed", seed]
+        words += ["--original", self.model, "--out", out, "--force", "--restart"]
+        return out, locum("recover", small, *self.data, *TRAINING, *words)
 
     def _measure(self, folder: Path, name: str, fraction: float, seed: int | None, used: dict[str, Any]) -> None:
         file = self.scratch / "rows.jsonl"
@@ -133,13 +160,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("select", "run", "table"))
     add_options(parser)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", default="0,1,2", help="of the training back, with commas (0,1,2)")
     parser.add_argument("--recovery-steps", type=int, default=24, help="of 2 x 256 tokens (24)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
     options = parser.parse_args()
-    if options.action == "run":
+    if options.action != "table":
         recipe = recipe_of(options)
         model = cached_model(recipe)
         if not model.is_dir():
@@ -151,12 +179,16 @@ def main() -> int:
         specs = write_files(smolmoe_folder() / "text", list(recipe.domains))
         with tempfile.TemporaryDirectory() as scratch:
             bench = Bench(model, specs, Path(scratch), options.recovery_steps, options.results)
-            if not bench.is_done("original", 0.0, None):
-                bench._measure(model, "original", 0.0, None, {})
-            for seed in map(int, options.seeds.split(",")):  # a whole table of one seed before the next
-                for fraction in FRACTIONS:
-                    for name in METHODS:
-                        bench.job(name, fraction, [seed])
+            if options.action == "select":
+                for name in options.methods:
+                    bench.select(name)
+            else:
+                if not bench.is_done("original", 0.0, None):
+                    bench._measure(model, "original", 0.0, None, {})
+                for seed in map(int, options.seeds.split(",")):  # a whole table of one seed before the next
+                    for fraction in FRACTIONS:
+                        for name in options.methods:
+                            bench.job(name, fraction, [seed])
     print(table(rows_of(options.results)))
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import locum
 from locum import artefacts, expert_maps
 from locum.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.errors import DataError, LocumError, PlanError
@@ -280,9 +281,16 @@ def test_damaged_discovered_files_are_listed_and_given_ones_raise(tmp_path):
 def test_given_files_make_their_sections(tmp_path):
     results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
     make_a_plan(tmp_path / "p.json")
-    given = {"plans": [tmp_path / "p.json"], "statistics": make_statistics(tmp_path / "s.safetensors")}
+    given = {"plans": [tmp_path / "p.json"], "statistics": [make_statistics(tmp_path / "s.safetensors")]}
     parsed = Balanced(make_report([results], logs=[make_log(tmp_path / "log.jsonl")], **given))
     assert {"plan", "use", "recovery"} <= set(parsed.ids)
+
+
+def test_statistics_alone_show_who_uses_which_experts(tmp_path):
+    locum.report([make_statistics(tmp_path / "s.safetensors")], out=tmp_path / "use.html")
+    parsed = Balanced((tmp_path / "use.html").read_text(encoding="utf-8"))
+    assert parsed.ids == ["headline", "use", "origins"]
+    assert all(domain in parsed.text for domain in DOMAINS)
 
 
 def test_names_from_users_are_escaped(tmp_path):
@@ -299,7 +307,7 @@ def test_names_from_users_are_escaped(tmp_path):
     page = make_report(
         [write_results(tmp_path / "r.jsonl", rows)],
         plans=[tmp_path / "p.json"],
-        statistics=stats,
+        statistics=[stats],
         logs=[log],
         title=EVIL,
     )

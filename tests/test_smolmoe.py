@@ -408,14 +408,21 @@ def test_the_recovery_benchmark_runs_each_job_once(sources, tmp_path, monkeypatc
         return {"seconds": 1.0, "peak_bytes": 2**30}
 
     monkeypatch.setattr(smolmoe_recovery, "locum", run)
+    monkeypatch.setattr(smolmoe_recovery, "RATES", (1e-5, 1e-2))
     for seeds in ([0], [0, 1]):
         (tmp_path / "scratch").mkdir(exist_ok=True)
         bench = smolmoe_recovery.Bench(model, [f"a={file}"], tmp_path / "scratch", 1, results)
         if not bench.is_done("original", 0.0, None):
             bench._measure(model, "original", 0.0, None, {})
+            with pytest.raises(SystemExit, match="run select first"):
+                bench.job("REAP + LoRA", 0.5, seeds)
+        bench.select("REAP + LoRA")
         bench.job("REAP + LoRA", 0.5, seeds)
-    assert ran.count("recover") == 2 and ran.count("calibrate") == 1 and ran.count("eval") == 4
-    table = smolmoe_recovery.table(smolmoe_recovery.rows_of(results)).splitlines()
+    assert ran.count("recover") == 4 and ran.count("calibrate") == 1 and ran.count("eval") == 4
+    rows = smolmoe_recovery.rows_of(results)
+    losses = {row["learning_rate"]: row["validation_loss"]["after"] for row in rows if "validation_loss" in row}
+    assert {row["learning_rate"] for row in rows if "recover" in row and "all" in row} == {min(losses, key=losses.get)}
+    table = smolmoe_recovery.table(rows).splitlines()
     assert len(table) == 4 and table[2].startswith("| 0 | original |") and table[3].startswith("| 50% | REAP + LoRA |")
     assert "(2)" in table[3] and table[3].endswith("| 1.0 GiB |")
 

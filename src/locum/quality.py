@@ -313,8 +313,10 @@ def report(
     title: Annotated[str, Help("title of the page")] = "Locum report",
     force: Force = False,
 ) -> Path:
-    """One self-contained HTML page from results files: pictures first."""
+    """One self-contained HTML page from results files, statistics files (.safetensors) or both: pictures first."""
     files = [results] if isinstance(results, (str, Path)) else list(results)
     out = artefacts.check_output(_needed(out, "out"), force, inputs=files)
-    artefacts.write_text(out, make_report(list(files), title=title))
+    statistics = [file for file in files if Path(file).suffix == ".safetensors"]
+    rows = [file for file in files if file not in statistics]
+    artefacts.write_text(out, make_report(rows, statistics=statistics, title=title))
     return out

@@ -41,25 +41,28 @@ def make_report(
     out: Path | None = None,
     *,
     plans: Sequence[Path | str] = (),
-    statistics: Path | str | None = None,
+    statistics: Sequence[Path | str] = (),
     logs: Sequence[Path | str] = (),
     title: str = "Locum report",
 ) -> str:
     """The page as text; with `out` it is also written there, whole or not at all.
 
     `plans`, `statistics` and `logs` add to what the rows name; a given file that cannot be read is an error, a named one
-    that is gone is listed at the end of the page. Raises DataError if there are no rows or a line is not a row.
+    that is gone is listed at the end of the page. Statistics alone make a page of who uses which experts. Raises DataError
+    if there are neither rows nor statistics, or a line is not a row.
     """
     found = read_inputs(results, plans, statistics, logs)
-    compared = compare(found.rows)
+    if found.rows:
+        compared = compare(found.rows)
+        measured = [_headline(title, compared), _size_section(compared), _domain_section(compared)]
+    else:
+        measured = [f'<section id="headline">\n<h1>{escape(title)}</h1>\n</section>']
     parts = [
-        _headline(title, compared),
-        _size_section(compared),
-        _domain_section(compared),
+        *measured,
         _use_section(found),
         _plan_section(found),
         _recovery_section(found),
-        _results_section(found.rows),
+        _results_section(found.rows) if found.rows else "",
         _origin_section(found),
     ]
     made = page(title, "\n".join(part for part in parts if part))
@@ -376,7 +379,7 @@ def _origin_section(found: Inputs) -> str:
     seeds = sorted({row.seed for row in found.rows})
     facts = _distinct(row.provenance for row in found.rows if row.provenance)
     measured = [("seeds", ", ".join(map(str, seeds))), *_facts(facts, skip=_MODEL_FACTS)]
-    parts = ["<h3>Measurements</h3>", _fact_table(measured)]
+    parts = ["<h3>Measurements</h3>", _fact_table(measured)] if found.rows else []
     for identity, plan in found.plans.items():
         if plan.provenance:
             parts += [f"<h3>Plan {escape(identity)}</h3>", _fact_table(_facts(_distinct([plan.provenance])))]

@@ -46,7 +46,7 @@ class Inputs:
 def read_inputs(
     results: Sequence[Path | str],
     plans: Sequence[Path | str] = (),
-    statistics: Path | str | None = None,
+    statistics: Sequence[Path | str] = (),
     logs: Sequence[Path | str] = (),
 ) -> Inputs:
     """Read what is given, and whatever the rows name that still exists. Only given files may raise."""
@@ -57,15 +57,15 @@ def read_inputs(
         found.rows += rows
         found.used.append(("results", str(path)))
         sources += [(row, path) for row in rows]
-    if not found.rows:
+    if not found.rows and not statistics:
         files = ", ".join(str(path) for path in results) or "no file"
         raise DataError(
             f"no results rows in {files}; measure a model first: locum eval MODEL --data ... --json results.jsonl"
         )
     for path in map(Path, plans):
         _keep(found, "plan", path, load_plan(path))
-    if statistics is not None:
-        _keep(found, "statistics", Path(statistics), load_statistics(statistics))
+    for path in map(Path, statistics):
+        _keep(found, "statistics", path, load_statistics(path))
     for path in map(Path, logs):
         _keep(found, "recovery log", path, read_log(path))
     _discover(found, sources)
