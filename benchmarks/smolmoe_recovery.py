@@ -31,7 +31,7 @@ from smolmoe_results import commit
 from smolmoe_text import write_files
 
 RESULTS = Path(__file__).parent / "results" / "smolmoe_recovery.jsonl"
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 METHODS = {
     "LightMoE": (["--method", "lightmoe", "--rank", "16"], "annealed"),
     "REAP + LoRA": (["--method", "prune", "--score", "reap"], "lora"),
