@@ -169,13 +169,17 @@ def test_gguf_of_stand_ins_names_them_and_the_way(small, tmp_path):
     assert "--to stock" in result.stderr
 
 
-def test_a_conversion_that_fails_leaves_nothing(pruned, tmp_path, monkeypatch):
-    failing = tmp_path / "python"
-    failing.write_text("#!/bin/sh\necho no such tensor >&2\nexit 1\n")
+@pytest.mark.parametrize(
+    "before_it", ["", 'Traceback (most recent call last):\n  File "/a/place.py", line 7, in main\n']
+)
+def test_a_conversion_that_fails_leaves_nothing(pruned, tmp_path, monkeypatch, before_it):
+    failing, said = tmp_path / "python", tmp_path / "said"
+    said.write_text(f"{before_it}no such tensor\n")
+    failing.write_text(f"#!/bin/sh\ncat '{said}' >&2\nexit 1\n")
     failing.chmod(0o755)
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(failing))
     before = tree(tmp_path)
-    with pytest.raises(EngineError, match="no such tensor"):
+    with pytest.raises(EngineError, match="could not be converted to GGUF: no such tensor$"):
         write_gguf(pruned, tmp_path / "x.gguf", "f32")
     assert tree(tmp_path) == before
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(tmp_path / "nowhere"))

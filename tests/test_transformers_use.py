@@ -1,18 +1,22 @@
-"""A compressed checkpoint in users' hands: what transformers and PEFT offer for any model works on one with containers.
+"""A compressed checkpoint in users' hands: what transformers, PEFT and TRL offer for any model works on one with containers.
 
-Compiling its decoding into one graph is not among it: the container's products depend on what was routed.
+That decoding compiles into one graph is in test_products.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
@@ -131,6 +135,24 @@ def test_steps_of_trainer(small, tmp_path, accelerate_state):
         assert torch.equal(again(tiny_ids()).logits, live.eval()(tiny_ids()).logits)
 
 
+def test_steps_of_trl(small, tmp_path, accelerate_state):
+    """Supervised fine-tuning of an adapter on the attention, from text."""
+    trl = pytest.importorskip("trl")
+    live, tokenizer = AutoModelForCausalLM.from_pretrained(small), AutoTokenizer.from_pretrained(small)
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no"}
+    settings |= {"learning_rate": 1e-2, "use_cpu": True, "bf16": False, "disable_tqdm": True, "max_length": 32}
+    texts = Dataset.from_list([{"text": text} for text in PROMPTS * 2])
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    arguments = trl.SFTConfig(str(tmp_path), **settings)
+    trainer = trl.SFTTrainer(live, args=arguments, train_dataset=texts, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(fresh(tiny_ids()).logits, trainer.model.eval()(tiny_ids()).logits, atol=1e-5)
+        assert not torch.allclose(fresh(tiny_ids()).logits, fresh.unload()(tiny_ids()).logits)
+
+
 # --- without `import locum`, as `locum export --to remote-code` allows ------------------------------------------------
 
 IMPORTS_NOTHING = """
@@ -177,6 +199,44 @@ def test_it_is_trusted_only_when_asked(remote, model, tmp_path):
     live.save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def asked(port: int, path: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://localhost:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_transformers_serve_imports_nothing(remote, model, tokenizer, tmp_path):
+    pytest.importorskip("fastapi")
+    port, log = free_port(), tmp_path / "log"
+    line = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", str(remote), "--trust-remote-code"]
+    line += ["--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    with log.open("w") as out:
+        server = subprocess.Popen(line, stdout=out, stderr=out, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)})
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                assert asked(port, "/health") == {"status": "ok"}
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+                time.sleep(0.2)
+        body = {"model": str(remote), "prompt": PROMPTS[0], "max_tokens": NEW, "temperature": 0}
+        said = asked(port, "/v1/completions", body)["choices"][0]["text"]
+    finally:
+        server.terminate()
+        server.wait()
+    written = alone(model, tokenizer, PROMPTS[0], min_new_tokens=None)
+    assert said == tokenizer.decode(written, skip_special_tokens=True)
 
 
 QUESTIONS = [

@@ -376,7 +376,10 @@ def _reason(said: str, named: str) -> str:
             "llama.cpp does not know the tokenizer; name the pre-tokenizer that it was trained with by --pre-tokenizer, such "
             "as gpt-2, qwen2 or llama-bpe (names as in llama.cpp's llama-vocab.cpp)"
         )
-    return " | ".join(said.strip().splitlines()[-LINES:]) or "the converter said nothing"
+    lines = said.strip().splitlines()
+    if any(line.startswith("Traceback") for line in lines):
+        return lines[-1]  # before it only the places in the converter's files
+    return " | ".join(lines[-LINES:]) or "the converter said nothing"
 
 
 TARGETS: dict[str, tuple[str, Callable[[Path, Path, str, str | None], str]]] = {

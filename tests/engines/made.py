@@ -27,7 +27,8 @@ ROUTED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # in real confi
 SIZES = {  # what vLLM's attention on CPU can do, heads of 32 and one size of latent; experts that it need not pad
     "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": 32},
     "mixtral": {"head_dim": 32, "intermediate_size": 32},
-    "deepseek_v3": {**LATENT, **ROUTED, "moe_intermediate_size": 32},
+    # llama.cpp takes models of this class without the first of these only at the sizes of the lite ones
+    "deepseek_v3": {**LATENT, **ROUTED, "q_lora_rank": 24, "moe_intermediate_size": 32},
 }
 
 

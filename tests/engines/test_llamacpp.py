@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 import locum
-from engines.made import PLANS, REFERENCE
+from checkpoints import write_tokenizer
+from engines.made import PLANS, REFERENCE, original
 from locum.checkpoint import load_tokenizer, read_shape
 from locum.engines import ENGINES, ask
 from locum.export import write_gguf
@@ -25,17 +26,21 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Stock checkpoints of the bundled model: pruned alike in every layer, and merged, with whole experts."""
+    """Stock checkpoints, pruned alike in every layer or merged, with whole experts: of the bundled model, and a DeepSeek."""
     folder, shape = tmp_path_factory.mktemp("llamacpp"), read_shape(REFERENCE)
     made = {
         name: locum.apply(REFERENCE, plan=make_plan(shape, PLANS[name](shape.layers)), out=folder / name)
         for name in ("uniform", "merged")
     }
     locum.export(made["merged"], to="stock", out=folder / "whole")
-    return {"pruned": made["uniform"], "merged": folder / "whole"}
+    original("deepseek_v3", torch.float32).save_pretrained(folder / "deepseek")
+    write_tokenizer(folder / "deepseek")
+    plan = make_plan(shape := read_shape(folder / "deepseek"), PLANS["uniform"](shape.layers))
+    locum.apply(folder / "deepseek", plan=plan, out=folder / "latent")
+    return {"pruned": made["uniform"], "merged": folder / "whole", "deepseek": folder / "latent"}
 
 
-@pytest.mark.parametrize("name", ["pruned", "merged"])
+@pytest.mark.parametrize("name", ["pruned", "merged", "deepseek"])
 def test_the_engine_says_what_transformers_says(folders, name):
     """Logits within 1e-2, the same greedy tokens, the same cuts of text."""
     checks = [c for c in locum.verify(folders[name], engine="llamacpp") if c.engine == "llamacpp"]
