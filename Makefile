@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench check fix install clean
+.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -81,6 +81,21 @@ bench: $(READY)
 	$(BIN)/python benchmarks/active_latency.py --rounds 5 --out $(TIMED)/active_latency.jsonl
 	$(BIN)/python benchmarks/reference_speed.py --out $(TIMED)/reference_speed.jsonl
 	$(BIN)/python benchmarks/generate_speed.py --rounds 3 --out $(TIMED)/generate_speed.jsonl
+
+# On a machine with a CUDA device (without one it says so): whether the container is right there, how fast, what memory it
+# takes, and whole models; then the Triton kernels' own tests. PART=speed runs one part. Where there is no environment, the
+# machine's own Python serves, which needs torch and transformers: nothing is fetched.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+GPU_OUT ?= $(TIMED)/gpu.jsonl
+gpu:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) --out $(GPU_OUT)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/triton_cases.py
+
+# The Triton kernels in Triton's interpreter on the CPU, and compiled for a GPU that need not be there. Triton is 200 MB and
+# comes with CUDA builds of torch only, so it is fetched for this alone; the version is the one of torch 2.13.
+test-triton: $(READY)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet 'triton>=3.7,<3.8'
+	$(BIN)/python -m pytest tests/test_triton.py
 
 # The engines that serve Locum's checkpoints, each in an environment of its own, made once.
 ENGINE_PYTHON ?= python3.11

@@ -1,7 +1,7 @@
 """How much longer a calibration pass takes than a plain forward pass over the same batches, and than running all experts.
 
     python benchmarks/calibration_cost.py [--model reference|olmoe|DIR] [--layers 1] [--threads 2]
-                                          [--out results/calibration_cost.jsonl]
+                                          [--device cpu] [--out results/calibration_cost.jsonl]
 
 Every round runs each contender once, in an order that moves on by one each time, so that other load on the machine hits
 all of them alike. `ratio` compares medians over the rounds. On a machine that is busy with other things `ratio_fastest`
@@ -59,13 +59,15 @@ def all_experts_observed(model: transformers.PreTrainedModel) -> Iterator[dict[s
             for e in range(experts.num_experts):
                 hidden_TF = experts._apply_gate(functional.linear(x_TD, experts.gate_up_proj[e]))
                 out_ETD[e] = functional.linear(hidden_TF, experts.down_proj[e])
-            router_TE = torch.zeros(len(x_TD), experts.num_experts).scatter_(1, index_TK, weight_TK.float())
+            router_TE = weight_TK.new_zeros(len(x_TD), experts.num_experts, dtype=torch.float32).scatter_(
+                1, index_TK, weight_TK.float()
+            )
             found_E3 = []
             for e in range(experts.num_experts):
                 active_N = (index_TK == e).any(dim=1).nonzero().squeeze(1)
                 norm_N = torch.linalg.vector_norm(out_ETD[e][active_N].float(), dim=-1)
                 weighted = (norm_N * router_TE[active_N, e]).sum()
-                found_E3.append(torch.stack([torch.tensor(float(len(active_N))), norm_N.sum(), weighted]))
+                found_E3.append(torch.stack([norm_N.new_tensor(len(active_N)), norm_N.sum(), weighted]))
             sums.setdefault(name, []).append(torch.stack(found_E3))
 
         return hook
@@ -84,7 +86,9 @@ def contenders(model: transformers.PreTrainedModel, tokens: Tokens, batch_size: 
             model.set_experts_implementation(implementation)
             with torch.inference_mode():
                 for ids_BS in tokens.ids_BS.split(batch_size):
-                    module(ids_BS, use_cache=False)
+                    module(ids_BS.to(model.device), use_cache=False)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
 
         return run
 
@@ -106,11 +110,29 @@ def ratio(seconds: Seconds, name: str, kind: str, summary: Callable[[list[float]
     return round(summary(seconds[name]) / min(summary(seconds[f"{kind} {stock}"]) for stock in STOCK), 3)
 
 
+def cost(
+    model: transformers.PreTrainedModel, tokens: Tokens, batch_size: int, rounds: int
+) -> dict[str, float | dict[str, float]]:
+    seconds, cpu_seconds = measure(contenders(model, tokens, batch_size), rounds)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    return {
+        "ratio": ratio(seconds, "calibrate all", "plain", statistics.median),
+        "ratio_fastest": ratio(seconds, "calibrate all", "plain", min),
+        "ratio_cpu": ratio(cpu_seconds, "calibrate all", "plain", statistics.median),
+        "ratio_routing_only": ratio(seconds, "calibrate routing", "plain", statistics.median),
+        "ratio_with_head": ratio(seconds, "calibrate all", "with_head", statistics.median),
+        "times_faster": round(median["all_experts"] / median["calibrate all"], 2),
+        "median_seconds": {key: round(value, 4) for key, value in median.items()},
+        "fastest_seconds": {key: round(min(values), 4) for key, values in seconds.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="reference", help="reference, olmoe, or the folder of a checkpoint")
     parser.add_argument("--layers", type=int, default=1, help="decoder layers of olmoe")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -118,22 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = load(options.model, options.layers)
+    model = load(options.model, options.layers).to(options.device)
     tokens = random_tokens(model.get_input_embeddings().weight.shape[0], options.blocks, options.length)
-    seconds, cpu_seconds = measure(contenders(model, tokens, options.batch_size), options.rounds)
     result = {
         "benchmark": "calibration_cost",
-        "ratio": ratio(seconds, "calibrate all", "plain", statistics.median),
-        "ratio_fastest": ratio(seconds, "calibrate all", "plain", min),
-        "ratio_cpu": ratio(cpu_seconds, "calibrate all", "plain", statistics.median),
-        "ratio_routing_only": ratio(seconds, "calibrate routing", "plain", statistics.median),
-        "ratio_with_head": ratio(seconds, "calibrate all", "with_head", statistics.median),
-        "times_faster": round(
-            statistics.median(seconds["all_experts"]) / statistics.median(seconds["calibrate all"]), 2
-        ),
-        "median_seconds": {key: round(statistics.median(values), 4) for key, values in seconds.items()},
-        "fastest_seconds": {key: round(min(values), 4) for key, values in seconds.items()},
+        **cost(model, tokens, options.batch_size, options.rounds),
         "model": options.model,
+        "device": options.device,
         "layers": len(find_layers(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "blocks": options.blocks,

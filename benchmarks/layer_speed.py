@@ -32,6 +32,7 @@ from locum.families import canonical_gate, read_expert
 from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.routing import Routing
 from locum.shapes import LayerShape
+from locum.work import container_work
 from timing import measure, publish
 
 E, K, D, F = 64, 8, 2048, 1024
@@ -61,11 +62,11 @@ def plans() -> dict[str, tuple[LayerPlan, float | None]]:
     }
 
 
-def stock_layer() -> OlmoeExperts:
+def stock_layer(device: str = "cpu") -> OlmoeExperts:
     config = transformers.OlmoeConfig(num_experts=E, hidden_size=D, intermediate_size=F, num_experts_per_tok=K)
     with torch.device("meta"):
         experts = OlmoeExperts(config).to(torch.bfloat16)
-    experts = experts.to_empty(device="cpu")
+    experts = experts.to_empty(device=device)
     torch.manual_seed(0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -105,20 +106,6 @@ def renumbered(plan: LayerPlan, index_TK: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-def work(container: StandInExperts, index_TK: Tensor, main: int) -> tuple[int, int]:
-    """Bytes of weights that these pairs touch, and operations of their products, none twice."""
-    layout, itemsize = container.layout, 2
-    numbers = operations = 0
-    pairs = [(t, e) for t, row in enumerate(index_TK[:, :main].tolist()) for e in row]
-    units = {(t, layout.dense_of[e]) for t, e in pairs if layout.dense_of[e] >= 0}
-    numbers += 3 * D * F * len({row for _, row in units})
-    operations += 2 * 3 * D * F * len(units)
-    rank = {e: layout.ranks[layout.rank_of[e]] for _, e in pairs if layout.rank_of[e] >= 0}
-    numbers += sum(3 * (D + F) * r for r in rank.values())
-    operations += sum(2 * 3 * (D + F) * rank.get(e, 0) for _, e in pairs)
-    return numbers * itemsize, operations
-
-
 def fastest(run: Callable[[], object], repeats: int = 5) -> float:
     seconds = []
     for _ in range(repeats):
@@ -141,6 +128,10 @@ def runs_of(call: Callable[..., object], draws: list[tuple[Tensor, ...]]) -> Cal
     return lambda: call(*next(turn))
 
 
+def stock_names(tokens: int) -> list[str]:
+    return [name for name in STOCK if name != "batched_mm" or tokens * K * 3 * D * F * 2 <= 2 * 2**30]
+
+
 def stock_call(experts: OlmoeExperts, implementation: str) -> Callable[..., object]:
     def call(*given: Tensor) -> object:
         experts.config._experts_implementation = implementation
@@ -155,17 +146,17 @@ def compare(
     draws = [draw(tokens, odds, seed) for seed in range(DRAWS)]
     dropped = len(plan.survivors) < E
     own = [(x, renumbered(plan, index) if dropped else index, gate) for x, index, gate in draws]
-    names = [name for name in STOCK if name != "batched_mm" or tokens * K * 3 * D * F * 2 <= 2 * 2**30]
+    names = stock_names(tokens)
     runs = {name: runs_of(stock_call(experts, name), draws) for name in names}
     runs["container"] = runs_of(container, own)
     wall, cpu = measure(runs, rounds)
     bandwidth, rate = machine_limits(experts)
-    main = plan.routing.main if plan.routing else K
-    works = [work(container, index, main) for _, index, _ in own[: min(rounds, DRAWS)]]
-    floor = statistics.median(max(size / bandwidth, count / rate) for size, count in works)
+    works = [container_work(container, *given) for given in own[: min(rounds, DRAWS)]]
+    floor = statistics.median(max(2 * numbers / bandwidth, count / rate) for numbers, count, _ in works)
     median = {name: statistics.median(seconds) for name, seconds in wall.items()}
     median_cpu = {name: statistics.median(seconds) for name, seconds in cpu.items()}
     best = min(names, key=median.__getitem__)
+    main = plan.routing.main if plan.routing else K
     with torch.no_grad():
         way = products.choose(
             torch.device("cpu"), torch.bfloat16, tokens * main, container.num_experts, True, container._low_rank

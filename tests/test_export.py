@@ -179,7 +179,7 @@ def test_a_conversion_that_fails_leaves_nothing(pruned, tmp_path, monkeypatch, b
     failing.chmod(0o755)
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(failing))
     before = tree(tmp_path)
-    with pytest.raises(EngineError, match="could not be converted to GGUF: no such tensor$"):
+    with pytest.raises(EngineError, match=r"could not be converted to GGUF: no such tensor$"):
         write_gguf(pruned, tmp_path / "x.gguf", "f32")
     assert tree(tmp_path) == before
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(tmp_path / "nowhere"))

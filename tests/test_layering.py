@@ -17,7 +17,7 @@ SRC = Path(locum.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 PURE = {
     *("errors", "registry", "options", "shapes", "layout", "plan", "statistics", "criteria", "selection", "budget"),
-    *("routing", "products", "native"),
+    *("routing", "products", "triton_products", "native", "low_rank"),
     *("stand_ins", "definitions", "genetic", "allocation", "gate_rules"),
 }
 EDGE = {"cli", "report", "charts", "demo", "quality", "tasks", "pipeline", "vllm_plugin", "__main__"}
@@ -158,7 +158,7 @@ def test_public_functions_and_classes_are_documented():
 @files
 def test_every_module_imports_on_its_own(path):
     name = name_of(path)
-    if "vllm" in outside(imports(path, top_level_only=True)):
-        pytest.importorskip("vllm")
+    for package in {"vllm", "triton"} & outside(imports(path, top_level_only=True)):
+        pytest.importorskip(package)
     if name != "__main__":
         importlib.import_module("locum" if name == "__init__" else f"locum.{name.removesuffix('.__init__')}")

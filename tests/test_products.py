@@ -8,16 +8,19 @@ import shutil
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from locum import native, products
-from locum.container import StandInExperts
+from locum.container import StandInExperts, is_swiglu
+from locum.families import canonical_gate, find_layers
 from locum.layout import Layout
 from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.routing import Routing
 from locum.shapes import LayerShape
 from oracles import random_layer_plan
 from test_container import KINDS, assert_near, filled, relative_error, routing, shared_base_container, slow, swiglu
+from tiny_models import tiny_model
 
 E, D, F = 8, 16, 24
 ROUNDING = 4 * 2**-8  # test_container.test_bfloat16_stays_within_its_rounding
@@ -48,7 +51,10 @@ def routed_to(container, tokens, seed, dtype, distinct=True):
     return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)).to(dtype), index, gates
 
 
-@pytest.mark.parametrize("way", [*products.PRODUCTS, products.LOOP])
+ON_CPU = [way for way in products.PRODUCTS if not way.startswith("triton")]  # those: test_triton.py
+
+
+@pytest.mark.parametrize("way", [*ON_CPU, products.LOOP])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_equals_written_out_weights_in_bfloat16(way, kind, monkeypatch):
     forced(monkeypatch, way)
@@ -74,7 +80,7 @@ def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch
             assert_near(container(x, index, gates), slow(container, x, index, gates), 1e-5)
 
 
-@pytest.mark.parametrize("way", ["native", "gathered", "grouped"])
+@pytest.mark.parametrize("way", ["native", "gathered", "grouped", products.LOOP])
 @pytest.mark.parametrize("what", ["projections", "hidden", "static", "none", "norm"])
 def test_every_way_knows_routing_policies_and_norms_of_single_experts(way, what, monkeypatch):
     """Cluster by cluster is held against the oracle in test_routing."""
@@ -128,12 +134,13 @@ def check_products(way, rows, items, outputs, inputs, pairs, dtype=torch.bfloat1
         random(pairs, outputs + 9),
     )
     chosen, before = item >= 0, y.clone()
-    products.PRODUCTS[way].add(y[:, 3 : 3 + outputs], x, weight, item, token)
+    made = products.PRODUCTS[way]()
+    made.add(y[:, 3 : 3 + outputs], x, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen[:, None]
     assert torch.equal(y[:, :3], before[:, :3]) and torch.equal(y[:, 3 + outputs :], before[:, 3 + outputs :])
     assert_near(y[:, 3 : 3 + outputs].double(), before[:, 3 : 3 + outputs].double() + exact, relative)
     hidden, total = random(pairs, inputs), torch.zeros(rows, outputs)
-    products.PRODUCTS[way].scatter(total, hidden, weight, item, token)
+    made.scatter(total, hidden, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], hidden.double()) * chosen[:, None]
     assert_near(total.double(), torch.zeros(rows, outputs).double().index_add(0, token, exact), relative)
 
@@ -153,6 +160,49 @@ def test_gradients_of_all_pairs_at_once_are_those_of_the_clusters(way, kind, mon
             found.append(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
         for expected, actual in zip(*found, strict=True):
             assert_near(actual, expected, 1e-4)
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler or no avx512_bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 17), (300, 600), (0, 8)])
+def test_rows_are_spread_over_their_tokens(rows, width, dtype):
+    x = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :width]
+    token = torch.randint(4, (rows,), generator=torch.Generator().manual_seed(1))
+    total = torch.ones(4, width)
+    expected = total.clone().index_add_(0, token, x.float())
+    native.spread_(total, x, token)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler or no avx512_bf16")
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("width", [1, 16, 77])
+def test_swiglu_is_rounded_once(width, dtype, relative):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(50, 2 * width + 3, generator=generator) * torch.logspace(-3, 4, 50)[:, None]).to(dtype)[:, 3:]
+    scale = torch.rand(50, 1, generator=generator).to(dtype)
+    gate, up = x.double().chunk(2, dim=1)
+    exact = functional.silu(gate) * up * scale.double()
+    assert ((native.swiglu(x, scale).double() - exact).abs() <= relative * exact.abs() + 1e-28).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("olmoe", True), ("qwen3_moe", True), ("mixtral", True), ("deepseek_v3", True), ("gpt_oss", False)],
+)
+def test_a_familys_swiglu_is_known_by_its_numbers(name, known):
+    assert is_swiglu(canonical_gate(find_layers(tiny_model(name))[0].experts)) is known
+
+
+def test_what_is_nearly_swiglu_is_not_taken_for_it():
+    assert is_swiglu(swiglu)
+    for other in (
+        lambda pre: swiglu(pre.clamp(max=7)),
+        lambda pre: functional.gelu(pre.chunk(2, dim=-1)[0]) * pre.chunk(2, dim=-1)[1],
+        lambda pre: functional.silu(pre.chunk(2, dim=-1)[0]) * (pre.chunk(2, dim=-1)[1] + 1),
+        lambda pre: functional.silu(pre.chunk(2, dim=-1)[1]) * pre.chunk(2, dim=-1)[0],
+    ):
+        assert not is_swiglu(other)
 
 
 def mixed_plan():
@@ -177,7 +227,7 @@ def test_operations_are_those_of_the_ranks_and_of_distinct_bases(monkeypatch):
     ranks = sum(
         container.layout.ranks[container.layout.rank_of[e]] for e in index.flatten() if container.layout.rank_of[e] >= 0
     )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # with gradients: without them, some are made where none can count
         container(x, index, gates)
     assert dense < index.numel() - 20
     assert counter.get_total_flops() == 2 * (dense * 3 * D * F + ranks * 3 * (D + F))
@@ -242,6 +292,39 @@ def test_a_container_on_the_meta_device_has_its_table_on_the_cpu():
     with torch.device("meta"):
         container = StandInExperts(Layout.of(mixed_plan(), shape()), swiglu, torch.float32, "meta")
     assert container.table(torch.device("cpu"))[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("way", ["grouped", "gathered"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ways_for_devices_never_ask_what_was_routed(way, kind):
+    """Nothing has values on the meta device, so whatever reads one raises, as does what needs them for a shape."""
+    for seed, policy in enumerate((None, Routing(2, "projections"), Routing(2, "static"))):
+        container = container_of(kind, seed, torch.bfloat16, policy=policy)
+        given = [tensor.to("meta") for tensor in routed_to(container, 9, 0, torch.bfloat16)]
+        container = container.to("meta")
+        container.way = way
+        with torch.no_grad():
+            assert container(*given).shape == given[0].shape
+            container.way = products.LOOP
+            with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+                container(*given)
+
+
+@pytest.mark.parametrize("way", ["grouped", "gathered"])
+def test_ways_for_devices_compile_without_a_graph_break(way):
+    container = container_of("swiglu", 1, torch.bfloat16)
+    container.way = way
+    given = routed_to(container, 4, 1, torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(container, fullgraph=True, backend="eager")(*given), container(*given))
+
+
+def test_pairs_are_grouped_once_for_products_that_share_them():
+    made = []
+    remembered = products.Remembered(lambda *given: made.append(given) or len(made))
+    item, token = torch.tensor([0, 1]), torch.tensor([0, 0])
+    assert [remembered(item, token, 2, 1), remembered(item, token, 2, 1)] == [1, 1]
+    assert [remembered(item.clone(), token, 2, 1), remembered(item, token.clone(), 2, 1)] == [2, 3]
 
 
 def test_the_library_is_compiled_once_and_a_failure_is_said(monkeypatch, tmp_path, caplog):

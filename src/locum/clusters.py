@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from . import native
 from .layout import Layout
+from .low_rank import add_adapters, scatter_adapters
+from .products import Products
 from .routing import Routed, modulate
 
 if TYPE_CHECKING:
     from .container import StandInExperts
 
+NATIVE = Products(native.add_, native.scatter_)
 Members = list[tuple[int, slice]]  # experts of a cluster that were selected, and where their pairs are
 
 
@@ -101,10 +104,10 @@ def halves(inputs: tuple[Tensor, ...], weight_GD: Tensor, bias_G: Tensor | None 
 
 
 class Terms:
-    """The terms of a container's rows and experts."""
+    """The terms of a container's rows and experts. `way`: how adapters over a dense row are made, if all at once."""
 
-    def __init__(self, container: StandInExperts) -> None:
-        self.container, self.layout = container, container.layout
+    def __init__(self, container: StandInExperts, way: Products | None) -> None:
+        self.container, self.layout, self.way = container, container.layout, way
         stacks = {"dense": container.dense, "shared": container.shared, "old": container.old}
         stacks |= {"biases": container.biases, **dict(enumerate(container.adapters))}
         # One unbind, not an index per row: its gradient is one stack, where each index would cost a whole one of zeros.
@@ -135,14 +138,23 @@ class Terms:
         own = len(self.rows["dense"]["down_NDF"]) if "dense" in self.rows else 0
         return self._full("dense", row) if row < own else self._full("shared", row - own)
 
-    def own(self, e: int) -> list[Full | LowRank]:
+    def adapters(self, members: Members) -> list[tuple[nn.Module, Tensor]]:
+        """The stacks that members have adapters in, and for every pair its row there or -1."""
+        counts = torch.tensor([part.stop - part.start for _, part in members])
+        found = []
+        for index in sorted({self.layout.rank_of[e] for e, _ in members} - {-1}):
+            rows = [self.layout.adapter_of[e] if self.layout.rank_of[e] == index else -1 for e, _ in members]
+            found.append((self.container.adapters[index], torch.tensor(rows).repeat_interleave(counts)))
+        return found
+
+    def own(self, e: int, adapters: bool = True) -> list[Full | LowRank]:
         """What an expert has beside the dense row of its cluster, its constant left out."""
         terms: list[Full | LowRank] = []
         if (row := self.container.old_of[e]) >= 0:
             terms.append(self._full("old", row, self.container.beta))
         if (row := self.layout.bias_of[e]) >= 0:
             terms.append(self._full("biases", row, self.fade(e)))
-        if (index := self.layout.rank_of[e]) >= 0:
+        if adapters and (index := self.layout.rank_of[e]) >= 0:
             row = self.layout.adapter_of[e]
             found = {name: rows[row] for name, rows in self.rows[index].items()}
             terms.append(LowRank(**{"gate_B_FR": None, **found}))
@@ -155,12 +167,14 @@ class Terms:
 
 def forward(container: StandInExperts, routed: Routed) -> Tensor:
     """The sum over each token's experts of gate times output [T, D], in float32 at least."""
-    x_TD, terms = routed.inputs[0], Terms(container)
+    x_TD = routed.inputs[0]
+    same = all(stack.dtype == x_TD.dtype for stack in container.adapters)
+    terms = Terms(container, NATIVE if same and native.serves(x_TD) else None)
     if not len(x_TD):
         return x_TD.clone()  # a sum of nothing that gradients can still be asked of
-    place_P = container.table(x_TD.device)[0, routed.index_TM.reshape(-1)]
+    place_P = container.table(x_TD.device)[0].index_select(0, routed.index_TM.reshape(-1))
     place_P, order_P = torch.sort(place_P, stable=True)
-    token_P, gate_P1 = order_P // routed.index_TM.shape[1], routed.weight_TM.reshape(-1)[order_P, None]
+    token_P, gate_P1 = order_P // routed.index_TM.shape[1], routed.weight_TM.reshape(-1, 1).index_select(0, order_P)
     counts = iter(torch.bincount(place_P, minlength=container.num_experts).tolist())
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
@@ -170,64 +184,75 @@ def forward(container: StandInExperts, routed: Routed) -> Tensor:
         members = [(e, slice(a, b)) for e, (a, b) in zip(experts, itertools.pairwise(ends), strict=True) if a < b]
         here = slice(start, start := start + ends[-1])
         if members:
-            for token, out in _outputs(terms, row, members, routed, token_P[here], gate_P1[here]):
-                total_TD.index_add_(0, token, out.to(wide))
+            _add_outputs(total_TD, terms, row, members, routed, token_P[here], gate_P1[here])
     return total_TD
 
 
-def _outputs(
-    terms: Terms, row: int, members: Members, routed: Routed, token_S: Tensor, gate_S1: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens of one cluster, and what each of them gets."""
+def _add_outputs(
+    total_TD: Tensor, terms: Terms, row: int, members: Members, routed: Routed, token_S: Tensor, gate_S1: Tensor
+) -> None:
+    """What each token gets of one cluster."""
     norm = terms.container.post_expert_norm
     if norm is None:
-        yield from _products(terms, row, members, routed, token_S, gate_S1)
+        _add_products(total_TD, terms, row, members, routed, token_S, gate_S1)
     else:  # outputs are normed one by one, so nothing can be summed before
-        each, x_SD = torch.arange(len(token_S), device=token_S.device), routed.inputs[0][token_S]
-        out_SD = torch.zeros_like(x_SD, dtype=torch.promote_types(x_SD.dtype, torch.float32))
-        for pair, out in _products(terms, row, members, routed.of(token_S), each, torch.ones_like(gate_S1)):
-            out_SD.index_add_(0, pair, out.to(out_SD.dtype))
-        yield token_S, norm(out_SD.to(x_SD.dtype)) * gate_S1
+        each_S = torch.arange(len(token_S), device=token_S.device)
+        out_SD = total_TD.new_zeros(len(token_S), total_TD.shape[1])
+        _add_products(out_SD, terms, row, members, routed.of(token_S), each_S, torch.ones_like(gate_S1))
+        _add(total_TD, terms, token_S, norm(out_SD.to(routed.inputs[0].dtype)) * gate_S1)
     for e, part in members:
         if (constant_D := terms.constant(e)) is not None:
-            yield token_S[part], gate_S1[part] * constant_D
+            _add(total_TD, terms, token_S[part], gate_S1[part] * constant_D)
 
 
-def _products(
-    terms: Terms, row: int, members: Members, routed: Routed, token_S: Tensor, gate_S1: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _add(total_TD: Tensor, terms: Terms, token_S: Tensor, out_SD: Tensor) -> None:
+    if terms.way is NATIVE and out_SD.dtype in native.FORMATS:
+        native.spread_(total_TD, out_SD, token_S)
+    else:
+        total_TD.index_add_(0, token_S, out_SD.to(total_TD.dtype))
+
+
+def _add_products(
+    total_TD: Tensor, terms: Terms, row: int, members: Members, routed: Routed, token_S: Tensor, gate_S1: Tensor
+) -> None:
     """The products of one cluster: with its dense row once per token, with what its members have of their own per pair."""
-    base, own = terms.base(row), {e: terms.own(e) for e, _ in members}
+    base, each_S = terms.base(row), torch.arange(len(token_S), device=token_S.device)
+    adapters = terms.adapters(members) if base is not None and terms.way is not None else []
+    own = {e: terms.own(e, adapters=not adapters) for e, _ in members}
     if base is None and not any(own.values()):
         return
-    inputs = tuple(x_TD[token_S] for x_TD in routed.inputs)
     pre_SG: Tensor | None = None
     if base is not None:
         token_U, unit_S, fade_S1 = token_S, None, terms.fades(members, gate_S1)
         if len(members) > 1:
             token_U, unit_S = torch.unique(token_S, return_inverse=True)
-        pre_UG = base.first(inputs if unit_S is None else tuple(x_TD[token_U] for x_TD in routed.inputs))
-        pre_SG = faded(pre_UG if unit_S is None else pre_UG[unit_S], fade_S1)
+        pre_UG = base.first(tuple(x_TD.index_select(0, token_U) for x_TD in routed.inputs))
+        pre_SG = faded(pre_UG if unit_S is None else pre_UG.index_select(0, unit_S), fade_S1)
+    for stack, row_S in adapters:
+        add_adapters(terms.way, pre_SG, routed.inputs, token_S, stack, row_S, each_S)
     if any(own.values()):
+        inputs = tuple(x_TD.index_select(0, token_S) for x_TD in routed.inputs)
         rows = []
         for e, part in members:
             whole = [] if pre_SG is None else [pre_SG[part]]
             more = [term.first(tuple(x_SD[part] for x_SD in inputs)) for term in own[e]]
             rows.append(functools.reduce(torch.add, whole + more))
         pre_SG = torch.cat(rows) if len(rows) > 1 else rows[0]
-    hidden_SF = terms.container.apply_gate(pre_SG) * gate_S1.to(pre_SG.dtype)
+    hidden_SF = terms.container.hidden(pre_SG, gate_S1, terms.way is NATIVE)
     if routed.down_TF is not None:
         hidden_SF = modulate(hidden_SF, routed.down_TF[token_S])
+    for stack, row_S in adapters:
+        scatter_adapters(terms.way, total_TD, hidden_SF, token_S, stack, row_S, each_S)
     for e, part in members:
         for term in own[e]:
-            yield token_S[part], term.second(hidden_SF[part], gate_S1[part])
+            _add(total_TD, terms, token_S[part], term.second(hidden_SF[part], gate_S1[part]))
     if base is not None:
         hidden_SF, gate_S1 = faded(hidden_SF, fade_S1), faded(gate_S1, fade_S1)
         if unit_S is not None:
             hidden_SF, gate_S1 = (
                 x.new_zeros(len(token_U), x.shape[1]).index_add_(0, unit_S, x) for x in (hidden_SF, gate_S1)
             )
-        yield token_U, base.second(hidden_SF, gate_S1)
+        _add(total_TD, terms, token_U, base.second(hidden_SF, gate_S1))
 
 
 def faded(x: Tensor, fade_S1: Tensor | None) -> Tensor:

@@ -24,9 +24,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from . import clusters, products
+from . import clusters, native, products
 from .layout import Layout
+from .low_rank import add_adapters, add_first, scatter_adapters
 from .routing import Routed, modulate, route
 
 
@@ -51,12 +53,21 @@ class Stack(nn.Module):
         return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
 
 
+def is_swiglu(apply_gate: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a gate is silu(gate) * up: tried on numbers of every size, since some families clamp or shift them."""
+    generator = torch.Generator().manual_seed(0)
+    probe_PG = torch.randn(64, 64, generator=generator) * torch.logspace(-3, 4, 64)[:, None]
+    gate_PF, up_PF = probe_PG.chunk(2, dim=1)
+    return torch.allclose(apply_gate(probe_PG), functional.silu(gate_PF) * up_PF, rtol=1e-5, atol=0)
+
+
 class StandInExperts(nn.Module):
     """The container of one layer.
 
     `apply_gate` maps the first product [P, G], gate columns first, to hidden states [P, F]; it is the family's own.
     Only while recovery trains it, `shared` holds the last dense rows (the bases), so that they can be trained while the
     experts' own rows are frozen; and `old` (with `old_of`, a row per expert or -1) and `beta` fade out the old weights.
+    `way` takes the place of what `products.choose` says, for measurements.
     """
 
     def __init__(
@@ -84,12 +95,14 @@ class StandInExperts(nn.Module):
         self.old: Stack | None = None
         self.old_of: tuple[int, ...] = (-1,) * layout.num_experts
         self.beta = 0.0
+        self.way: str | None = None
         self.clusters = clusters.clusters_of(layout)
         # No buffer: from_pretrained overwrites those that are in no file.
         self._table_XE = torch.tensor(self._places(), device="cpu")
         self._low_rank = (
             2 * sum(r >= 0 > d for d, r in zip(layout.dense_of, layout.rank_of, strict=True)) > self.num_experts
         )
+        self._is_swiglu: bool | None = None  # not known yet
         self._aligned = all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def extra_repr(self) -> str:
@@ -102,15 +115,25 @@ class StandInExperts(nn.Module):
         way = products.LOOP
         if self.shared is None and self.old is None and all(stack.dtype == x_TD.dtype for stack in self._stacks()):
             pairs = routed.index_TM.numel()
-            way = products.choose(x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank)
+            way = self.way or products.choose(
+                x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank
+            )
         if way == products.LOOP:
             return clusters.forward(self, routed).to(x_TD.dtype)
-        return self._at_once(routed, products.PRODUCTS[way]).to(x_TD.dtype)
+        return self._at_once(routed, products.PRODUCTS[way]()).to(x_TD.dtype)
 
     def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed:
         if self.layout.routing is None:
             return Routed(index_TK, weight_TK, (x_TD,))
         return route(self.layout.routing, self.offsets_NV, x_TD, index_TK, weight_TK, self.layout.has_gate)
+
+    def hidden(self, pre_PG: Tensor, gate_P1: Tensor, compiled: bool) -> Tensor:
+        """Hidden states [P, F] of first products, gates multiplied in; by the compiled products, if they know how."""
+        if compiled and self._is_swiglu is None:
+            self._is_swiglu = self.layout.has_gate and is_swiglu(self.apply_gate)
+        if compiled and self._is_swiglu:
+            return native.swiglu(pre_PG, gate_P1)
+        return self.apply_gate(pre_PG) * gate_P1.to(pre_PG.dtype)
 
     def _places(self) -> list[tuple[int, ...]]:
         """Per expert: its place in the order of the clusters, its dense row, constant and bias, its row in each adapter."""
@@ -170,38 +193,16 @@ class StandInExperts(nn.Module):
         if self.dense is not None:
             add_first(way, pre_PG, routed.inputs, token_P, self.dense.gate_up_NGD, dense_P)
         for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
-            low = pre_PG.new_zeros(len(token_P), stack.gate_up_A.shape[1])
-            add_first(way, low, routed.inputs, token_P, stack.gate_up_A, row_P)
-            way.add(pre_PG[:, -f:], low[:, -stack.up_B_FR.shape[2] :], stack.up_B_FR, row_P, each_P)
-            if self.layout.has_gate:
-                way.add(pre_PG[:, :f], low[:, : stack.gate_B_FR.shape[2]], stack.gate_B_FR, row_P, each_P)
+            add_adapters(way, pre_PG, routed.inputs, token_P, stack, row_P, each_P)
         for stack, row_P in biased:
             pre_PG += products.pick(stack.gate_up_bias_NG, row_P)
-        hidden_PF = self.apply_gate(pre_PG) * gate_P1.to(pre_PG.dtype)
+        hidden_PF = self.hidden(pre_PG, gate_P1, way.add is native.add_)
         if routed.down_TF is not None:
             hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
         if self.dense is not None:
             way.scatter(total_TD, hidden_PF, self.dense.down_NDF, dense_P, token_P)
         for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
-            low_PR = hidden_PF.new_zeros(len(token_P), stack.down_A_RF.shape[1])
-            way.add(low_PR, hidden_PF, stack.down_A_RF, row_P, each_P)
-            way.scatter(total_TD, low_PR, stack.down_B_DR, row_P, token_P)
+            scatter_adapters(way, total_TD, hidden_PF, token_P, stack, row_P, each_P)
         for stack, row_P in biased:
             bias_PD = products.pick(stack.down_bias_ND, row_P).to(total_TD.dtype) * gate_P1.to(total_TD.dtype)
             total_TD.index_add_(0, token_P, bias_PD)
-
-
-def add_first(
-    way: products.Products,
-    y_PG: Tensor,
-    inputs: tuple[Tensor, ...],
-    token_P: Tensor,
-    weight_NGD: Tensor,
-    row_P: Tensor,
-) -> None:
-    """The first product: of the one input, or of gate's half of each weight with the first input and up's with the
-    second."""
-    width = y_PG.shape[1] // len(inputs)
-    for i, x_TD in enumerate(inputs):
-        half = slice(i * width, (i + 1) * width)
-        way.add(y_PG[:, half], x_TD, weight_NGD[:, half], row_P, token_P)

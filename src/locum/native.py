@@ -31,7 +31,10 @@ FLAGS = (
     *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
 )
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
-ARGUMENTS = (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, LONG, ctypes.c_int)
+PRODUCT = (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, LONG, ctypes.c_int)
+SPREAD = (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int)
+SWIGLU = (POINTER, LONG, POINTER, POINTER, LONG, LONG, ctypes.c_int)
+FUNCTIONS = {"add": PRODUCT, "scatter": PRODUCT, "spread": SPREAD, "swiglu": SWIGLU}
 FORMATS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,25 @@ def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P
 def scatter_(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
     """y[token[p]] += weight[item[p]] x[p], y in float32; the x of one item and token are added up before."""
     _call("scatter", y_TO, x_PI, weight_NOI, item_P, token_P)
+
+
+def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
+    """y[token[p]] += x[p], y in float32."""
+    x_PO = x_PO if x_PO.stride(1) == 1 else x_PO.contiguous()
+    getattr(library(), f"locum_spread_{FORMATS[x_PO.dtype]}")(
+        *(x_PO.data_ptr(), x_PO.stride(0), token_P.data_ptr(), y_TO.data_ptr(), y_TO.stride(0)),
+        *(*x_PO.shape, torch.get_num_threads()),
+    )
+
+
+def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
+    """scale[p] silu(x[p, :F]) x[p, F:], rounded once; [P, F]."""
+    x_PG = x_PG if x_PG.stride(1) == 1 else x_PG.contiguous()
+    y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float()
+    getattr(library(), f"locum_swiglu_{FORMATS[x_PG.dtype]}")(
+        *(x_PG.data_ptr(), x_PG.stride(0), scale_P.data_ptr(), y_PF.data_ptr(), *y_PF.shape, torch.get_num_threads())
+    )
+    return y_PF
 
 
 def _call(name: str, y: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
@@ -68,6 +90,12 @@ add_op = torch.library.custom_op("locum::add", add_, mutates_args=("y_PO",))
 scatter_op = torch.library.custom_op("locum::scatter", scatter_, mutates_args=("y_TO",))
 
 
+def serves(x_XI: Tensor) -> bool:
+    """Whether these products can be had for such rows: they have no gradient, and do not change number formats."""
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return plain and x_XI.device.type == "cpu" and x_XI.dtype in FORMATS and available()
+
+
 @torch.compiler.assume_constant_result
 def available() -> bool:
     return library() is not None
@@ -89,9 +117,9 @@ def library() -> ctypes.CDLL | None:
 
 def load(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
-    for name, number in itertools.product(("add", "scatter"), FORMATS.values()):
+    for (name, arguments), number in itertools.product(FUNCTIONS.items(), FORMATS.values()):
         function = getattr(found, f"locum_{name}_{number}")
-        function.argtypes, function.restype = ARGUMENTS, None
+        function.argtypes, function.restype = arguments, None
     return found
 
 

@@ -2,6 +2,8 @@
 //
 //   locum_add      y[p]        += W[item[p]] x[token[p]]      all of one format
 //   locum_scatter  y[token[p]] += W[item[p]] x[p]             y in float32, in a fixed order
+//   locum_spread   y[token[p]] += x[p]                        likewise
+//   locum_swiglu   y[p] = scale[p] silu(x[p, :F]) x[p, F:]
 //
 // Pairs p of one item and one token are one unit: its product is computed once; locum_scatter adds up the x of the unit
 // first. Pairs with item -1 are left out. Formats: bfloat16 and float32, sums in float32. Needs avx512_bf16.
@@ -20,6 +22,7 @@ using bf16 = uint16_t;
 
 constexpr long ROWS = 4;     // of W in one tile: 4 x 6 sums, with their operands, fill the 32 registers
 constexpr long UNITS = 6;    // of x in one tile
+constexpr long THIN = 8;     // units of an item from which a matrix of few inputs is worth turning round
 constexpr long BLOCK = 128;  // rows of W that one thread takes at a time, at most; they stay in its second cache
 namespace {
 
@@ -54,6 +57,7 @@ struct BFloat16 {
   using Number = bf16;
   using Register = __m512bh;
   static constexpr long STEP = 32;  // numbers in one register
+  static constexpr long LANE = 2;   // numbers in one of its 16 lanes
   static Register load(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
   static Register load(uint32_t mask, const bf16* x) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, x); }
   static __m512 plus(__m512 sum, Register a, Register b) { return _mm512_dpbf16_ps(sum, a, b); }
@@ -69,6 +73,7 @@ struct Float32 {
   using Number = float;
   using Register = __m512;
   static constexpr long STEP = 16;
+  static constexpr long LANE = 1;
   static Register load(const float* x) { return _mm512_loadu_ps(x); }
   static Register load(uint32_t mask, const float* x) { return _mm512_maskz_loadu_ps(mask, x); }
   static __m512 plus(__m512 sum, Register a, Register b) { return _mm512_fmadd_ps(a, b, sum); }
@@ -179,11 +184,56 @@ void pack(const Number* row, long I, long width, long M, long m, Number* x) {
   }
 }
 
+// Adds 16 outputs of a unit, or fewer with a mask, to the rows of y that they are for, from column o on.
+template <class Format, bool SCATTER>
+inline void store(const Units& g, long unit, const int64_t* token, void* y, long y_stride, long o, __mmask16 mask, __m512 x) {
+  for (long k = g.first[unit]; k < g.first[unit + 1]; k++) {
+    if (SCATTER) {
+      float* to = (float*)y + token[g.pair[k]] * y_stride + o;
+      _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
+      return;  // the unit's pairs were summed before
+    }
+    typename Format::Number* to = (typename Format::Number*)y + g.pair[k] * y_stride + o;
+    Format::narrow(mask, to, _mm512_add_ps(Format::widen(mask, to), x));
+  }
+}
+
+// 16 rows of W at a time, turned round so that a lane is a row: of inputs that fit one register, LANES of it, a product
+// needs no sum over lanes. x holds a register for every unit, from `first` on.
+template <class Format, bool SCATTER, long LANES, class Number>
+void thin(const Number* w, long rows, long I, const Number* x, const Units& g, long first, long M, const int64_t* token,
+          void* y, long y_stride, long o) {
+  using Register = typename Format::Register;
+  const __m512i row = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                         _mm512_set1_epi32(I / Format::LANE));
+  for (long r = 0; r < rows; r += 16) {
+    const __mmask16 mask = rest(rows - r);
+    __m512i lane[LANES];
+#pragma GCC unroll 16
+    for (long k = 0; k < LANES; k++)
+      lane[k] = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), k < I / Format::LANE ? mask : (__mmask16)0, row,
+                                            (const int*)(w + r * I) + k, 4);
+    for (long m = 0; m < M; m++) {
+      const Number* unit = x + m * Format::STEP;
+      __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 16
+      for (long k = 0; k < LANES; k++) {
+        int numbers;
+        std::memcpy(&numbers, unit + k * Format::LANE, sizeof numbers);
+        sum = Format::plus(sum, (Register)lane[k], (Register)_mm512_set1_epi32(numbers));
+      }
+      store<Format, SCATTER>(g, first + m, token, y, y_stride, o + r, mask, sum);
+    }
+  }
+}
+
 template <class Format, bool SCATTER, class Number = typename Format::Number>
 void products(const Number* x, long x_stride, const Number* w, long w_stride, const int64_t* item, const int64_t* token,
               void* y, long y_stride, long P, long N, long O, long I, int threads) {
   constexpr long STEP = Format::STEP;
   const Units g = group(item, token, P, N);
+  const long lanes = I / Format::LANE;
+  const bool is_thin = I % Format::LANE == 0 && I <= STEP;
   const long U = g.first.size() - 1, width = (I + STEP - 1) / STEP * STEP;
   if (U == 0) return;
   long most = 0;
@@ -218,25 +268,63 @@ void products(const Number* x, long x_stride, const Number* w, long w_stride, co
       for (long n = 0; n < N; n++) {
         const long first = g.begin[n], M = g.begin[n + 1] - first;
         if (M == 0) continue;
-        block<Format>(w + n * w_stride + o * I, rows, I, width, packed.data() + first * width, M, out.data());
-        for (long m = 0; m < M; m++) {
-          const float* from = out.data() + m * BLOCK;
-          for (long k = g.first[first + m]; k < g.first[first + m + 1]; k++) {
-            if (SCATTER) {
-              float* to = (float*)y + token[g.pair[k]] * y_stride + o;
-              for (long r = 0; r < rows; r++) to[r] += from[r];
-              break;  // the unit's pairs were summed before
-            }
-            Number* to = (Number*)y + g.pair[k] * y_stride + o;
-            for (long r = 0; r < rows; r += 16) {
-              const __mmask16 mask = rest(rows - r);
-              Format::narrow(mask, to + r, _mm512_add_ps(Format::widen(mask, to + r), _mm512_maskz_loadu_ps(mask, from + r)));
-            }
-          }
+        if (is_thin && M >= THIN) {
+          const auto turned = lanes <= 4 ? thin<Format, SCATTER, 4, Number>
+                            : lanes <= 8 ? thin<Format, SCATTER, 8, Number> : thin<Format, SCATTER, 16, Number>;
+          turned(w + n * w_stride + o * I, rows, I, packed.data() + first * width, g, first, M, token, y, y_stride, o);
+          continue;
         }
+        block<Format>(w + n * w_stride + o * I, rows, I, width, packed.data() + first * width, M, out.data());
+        for (long m = 0; m < M; m++)
+          for (long r = 0; r < rows; r += 16) {
+            const __mmask16 mask = rest(rows - r);
+            const __m512 sum = _mm512_maskz_loadu_ps(mask, out.data() + m * BLOCK + r);
+            store<Format, SCATTER>(g, first + m, token, y, y_stride, o + r, mask, sum);
+          }
       }
     }
   }
+}
+
+template <class Format, class Number = typename Format::Number>
+void spread(const Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, long O, int threads) {
+  const long share = (O / threads + 15) / 16 * 16;  // a thread has some columns of all rows
+#pragma omp parallel for num_threads(threads) schedule(static) if (P * O > (1 << 16))
+  for (long o = 0; o < O; o += share)
+    for (long p = 0; p < P; p++)
+      for (long r = o; r < std::min(o + share, O); r += 16) {
+        if (p + 1 < P) _mm_prefetch((const char*)(y + token[p + 1] * y_stride + r), _MM_HINT_T0);
+        const __mmask16 mask = rest(std::min(o + share, O) - r);
+        float* to = y + token[p] * y_stride + r;
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), Format::widen(mask, x + p * x_stride + r));
+        _mm512_mask_storeu_ps(to, mask, sum);
+      }
+}
+
+// e^x, with an error of two units in the last place; x is kept within what float32 holds.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(88.f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
+  __m512 sum = _mm512_set1_ps(1.f / 5040);
+  for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(sum, n);
+}
+
+template <class Format, class Number = typename Format::Number>
+void swiglu(const Number* x, long x_stride, const float* scale, Number* y, long P, long F, int threads) {
+  const __m512 one = _mm512_set1_ps(1.f);
+#pragma omp parallel for num_threads(threads) schedule(static) if (P * F > (1 << 15))
+  for (long p = 0; p < P; p++)
+    for (long f = 0; f < F; f += 16) {
+      const __mmask16 mask = rest(F - f);
+      const __m512 gate = Format::widen(mask, x + p * x_stride + f), up = Format::widen(mask, x + p * x_stride + F + f);
+      const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+      const __m512 hidden = _mm512_mul_ps(_mm512_div_ps(gate, below), _mm512_mul_ps(up, _mm512_set1_ps(scale[p])));
+      Format::narrow(mask, y + p * F + f, hidden);
+    }
 }
 
 }  // namespace
@@ -252,3 +340,21 @@ ENTRY(locum_add_bfloat16, BFloat16, false)
 ENTRY(locum_add_float32, Float32, false)
 ENTRY(locum_scatter_bfloat16, BFloat16, true)
 ENTRY(locum_scatter_float32, Float32, true)
+
+#define SPREAD(NAME, FORMAT)                                                                                         \
+  extern "C" void NAME(const FORMAT::Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, \
+                       long O, int threads) {                                                                        \
+    spread<FORMAT>(x, x_stride, token, y, y_stride, P, O, threads);                                                  \
+  }
+
+SPREAD(locum_spread_bfloat16, BFloat16)
+SPREAD(locum_spread_float32, Float32)
+
+#define SWIGLU(NAME, FORMAT)                                                                                         \
+  extern "C" void NAME(const FORMAT::Number* x, long x_stride, const float* scale, FORMAT::Number* y, long P, long F, \
+                       int threads) {                                                                                \
+    swiglu<FORMAT>(x, x_stride, scale, y, P, F, threads);                                                            \
+  }
+
+SWIGLU(locum_swiglu_bfloat16, BFloat16)
+SWIGLU(locum_swiglu_float32, Float32)

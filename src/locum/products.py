@@ -5,16 +5,19 @@
 
 Pairs p of one item and one token are one unit: its product is made once, and `scatter` adds up the unit's x first.
 Pairs with item -1 are left out. Nothing here asks the device what was routed, so shapes are known beforehand: a graph
-can be captured, and torch.compile sees no break. `choose` says which way serves; LOOP stands for none of these: the
-container then goes through its clusters one by one (clusters.py), with shapes that depend on what was routed.
+can be captured, and torch.compile sees no break. Tokens ascend. `choose` says which way serves; LOOP stands for none of
+these: the container then goes through its clusters one by one (clusters.py), with shapes that depend on what was routed.
 
 Letters: P pairs, X rows of x, U units, T tokens, N items, O outputs and I inputs of an item.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +38,9 @@ LOW_RANK_ROWS = 384
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
 GATHERED_PAIRS = 64
 LOOP = "loop"
+# The first way that serves and has room for the pairs is taken. Not measured yet: `make gpu` is where "triton" would be.
+CUDA_WAYS = (("grouped", math.inf), ("gathered", GATHERED_PAIRS))
+TRITON_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Products(NamedTuple):
@@ -53,11 +59,23 @@ def choose(
     if device.type == "cpu" and dtype in native.FORMATS and not torch.is_grad_enabled():
         if pairs <= (LOW_RANK_ROWS if low_rank else NATIVE_ROWS) * experts and native.available():
             return "native op" if torch.compiler.is_compiling() else "native"
-    elif device.type == "cuda" and dtype == torch.bfloat16 and aligned:
-        return "grouped"
-    if pairs <= GATHERED_PAIRS and (torch.compiler.is_compiling() or device.type == "cuda"):
+    elif device.type == "cuda":
+        way = next((way for way, most in CUDA_WAYS if pairs <= most and _serves(way, dtype, aligned)), LOOP)
+        return "triton op" if way == "triton" and torch.compiler.is_compiling() else way
+    if pairs <= GATHERED_PAIRS and torch.compiler.is_compiling():
         return "gathered"
     return LOOP
+
+
+def _serves(way: str, dtype: torch.dtype, aligned: bool) -> bool:
+    if way == "triton":  # no gradients; and it comes with CUDA builds of torch only
+        return dtype in TRITON_FORMATS and not torch.is_grad_enabled() and triton_is_there()
+    return way != "grouped" or (dtype == torch.bfloat16 and aligned)
+
+
+@torch.compiler.assume_constant_result
+def triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def pick(values_NX: Tensor, row_P: Tensor) -> Tensor:
@@ -105,23 +123,56 @@ class Units(NamedTuple):
         return torch.where(is_one_U1, product_UO, 0)
 
 
-def grouped_add(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    units = Units.of(item_P, token_P, len(weight_NOI), len(x_XI))
+class Remembered:
+    """How pairs are grouped, made once for the products of one forward call that share their very items and tokens."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor, int, int], Any]) -> None:
+        self._make, self._known = make, []
+
+    def __call__(self, item_P: Tensor, token_P: Tensor, num_items: int, num_tokens: int) -> Any:
+        for item, token, items, found in self._known:
+            if item is item_P and token is token_P and items == num_items:
+                return found
+        found = self._make(item_P, token_P, num_items, num_tokens)
+        self._known.append((item_P, token_P, num_items, found))
+        return found
+
+
+def grouped_add(
+    units_of: Remembered, y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor
+) -> None:
+    units = units_of(item_P, token_P, len(weight_NOI), len(x_XI))
     product_UO = units.times(weight_NOI, x_XI[units.token_U])
     y_PO.index_add_(0, units.order_P, product_UO[units.unit_P])
 
 
-def grouped_scatter(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    units = Units.of(item_P, token_P, len(weight_NOI), len(y_TO))
+def grouped_scatter(
+    units_of: Remembered, y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor
+) -> None:
+    units = units_of(item_P, token_P, len(weight_NOI), len(y_TO))
     x_UI = torch.zeros_like(x_PI).index_add_(0, units.unit_P, x_PI[units.order_P])
     y_TO.index_add_(0, units.token_U, units.times(weight_NOI, x_UI).to(y_TO.dtype))
 
 
-PRODUCTS = {
-    "native": Products(native.add_, native.scatter_),
-    "native op": Products(native.add_op, native.scatter_op),
-    "grouped": Products(grouped_add, grouped_scatter),
-    "gathered": Products(gathered_add, gathered_scatter),
+def grouped() -> Products:
+    units_of = Remembered(Units.of)
+    return Products(functools.partial(grouped_add, units_of), functools.partial(grouped_scatter, units_of))
+
+
+def by_triton(way: str) -> Products:
+    from . import triton_products
+
+    return triton_products.PRODUCTS[way]()
+
+
+# Of each way, what makes its products for one forward call.
+PRODUCTS: dict[str, Callable[[], Products]] = {
+    "native": lambda: Products(native.add_, native.scatter_),
+    "native op": lambda: Products(native.add_op, native.scatter_op),
+    "grouped": grouped,
+    "gathered": lambda: Products(gathered_add, gathered_scatter),
+    "triton": lambda: by_triton("triton"),
+    "triton op": lambda: by_triton("triton op"),
 }
 
 

@@ -1,0 +1,83 @@
+"""The Triton kernels in Triton's interpreter, and compiled for a GPU that need not be there; without Triton, neither."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from locum import products
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: it comes with CUDA builds of torch only",
+)
+
+
+def run(*arguments, interpret):
+    """Triton reads the variable when it is first imported, and what pytest collects may have imported it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = [str(HERE), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(found)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    made = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return made.stdout
+
+
+@needs_triton
+def test_the_kernels_in_the_interpreter():
+    """On a CUDA device where there is one."""
+    cases = HERE / "triton_cases.py"
+    said = run("-m", "pytest", "-x", "-p", "no:cacheprovider", cases, interpret=not torch.cuda.is_available())
+    assert " passed" in said and "skipped" not in said
+
+
+@needs_triton
+def test_the_kernels_compile_for_hopper():
+    """Nothing spills, three programs of decoding fit a multiprocessor beside each other, prefill uses its tensor cores."""
+    found = [json.loads(line) for line in run(HERE / "triton_launches.py", interpret=False).splitlines()]
+    assert {made["kernel"] for made in found} == {"_few", "_many", "_sort", "_find_units", "_sum_units", "_sum_tokens"}
+    for made in found:
+        assert made["stack"] == 0
+        assert made["shared"] <= (75_000 if made["kernel"] == "_few" else 227_000)
+        assert made["kernel"] != "_few" or made["mma"]
+        assert made["kernel"] != "_many" or made["wgmma"]
+
+
+def test_nothing_of_locum_needs_triton():
+    said = run(
+        "-c",
+        "import sys; sys.modules['triton'] = None; import locum.container, locum.products; print('fine')",
+        interpret=False,
+    )
+    assert said.strip() == "fine"
+
+
+def test_one_edit_of_the_table_makes_triton_serve(monkeypatch):
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(products, "CUDA_WAYS", (("triton", 512), *products.CUDA_WAYS))
+    monkeypatch.setattr(products, "triton_is_there", lambda: True)
+    with torch.no_grad():
+        assert products.choose(cuda, bf16, 512, 64, True) == "triton"
+        assert products.choose(cuda, torch.float16, 512, 64, False) == "triton"
+        assert products.choose(cuda, bf16, 513, 64, True) == "grouped"
+        assert products.choose(cuda, torch.float64, 65, 64, True) == products.LOOP
+        monkeypatch.setattr(products, "triton_is_there", lambda: False)
+        assert products.choose(cuda, bf16, 512, 64, True) == "grouped"
+    monkeypatch.setattr(products, "triton_is_there", lambda: True)
+    assert products.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
+
+
+def test_the_table_has_ways_that_are_there():
+    assert all(way in products.PRODUCTS and most > 0 for way, most in products.CUDA_WAYS)
+    assert products.CUDA_WAYS[-1] == ("gathered", products.GATHERED_PAIRS)
+    assert products.triton_is_there() == (importlib.util.find_spec("triton") is not None)
+    assert math.isinf(dict(products.CUDA_WAYS)["grouped"])
