@@ -417,7 +417,8 @@ def test_the_recovery_benchmark_runs_each_job_once(sources, tmp_path, monkeypatc
             with pytest.raises(SystemExit, match="run select first"):
                 bench.job("REAP + LoRA", 0.5, seeds)
         bench.select("REAP + LoRA")
-        bench.job("REAP + LoRA", 0.5, seeds)
+        for seed in seeds:
+            bench.job("REAP + LoRA", 0.5, [seed])
     assert ran.count("recover") == 4 and ran.count("calibrate") == 1 and ran.count("eval") == 4
     rows = smolmoe_recovery.rows_of(results)
     losses = {row["learning_rate"]: row["validation_loss"]["after"] for row in rows if "validation_loss" in row}
