@@ -164,6 +164,9 @@ def main() -> int:
     parser.add_argument("action", choices=("select", "run", "table"))
     add_options(parser)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--fractions", type=float, nargs="+", default=list(FRACTIONS), help="of the experts' parameters"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="of the training back, with commas (0,1,2)")
     parser.add_argument("--recovery-steps", type=int, default=24, help="of 2 x 256 tokens (24)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
@@ -187,7 +190,7 @@ def main() -> int:
                 if not bench.is_done("original", 0.0, None):
                     bench._measure(model, "original", 0.0, None, {})
                 for seed in map(int, options.seeds.split(",")):  # a whole table of one seed before the next
-                    for fraction in FRACTIONS:
+                    for fraction in options.fractions:
                         for name in options.methods:
                             bench.job(name, fraction, [seed])
     print(table(rows_of(options.results)))
