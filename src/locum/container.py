@@ -56,7 +56,8 @@ class Stack(nn.Module):
 def is_swiglu(apply_gate: Callable[[Tensor], Tensor]) -> bool:
     """Whether a gate is silu(gate) * up: tried on numbers of every size, since some families clamp or shift them."""
     generator = torch.Generator().manual_seed(0)
-    probe_PG = torch.randn(64, 64, generator=generator) * torch.logspace(-3, 4, 64)[:, None]
+    sizes_P1 = torch.logspace(-3, 4, 64, device="cpu")[:, None]
+    probe_PG = torch.randn(64, 64, generator=generator, device="cpu") * sizes_P1
     gate_PF, up_PF = probe_PG.chunk(2, dim=1)
     return torch.allclose(apply_gate(probe_PG), functional.silu(gate_PF) * up_PF, rtol=1e-5, atol=0)
 
