@@ -84,7 +84,7 @@ def test_the_examples_of_the_readme_work(tmp_path, monkeypatch):
     shell = re.findall(r"^locum .*$", README, re.MULTILINE)
     assert len(shell) >= 7
     for line in shell:
-        result = command(*shlex.split(line.replace("--steps 300", "--steps 2"))[1:])
+        result = command(*shlex.split(line.replace("--steps 300", "--steps 2"), comments=True)[1:])
         assert result.exit_code == 0, f"{line}\n{result.stderr}"
     for name in ("stats.safetensors", "plan.json", "small", "recovered"):
         Path(name).rename(f"shell-{name}")
