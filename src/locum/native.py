@@ -61,7 +61,7 @@ def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
 def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
     """scale[p] silu(x[p, :F]) x[p, F:], rounded once; [P, F]."""
     x_PG = x_PG if x_PG.stride(1) == 1 else x_PG.contiguous()
-    y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float()
+    y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float().contiguous()
     getattr(library(), f"locum_swiglu_{FORMATS[x_PG.dtype]}")(
         *(x_PG.data_ptr(), x_PG.stride(0), scale_P.data_ptr(), y_PF.data_ptr(), *y_PF.shape, torch.get_num_threads())
     )
