@@ -60,7 +60,7 @@ families: $(READY)
 families-oldest: $(OLDEST)/.ready
 	PYTHONPATH=tests $(OLDEST)/bin/python -m families.matrix
 
-# A real MoE language model in the cache, built on two cores from a package (some 35 minutes; the quick one 7).
+# A real MoE language model in the cache, built on two cores from a package (some 30 minutes; the quick one 5).
 smolmoe: $(READY)
 	$(BIN)/python benchmarks/smolmoe.py build
 
