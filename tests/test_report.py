@@ -287,8 +287,8 @@ def test_given_files_make_their_sections(tmp_path):
 
 
 def test_statistics_alone_show_who_uses_which_experts(tmp_path):
-    locum.report([make_statistics(tmp_path / "s.safetensors")], out=tmp_path / "use.html")
-    parsed = Balanced((tmp_path / "use.html").read_text(encoding="utf-8"))
+    out = locum.report([make_statistics(tmp_path / "s.safetensors")], out=tmp_path / "use.html")
+    parsed = Balanced(out.read_text(encoding="utf-8"))
     assert parsed.ids == ["headline", "use", "origins"]
     assert all(domain in parsed.text for domain in DOMAINS)
 
@@ -304,13 +304,8 @@ def test_names_from_users_are_escaped(tmp_path):
     rows += [row("original", "bits_per_byte", d, 0.8, provenance={"bytes": 9}) for d in (EVIL, "all")]
     rows.append(row(EVIL, EVIL, EVIL, 1.0))
     log = make_log(tmp_path / f"{EVIL.replace('/', '')}.jsonl")
-    page = make_report(
-        [write_results(tmp_path / "r.jsonl", rows)],
-        plans=[tmp_path / "p.json"],
-        statistics=[stats],
-        logs=[log],
-        title=EVIL,
-    )
+    results = write_results(tmp_path / "r.jsonl", rows)
+    page = make_report([results], plans=[tmp_path / "p.json"], statistics=[stats], logs=[log], title=EVIL)
     parsed = Balanced(page)
     assert page.count("<script") == 1 and "alert('x')" not in page
     assert EVIL in parsed.text

@@ -150,20 +150,12 @@ def test_a_base_shared_within_a_token(regime):
     assert_near(on_device(container, x, index, gates), slow(container, x, index, gates), 1e-5)
 
 
-@pytest.mark.parametrize("vectors", ["projections", "hidden"])
-def test_routing_policies(vectors, regime):
+@pytest.mark.parametrize("what", ["projections", "hidden", "norm"])
+def test_routing_policies_and_norms_of_single_experts(what, regime):
     """Cluster by cluster is held against the oracle in test_routing."""
-    container = container_of("swiglu", 3, torch.float32, policy=Routing(2, vectors))
-    x, index, gates = routed_to(container, 4, 1, torch.float32)
-    container.way = products.LOOP
-    with torch.no_grad():
-        expected = container(x, index, gates)
-    assert_near(on_device(container, x, index, gates), expected, 1e-5)
-
-
-def test_experts_normed_one_by_one(regime):
-    container = container_of("swiglu", 5, torch.float32)
-    container.post_expert_norm = torch.nn.RMSNorm(D)
+    container = container_of("swiglu", 3, torch.float32, policy=None if what == "norm" else Routing(2, what))
+    if what == "norm":
+        container.post_expert_norm = torch.nn.RMSNorm(D)
     x, index, gates = routed_to(container, 4, 1, torch.float32)
     container.way = products.LOOP
     with torch.no_grad():
