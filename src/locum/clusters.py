@@ -24,13 +24,12 @@ from torch.nn.functional import linear
 from . import native
 from .layout import Layout
 from .low_rank import add_adapters, scatter_adapters
-from .products import Products
+from .products import NATIVE, Products
 from .routing import Routed, modulate
 
 if TYPE_CHECKING:
     from .container import StandInExperts
 
-NATIVE = Products(native.add_, native.scatter_)
 Members = list[tuple[int, slice]]  # experts of a cluster that were selected, and where their pairs are
 
 
@@ -140,11 +139,11 @@ class Terms:
 
     def adapters(self, members: Members) -> list[tuple[nn.Module, Tensor]]:
         """The stacks that members have adapters in, and for every pair its row there or -1."""
-        counts = torch.tensor([part.stop - part.start for _, part in members])
+        counts = torch.tensor([part.stop - part.start for _, part in members], device="cpu")
         found = []
         for index in sorted({self.layout.rank_of[e] for e, _ in members} - {-1}):
             rows = [self.layout.adapter_of[e] if self.layout.rank_of[e] == index else -1 for e, _ in members]
-            found.append((self.container.adapters[index], torch.tensor(rows).repeat_interleave(counts)))
+            found.append((self.container.adapters[index], torch.tensor(rows, device="cpu").repeat_interleave(counts)))
         return found
 
     def own(self, e: int, adapters: bool = True) -> list[Full | LowRank]:

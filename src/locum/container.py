@@ -197,7 +197,7 @@ class StandInExperts(nn.Module):
             add_adapters(way, pre_PG, routed.inputs, token_P, stack, row_P, each_P)
         for stack, row_P in biased:
             pre_PG += products.pick(stack.gate_up_bias_NG, row_P)
-        hidden_PF = self.hidden(pre_PG, gate_P1, way.add is native.add_)
+        hidden_PF = self.hidden(pre_PG, gate_P1, way is products.NATIVE)
         if routed.down_TF is not None:
             hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
         if self.dense is not None:

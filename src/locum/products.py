@@ -166,8 +166,9 @@ def by_triton(way: str) -> Products:
 
 
 # Of each way, what makes its products for one forward call.
+NATIVE = Products(native.add_, native.scatter_)
 PRODUCTS: dict[str, Callable[[], Products]] = {
-    "native": lambda: Products(native.add_, native.scatter_),
+    "native": lambda: NATIVE,
     "native op": lambda: Products(native.add_op, native.scatter_op),
     "grouped": grouped,
     "gathered": lambda: Products(gathered_add, gathered_scatter),
