@@ -8,7 +8,7 @@ Losses are Locum's own (`locum eval`), on text that nothing was trained on, of t
 bf16 on the same tokens. How far a domain uses its own expert is measured twice: `own_top1` is the share of its tokens
 that give their own expert the greatest gate (a hook on the routers), `own_gate` the share of its gates that
 its own expert gets (Locum's statistics, which are kept beside the model for `locum report`); both are means over layers.
-Tasks are those of tasks/, on the same items for parent and model; an expert alone is not asked.
+Tasks are those of tasks/, on the same items for parent, model and every domain's expert alone.
 
 Shapes: T tokens, E experts, C domains.
 """
@@ -129,20 +129,19 @@ def measure(
     return lines
 
 
-def measure_tasks(model: Path, parent: Path, folder: Path = TASKS, *, items: int = ITEMS) -> list[dict[str, Any]]:
+def measure_tasks(
+    model: Path, parent: Path, recipe: Recipe, folder: Path = TASKS, *, items: int = ITEMS
+) -> list[dict[str, Any]]:
     """A line for every task, metric and model, and one for model minus parent, on the first items of each task."""
     tasks = find_tasks([file.stem for file in sorted(folder.glob("*.yaml"))], folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     dense = LlamaForCausalLM.from_pretrained(parent, dtype=torch.bfloat16).eval()
     moe = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    rows = evaluate_tasks(
-        moe,
-        AutoTokenizer.from_pretrained(model),
-        tasks,
-        against=dense,
-        limit=items,
-        model_name="SmolMoE",
-        against_name="dense",
-    )
+    names = {"model_name": "SmolMoE", "against_name": "dense"}
+    rows = evaluate_tasks(moe, tokenizer, tasks, against=dense, limit=items, **names)
+    for copy, (name, part) in enumerate(recipe.classes):
+        with _wearing(dense, taken_mlp(moe, copy, recipe.granularity)):
+            rows += evaluate_tasks(dense, tokenizer, tasks, limit=items, model_name=f"expert {name} {part}")
     return [
         {
             "model": row.model,
@@ -195,14 +194,19 @@ def task_table(lines: list[dict[str, Any]]) -> str:
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for line in lines:
         found.setdefault(line["task"], {})[line["model"], line["metric"]] = line
-    rows = ["| task | metric | items | dense | SmolMoE | difference [95%] |", "|---|---|---|---|---|---|"]
+    experts = list(dict.fromkeys(line["model"] for line in lines if line["model"].startswith("expert ")))
+    titles = ["task", "metric", "items", "dense", "SmolMoE", "difference [95%]"]
+    titles += [name.removeprefix("expert ").removesuffix(" 0") for name in experts]
+    rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for task, of in found.items():
         metrics = [metric for model, metric in of if model == "dense"]
         metric = "acc_norm" if "acc_norm" in metrics else metrics[0]
         dense, moe, delta = of["dense", metric], of["SmolMoE", metric], of["SmolMoE", f"{metric}_delta"]
         low, high = delta["interval"]
         cells = [task, metric, str(moe["items"]), f"{dense['value']:.3f}", f"{moe['value']:.3f}"]
-        rows.append("| " + " | ".join([*cells, f"{delta['value']:+.3f} [{low:+.3f}, {high:+.3f}]"]) + " |")
+        cells.append(f"{delta['value']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        cells += [f"{of[name, metric]['value']:.3f}" for name in experts]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -245,7 +249,7 @@ def main() -> int:
         specs = write_files(smolmoe_folder() / "text", domains)
         _append(options, record, measure(model, dense_parent(), recipe, specs, tokens=options.tokens))
     elif options.action == "tasks":
-        _append(options, record, measure_tasks(model, dense_parent(), items=options.items))
+        _append(options, record, measure_tasks(model, dense_parent(), recipe, items=options.items))
     every = [json.loads(line) for line in options.results.read_text().splitlines()]
     of_model = [line for line in every if line["build"]["identity"] == record["identity"]]
     for key, to_table in (("domain", table), ("task", task_table)):

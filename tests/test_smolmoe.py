@@ -440,14 +440,16 @@ doc_to_target: gold
 
 
 def test_tasks_of_an_exact_upcycle_are_its_parents(sources, tmp_path, parent):
-    out = smolmoe.build(dataclasses.replace(RECIPE, exact=True), tmp_path / "out", threads=1, sources=sources)
+    recipe = dataclasses.replace(RECIPE, exact=True)
+    out = smolmoe.build(recipe, tmp_path / "out", threads=1, sources=sources)
     items = [{"query": query, "choices": ["a b c", "d e"], "gold": i % 2} for i, query in enumerate(["a", "bc", "d"])]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "fox.yaml").write_text(TASK.replace("FILE", str(tmp_path / "items.jsonl")))
-    lines = smolmoe_results.measure_tasks(out, parent, tmp_path / "tasks", items=2)
+    lines = smolmoe_results.measure_tasks(out, parent, recipe, tmp_path / "tasks", items=2)
     found = {(line["model"], line["metric"]): line["value"] for line in lines}
-    assert found["SmolMoE", "acc"] == found["dense", "acc"] and found["SmolMoE", "acc_delta"] == 0
+    assert found["SmolMoE", "acc_delta"] == 0 and len({model for model, _ in found}) == 2 + len(recipe.classes)
+    assert all(value == found["dense", metric] for (_, metric), value in found.items() if metric in ("acc", "acc_norm"))
     assert {line["items"] for line in lines} == {2}
     assert "| fox | acc_norm | 2 |" in smolmoe_results.task_table(lines)
 
