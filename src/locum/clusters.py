@@ -159,6 +159,13 @@ class Terms:
             terms.append(LowRank(**{"gate_B_FR": None, **found}))
         return terms
 
+    def is_compiled(self, base: Full | None, e: int, routed: Routed) -> bool:
+        """Whether an expert is nothing but a dense row, all of which the compiled products can do."""
+        if self.way is not NATIVE or base is None or self.own(e) or self.fade(e) != 1:
+            return False
+        (x_TD, *other), dtype = routed.inputs, base.gate_up_GD.dtype
+        return base.gate_up_bias_G is None and not other and dtype == x_TD.dtype and self.container.gates_by_swiglu()
+
     def _full(self, key: str, row: int, scale: float = 1.0) -> Full:
         names = ("gate_up_NGD", "down_NDF", "gate_up_bias_NG", "down_bias_ND")
         return Full(scale, *(self.rows[key][name][row] if name in self.rows[key] else None for name in names))
@@ -215,7 +222,14 @@ def _add_products(
     total_TD: Tensor, terms: Terms, row: int, members: Members, routed: Routed, token_S: Tensor, gate_S1: Tensor
 ) -> None:
     """The products of one cluster: with its dense row once per token, with what its members have of their own per pair."""
-    base, each_S = terms.base(row), torch.arange(len(token_S), device=token_S.device)
+    base = terms.base(row)
+    if len(members) == 1 and terms.is_compiled(base, members[0][0], routed):
+        item_S = torch.zeros_like(token_S)
+        hidden_SF = native.gated(routed.inputs[0], base.gate_up_GD[None], gate_S1, item_S, token_S)
+        if routed.down_TF is not None:
+            hidden_SF = modulate(hidden_SF, routed.down_TF[token_S])
+        return native.scatter_(total_TD, hidden_SF, base.down_DF[None], item_S, token_S)
+    each_S = torch.arange(len(token_S), device=token_S.device)
     adapters = terms.adapters(members) if base is not None and terms.way is not None else []
     own = {e: terms.own(e, adapters=not adapters) for e, _ in members}
     if base is None and not any(own.values()):

@@ -130,11 +130,14 @@ class StandInExperts(nn.Module):
 
     def hidden(self, pre_PG: Tensor, gate_P1: Tensor, compiled: bool) -> Tensor:
         """Hidden states [P, F] of first products, gates multiplied in; by the compiled products, if they know how."""
-        if compiled and self._is_swiglu is None:
-            self._is_swiglu = self.layout.has_gate and is_swiglu(self.apply_gate)
-        if compiled and self._is_swiglu:
+        if compiled and self.gates_by_swiglu():
             return native.swiglu(pre_PG, gate_P1)
         return self.apply_gate(pre_PG) * gate_P1.to(pre_PG.dtype)
+
+    def gates_by_swiglu(self) -> bool:
+        if self._is_swiglu is None:
+            self._is_swiglu = self.layout.has_gate and is_swiglu(self.apply_gate)
+        return self._is_swiglu
 
     def _places(self) -> list[tuple[int, ...]]:
         """Per expert: its place in the order of the clusters, its dense row, constant and bias, its row in each adapter."""

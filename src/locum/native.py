@@ -31,10 +31,10 @@ FLAGS = (
     *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
 )
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
-PRODUCT = (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, LONG, ctypes.c_int)
+PRODUCT = (*(POINTER, LONG) * 2, *(POINTER,) * 4, *(LONG,) * 5, ctypes.c_int)
 SPREAD = (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int)
 SWIGLU = (POINTER, LONG, POINTER, POINTER, LONG, LONG, ctypes.c_int)
-FUNCTIONS = {"add": PRODUCT, "scatter": PRODUCT, "spread": SPREAD, "swiglu": SWIGLU}
+FUNCTIONS = {"add": PRODUCT, "scatter": PRODUCT, "gated": PRODUCT, "spread": SPREAD, "swiglu": SWIGLU}
 FORMATS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,13 @@ def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P
 def scatter_(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
     """y[token[p]] += weight[item[p]] x[p], y in float32; the x of one item and token are added up before."""
     _call("scatter", y_TO, x_PI, weight_NOI, item_P, token_P)
+
+
+def gated(x_XI: Tensor, weight_NGI: Tensor, scale_P1: Tensor, item_P: Tensor, token_P: Tensor) -> Tensor:
+    """scale[p] silu(W_gate x[token[p]]) W_up x[token[p]], with W[item[p]] = W_gate above W_up; rounded once; [P, F]."""
+    y_PF = x_XI.new_empty(len(item_P), weight_NGI.shape[1] // 2)
+    _call("gated", y_PF, x_XI, weight_NGI, item_P, token_P, scale_P1.flatten().float().contiguous())
+    return y_PF
 
 
 def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
@@ -68,20 +75,17 @@ def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
     return y_PF
 
 
-def _call(name: str, y: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    _, outputs, inputs = weight_NOI.shape
+def _call(
+    name: str, y: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor, scale_P: Tensor | None = None
+) -> None:
+    items, rows, inputs = weight_NOI.shape
+    outputs = rows if scale_P is None else rows // 2
     x = x if x.stride(1) == 1 else x.contiguous()
     weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
     getattr(library(), f"locum_{name}_{FORMATS[x.dtype]}")(
-        *(
-            x.data_ptr(),
-            x.stride(0),
-            weight_NOI.data_ptr(),
-            weight_NOI.stride(0),
-            item_P.data_ptr(),
-            token_P.data_ptr(),
-        ),
-        *(y.data_ptr(), y.stride(0), len(item_P), len(weight_NOI), outputs, inputs, torch.get_num_threads()),
+        *(x.data_ptr(), x.stride(0), weight_NOI.data_ptr(), weight_NOI.stride(0)),
+        *(item_P.data_ptr(), token_P.data_ptr(), None if scale_P is None else scale_P.data_ptr()),
+        *(y.data_ptr(), y.stride(0), len(item_P), items, outputs, inputs, torch.get_num_threads()),
     )
 
 

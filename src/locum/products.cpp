@@ -1,9 +1,13 @@
-// Products of few rows with many matrices, each matrix read once and straight from where it lies.
+// Products of rows with many matrices, each matrix read once; what comes before and after a product is done on the way.
 //
 //   locum_add      y[p]        += W[item[p]] x[token[p]]      all of one format
 //   locum_scatter  y[token[p]] += W[item[p]] x[p]             y in float32, in a fixed order
-//   locum_spread   y[token[p]] += x[p]                        likewise
+//   locum_gated    y[p] = scale[p] silu(W_gate x[token[p]]) W_up x[token[p]],     W[item[p]] = W_gate above W_up
+//   locum_spread   y[token[p]] += x[p]                        y in float32, in a fixed order
 //   locum_swiglu   y[p] = scale[p] silu(x[p, :F]) x[p, F:]
+//
+// Few units of an item: W is read straight from where it lies, row by row (`block`). More: 64 rows of W are turned round
+// first, so that a lane is a row and no product needs a sum over lanes (`panels`).
 //
 // Pairs p of one item and one token are one unit: its product is computed once; locum_scatter adds up the x of the unit
 // first. Pairs with item -1 are left out. Formats: bfloat16 and float32, sums in float32. Needs avx512_bf16.
@@ -16,15 +20,26 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
 
 constexpr long ROWS = 4;     // of W in one tile: 4 x 6 sums, with their operands, fill the 32 registers
 constexpr long UNITS = 6;    // of x in one tile
-constexpr long THIN = 8;     // units of an item from which a matrix of few inputs is worth turning round
 constexpr long BLOCK = 128;  // rows of W that one thread takes at a time, at most; they stay in its second cache
+constexpr long PANEL = 64;   // rows of W that are turned round together: 4 registers of 16 lanes
+constexpr long DEPTH = 8192; // bytes of each of them, at most: they stay in the second cache, too
+constexpr long TURN = 96;    // units of an item from which turning W round pays
+constexpr long THIN = 8;     // the same where a row of W fits one register
 namespace {
+
+enum Mode { ADD, SCATTER, GATED };
+
+struct alignas(64) Line {  // what is read by the register begins where a register does
+  char bytes[64];
+};
 
 struct Units {
   std::vector<int64_t> pair;   // pairs by item, then as they came
@@ -140,15 +155,16 @@ inline void tile(const typename Format::Number* w, long I, const typename Format
   }
 }
 
-template <class Format, long R, bool AHEAD, class Number>
-inline void tile_of(long M, const Number* w, long I, const Number* x, float* out) {
+// f with a number of units that the compiler knows.
+template <class F>
+inline void with_units(long M, const F& f) {
   switch (M) {
-    case 1: return tile<Format, R, 1, AHEAD>(w, I, x, out);
-    case 2: return tile<Format, R, 2, AHEAD>(w, I, x, out);
-    case 3: return tile<Format, R, 3, AHEAD>(w, I, x, out);
-    case 4: return tile<Format, R, 4, AHEAD>(w, I, x, out);
-    case 5: return tile<Format, R, 5, AHEAD>(w, I, x, out);
-    default: return tile<Format, R, 6, AHEAD>(w, I, x, out);
+    case 1: return f(std::integral_constant<long, 1>());
+    case 2: return f(std::integral_constant<long, 2>());
+    case 3: return f(std::integral_constant<long, 3>());
+    case 4: return f(std::integral_constant<long, 4>());
+    case 5: return f(std::integral_constant<long, 5>());
+    default: return f(std::integral_constant<long, UNITS>());
   }
 }
 
@@ -158,13 +174,16 @@ void block(const Number* w, long rows, long I, long width, const Number* x, long
   for (long t = 0, m = 0; m < M; t++) {
     const long end = tile_begin(M, t + 1);
     const Number* units = x + m * width;
-    long r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-      if (m == 0 && r + 2 * ROWS <= rows)
-        tile_of<Format, ROWS, true>(end - m, w + r * I, I, units, out + m * BLOCK + r);
-      else
-        tile_of<Format, ROWS, false>(end - m, w + r * I, I, units, out + m * BLOCK + r);
-    for (; r < rows; r++) tile_of<Format, 1, false>(end - m, w + r * I, I, units, out + m * BLOCK + r);
+    with_units(end - m, [&](auto known) {
+      constexpr long K = decltype(known)::value;
+      long r = 0;
+      for (; r + ROWS <= rows; r += ROWS)
+        if (m == 0 && r + 2 * ROWS <= rows)
+          tile<Format, ROWS, K, true>(w + r * I, I, units, out + m * BLOCK + r);
+        else
+          tile<Format, ROWS, K, false>(w + r * I, I, units, out + m * BLOCK + r);
+      for (; r < rows; r++) tile<Format, 1, K, false>(w + r * I, I, units, out + m * BLOCK + r);
+    });
     m = end;
   }
 }
@@ -185,10 +204,10 @@ void pack(const Number* row, long I, long width, long M, long m, Number* x) {
 }
 
 // Adds 16 outputs of a unit, or fewer with a mask, to the rows of y that they are for, from column o on.
-template <class Format, bool SCATTER>
+template <class Format, Mode MODE>
 inline void store(const Units& g, long unit, const int64_t* token, void* y, long y_stride, long o, __mmask16 mask, __m512 x) {
   for (long k = g.first[unit]; k < g.first[unit + 1]; k++) {
-    if (SCATTER) {
+    if (MODE == SCATTER) {
       float* to = (float*)y + token[g.pair[k]] * y_stride + o;
       _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
       return;  // the unit's pairs were summed before
@@ -198,107 +217,81 @@ inline void store(const Units& g, long unit, const int64_t* token, void* y, long
   }
 }
 
-// 16 rows of W at a time, turned round so that a lane is a row: of inputs that fit one register, LANES of it, a product
-// needs no sum over lanes. x holds a register for every unit, from `first` on.
-template <class Format, bool SCATTER, long LANES, class Number>
-void thin(const Number* w, long rows, long I, const Number* x, const Units& g, long first, long M, const int64_t* token,
-          void* y, long y_stride, long o) {
-  using Register = typename Format::Register;
-  const __m512i row = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                         _mm512_set1_epi32(I / Format::LANE));
-  for (long r = 0; r < rows; r += 16) {
-    const __mmask16 mask = rest(rows - r);
-    __m512i lane[LANES];
-#pragma GCC unroll 16
-    for (long k = 0; k < LANES; k++)
-      lane[k] = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), k < I / Format::LANE ? mask : (__mmask16)0, row,
-                                            (const int*)(w + r * I) + k, 4);
-    for (long m = 0; m < M; m++) {
-      const Number* unit = x + m * Format::STEP;
-      __m512 sum = _mm512_setzero_ps();
-#pragma GCC unroll 16
-      for (long k = 0; k < LANES; k++) {
-        int numbers;
-        std::memcpy(&numbers, unit + k * Format::LANE, sizeof numbers);
-        sum = Format::plus(sum, (Register)lane[k], (Register)_mm512_set1_epi32(numbers));
-      }
-      store<Format, SCATTER>(g, first + m, token, y, y_stride, o + r, mask, sum);
+// Of 16 registers of 16 numbers of 4 bytes, rows become columns.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (long i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (long i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (long k = 0; k < 2; k++) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
     }
+  // Now lane l of r[4 i + j] has column 4 l + j of rows 4 i to 4 i + 3, where j counts 0, 1, 2, 3.
+#pragma GCC unroll 4
+  for (long j = 0; j < 4; j++)
+#pragma GCC unroll 2
+    for (long i = 0; i < 16; i += 8) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+  for (long j = 0; j < 4; j++)
+#pragma GCC unroll 2
+    for (long i = 0; i < 8; i += 4) {
+      r[i + j] = _mm512_shuffle_i32x4(t[i + j], t[i + 8 + j], 0x88);
+      r[i + 8 + j] = _mm512_shuffle_i32x4(t[i + j], t[i + 8 + j], 0xdd);
+    }
+}
+
+// 16 rows of W or fewer, turned round into every fourth register from `to` on, one for each lane of inputs.
+template <class Format, class Number>
+void turn(const Number* w, long rows, long I, long inputs, Number* to) {
+  for (long i = 0; i < inputs; i += Format::STEP) {
+    __m512i r[16];
+    for (long k = 0; k < 16; k++)
+      r[k] = k < rows ? (__m512i)Format::load(rest(inputs - i, Format::STEP), w + k * I + i) : _mm512_setzero_si512();
+    transpose(r);
+    for (long k = 0; k < 16; k++, to += 4 * Format::STEP) _mm512_storeu_si512(to, r[k]);
   }
 }
 
-template <class Format, bool SCATTER, class Number = typename Format::Number>
-void products(const Number* x, long x_stride, const Number* w, long w_stride, const int64_t* item, const int64_t* token,
-              void* y, long y_stride, long P, long N, long O, long I, int threads) {
+// out[m] = PANEL rows of W, turned round, times unit m; added to what is there if there is `more` of the product.
+template <class Format, long M, class Number>
+__attribute__((noinline)) void panel_tile(const Number* w, long lanes, const Number* x, float* out, bool more) {
   constexpr long STEP = Format::STEP;
-  const Units g = group(item, token, P, N);
-  const long lanes = I / Format::LANE;
-  const bool is_thin = I % Format::LANE == 0 && I <= STEP;
-  const long U = g.first.size() - 1, width = (I + STEP - 1) / STEP * STEP;
-  if (U == 0) return;
-  long most = 0;
-  for (long n = 0; n < N; n++) most = std::max<long>(most, g.begin[n + 1] - g.begin[n]);
-  const long share = std::clamp(O / (4 * threads) / ROWS * ROWS, 4 * ROWS, BLOCK);  // enough for all threads
-  std::vector<Number> packed(U * width);
-  std::vector<int64_t> item_of(U);
-  for (long n = 0; n < N; n++) std::fill(item_of.begin() + g.begin[n], item_of.begin() + g.begin[n + 1], n);
-#pragma omp parallel num_threads(threads) if (U * O * I > (1 << 16))
-  {
-    std::vector<Number> sum(I);
-    std::vector<float> out(most * BLOCK);
-#pragma omp for schedule(static)
-    for (long u = 0; u < U; u++) {
-      const long n = item_of[u], from = g.first[u], to = g.first[u + 1];
-      const Number* row = x + (SCATTER ? g.pair[from] : token[g.pair[from]]) * x_stride;
-      if (SCATTER && to - from > 1) {
-        for (long i = 0; i < I; i += 16) {
-          __m512 total = _mm512_setzero_ps();
-          for (long k = from; k < to; k++)
-            total = _mm512_add_ps(total, Format::widen(rest(I - i), x + g.pair[k] * x_stride + i));
-          Format::narrow(rest(I - i), sum.data() + i, total);
-        }
-        row = sum.data();
-      }
-      pack<Format>(row, I, width, g.begin[n + 1] - g.begin[n], u - g.begin[n], packed.data() + g.begin[n] * width);
+  __m512 acc[M][4];
+#pragma GCC unroll 6
+  for (long m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (long v = 0; v < 4; v++) acc[m][v] = more ? _mm512_loadu_ps(out + m * PANEL + 16 * v) : _mm512_setzero_ps();
+  const auto step = [&](long lane) __attribute__((always_inline)) {
+    typename Format::Register a[4];
+#pragma GCC unroll 4
+    for (long v = 0; v < 4; v++) a[v] = Format::load(w + STEP * v);
+    w += 4 * STEP;
+#pragma GCC unroll 6
+    for (long m = 0; m < M; m++) {
+      int numbers;
+      std::memcpy(&numbers, x + m * STEP + lane * Format::LANE, sizeof numbers);
+      const auto b = (typename Format::Register)_mm512_set1_epi32(numbers);
+#pragma GCC unroll 4
+      for (long v = 0; v < 4; v++) acc[m][v] = Format::plus(acc[m][v], a[v], b);
     }
-    // A thread has some outputs of all items: no two add to one number, and the order of additions is always the same.
-#pragma omp for schedule(dynamic, 1)
-    for (long o = 0; o < O; o += share) {
-      const long rows = std::min(share, O - o);
-      for (long n = 0; n < N; n++) {
-        const long first = g.begin[n], M = g.begin[n + 1] - first;
-        if (M == 0) continue;
-        if (is_thin && M >= THIN) {
-          const auto turned = lanes <= 4 ? thin<Format, SCATTER, 4, Number>
-                            : lanes <= 8 ? thin<Format, SCATTER, 8, Number> : thin<Format, SCATTER, 16, Number>;
-          turned(w + n * w_stride + o * I, rows, I, packed.data() + first * width, g, first, M, token, y, y_stride, o);
-          continue;
-        }
-        block<Format>(w + n * w_stride + o * I, rows, I, width, packed.data() + first * width, M, out.data());
-        for (long m = 0; m < M; m++)
-          for (long r = 0; r < rows; r += 16) {
-            const __mmask16 mask = rest(rows - r);
-            const __m512 sum = _mm512_maskz_loadu_ps(mask, out.data() + m * BLOCK + r);
-            store<Format, SCATTER>(g, first + m, token, y, y_stride, o + r, mask, sum);
-          }
-      }
-    }
-  }
-}
-
-template <class Format, class Number = typename Format::Number>
-void spread(const Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, long O, int threads) {
-  const long share = (O / threads + 15) / 16 * 16;  // a thread has some columns of all rows
-#pragma omp parallel for num_threads(threads) schedule(static) if (P * O > (1 << 16))
-  for (long o = 0; o < O; o += share)
-    for (long p = 0; p < P; p++)
-      for (long r = o; r < std::min(o + share, O); r += 16) {
-        if (p + 1 < P) _mm_prefetch((const char*)(y + token[p + 1] * y_stride + r), _MM_HINT_T0);
-        const __mmask16 mask = rest(std::min(o + share, O) - r);
-        float* to = y + token[p] * y_stride + r;
-        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), Format::widen(mask, x + p * x_stride + r));
-        _mm512_mask_storeu_ps(to, mask, sum);
-      }
+  };
+  for (; lanes >= 16; lanes -= 16, x += M * STEP)
+#pragma GCC unroll 16
+    for (long lane = 0; lane < 16; lane++) step(lane);
+  for (long lane = 0; lane < lanes; lane++) step(lane);
+#pragma GCC unroll 6
+  for (long m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (long v = 0; v < 4; v++) _mm512_storeu_ps(out + m * PANEL + 16 * v, acc[m][v]);
 }
 
 // e^x, with an error of two units in the last place; x is kept within what float32 holds.
@@ -313,33 +306,180 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
+inline __m512 gated(__m512 gate, __m512 up, float scale) {
+  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+  return _mm512_mul_ps(_mm512_div_ps(gate, below), _mm512_mul_ps(up, _mm512_set1_ps(scale)));
+}
+
+// What all rows and items of one call have in common.
+struct Call {
+  const int64_t* token;
+  const float* scale;
+  void* y;
+  long y_stride, I, width;
+};
+
+// Where a unit's outputs go is fetched while they are computed.
+template <class Number, Mode MODE>
+inline void fetch(const Call& c, const Units& g, long unit, long o, long rows) {
+  for (long k = g.first[unit]; k < g.first[unit + 1]; k++) {
+    const long row = MODE == SCATTER ? c.token[g.pair[k]] : g.pair[k], size = MODE == SCATTER ? 4 : sizeof(Number);
+    const char* to = (const char*)c.y + (row * c.y_stride + o) * size;
+    for (long b = 0; b < rows * size; b += 64) _mm_prefetch(to + b, _MM_HINT_T0);
+    if (MODE == SCATTER) return;
+  }
+}
+
+// A unit's outputs, from column o on, to where they belong.
+template <class Format, Mode MODE, class Number = typename Format::Number>
+inline void finish(const Call& c, const Units& g, long unit, long o, long rows, const float* sums) {
+  for (long r = 0; r < rows; r += 16) {
+    const __m512 sum = _mm512_loadu_ps(sums + r);
+    if (MODE != GATED) store<Format, MODE>(g, unit, c.token, c.y, c.y_stride, o + r, rest(rows - r), sum);
+    if (MODE != GATED) continue;
+    const __m512 up = _mm512_loadu_ps(sums + PANEL / 2 + r);
+    for (long k = g.first[unit]; k < g.first[unit + 1]; k++)
+      Format::narrow(rest(rows - r), (Number*)c.y + g.pair[k] * c.y_stride + o + r, gated(sum, up, c.scale[g.pair[k]]));
+  }
+}
+
+// All M units of one item, from `first` on, times rows of W: outputs from o on, or gates and ups of half as many. There are
+// several panels only where one holds all inputs; a unit's outputs are then made side by side.
+template <class Format, Mode MODE, class Number>
+void panels(const Call& c, const Number* w, long rows, const Units& g, long first, long M, const Number* x, long o,
+            long up, Number* turned, float* sums) {
+  constexpr long DEEP = DEPTH / sizeof(Number), BOTH = MODE == GATED ? 2 : 1, WIDE = PANEL / BOTH;
+  for (long i = 0; i < c.I; i += DEEP) {
+    const long inputs = std::min(DEEP, c.I - i), lanes = (inputs + Format::LANE - 1) / Format::LANE;
+    for (long r = 0; r < rows; r += WIDE)
+      for (long v = 0; v < 4; v++) {
+        const long row = r + 16 * v % WIDE, half = 16 * v / WIDE;
+        turn<Format>(w + (row + half * up) * c.I + i, rows - row, c.I, inputs, turned + r * BOTH * c.width + v * Format::STEP);
+      }
+    const bool last = i + inputs == c.I;
+    for (long t = 0, m = 0; m < M; t++) {
+      const long end = tile_begin(M, t + 1);
+      float* out = sums + (c.I > DEEP ? m * PANEL : 0);
+      for (long r = 0; r < rows; r += WIDE) {
+        const long some = std::min(WIDE, rows - r);
+        for (long unit = m; last && unit < end; unit++) fetch<Number, MODE>(c, g, first + unit, o + r, some);
+        with_units(end - m, [&](auto known) {
+          constexpr long K = decltype(known)::value;
+          panel_tile<Format, K>(turned + r * BOTH * c.width, lanes, x + m * c.width + i * K, out, i > 0);
+        });
+        for (long unit = m; last && unit < end; unit++)
+          finish<Format, MODE>(c, g, first + unit, o + r, some, out + (unit - m) * PANEL);
+      }
+      m = end;
+    }
+  }
+}
+
+template <class Format, Mode MODE, class Number = typename Format::Number>
+void products(const Number* x, long x_stride, const Number* w, long w_stride, const int64_t* item, const int64_t* token,
+              const float* scale, void* y, long y_stride, long P, long N, long O, long I, int threads) {
+  constexpr long STEP = Format::STEP;
+  const Units g = group(item, token, P, N);
+  const long U = g.first.size() - 1, width = (I + STEP - 1) / STEP * STEP;
+  if (U == 0) return;
+  const Call c = {token, scale, y, y_stride, I, width};
+  long most = 0;
+  for (long n = 0; n < N; n++) most = std::max<long>(most, g.begin[n + 1] - g.begin[n]);
+  const long many = I <= STEP ? THIN : TURN, wide = MODE == GATED ? PANEL / 2 : PANEL;
+  const bool few = MODE != GATED && (most < many || O < wide);
+  long share = few ? std::clamp(O / (4 * threads) / ROWS * ROWS, 4 * ROWS, BLOCK) : wide;  // enough for all threads
+  if (!few && I <= STEP) share = (O / threads + wide - 1) / wide * wide;  // little to compute: a row in one go
+  const std::unique_ptr<Number[]> packed(new Number[U * width]);
+  std::vector<int64_t> item_of(U);
+  for (long n = 0; n < N; n++) std::fill(item_of.begin() + g.begin[n], item_of.begin() + g.begin[n + 1], n);
+#pragma omp parallel num_threads(threads) if (U * O * I > (1 << 16))
+  {
+    std::vector<Number> sum(I);
+#pragma omp for schedule(static)
+    for (long u = 0; u < U; u++) {
+      const long n = item_of[u], from = g.first[u], to = g.first[u + 1];
+      const Number* row = x + (MODE == SCATTER ? g.pair[from] : token[g.pair[from]]) * x_stride;
+      if (MODE == SCATTER && to - from > 1) {
+        for (long i = 0; i < I; i += 16) {
+          __m512 total = _mm512_setzero_ps();
+          for (long k = from; k < to; k++)
+            total = _mm512_add_ps(total, Format::widen(rest(I - i), x + g.pair[k] * x_stride + i));
+          Format::narrow(rest(I - i), sum.data() + i, total);
+        }
+        row = sum.data();
+      }
+      pack<Format>(row, I, width, g.begin[n + 1] - g.begin[n], u - g.begin[n], packed.get() + g.begin[n] * width);
+    }
+    const std::unique_ptr<float[]> out(new float[most * BLOCK]);
+    const long panels_of = (share + wide - 1) / wide, depth = std::min<long>(width * sizeof(Number), DEPTH);
+    const std::unique_ptr<Line[]> turned(new Line[panels_of * PANEL * depth / sizeof(Line)]);
+    // A thread has some outputs of all items: no two add to one number, and the order of additions is always the same.
+#pragma omp for schedule(dynamic, 1)
+    for (long o = 0; o < O; o += share) {
+      const long rows = std::min(share, O - o);
+      for (long n = 0; n < N; n++) {
+        const long first = g.begin[n], M = g.begin[n + 1] - first;
+        const Number *units = packed.get() + first * width, *of = w + n * w_stride + o * I;
+        if (M == 0) continue;
+        if (MODE == GATED || (M >= many && rows >= wide / 2)) {
+          panels<Format, MODE>(c, of, rows, g, first, M, units, o, O, (Number*)turned.get(), out.get());
+          continue;
+        }
+        block<Format>(of, rows, I, width, units, M, out.get());
+        for (long m = 0; m < M; m++) finish<Format, MODE>(c, g, first + m, o, rows, out.get() + m * BLOCK);
+      }
+    }
+  }
+}
+
+template <class Format, class Number = typename Format::Number>
+void spread(const Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, long O, int threads) {
+  const long share = (O / threads + 15) / 16 * 16;  // a thread has some columns of all rows
+#pragma omp parallel for num_threads(threads) schedule(static) if (P * O > (1 << 16))
+  for (long o = 0; o < O; o += share)
+    for (long p = 0; p < P; p++)
+      for (long r = o; r < std::min(o + share, O); r += 16) {
+        if (p + 1 < P) {  // rows end where the processor's own prefetching does
+          _mm_prefetch((const char*)(y + token[p + 1] * y_stride + r), _MM_HINT_T0);
+          _mm_prefetch((const char*)(x + (p + 1) * x_stride + r), _MM_HINT_T0);
+        }
+        const __mmask16 mask = rest(std::min(o + share, O) - r);
+        float* to = y + token[p] * y_stride + r;
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), Format::widen(mask, x + p * x_stride + r));
+        _mm512_mask_storeu_ps(to, mask, sum);
+      }
+}
+
 template <class Format, class Number = typename Format::Number>
 void swiglu(const Number* x, long x_stride, const float* scale, Number* y, long P, long F, int threads) {
-  const __m512 one = _mm512_set1_ps(1.f);
 #pragma omp parallel for num_threads(threads) schedule(static) if (P * F > (1 << 15))
   for (long p = 0; p < P; p++)
     for (long f = 0; f < F; f += 16) {
       const __mmask16 mask = rest(F - f);
+      if (p + 1 < P) {
+        _mm_prefetch((const char*)(x + (p + 1) * x_stride + f), _MM_HINT_T0);
+        _mm_prefetch((const char*)(x + (p + 1) * x_stride + F + f), _MM_HINT_T0);
+      }
       const __m512 gate = Format::widen(mask, x + p * x_stride + f), up = Format::widen(mask, x + p * x_stride + F + f);
-      const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-      const __m512 hidden = _mm512_mul_ps(_mm512_div_ps(gate, below), _mm512_mul_ps(up, _mm512_set1_ps(scale[p])));
-      Format::narrow(mask, y + p * F + f, hidden);
+      Format::narrow(mask, y + p * F + f, gated(gate, up, scale[p]));
     }
 }
 
 }  // namespace
 
-#define ENTRY(NAME, FORMAT, SCATTER)                                                                                 \
+#define ENTRY(NAME, FORMAT, MODE)                                                                                    \
   extern "C" void NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* w, long w_stride,               \
-                       const int64_t* item, const int64_t* token, void* y, long y_stride, long P, long N, long O,    \
-                       long I, int threads) {                                                                        \
-    products<FORMAT, SCATTER>(x, x_stride, w, w_stride, item, token, y, y_stride, P, N, O, I, threads);              \
+                       const int64_t* item, const int64_t* token, const float* scale, void* y, long y_stride, long P, \
+                       long N, long O, long I, int threads) {                                                        \
+    products<FORMAT, MODE>(x, x_stride, w, w_stride, item, token, scale, y, y_stride, P, N, O, I, threads);          \
   }
 
-ENTRY(locum_add_bfloat16, BFloat16, false)
-ENTRY(locum_add_float32, Float32, false)
-ENTRY(locum_scatter_bfloat16, BFloat16, true)
-ENTRY(locum_scatter_float32, Float32, true)
+ENTRY(locum_add_bfloat16, BFloat16, ADD)
+ENTRY(locum_add_float32, Float32, ADD)
+ENTRY(locum_scatter_bfloat16, BFloat16, SCATTER)
+ENTRY(locum_scatter_float32, Float32, SCATTER)
+ENTRY(locum_gated_bfloat16, BFloat16, GATED)
+ENTRY(locum_gated_float32, Float32, GATED)
 
 #define SPREAD(NAME, FORMAT)                                                                                         \
   extern "C" void NAME(const FORMAT::Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, \
