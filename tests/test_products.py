@@ -112,14 +112,17 @@ def test_products_equal_float64(way, rows, items, outputs, inputs, pairs, monkey
     check_products(way, rows, items, outputs, inputs, pairs)
 
 
-# Rows in plenty, of which matrices are turned round: several panels, inputs that one panel cannot hold, a last part.
-MANY = ((300, 2, 130, 100, 700), (120, 1, 70, 4200, 260), (200, 3, 37, 33, 500), (70, 3, 300, 7, 130))
+# Rows in plenty, of which matrices are turned round: several panels, inputs that one panel cannot hold, a last part, items
+# with plenty beside items with few.
+MANY = ((300, 2, 130, 100, 700), (120, 1, 70, 4200, 260), (200, 3, 37, 33, 500), (70, 3, 300, 7, 130), (40, 20, 300, 8, 130))
 
 
 @pytest.mark.parametrize("dtype", native.FORMATS)
 @pytest.mark.parametrize("sizes", [(5, 4, 63, 33, 9), (30, 3, 61, 5, 90), (2, 2, 1, 1, 4), (3, 2, 130, 17, 6), *MANY])
-def test_native_products_take_any_size(sizes, dtype, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_products_take_any_size(threads, sizes, dtype, monkeypatch):
     forced(monkeypatch, "native")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     check_products("native", *sizes, dtype, 2**-7 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -151,8 +154,10 @@ def check_products(way, rows, items, outputs, inputs, pairs, dtype=torch.bfloat1
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("sizes", [(5, 4, 63, 33, 9), (1, 1, 1, 1, 1), (2, 2, 8, 8, 0), *MANY])
-def test_gated_products_equal_float64(sizes, dtype, relative, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gated_products_equal_float64(threads, sizes, dtype, relative, monkeypatch):
     forced(monkeypatch, "native")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows, items, width, inputs, pairs = sizes
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs + 8, generator=generator).to(dtype)[:, :inputs]
@@ -187,7 +192,8 @@ def test_gradients_of_all_pairs_at_once_are_those_of_the_clusters(way, kind, mon
 @pytest.mark.skipif(not native.available(), reason="no compiler or no avx512_bf16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 17), (300, 600), (0, 8)])
-def test_rows_are_spread_over_their_tokens(rows, width, dtype):
+def test_rows_are_spread_over_their_tokens(rows, width, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :width]
     token = torch.randint(4, (rows,), generator=torch.Generator().manual_seed(1))
     total = torch.ones(4, width)

@@ -37,9 +37,7 @@ namespace {
 
 enum Mode { ADD, SCATTER, GATED };
 
-struct alignas(64) Line {  // what is read by the register begins where a register does
-  char bytes[64];
-};
+struct alignas(64) Line { char bytes[64]; };  // what is read by the register begins where a register does
 
 struct Units {
   std::vector<int64_t> pair;   // pairs by item, then as they came
@@ -388,7 +386,7 @@ void products(const Number* x, long x_stride, const Number* w, long w_stride, co
   const long many = I <= STEP ? THIN : TURN, wide = MODE == GATED ? PANEL / 2 : PANEL;
   const bool few = MODE != GATED && (most < many || O < wide);
   long share = few ? std::clamp(O / (4 * threads) / ROWS * ROWS, 4 * ROWS, BLOCK) : wide;  // enough for all threads
-  if (!few && I <= STEP) share = (O / threads + wide - 1) / wide * wide;  // little to compute: a row in one go
+  if (!few && I <= STEP) share = (O + wide * threads - 1) / (wide * threads) * wide;  // little to compute
   const std::unique_ptr<Number[]> packed(new Number[U * width]);
   std::vector<int64_t> item_of(U);
   for (long n = 0; n < N; n++) std::fill(item_of.begin() + g.begin[n], item_of.begin() + g.begin[n + 1], n);
@@ -421,12 +419,13 @@ void products(const Number* x, long x_stride, const Number* w, long w_stride, co
         const long first = g.begin[n], M = g.begin[n + 1] - first;
         const Number *units = packed.get() + first * width, *of = w + n * w_stride + o * I;
         if (M == 0) continue;
-        if (MODE == GATED || (M >= many && rows >= wide / 2)) {
-          panels<Format, MODE>(c, of, rows, g, first, M, units, o, O, (Number*)turned.get(), out.get());
-          continue;
+        const bool turns = MODE == GATED || (M >= many && rows >= wide / 2);
+        if (turns) panels<Format, MODE>(c, of, rows, g, first, M, units, o, O, (Number*)turned.get(), out.get());
+        for (long r = 0; !turns && r < rows; r += BLOCK) {
+          const long some = std::min(BLOCK, rows - r);
+          block<Format>(of + r * I, some, I, width, units, M, out.get());
+          for (long m = 0; m < M; m++) finish<Format, MODE>(c, g, first + m, o + r, some, out.get() + m * BLOCK);
         }
-        block<Format>(of, rows, I, width, units, M, out.get());
-        for (long m = 0; m < M; m++) finish<Format, MODE>(c, g, first + m, o, rows, out.get() + m * BLOCK);
       }
     }
   }
@@ -434,7 +433,7 @@ void products(const Number* x, long x_stride, const Number* w, long w_stride, co
 
 template <class Format, class Number = typename Format::Number>
 void spread(const Number* x, long x_stride, const int64_t* token, float* y, long y_stride, long P, long O, int threads) {
-  const long share = (O / threads + 15) / 16 * 16;  // a thread has some columns of all rows
+  const long share = (O + 16 * threads - 1) / (16 * threads) * 16;  // a thread has some columns of all rows
 #pragma omp parallel for num_threads(threads) schedule(static) if (P * O > (1 << 16))
   for (long o = 0; o < O; o += share)
     for (long p = 0; p < P; p++)
