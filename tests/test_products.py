@@ -114,7 +114,13 @@ def test_products_equal_float64(way, rows, items, outputs, inputs, pairs, monkey
 
 # Rows in plenty, of which matrices are turned round: several panels, inputs that one panel cannot hold, a last part, items
 # with plenty beside items with few.
-MANY = ((300, 2, 130, 100, 700), (120, 1, 70, 4200, 260), (200, 3, 37, 33, 500), (70, 3, 300, 7, 130), (40, 20, 300, 8, 130))
+MANY = (
+    (300, 2, 130, 100, 700),
+    (120, 1, 70, 4200, 260),
+    (200, 3, 37, 33, 500),
+    (70, 3, 300, 7, 130),
+    (40, 20, 300, 8, 130),
+)
 
 
 @pytest.mark.parametrize("dtype", native.FORMATS)
