@@ -71,7 +71,7 @@ test-smolmoe: smolmoe-quick
 	$(BIN)/python -m pytest -m smolmoe tests/test_smolmoe.py
 
 # Every timed benchmark with short settings, for an idle machine; lines with commit, versions and hardware are appended to
-# benchmarks/results. Some 20 minutes on two cores.
+# benchmarks/results. Some 8 minutes on two cores.
 TIMED := benchmarks/results
 bench: $(READY)
 	$(BIN)/python benchmarks/layer_speed.py --rounds 5 --out $(TIMED)/layer_speed.jsonl

@@ -201,16 +201,24 @@ void pack(const Number* row, long I, long width, long M, long m, Number* x) {
   }
 }
 
+// What all rows and items of one call have in common.
+struct Call {
+  const int64_t* token;
+  const float* scale;
+  void* y;
+  long y_stride, I, width;
+};
+
 // Adds 16 outputs of a unit, or fewer with a mask, to the rows of y that they are for, from column o on.
 template <class Format, Mode MODE>
-inline void store(const Units& g, long unit, const int64_t* token, void* y, long y_stride, long o, __mmask16 mask, __m512 x) {
+inline void store(const Call& c, const Units& g, long unit, long o, __mmask16 mask, __m512 x) {
   for (long k = g.first[unit]; k < g.first[unit + 1]; k++) {
     if (MODE == SCATTER) {
-      float* to = (float*)y + token[g.pair[k]] * y_stride + o;
+      float* to = (float*)c.y + c.token[g.pair[k]] * c.y_stride + o;
       _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
       return;  // the unit's pairs were summed before
     }
-    typename Format::Number* to = (typename Format::Number*)y + g.pair[k] * y_stride + o;
+    typename Format::Number* to = (typename Format::Number*)c.y + g.pair[k] * c.y_stride + o;
     Format::narrow(mask, to, _mm512_add_ps(Format::widen(mask, to), x));
   }
 }
@@ -309,14 +317,6 @@ inline __m512 gated(__m512 gate, __m512 up, float scale) {
   return _mm512_mul_ps(_mm512_div_ps(gate, below), _mm512_mul_ps(up, _mm512_set1_ps(scale)));
 }
 
-// What all rows and items of one call have in common.
-struct Call {
-  const int64_t* token;
-  const float* scale;
-  void* y;
-  long y_stride, I, width;
-};
-
 // Where a unit's outputs go is fetched while they are computed.
 template <class Number, Mode MODE>
 inline void fetch(const Call& c, const Units& g, long unit, long o, long rows) {
@@ -333,7 +333,7 @@ template <class Format, Mode MODE, class Number = typename Format::Number>
 inline void finish(const Call& c, const Units& g, long unit, long o, long rows, const float* sums) {
   for (long r = 0; r < rows; r += 16) {
     const __m512 sum = _mm512_loadu_ps(sums + r);
-    if (MODE != GATED) store<Format, MODE>(g, unit, c.token, c.y, c.y_stride, o + r, rest(rows - r), sum);
+    if (MODE != GATED) store<Format, MODE>(c, g, unit, o + r, rest(rows - r), sum);
     if (MODE != GATED) continue;
     const __m512 up = _mm512_loadu_ps(sums + PANEL / 2 + r);
     for (long k = g.first[unit]; k < g.first[unit + 1]; k++)
