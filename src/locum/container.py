@@ -135,6 +135,7 @@ class StandInExperts(nn.Module):
         return self.apply_gate(pre_PG) * gate_P1.to(pre_PG.dtype)
 
     def gates_by_swiglu(self) -> bool:
+        """Whether the family's gate is silu(gate) * up, which the compiled products know; tried once."""
         if self._is_swiglu is None:
             self._is_swiglu = self.layout.has_gate and is_swiglu(self.apply_gate)
         return self._is_swiglu

@@ -31,10 +31,10 @@ from . import native
 #   torch grouped_mm    16    15    17    22    34    53    93
 #   native               6     7    10    15    28    52   100
 # With small matrices (32 experts of 256 x 96) native is ahead at 128 rows too, 9.5 against 10.8 to 14, in float32 as well.
-# From 96 rows of an item on, native turns matrices round (products.cpp) and keeps up: 16 rows of 2048 x 2048 for each of 460
-# rows took 164 ms of two cores, 418 GFLOP/s, where torch's mm has 379 to 416 and its bare operations 457. The container then goes
-# cluster by cluster, so that what lies between the products stays in the cache: identity plan, 1,024 tokens, 315 ms
-# against 342; 512 tokens 176 against 179; 256 tokens 129 against 116.
+# From 96 rows of an item on, native turns matrices round (products.cpp): 16 matrices of 2048 x 2048, 460 rows each, took
+# 164 ms of two cores (376 GFLOP/s, gathering and adding included) where rows read straight took 189. With so many rows the
+# container goes cluster by cluster, and what lies between the products stays in the cache: identity plan, 1,024 tokens,
+# 315 ms against 342; 512 tokens 176 against 179; 256 tokens 129 against 116.
 NATIVE_ROWS = 64  # the most rows per expert, on average
 # Low-rank experts make twice as many products, of half the size or less: with mean rank 512, 256 rows per expert took 600
 # ms against 881 in the loop, 768 rows 2294 against 1740.
