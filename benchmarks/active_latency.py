@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from locum import checkpoint
-from locum.apply import apply_plan
-from locum.demo import MODEL
-from locum.layout import active_parameters
+from locum.checkpoints import checkpoint
+from locum.checkpoints.application import apply_plan
+from locum.containers.layout import active_parameters
+from locum.demonstration import MODEL
 from locum.methods import METHODS
-from locum.plan import make_plan
+from locum.plans.plan import make_plan
 from timing import measure, publish, random_olmoe
 
 STOCK = ("eager", "grouped_mm")

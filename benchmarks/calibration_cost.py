@@ -30,12 +30,12 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from locum import checkpoint
-from locum.calibrate import calibrate
-from locum.data import Tokens
-from locum.demo import MODEL
-from locum.families import find_layers
-from locum.statistics import STATISTICS, check_needs
+from locum.checkpoints import checkpoint
+from locum.data.tokens import Tokens
+from locum.demonstration import MODEL
+from locum.measure.calibration import calibrate
+from locum.models.families import find_layers
+from locum.stats.sums import STATISTICS, check_needs
 from timing import Seconds, measure, publish, random_olmoe, random_tokens
 
 STOCK = ("eager", "grouped_mm")

@@ -18,10 +18,10 @@ import numpy as np
 
 import locum
 from experiment import COLUMNS, SEEDS, Choices, Experiment, cell, main, recovery, train_and_measure
-from locum import checkpoint
-from locum.demo import MODEL, reference_data
-from locum.layout import active_parameters
-from locum.plan import Plan
+from locum.checkpoints import checkpoint
+from locum.containers.layout import active_parameters
+from locum.demonstration import MODEL, reference_data
+from locum.plans.plan import Plan
 
 SETTINGS = ("all", "math")
 RATES = (1e-4, 3e-4, 1e-3)

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 import locum
-from locum import artefacts, checkpoint
-from locum.apply import apply_plan
-from locum.data import load_tokens
-from locum.demo import MODEL, reference_data
-from locum.evaluate import evaluate
-from locum.families import find_layers, read_expert
-from locum.plan import Plan, make_plan
-from locum.recover import count_trainable, recover_model
-from locum.train import Recovery
+from locum import files
+from locum.checkpoints import checkpoint
+from locum.checkpoints.application import apply_plan
+from locum.data.tokens import load_tokens
+from locum.demonstration import MODEL, reference_data
+from locum.measure.loss import evaluate
+from locum.models.families import find_layers, read_expert
+from locum.plans.plan import Plan, make_plan
+from locum.training.loop import Recovery
+from locum.training.recovery import count_trainable, recover_model
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
@@ -75,7 +76,7 @@ def statistics() -> Any:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         locum.calibrate(MODEL, data=reference_data(), tokens=131072, out=path)
-    return artefacts.load_statistics(path)
+    return files.load_statistics(path)
 
 
 def trainable(decided: Plan | None, how: str, rank: int) -> int:
@@ -133,7 +134,7 @@ def train_and_measure(
     against = original if testing else None
     rows = evaluate(model, measured_on, against=against, seed=seed, model_name=name, plan=bare.id)
     size = bare.size(shape)
-    made = artefacts.provenance(
+    made = files.provenance(
         split=split,
         recovery=dataclasses.asdict(chosen),
         trainable_parameters=summary["trainable_parameters"],
@@ -203,7 +204,7 @@ def join(experiment: Experiment) -> None:
         rows = read(target)
         for part in RESULTS.glob(f"{target.stem}.*.jsonl"):
             part.unlink()
-        artefacts.write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def cell(rows: list[dict[str, Any]]) -> str:

@@ -37,9 +37,10 @@ import numpy as np
 import corpora
 from corpora import SPLITS, Package
 from corpus_readers import debian_files, read_code
-from locum import artefacts, checkpoint
+from locum import files
+from locum.checkpoints import checkpoint
 from locum.errors import DataError, LocumError, unknown
-from locum.evaluate import INTERVAL, Row, resample, write_rows
+from locum.measure.loss import INTERVAL, Row, resample, write_rows
 from task_data import SETS, check_disjoint, in_order, mark, training_items
 
 Example = dict[str, str]
@@ -422,7 +423,7 @@ def score(name: str, model: Path, limit: int | None, batch_size: int = 8, resamp
     values_N = [measure(a, example["completion"]) for a, example in zip(said, examples, strict=True)]
     drawn_RQ = resample(np.array([[value, 1.0] for value in values_N]), name, resamples)
     low, high = np.percentile(drawn_RQ[:, 0] / drawn_RQ[:, 1], INTERVAL).tolist()
-    made = artefacts.provenance(checkpoint=str(model), task=name, source=task.source, licence=task.licence)
+    made = files.provenance(checkpoint=str(model), task=name, source=task.source, licence=task.licence)
     value, seconds = float(np.mean(values_N)), time.perf_counter() - start
     called = Path(model).resolve().name
     return Row(called, None, task.metric, name, value, low, high, len(values_N), 0, seconds, 0, made)

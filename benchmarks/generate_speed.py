@@ -22,18 +22,18 @@ from typing import Any
 import torch
 import transformers
 
-from locum import checkpoint
-from locum.apply import apply_plan
-from locum.bench_run import Subject
-from locum.budget import search
-from locum.calibrate import calibrate
-from locum.demo import MODEL
+from locum.budgets.target import search
+from locum.checkpoints import checkpoint
+from locum.checkpoints.application import apply_plan
+from locum.demonstration import MODEL
 from locum.errors import UnsupportedModel
-from locum.file_checks import sample_texts
+from locum.measure.calibration import calibrate
 from locum.methods import METHODS
-from locum.plan import LayerPlan, Plan, make_plan
+from locum.plans.plan import LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
-from locum.statistics import Statistics
+from locum.speed.run import Subject
+from locum.stats.sums import Statistics
+from locum.verification.folder import sample_texts
 from timing import publish, random_olmoe, random_tokens
 
 REMOVE, PRUNED = 0.5, 0.25

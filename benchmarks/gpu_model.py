@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 import calibration_cost
 import generate_speed
-from locum import checkpoint, products
-from locum.apply import apply_plan
-from locum.calibrate import calibrate
-from locum.container import StandInExperts
-from locum.demo import MODEL
-from locum.recover import recover_model
-from locum.train import Recovery
+from locum.checkpoints import checkpoint
+from locum.checkpoints.application import apply_plan
+from locum.containers.container import StandInExperts
+from locum.demonstration import MODEL
+from locum.kernels import grouped
+from locum.measure.calibration import calibrate
+from locum.training.loop import Recovery
+from locum.training.recovery import recover_model
 from timing import random_olmoe, random_tokens
 
 METHODS = ("lightmoe", "decompose", "mone")
@@ -41,7 +42,7 @@ def same_answers(name: str, model: PreTrainedModel, ids_BS: Tensor, device: torc
     logits_BSV, text_BS = answers(model, ids_BS)
     moved = copy.deepcopy(model).to(device)
     containers = [module for module in moved.modules() if isinstance(module, StandInExperts)]
-    ways = [None, products.LOOP] + ["triton"] * (device.type == "cuda" and products.triton_is_there())
+    ways = [None, grouped.LOOP] + ["triton"] * (device.type == "cuda" and grouped.triton_is_there())
     found = []
     for way in ways if containers else [None]:
         for container in containers:

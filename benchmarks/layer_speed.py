@@ -25,14 +25,14 @@ import transformers
 from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from locum import products
-from locum.apply import make_container
-from locum.container import StandInExperts
-from locum.families import canonical_gate, read_expert
-from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot
-from locum.routing import Routing
+from locum.checkpoints.application import make_container
+from locum.containers.container import StandInExperts
+from locum.experts.routing import Routing
+from locum.kernels import grouped
+from locum.measure.costs import container_work
+from locum.models.families import canonical_gate, read_expert
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
-from locum.work import container_work
 from timing import measure, publish
 
 E, K, D, F = 64, 8, 2048, 1024
@@ -158,7 +158,7 @@ def compare(
     best = min(names, key=median.__getitem__)
     main = plan.routing.main if plan.routing else K
     with torch.no_grad():
-        way = products.choose(
+        way = grouped.choose(
             torch.device("cpu"), torch.bfloat16, tokens * main, container.num_experts, True, container._low_rank
         )
     return {

@@ -29,9 +29,9 @@ from experiment import (
     train_and_measure,
     trainable,
 )
-from locum import artefacts
-from locum.demo import MODEL, reference_data
-from locum.plan import Plan
+from locum import files
+from locum.demonstration import MODEL, reference_data
+from locum.plans.plan import Plan
 
 FRACTIONS = (0.25, 0.5)
 RATES = (3e-4, 1e-3, 3e-3)
@@ -63,7 +63,7 @@ def with_grams() -> Any:
     if not path.is_file():
         also = ("input_gram", "hidden_gram")
         locum.calibrate(MODEL, data=reference_data(), tokens=131072, also=also, out=path)
-    return artefacts.load_statistics(path)
+    return files.load_statistics(path)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from experiment import (
     train_and_measure,
     trainable,
 )
-from locum.plan import Plan
-from locum.train import Recovery
+from locum.plans.plan import Plan
+from locum.training.loop import Recovery
 
 FRACTIONS = (0.3, 0.5)
 RATES = (1e-3, 3e-3, 1e-2)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import locum
-from locum.demo import COMPRESSED, MODEL, REMOVE, reference_data
+from locum.demonstration import COMPRESSED, MODEL, REMOVE, reference_data
 from timing import publish
 
 

@@ -21,10 +21,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from locum.explore import ModelExplorer
-from locum.families import find_layers
-from locum.genetic import search_sets
-from locum.masking import MaskedRouters
+from locum.budgets.sets import search_sets
+from locum.measure.removals import ModelExplorer
+from locum.models.families import find_layers
+from locum.models.masking import MaskedRouters
 from timing import publish, random_tokens
 
 WIDE = 0.1  # of the router's weights: its inputs are normed, so logits get a standard deviation of about 4.5

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 from corpora import DOMAINS, load
 from corpus_readers import CorpusUnavailable
 from evaluate_reference import environment
-from locum.artefacts import fingerprint, whole
+from locum.files import fingerprint, whole
 from smolmoe_card import model_card
 from smolmoe_dense import GGUF_SHA256, dense_parent, smolmoe_folder
 from smolmoe_mixtral import assemble, load_mlps, mixtral_config, save_mlps, upcycled

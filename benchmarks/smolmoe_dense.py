@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from corpora import Package, archive, cache_folder
 from corpus_readers import CorpusUnavailable
-from locum.artefacts import whole
+from locum.files import whole
 
 PACKAGE = Package(
     "smollm2",

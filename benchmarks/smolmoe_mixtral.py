@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.initialization import no_init_weights
 
-from locum.artefacts import whole
+from locum.files import whole
 
 SHARED = (  # what the two architectures have in common
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),

@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import locum
 from evaluate_reference import environment
-from locum.data import Tokens, load_tokens
-from locum.evaluate import evaluate
-from locum.tasks import evaluate_tasks, find_tasks
+from locum.data.tokens import Tokens, load_tokens
+from locum.measure.loss import evaluate
+from locum.measure.tasks import evaluate_tasks, find_tasks
 from smolmoe import BuildError, Recipe, Sources, add_options, cached_model, is_built, recipe_of
 from smolmoe_dense import dense_parent, smolmoe_folder
 from smolmoe_mixtral import mlps_of, taken_mlp

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from corpora import CLEANING, DOMAINS, load
-from locum.artefacts import whole
+from locum.files import whole
 
 WINDOW = 256
 PIECE = 4096  # most characters taken from one document in a row, so that many documents are seen

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from locum.data import Tokens
+from locum.data.tokens import Tokens
 
 Seconds = dict[str, list[float]]
 

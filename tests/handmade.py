@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locum.budget import lowest
-from locum.data import Tokens
+from locum.budgets.target import lowest
+from locum.data.tokens import Tokens
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
+from locum.stats.sums import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
 
 SAMPLES = (20, 30, 14)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locum.container import StandInExperts
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
-from locum.routing import Routing
+from locum.containers.container import StandInExperts
+from locum.experts.routing import Routing
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 
 

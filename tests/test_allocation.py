@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from handmade import toy_shape
-from locum.allocation import (
+from locum.budgets.ranks import (
     COUNTS,
     allocate_ranks,
     bounded_shares,
@@ -20,7 +20,7 @@ from locum.allocation import (
     rank_shares,
     rank_step,
 )
-from locum.budget import spare
+from locum.budgets.target import spare
 from locum.shapes import ModelShape
 
 

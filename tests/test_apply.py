@@ -17,15 +17,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoints import VOCABULARY, write_tokenizer
-from locum import stages
-from locum.apply import apply_plan
-from locum.checkpoint import load_model, read_headers, read_shape, shape_of
-from locum.container import StandInExperts
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, read_headers, read_shape, shape_of
+from locum.containers.container import StandInExperts
 from locum.errors import PlanError, UnsupportedModel
-from locum.families import find_layers
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.models.families import find_layers
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.shapes import ModelShape
-from locum.statistics import Statistics
+from locum.stages import stages
+from locum.stats.sums import Statistics
 from oracles import random_layer_plan
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 

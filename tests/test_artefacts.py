@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import tree
-from locum.artefacts import (
+from locum.errors import OutputError, PlanError, StatisticsError
+from locum.files import (
     NOTES,
     check_output,
     fingerprint,
@@ -24,10 +25,9 @@ from locum.artefacts import (
     whole,
     write_text,
 )
-from locum.errors import OutputError, PlanError, StatisticsError
-from locum.plan import DROPPED, KEPT, LayerPlan, Plan
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import Statistics
+from locum.stats.sums import Statistics
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 

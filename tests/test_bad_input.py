@@ -16,7 +16,7 @@ import locum
 from bad_inputs import Place
 from checkpoints import locum as command
 from checkpoints import tree
-from locum import checkpoint as checkpoint_module
+from locum.checkpoints import checkpoint as checkpoint_module
 
 SHORT = "--tokens 256 --length 64"
 TARGET = "--method prune --remove 0.25"
@@ -291,7 +291,7 @@ def test_a_failure_while_writing_keeps_the_old_output(place, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(sys.modules["locum.apply"], "save_plan", fail)
+    monkeypatch.setattr(sys.modules["locum.checkpoints.application"], "save_plan", fail)
     with pytest.raises(RuntimeError, match="planted"):
         locum.apply(place["model"], plan=place["plan"], out=place["taken"], force=True)
     assert tree(place["taken"]) == before

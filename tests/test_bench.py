@@ -18,17 +18,17 @@ import torch
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
-from locum import bench_page, bench_run
-from locum.apply import apply_plan
-from locum.bench import KIND, quartiles, results
-from locum.bench_run import STOCK, Subject, bytes_per_second, operations_per_second
-from locum.checkpoint import load_model, shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, shape_of
+from locum.containers.layout import Layout
 from locum.errors import EngineError, UnsupportedModel
-from locum.families import find_layers
-from locum.layout import Layout
+from locum.measure.costs import container_work, counted, row_sizes
 from locum.methods import METHODS
-from locum.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
-from locum.work import container_work, counted, row_sizes
+from locum.models.families import find_layers
+from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.speed import page, run
+from locum.speed.bench import KIND, quartiles, results
+from locum.speed.run import STOCK, Subject, bytes_per_second, operations_per_second
 from tiny_models import tiny_ids, tiny_model
 
 D, F, E, K, L, V = 32, 16, 8, 2, 2, 128
@@ -151,7 +151,7 @@ def test_an_end_of_text_stops_nothing(olmoe):
 
 
 def test_batched_mm_may_not_copy_gigabytes(olmoe, monkeypatch):
-    monkeypatch.setattr(bench_run, "COPIED", 4 * K * EXPERT * 8)
+    monkeypatch.setattr(run, "COPIED", 4 * K * EXPERT * 8)
     one = subject(olmoe)
     one.choose("batched_mm", 1)
     with pytest.raises(UnsupportedModel, match="would copy"):
@@ -268,12 +268,12 @@ def test_the_picture_stands_alone(compared):
 
 
 def test_floors_are_drawn_where_they_leave_room(compared):
-    def page(times):
+    def drawn(times):
         rows = [{**row, "floor_seconds": row["median_seconds"] / times} for row in compared[0]["rows"]]
-        return bench_page.make_page({**compared[0], "rows": rows})
+        return page.make_page({**compared[0], "rows": rows})
 
-    assert "original, floor" in page(1.5) and "are not drawn" not in page(1.5)
-    assert "original, floor" not in page(10**6) and "are not drawn" in page(10**6)
+    assert "original, floor" in drawn(1.5) and "are not drawn" not in drawn(1.5)
+    assert "original, floor" not in drawn(10**6) and "are not drawn" in drawn(10**6)
 
 
 def test_a_model_alone_and_a_terminal(checkpoint, tmp_path):
@@ -287,7 +287,7 @@ def test_a_model_alone_and_a_terminal(checkpoint, tmp_path):
 
 
 def test_a_row_has_a_cell_for_every_head(compared):
-    assert {len(bench_page.cells(row)) for row in compared[0]["rows"]} == {len(bench_page.HEADS)}
+    assert {len(page.cells(row)) for row in compared[0]["rows"]} == {len(page.HEADS)}
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

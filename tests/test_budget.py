@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from handmade import make_statistics, toy_shape
-from locum.budget import global_counts, lowest, parse_size, search, spare, uniform_counts
+from locum.budgets.target import global_counts, lowest, parse_size, search, spare, uniform_counts
 from locum.errors import OptionError, PlanError
 from locum.methods import METHODS
-from locum.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
 
 

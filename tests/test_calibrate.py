@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from locum.calibrate import Observer, calibrate, run_experts
-from locum.data import Tokens
+from locum.data.tokens import Tokens
 from locum.errors import DataError, OptionError, StatisticsError, UnsupportedModel
-from locum.families import find_layers
-from locum.statistics import STATISTICS, Statistics, Sums
+from locum.measure.calibration import Observer, calibrate, run_experts
+from locum.models.families import find_layers
+from locum.stats.sums import STATISTICS, Statistics, Sums
 from tiny_models import tiny_ids, tiny_model
 
 FAMILIES = ("olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")

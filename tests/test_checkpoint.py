@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
-from locum import stages
-from locum.checkpoint import (
+from locum.checkpoints.checkpoint import (
     LocumConfig,
     fingerprint_checkpoint,
     is_compressed,
@@ -25,10 +24,11 @@ from locum.checkpoint import (
     shape_of,
     skeleton,
 )
-from locum.container import StandInExperts
+from locum.containers.container import StandInExperts
 from locum.errors import CheckpointError, LocumError, UnsupportedModel
-from locum.families import find_layers
-from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
+from locum.models.families import find_layers
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
+from locum.stages import stages
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
 WEIGHTS = "model.safetensors"

@@ -19,10 +19,10 @@ from safetensors import safe_open
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_rows, write_text
-from locum import stages
 from locum.cli import HIDDEN, cli
 from locum.methods import METHODS
-from locum.recover import Recovery
+from locum.stages import stages
+from locum.training.recovery import Recovery
 
 # Wide enough for the default rank of 16 at half of the parameters. Three steps stand for the 300 of real use.
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 16}

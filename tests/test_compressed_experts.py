@@ -18,13 +18,13 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
 from families.tiny_families import tiny
-from locum.apply import apply_plan
-from locum.checkpoint import load_model, read_headers, read_shape, shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, read_headers, read_shape, shape_of
+from locum.containers.layout import active_parameters
 from locum.errors import CheckpointError, OptionError, PlanError
-from locum.families import canonical_gate, find_layers, read_expert
-from locum.layout import active_parameters
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
-from locum.routing import VECTORS, Routing
+from locum.experts.routing import VECTORS, Routing
+from locum.models.families import canonical_gate, find_layers, read_expert
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
 from oracles import slow_routed
 from tiny_models import tiny_ids, tiny_model
 

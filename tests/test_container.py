@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from locum.container import Stack, StandInExperts
-from locum.families import canonical_gate, find_layers
-from locum.layout import Layout
-from locum.plan import KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.containers.container import Stack, StandInExperts
+from locum.containers.layout import Layout
+from locum.models.families import canonical_gate, find_layers
+from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 from oracles import expert_parts, random_layer_plan, slow_experts
 from tiny_models import tiny_model

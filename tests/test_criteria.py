@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from locum.criteria import CRITERIA, criterion, needs_of
+from locum.criteria.criterion import CRITERIA, criterion, needs_of
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape
-from locum.statistics import STATISTICS, LayerStatistics, RoutedEvent, RouterEvent
+from locum.stats.sums import STATISTICS, LayerStatistics, RoutedEvent, RouterEvent
 
 E, D, K, T = 6, 4, 2, 60
 NEVER = E - 1

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from locum.data import batches, fingerprint_tokenizer, load_tokens, training_batches
-from locum.documents import Document, Source, parse_sources, passages, read_documents
+from locum.data.documents import Document, Source, parse_sources, passages, read_documents
+from locum.data.tokens import batches, fingerprint_tokenizer, load_tokens, training_batches
 from locum.errors import DataError, OptionError
 
 CHAT = (

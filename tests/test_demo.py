@@ -12,9 +12,9 @@ import torch
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_text
-from locum.data import load_tokens
+from locum.data.tokens import load_tokens
 
-demo = importlib.import_module("locum.demo")
+demo = importlib.import_module("locum.demonstration")
 MODELS = ["original", "lightmoe", "lightmoe recovered", "reap", "replace"]
 bundled = pytest.mark.skipif(not (demo.MODEL / "model.safetensors").is_file(), reason="the reference model is not here")
 
@@ -78,8 +78,8 @@ def test_a_demo_that_fails_leaves_nothing(stand_in, tmp_path):
 @bundled
 def test_the_bundled_model_can_read():
     """Held-out text costs it far less than a guess among all tokens."""
-    model = locum.checkpoint.load_model(demo.MODEL)
-    tokenizer = locum.checkpoint.load_tokenizer(demo.MODEL)
+    model = locum.checkpoints.checkpoint.load_model(demo.MODEL)
+    tokenizer = locum.checkpoints.checkpoint.load_tokenizer(demo.MODEL)
     tokens = load_tokens(demo.reference_data(), tokenizer, split="test", length=128, tokens=128 * 16, keep_partial=True)
     with torch.no_grad():
         logits = model(tokens.ids_BS).logits[:, :-1]

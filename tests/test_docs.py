@@ -12,9 +12,9 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import cli
-from locum.criteria import CRITERIA
+from locum.criteria.criterion import CRITERIA
 from locum.methods import METHODS
-from locum.statistics import STATISTICS
+from locum.stats.sums import STATISTICS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from locum.data import Tokens
+from locum.data.tokens import Tokens
 from locum.errors import DataError, LocumError, OptionError
-from locum.evaluate import Row, evaluate, read_rows, resample, write_rows
+from locum.measure.loss import Row, evaluate, read_rows, resample, write_rows
 from tiny_models import tiny_model
 
-module = importlib.import_module("locum.evaluate")  # locum.evaluate itself is the function
+module = importlib.import_module("locum.measure.loss")  # locum.evaluate itself is the function
 
 VOCABULARY = 96
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import locum.explore
+import locum.measure.removals
 from families.checks import near, tokens_of
 from families.tiny_families import tiny
-from locum.apply import apply_plan
-from locum.calibrate import run_experts
+from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError, UnsupportedModel
-from locum.explore import ModelExplorer, draw_sample, gram_of_outputs
-from locum.families import find_layers
-from locum.gate_rules import spread_gates
-from locum.plan import DROPPED, KEPT, LayerPlan, make_plan
-from locum.train import loss_sum
+from locum.measure.calibration import run_experts
+from locum.measure.removals import ModelExplorer, draw_sample, gram_of_outputs
+from locum.models.families import find_layers
+from locum.models.router_rules import spread_gates
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
+from locum.training.loop import loss_sum
 from test_calibrate import make_tokens
 from tiny_models import tiny_ids, tiny_model
 
@@ -49,7 +49,7 @@ def explorer(model):
 
 def pruned(model: nn.Module, removed: dict[str, tuple[int, ...]]) -> nn.Module:
     """A copy of the model that a plan was applied to."""
-    shape = locum.explore.shape_of(model)
+    shape = locum.measure.removals.shape_of(model)
     layers = [
         LayerPlan(name, tuple(DROPPED if e in gone else KEPT for e in range(shape.layer(name).num_experts)))
         for name, gone in removed.items()
@@ -103,7 +103,7 @@ def test_rule_and_real_router_give_the_same(model, explorer, monkeypatch):
     name = explorer.shape.layers[0].name
     by_rule = explorer.output_error(name, masks(*SETS))
     assert (explorer._caches[name].rule is not None) == (model.family in BY_RULE)
-    monkeypatch.setattr(locum.explore, "find_rule", lambda *_: None)
+    monkeypatch.setattr(locum.measure.removals, "find_rule", lambda *_: None)
     slow = ModelExplorer(model, tokens_of(tiny_ids(4, 16)), sample=64)
     near(slow.output_error(name, masks(*SETS)), by_rule, 1e-6)
     assert slow._caches[name].rule is None
@@ -229,8 +229,8 @@ def test_answers_do_not_depend_on_batches_or_chunks(monkeypatch):
     name, other = (layer.name for layer in whole.shape.layers)
     blocks = [{name: masks((1, 6))[0], other: masks((2,))[0]}]
     expected = whole.output_error(name, masks(*SETS)), whole.block_error(blocks), whole.loss_increase(name, masks((1,)))
-    monkeypatch.setattr(locum.explore, "CHUNK", 8)
-    monkeypatch.setattr(locum.explore, "CACHE_BYTES", 1)
+    monkeypatch.setattr(locum.measure.removals, "CHUNK", 8)
+    monkeypatch.setattr(locum.measure.removals, "CACHE_BYTES", 1)
     parts = ModelExplorer(model, tokens, sample=48, batch_size=2)
     for layer in (name, other, name):  # with room for one cache only
         parts.output_error(layer, masks((1,)))

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from locum.apply import apply_plan
-from locum.checkpoint import shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import shape_of
 from locum.errors import PlanError, UnsupportedModel
-from locum.families import (
+from locum.experts.stand_ins import ExpertWeights
+from locum.models.families import (
     FAMILIES,
     Family,
     canonical_gate,
@@ -27,8 +28,7 @@ from locum.families import (
     slice_router,
     write_expert,
 )
-from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
-from locum.stand_ins import ExpertWeights
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from tiny_models import CONFIGS, SIZE, tiny_ids, tiny_model
 
 ROUTERS = {  # router kind, gates renormalised

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from locum.budgets.sets import choose_in_block, removed_mask, search_sets
 from locum.errors import StatisticsError
-from locum.genetic import choose_in_block, removed_mask, search_sets
 
 SMALL = {"population": 40, "generations": 25}  # 1000 sets at most: fewer than the spaces below
 

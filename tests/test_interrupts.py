@@ -47,7 +47,7 @@ cli.main()
 """
 AFTER_BATCHES = """
 import locum
-calibrate = sys.modules["locum.calibrate"]
+calibrate = sys.modules["locum.measure.calibration"]
 run, done = calibrate._run_batch, []
 def slow(*arguments):
     run(*arguments); done.append(1)
@@ -57,14 +57,14 @@ calibrate._run_batch = slow
 """
 IN_SAVING = """
 import locum
-apply = sys.modules["locum.apply"]
+apply = sys.modules["locum.checkpoints.application"]
 def slow(plan, path):
     path.write_text("half"); print("ready", flush=True); time.sleep(600)
 apply.save_plan = slow
 """
 AFTER_STEPS = """
 import locum
-train = sys.modules["locum.train"]
+train = sys.modules["locum.training.loop"]
 step, done = train.Loop.one_step, []
 def slow(self, parts):
     step(self, parts); done.append(1)
@@ -74,7 +74,7 @@ train.Loop.one_step = slow
 """
 AFTER_ANSWERS = """
 import locum
-explorer, done = sys.modules["locum.explore"].ModelExplorer, []
+explorer, done = sys.modules["locum.measure.removals"].ModelExplorer, []
 real = explorer.output_error
 def slow(self, layer, removed_CE):
     done.append(1)
@@ -85,14 +85,14 @@ explorer.output_error = slow
 """
 IN_AN_ENGINE = """
 import locum
-verify = sys.modules["locum.verify"]
+verify = sys.modules["locum.verification.verify"]
 def slow(*arguments):
     print("ready", flush=True); time.sleep(600)
 verify.ask = slow
 """
 IN_EVALUATION = """
 import locum
-evaluate = sys.modules["locum.evaluate"]
+evaluate = sys.modules["locum.measure.loss"]
 def slow(*arguments):
     print("ready", flush=True); time.sleep(600)
 evaluate._batch_sums = slow
@@ -171,20 +171,23 @@ def _goes_on_to_the_same_weights(arguments, folder):
 @pytest.mark.parametrize(
     ("where", "line"),
     [
-        ("locum.stages.search", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
-        ("locum.artefacts.os.replace", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
-        ("locum.quality.make_report", "report {rows} --out report.html"),
-        ("locum.artefacts.os.replace", "report {rows} --out report.html"),
-        ("locum.stages.search", "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small"),
+        ("locum.stages.stages.search", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
+        ("locum.files.os.replace", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
+        ("locum.stages.quality.make_report", "report {rows} --out report.html"),
+        ("locum.files.os.replace", "report {rows} --out report.html"),
+        ("locum.stages.stages.search", "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small"),
         (
-            "locum.stages.save_checkpoint",
+            "locum.stages.stages.save_checkpoint",
             "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small",
         ),
-        ("locum.quality.save_checkpoint", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
-        ("locum.quality.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
-        ("locum.checkpoint.read_headers", "inspect {model}"),
-        ("locum.quality.write_rows", "eval {small} --data {words} --json results.jsonl"),
-        ("locum.demo._run", "demo --out demo"),
+        (
+            "locum.stages.quality.save_checkpoint",
+            "recover {small} --data {words} --length 64 --steps 1 --out recovered",
+        ),
+        ("locum.stages.quality.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
+        ("locum.checkpoints.checkpoint.read_headers", "inspect {model}"),
+        ("locum.stages.quality.write_rows", "eval {small} --data {words} --json results.jsonl"),
+        ("locum.demonstration._run", "demo --out demo"),
     ],
 )
 def test_ctrl_c_in_process(where, line, fill, small, words, tmp_path_factory, tmp_path, monkeypatch):
@@ -192,8 +195,7 @@ def test_ctrl_c_in_process(where, line, fill, small, words, tmp_path_factory, tm
         rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         locum.evaluate(small, data=str(words), length=64, tokens=256, json=rows)
         line = line.replace("{rows}", str(rows))
-    where = where.replace("locum.stages.search", "locum.stages.search")
-    module, _, name = where.replace("artefacts.os.replace", "artefacts.os").rpartition(".")
+    module, _, name = where.rpartition(".")
     target = os if where.endswith("os.replace") else sys.modules[module]
 
     def press(*arguments, **options):
@@ -205,20 +207,20 @@ def test_ctrl_c_in_process(where, line, fill, small, words, tmp_path_factory, tm
     assert result.stderr.startswith(f"locum {line.split()[0]}: error: interrupted; nothing half-written was kept")
     assert result.stderr.count("\n") == 1
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ([WORKDIR] if where == "locum.quality.save_checkpoint" else [])
+    assert left == ([WORKDIR] if where == "locum.stages.quality.save_checkpoint" else [])
 
 
 def test_ctrl_c_before_the_first_state_keeps_nothing(fill, tmp_path, monkeypatch):
     def press(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["locum.train"].Loop, "one_step", press)
+    monkeypatch.setattr(sys.modules["locum.training.loop"].Loop, "one_step", press)
     assert command(*fill(RECOVER)).exit_code == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_recovery_that_was_interrupted_as_something_else_says_so(fill, tmp_path, monkeypatch):
-    step, done = sys.modules["locum.train"].Loop.one_step, []
+    step, done = sys.modules["locum.training.loop"].Loop.one_step, []
 
     def press(self, parts):
         done.append(1)
@@ -227,7 +229,7 @@ def test_recovery_that_was_interrupted_as_something_else_says_so(fill, tmp_path,
         step(self, parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["locum.train"].Loop, "one_step", press)
+        patched.setattr(sys.modules["locum.training.loop"].Loop, "one_step", press)
         assert command(*fill(RECOVER)).exit_code == 2
     before = tree(tmp_path)
     other = command(*fill(RECOVER), "--seed", 3)

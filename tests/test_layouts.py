@@ -8,10 +8,10 @@ import math
 
 import pytest
 
+from locum.containers.layout import Layout
 from locum.errors import CheckpointError
-from locum.layout import Layout
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
-from locum.routing import VECTORS, Routing
+from locum.experts.routing import VECTORS, Routing
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 from oracles import random_layer_plan
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
-from locum.calibrate import calibrate
-from locum.checkpoint import shape_of
-from locum.criteria import CRITERIA
+from locum.checkpoints.checkpoint import shape_of
+from locum.containers.layout import active_parameters
+from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
-from locum.layout import active_parameters
+from locum.measure.calibration import calibrate
 from locum.methods import METHODS
 from locum.methods.lightmoe import LightMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
-from locum.plan import KEPT, LayerPlan, Plan, Slot, make_plan
+from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
-from locum.statistics import STATISTICS, Statistics, mean_output
+from locum.stats.sums import STATISTICS, Statistics, mean_output
 from tiny_models import tiny_ids, tiny_model
 
 ALL = tuple(METHODS)

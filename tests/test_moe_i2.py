@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from handmade import make_statistics, toy_shape, with_sums
-from locum.allocation import rank_bounds, rank_shares
-from locum.budget import search
-from locum.criteria import CRITERIA
+from locum.budgets.ranks import rank_bounds, rank_shares
+from locum.budgets.target import search
+from locum.criteria.criterion import CRITERIA
 from locum.errors import PlanError, StatisticsError
 from locum.methods import METHODS
 from locum.methods.decompose import Decompose
 from locum.methods.moe_i2 import MoEI2
-from locum.plan import DROPPED, KEPT, Plan, make_plan
+from locum.plans.plan import DROPPED, KEPT, Plan, make_plan
 from locum.shapes import ModelShape
-from locum.statistics import Statistics
+from locum.stats.sums import Statistics
 
 SHAPE = toy_shape(layers=4, experts=8)
 QUICK = {"population": 20, "generations": 5}

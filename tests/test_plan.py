@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from handmade import toy_shape, with_sums
-from locum.apply import apply_plan
-from locum.checkpoint import shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import shape_of
 from locum.errors import PlanError
-from locum.families import find_layers
-from locum.plan import (
+from locum.experts.routing import Routing
+from locum.models.families import find_layers
+from locum.plans.plan import (
     DROPPED,
     KEPT,
     NOTHING,
@@ -29,7 +30,6 @@ from locum.plan import (
     with_provenance,
     with_routing,
 )
-from locum.routing import Routing
 from locum.shapes import LayerShape, ModelShape
 from tiny_models import CONFIGS, tiny_model
 

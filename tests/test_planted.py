@@ -10,18 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from handmade import tokens_of
-from locum.apply import apply_plan
-from locum.calibrate import calibrate
-from locum.checkpoint import shape_of
-from locum.criteria import CRITERIA
-from locum.families import MoeLayer, find_layers, read_expert, write_expert
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import shape_of
+from locum.criteria.criterion import CRITERIA
+from locum.experts.stand_ins import ExpertWeights, permute_hidden
+from locum.measure.calibration import calibrate
 from locum.methods.lightmoe import LightMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
-from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
-from locum.stand_ins import ExpertWeights, permute_hidden
-from locum.statistics import Statistics
+from locum.models.families import MoeLayer, find_layers, read_expert, write_expert
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
+from locum.stats.sums import Statistics
 from tiny_models import tiny_ids, tiny_model
 
 IDS = tiny_ids(6, 32)

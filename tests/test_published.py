@@ -16,15 +16,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from handmade import with_sums
-from locum.allocation import rank_bounds
-from locum.checkpoint import place_containers, shape_of
-from locum.layout import Layout, active_parameters
+from locum.budgets.ranks import rank_bounds
+from locum.checkpoints.checkpoint import place_containers, shape_of
+from locum.containers.layout import Layout, active_parameters
 from locum.methods.compressed_experts import CompressedExperts
 from locum.methods.moe_i2 import MoEI2
-from locum.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
-from locum.recover import count_trainable
+from locum.plans.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
-from locum.train import Recovery
+from locum.training.loop import Recovery
+from locum.training.recovery import count_trainable
 
 BASES, RANK = 3, 16
 OLMOE = {

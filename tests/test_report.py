@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import locum
-from locum import artefacts, expert_maps
-from locum.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
+from locum import files
 from locum.errors import DataError, LocumError, PlanError
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot
-from locum.report import make_report, smoothed
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot
+from locum.reports import expert_maps
+from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
+from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import Statistics
+from locum.stats.sums import Statistics
 
 DOMAINS = ("code", "fiction", "maths", "news")
 LAYERS = tuple(f"model.layers.{n}.mlp.experts" for n in range(6))
@@ -90,7 +91,7 @@ def make_statistics(path: Path, domains=DOMAINS, layers=LAYERS, experts=EXPERTS)
         "command": "c",
         "seed": 0,
     }
-    artefacts.save_statistics(Statistics(tuple(domains), sums, about), path)
+    files.save_statistics(Statistics(tuple(domains), sums, about), path)
     return path
 
 
@@ -112,7 +113,7 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         "olmoe", "f", tuple(made), method, {"remove": 0.5}, {"command": "locum plan s.safetensors --remove 0.5"}
     )
     if path is not None:
-        artefacts.save_plan(plan, path)
+        files.save_plan(plan, path)
     return plan
 
 

@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import torch
 
-from locum.layout import Layout
-from locum.plan import KEPT, LayerPlan
-from locum.routing import VECTORS, Routing, route
+from locum.containers.layout import Layout
+from locum.experts.routing import VECTORS, Routing, route
+from locum.plans.plan import KEPT, LayerPlan
 from oracles import expert_parts, random_layer_plan, slow_experts, slow_routed
 from test_container import KINDS, D, E, F, anneal, assert_near, filled, layer_shape, relative_error, routing
 

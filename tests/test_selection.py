@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from handmade import make_statistics, toy_shape, with_sums
-from locum.criteria import CRITERIA
+from locum.budgets.selection import SELECTIONS, count_below, layer_thresholds, mass_weights, select
+from locum.criteria.criterion import CRITERIA
 from locum.errors import OptionError, StatisticsError
-from locum.selection import SELECTIONS, count_below, layer_thresholds, mass_weights, select
 from locum.shapes import ModelShape
-from locum.statistics import Statistics
+from locum.stats.sums import Statistics
 
 PAPER = {"selection": "adaptive", "score": "gate", "alpha": 0.3, "clip": 0.2}
 

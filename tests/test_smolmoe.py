@@ -24,11 +24,11 @@ import smolmoe_text
 import smolmoe_train
 from checkpoints import VOCABULARY, text, write_tokenizer
 from checkpoints import locum as command
-from locum.apply import apply_plan
-from locum.calibrate import calibrate
-from locum.checkpoint import load_model, load_tokenizer, shape_of
-from locum.data import load_tokens
-from locum.plan import Base, LayerPlan, Slot, make_plan
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, load_tokenizer, shape_of
+from locum.data.tokens import load_tokens
+from locum.measure.calibration import calibrate
+from locum.plans.plan import Base, LayerPlan, Slot, make_plan
 
 IDS = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
 RECIPE = smolmoe.Recipe(domains=("a", "b", "c"), steps=3)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import locum
 from checkpoints import tree, write_checkpoint, write_rows
-from locum import checkpoint as checkpoint_module
-from locum import stages
+from locum.checkpoints import checkpoint as checkpoint_module
+from locum.stages import stages
 from tiny_models import CONFIGS, tiny_ids
 
 SHORT = {"tokens": 2048, "length": 64}
@@ -113,7 +113,7 @@ def test_a_plan_for_the_base_model_serves_its_fine_tune(plan_file, tmp_path):
 
 
 def test_outputs_carry_their_provenance(small, plan_file, statistics_file, checkpoint):
-    from locum.quality import read_notes
+    from locum.stages.quality import read_notes
 
     print_of_model = checkpoint_module.fingerprint_checkpoint(checkpoint)
     notes, plan = read_notes(small), locum.load_plan(plan_file)
@@ -246,14 +246,14 @@ def test_recovery_goes_on_from_a_recovered_checkpoint(recovered, words, tmp_path
 
 
 def test_validation_reads_no_more_than_it_is_given(small, words, tmp_path, monkeypatch):
-    asked, load = {}, locum.data.load_tokens
+    asked, load = {}, locum.data.tokens.load_tokens
 
     def count(*arguments, **options):
         tokens = load(*arguments, **options)
         asked[options["split"]] = int(tokens.attention_BS.sum())
         return tokens
 
-    monkeypatch.setattr("locum.quality.load_tokens", count)
+    monkeypatch.setattr("locum.stages.quality.load_tokens", count)
     recipe = {"data": str(words), "length": 64, "batch_size": 1, "steps": 1}
     locum.recover(small, out=tmp_path / "all", **recipe)
     everything = asked["validation"]

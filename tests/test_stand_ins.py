@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from locum.container import StandInExperts
+from locum.containers.container import StandInExperts
 from locum.errors import PlanError, StatisticsError
-from locum.plan import KEPT, Base, LayerPlan, Slot
-from locum.shapes import LayerShape
-from locum.stand_ins import (
+from locum.experts.stand_ins import (
     ExpertWeights,
     align,
     build_layer,
@@ -24,7 +22,9 @@ from locum.stand_ins import (
     svd_factors,
     whitened_factors,
 )
-from locum.statistics import LayerStatistics
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot
+from locum.shapes import LayerShape
+from locum.stats.sums import LayerStatistics
 from oracles import expert_parts, random_layer_plan
 
 D, F, E = 12, 10, 8

@@ -11,7 +11,7 @@ import torch
 
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import (
+from locum.stats.sums import (
     STATISTICS,
     RoutedEvent,
     RouterEvent,

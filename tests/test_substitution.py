@@ -25,10 +25,10 @@ from checkpoints import locum as command
 from checkpoints import write_tokenizer
 from engines.made import PLANS, cycle, statistics
 from families.tiny_families import tiny
-from locum.apply import apply_plan
-from locum.checkpoint import load_model, read_headers, shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, read_headers, shape_of
 from locum.errors import CheckpointError, UnsupportedModel
-from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
 CONSTANT = Slot("stand_in", constant=True)

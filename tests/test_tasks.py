@@ -18,11 +18,11 @@ import torch
 
 import locum
 from checkpoints import locum as command
-from locum import checkpoint as checkpoints
-from locum.data import load_tokens
+from locum.checkpoints import checkpoint as checkpoints
+from locum.data.tokens import load_tokens
 from locum.errors import DataError, OptionError
-from locum.evaluate import read_rows
-from locum.tasks import evaluate_tasks, find_tasks
+from locum.measure.loss import read_rows
+from locum.measure.tasks import evaluate_tasks, find_tasks
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "tasks"

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import locum
-from locum.container import StandInExperts
+from locum.containers.container import StandInExperts
 from tiny_models import tiny_ids
 
 NEW = 6

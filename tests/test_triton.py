@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from locum import products
+from locum.kernels import grouped
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def test_the_kernels_compile_for_hopper():
 def test_nothing_of_locum_needs_triton():
     said = run(
         "-c",
-        "import sys; sys.modules['triton'] = None; import locum.container, locum.products; print('fine')",
+        "import sys; sys.modules['triton'] = None; import locum.containers.container, locum.kernels.grouped; print('fine')",
         interpret=False,
     )
     assert said.strip() == "fine"
@@ -63,21 +63,21 @@ def test_nothing_of_locum_needs_triton():
 
 def test_one_edit_of_the_table_makes_triton_serve(monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(products, "CUDA_WAYS", (("triton", 512), *products.CUDA_WAYS))
-    monkeypatch.setattr(products, "triton_is_there", lambda: True)
+    monkeypatch.setattr(grouped, "CUDA_WAYS", (("triton", 512), *grouped.CUDA_WAYS))
+    monkeypatch.setattr(grouped, "triton_is_there", lambda: True)
     with torch.no_grad():
-        assert products.choose(cuda, bf16, 512, 64, True) == "triton"
-        assert products.choose(cuda, torch.float16, 512, 64, False) == "triton"
-        assert products.choose(cuda, bf16, 513, 64, True) == "grouped"
-        assert products.choose(cuda, torch.float64, 65, 64, True) == products.LOOP
-        monkeypatch.setattr(products, "triton_is_there", lambda: False)
-        assert products.choose(cuda, bf16, 512, 64, True) == "grouped"
-    monkeypatch.setattr(products, "triton_is_there", lambda: True)
-    assert products.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
+        assert grouped.choose(cuda, bf16, 512, 64, True) == "triton"
+        assert grouped.choose(cuda, torch.float16, 512, 64, False) == "triton"
+        assert grouped.choose(cuda, bf16, 513, 64, True) == "grouped"
+        assert grouped.choose(cuda, torch.float64, 65, 64, True) == grouped.LOOP
+        monkeypatch.setattr(grouped, "triton_is_there", lambda: False)
+        assert grouped.choose(cuda, bf16, 512, 64, True) == "grouped"
+    monkeypatch.setattr(grouped, "triton_is_there", lambda: True)
+    assert grouped.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
 
 
 def test_the_table_has_ways_that_are_there():
-    assert all(way in products.PRODUCTS and most > 0 for way, most in products.CUDA_WAYS)
-    assert products.CUDA_WAYS[-1] == ("gathered", products.GATHERED_PAIRS)
-    assert products.triton_is_there() == (importlib.util.find_spec("triton") is not None)
-    assert math.isinf(dict(products.CUDA_WAYS)["grouped"])
+    assert all(way in grouped.PRODUCTS and most > 0 for way, most in grouped.CUDA_WAYS)
+    assert grouped.CUDA_WAYS[-1] == ("gathered", grouped.GATHERED_PAIRS)
+    assert grouped.triton_is_there() == (importlib.util.find_spec("triton") is not None)
+    assert math.isinf(dict(grouped.CUDA_WAYS)["grouped"])

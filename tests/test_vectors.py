@@ -16,17 +16,17 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
 from families.tiny_families import tiny
-from locum.adapter import load_adapter
-from locum.apply import apply_plan
-from locum.balance import balanced, load_balance
-from locum.checkpoint import ADAPTER, load_model, read_shape, shape_of, vectors_and_routers
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import ADAPTER, load_model, read_shape, shape_of, vectors_and_routers
+from locum.checkpoints.patch import load_adapter
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
-from locum.families import find_layers
-from locum.plan import DROPPED, KEPT, LayerPlan, make_plan
-from locum.quality import plan_of
-from locum.recover import count_trainable, recover_model
-from locum.routing import VECTORS, Routing
-from locum.train import Recovery
+from locum.experts.routing import VECTORS, Routing
+from locum.models.families import find_layers
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
+from locum.stages.quality import plan_of
+from locum.training.balance import balanced, load_balance
+from locum.training.loop import Recovery
+from locum.training.recovery import count_trainable, recover_model
 from test_compressed_experts import TOP_4, drawn, logits, near, policy_plan
 from test_recover import QUICK, compressed, light, opened, tiny_tokens
 from tiny_models import tiny_ids, tiny_model

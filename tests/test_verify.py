@@ -17,14 +17,21 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_tokenizer
 from engines.broken import DAMAGES, change_weights
-from locum.adapter import load_adapter
-from locum.engines import ENGINES, Answer, Engine, ask, chosen_engines
+from locum.checkpoints.patch import load_adapter
+from locum.engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from locum.errors import CheckpointError, EngineError, LocumError, OptionError
-from locum.families import find_layers
-from locum.file_checks import FAILED, OK, SKIPPED
-from locum.loops import ends_in_loop, more_than_chance
-from locum.plan import KEPT, NOTHING, LayerPlan
-from locum.verify import Promise, check_engine, compare_likeliest, compare_logits, compare_tokens, set_dtype
+from locum.measure.repetition import ends_in_loop, more_than_chance
+from locum.models.families import find_layers
+from locum.plans.plan import KEPT, NOTHING, LayerPlan
+from locum.verification.folder import FAILED, OK, SKIPPED
+from locum.verification.verify import (
+    Promise,
+    check_engine,
+    compare_likeliest,
+    compare_logits,
+    compare_tokens,
+    set_dtype,
+)
 from tiny_models import CONFIGS, tiny_model
 
 FEW = {"prompts": 2, "new_tokens": 6}
@@ -115,7 +122,9 @@ def test_what_an_adapter_computes_is_compared(trained, monkeypatch):
             layer.experts.offsets_NV.data.add_(0.5)
         return model
 
-    monkeypatch.setattr("locum.adapter.load_adapter", changed)  # of the promise alone: the engine is another process
+    monkeypatch.setattr(
+        "locum.checkpoints.patch.load_adapter", changed
+    )  # of the promise alone: the engine is another process
     checks = locum.verify(trained / "adapter", engine="transformers", **FEW)
     assert failures(checks) == [("logits", "transformers"), ("greedy tokens", "transformers")]
 

@@ -11,10 +11,10 @@ import copy
 import pytest
 import torch
 
-from locum import products, triton_products
-from locum.layout import Layout
-from locum.plan import KEPT, Base, LayerPlan, Slot
-from locum.routing import Routing
+from locum.containers.layout import Layout
+from locum.experts.routing import Routing
+from locum.kernels import grouped, triton_grouped
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot
 from test_container import KINDS, assert_near, filled, relative_error, slow, swiglu
 from test_products import ROUNDING, D, container_of, routed_to, shape
 from triton_launches import launches_of, olmoe_layer
@@ -22,12 +22,12 @@ from triton_launches import launches_of, olmoe_layer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 ON_BFLOAT16 = ROUNDING * (1 if DEVICE == "cuda" else 2)  # the interpreter cuts off where devices round
-REGIMES = {"few": triton_products.FEW_PAIRS, "many": 0}
+REGIMES = {"few": triton_grouped.FEW_PAIRS, "many": 0}
 
 
 @pytest.fixture(params=REGIMES)
 def regime(request, monkeypatch):
-    monkeypatch.setattr(triton_products, "FEW_PAIRS", REGIMES[request.param])
+    monkeypatch.setattr(triton_grouped, "FEW_PAIRS", REGIMES[request.param])
     return request.param
 
 
@@ -48,7 +48,7 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
     x, weight = random(rows, inputs + 8)[:, :inputs], random(items, 2 * outputs, inputs + 3)[:, outputs:, 3:]
     wide = random(pairs, outputs + 9)
     before, here = wide.clone(), slice(3, 3 + outputs)
-    products.PRODUCTS[way]().add(wide[:, here], x, weight, item, token)
+    grouped.PRODUCTS[way]().add(wide[:, here], x, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen
     assert_near(wide[:, here].double(), before[:, here].double() + exact, FORMATS[dtype])
     rest = torch.ones(outputs + 9, dtype=torch.bool)
@@ -59,7 +59,7 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
     start = torch.randn(rows, outputs + 5, generator=generator).to(DEVICE)
     totals = [start.clone(), start.clone()]
     for total in totals:
-        products.PRODUCTS[way]().scatter(total[:, 5:], hidden, weight, item, token)
+        grouped.PRODUCTS[way]().scatter(total[:, 5:], hidden, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], hidden.double()) * chosen
     assert_near(totals[0][:, 5:].double(), start[:, 5:].double().index_add(0, token, exact), FORMATS[dtype])
     assert torch.equal(totals[0][:, :5], start[:, :5])
@@ -101,15 +101,15 @@ def test_unusual_pairs(pairs, regime):
 
 
 def test_more_pairs_than_a_program_takes_at_a_time(monkeypatch):
-    monkeypatch.setattr(triton_products, "FEW_PAIRS", 0)
-    monkeypatch.setattr(triton_products, "STRETCH", 16)
+    monkeypatch.setattr(triton_grouped, "FEW_PAIRS", 0)
+    monkeypatch.setattr(triton_grouped, "STRETCH", 16)
     check(*random_pairs(9, 3, 60), 9, 3, 40, 40, torch.float32)
 
 
 @pytest.mark.parametrize("case", range(4))
 def test_groups_are_pairs_by_item_and_units_by_token(case):
     item, token = random_pairs(7, 4, 1 + 20 * case)
-    made = triton_products.Groups.of(item.to(DEVICE), token.to(DEVICE), 4, 7)
+    made = triton_grouped.Groups.of(item.to(DEVICE), token.to(DEVICE), 4, 7)
     order, end, units, first, unit = (part.tolist() for part in made)
     by_item = [[p for p in range(len(item)) if item[p] == n] for n in range(4)]
     assert order[: end[-1]] == [p for pairs in by_item for p in pairs]
@@ -157,7 +157,7 @@ def test_routing_policies_and_norms_of_single_experts(what, regime):
     if what == "norm":
         container.post_expert_norm = torch.nn.RMSNorm(D)
     x, index, gates = routed_to(container, 4, 1, torch.float32)
-    container.way = products.LOOP
+    container.way = grouped.LOOP
     with torch.no_grad():
         expected = container(x, index, gates)
     assert_near(on_device(container, x, index, gates), expected, 1e-5)

@@ -1,4 +1,4 @@
-"""What the products of triton_products.py would launch, written down and compiled without a device.
+"""What the products of triton_grouped.py would launch, written down and compiled without a device.
 
     python tests/triton_launches.py      compiles what a layer of OLMoE's shape launches for sm_90, a line of JSON each
 
@@ -23,10 +23,10 @@ from torch.nn import functional
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from locum import triton_products
-from locum.container import StandInExperts
-from locum.layout import Layout
-from locum.plan import KEPT, Base, LayerPlan, Slot
+from locum.containers.container import StandInExperts
+from locum.containers.layout import Layout
+from locum.kernels import triton_grouped
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 
 KERNELS = ("_few", "_many", "_sort", "_find_units", "_sum_units", "_sum_tokens")
@@ -54,7 +54,7 @@ def written_down() -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         for name in KERNELS:
-            stack.enter_context(mock.patch.object(triton_products, name, Recorder(name)))
+            stack.enter_context(mock.patch.object(triton_grouped, name, Recorder(name)))
         yield launches
 
 
@@ -84,7 +84,7 @@ def launches_of(container: StandInExperts, tokens: int, top_k: int = 8) -> list[
 
 def resources(launch: Launch) -> dict[str, Any]:
     """What sm_90 needs for a launch: registers, bytes of stack (spills) and of shared memory, tensor core instructions."""
-    function = getattr(triton_products, launch.kernel)
+    function = getattr(triton_grouped, launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(function.params, launch.arguments, strict=True)):
         tensor = isinstance(value, torch.Tensor)

@@ -4,11 +4,9 @@ Importing it registers the loader for checkpoints with compressed layers, so tha
 `AutoModelForCausalLM.from_pretrained` opens them like any other.
 """
 
-from .artefacts import load_plan, load_statistics, save_plan, save_statistics
-from .bench import bench
-from .checkpoint import read_shape
-from .container import StandInExperts
-from .demo import demo
+from .checkpoints.checkpoint import read_shape
+from .containers.container import StandInExperts
+from .demonstration import demo
 from .errors import (
     CheckpointError,
     DataError,
@@ -20,15 +18,17 @@ from .errors import (
     StatisticsError,
     UnsupportedModel,
 )
-from .export import export
+from .exports.export import export
+from .files import load_plan, load_statistics, save_plan, save_statistics
 from .methods import METHODS
-from .pipeline import compress, search
-from .plan import Base, LayerPlan, Plan, Slot, make_plan
-from .quality import evaluate, recover, report
+from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan
 from .shapes import LayerShape, ModelShape
-from .stages import apply, calibrate, catalogue, diff, inspect, plan
-from .statistics import Statistics
-from .verify import verify
+from .speed.bench import bench
+from .stages.pipeline import compress, search
+from .stages.quality import evaluate, recover, report
+from .stages.stages import apply, calibrate, catalogue, diff, inspect, plan
+from .stats.sums import Statistics
+from .verification.verify import verify
 
 __all__ = [
     "METHODS",

@@ -25,17 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from . import bench_page, pipeline, quality, stages
-from .bench import bench
-from .card import describe_size
-from .demo import demo
+from .checkpoints.card import describe_size
+from .demonstration import demo
 from .errors import LocumError, unknown
-from .export import export, larger
-from .file_checks import FAILED, Check
+from .exports.export import export, larger
 from .methods import METHODS
-from .recover import Recovery
-from .stages import Help
-from .verify import verify
+from .speed import page
+from .speed.bench import bench
+from .stages import pipeline, quality, stages
+from .stages.stages import Help
+from .training.recovery import Recovery
+from .verification.folder import FAILED, Check
+from .verification.verify import verify
 
 console = Console(stderr=True)
 HIDDEN = ("progress", "options")  # parameters that are not for the command line
@@ -322,12 +323,12 @@ def _show_checks(checks: list[Check], as_json: bool) -> None:
 
 def _show_bench(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
-        table = Table(*bench_page.HEADS, box=None)
+        table = Table(*page.HEADS, box=None)
         for row in d["rows"]:
-            table.add_row(*bench_page.cells(row))
+            table.add_row(*page.cells(row))
         Console(width=max(170, Console().width)).print(table)
         for name, model in d["models"].items():
-            click.echo(bench_page.memory_line(name, model))
+            click.echo(page.memory_line(name, model))
         for x in d["not_run"]:
             click.echo(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
 

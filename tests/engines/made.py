@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from locum.apply import apply_plan
-from locum.checkpoint import load_model, shape_of
-from locum.container import StandInExperts
-from locum.demo import MODEL as REFERENCE
-from locum.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
-from locum.routing import Routing
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, shape_of
+from locum.containers.container import StandInExperts
+from locum.demonstration import MODEL as REFERENCE
+from locum.experts.routing import Routing
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import Statistics
+from locum.stats.sums import Statistics
 from tiny_models import tiny_model
 
 ROOM = {"vocab_size": 320, "max_position_embeddings": 512, "hidden_size": 64, "num_hidden_layers": 3}

@@ -26,10 +26,10 @@ import transformers
 import locum
 from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original, statistics
-from locum.checkpoint import read_shape
-from locum.engines import ENGINES
-from locum.file_checks import FAILED, OK, SKIPPED, Check
-from locum.plan import make_plan
+from locum.checkpoints.checkpoint import read_shape
+from locum.engines.engines import ENGINES
+from locum.plans.plan import make_plan
+from locum.verification.folder import FAILED, OK, SKIPPED, Check
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"

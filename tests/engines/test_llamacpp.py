@@ -12,11 +12,11 @@ from torch.nn import functional
 import locum
 from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original
-from locum.checkpoint import load_tokenizer, read_shape
-from locum.engines import ENGINES, ask
-from locum.export import write_gguf
-from locum.file_checks import FAILED, OK, sample_texts
-from locum.plan import make_plan
+from locum.checkpoints.checkpoint import load_tokenizer, read_shape
+from locum.engines.engines import ENGINES, ask
+from locum.exports.export import write_gguf
+from locum.plans.plan import make_plan
+from locum.verification.folder import FAILED, OK, sample_texts
 
 pytestmark = [
     pytest.mark.llamacpp,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engines.report import PAGE, all_cases, page, read_results, said
-from locum.engines import ENGINES
-from locum.file_checks import FAILED, OK, SKIPPED
+from locum.engines.engines import ENGINES
+from locum.verification.folder import FAILED, OK, SKIPPED
 
 
 def test_the_page_is_current():

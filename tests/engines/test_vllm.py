@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 import locum
 from engines.broken import DAMAGES
 from engines.made import MIXED, PLANS, REFERENCE, make
-from locum.checkpoint import load_model, load_tokenizer, read_config, read_shape, skeleton
-from locum.container import StandInExperts
-from locum.engines import ENGINES, ask_all
+from locum.checkpoints.checkpoint import load_model, load_tokenizer, read_config, read_shape, skeleton
+from locum.containers.container import StandInExperts
+from locum.engines.engines import ENGINES, ask_all
 from locum.errors import CheckpointError
-from locum.plan import make_plan
-from locum.verify import agreement
+from locum.plans.plan import make_plan
+from locum.verification.verify import agreement
 
 NEW = 64
 COMPRESSED = tuple(name for name in PLANS if name != "uniform")
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def serve(folder: Path, jobs: list[dict], **environment: str) -> list[dict]:
-    """What engines answer, each started after the other in one process of its own: locum/engine_run.py says what."""
+    """What engines answer, each started after the other in one process of its own: locum/engines/run.py says what."""
     jobs = [{"dtype": "float32", "prompts": [[0]], "texts": [], "new_tokens": NEW} | job for job in jobs]
     root = str(folder.parent / "vllm")  # what it learns of a model class serves the next start
     settings = {"VLLM_CACHE_ROOT": root, "OMP_WAIT_POLICY": "PASSIVE", **environment}
@@ -165,7 +165,7 @@ def test_broken_checkpoints_are_refused_with_one_message(tmp_path):
 
 
 def test_what_vllm_has_fetched_by_name_is_checked_as_it_loads(tmp_path):
-    from locum.vllm_plugin import LocumQuantization, load_weights, path_numbers
+    from locum.engines.vllm_plugin import LocumQuantization, load_weights, path_numbers
 
     make(tmp_path, "qwen3_moe", "lightmoe", torch.float32)
     config = read_config(tmp_path)
@@ -190,7 +190,7 @@ def test_more_than_one_device_is_refused(tmp_path):
 import sys
 from vllm.engine.arg_utils import EngineArgs
 from locum.errors import UnsupportedModel
-from locum.vllm_plugin import check_engine
+from locum.engines.vllm_plugin import check_engine
 for more in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}):
     config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, **more).create_engine_config()
     try:

@@ -23,20 +23,20 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from families.tiny_families import tiny
-from locum.apply import apply_plan
-from locum.calibrate import _observed, calibrate
-from locum.checkpoint import load_model, read_shape, shape_of
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model, read_shape, shape_of
 from locum.cli import cli
-from locum.container import StandInExperts
-from locum.data import Tokens
-from locum.explore import ModelExplorer
-from locum.families import MoeLayer, find_layers
-from locum.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
-from locum.replay import Recording
-from locum.routers import router_logits
-from locum.routing import Routing
+from locum.containers.container import StandInExperts
+from locum.data.tokens import Tokens
+from locum.experts.routing import Routing
+from locum.measure.calibration import _observed, calibrate
+from locum.measure.removals import ModelExplorer
+from locum.models.families import MoeLayer, find_layers
+from locum.models.replay import Recording
+from locum.models.routers import router_logits
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import LayerShape, ModelShape
-from locum.statistics import Statistics, Sums
+from locum.stats.sums import Statistics, Sums
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 

@@ -23,7 +23,7 @@ import transformers
 from families.checks import CHECKS, Case, NotApplicable
 from families.tiny_families import adapted_families, all_families, main_type, other_families, refused_with, tiny_config
 from locum.errors import LocumError
-from locum.families import family_of, model_class
+from locum.models.families import family_of, model_class
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

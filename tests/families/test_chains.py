@@ -13,17 +13,17 @@ import torch
 from families.checks import Case, copied, stored, tokens_of
 from families.test_matrix import marked
 from families.tiny_families import all_families, main_type
-from locum.apply import apply_plan
-from locum.calibrate import calibrate
-from locum.checkpoint import load_model
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.checkpoint import load_model
 from locum.errors import LocumError, UnsupportedModel
-from locum.evaluate import evaluate
-from locum.explore import ModelExplorer
-from locum.families import family_of
+from locum.measure.calibration import calibrate
+from locum.measure.loss import evaluate
+from locum.measure.removals import ModelExplorer
 from locum.methods import METHODS
-from locum.pipeline import _to_collect, _with_found
-from locum.plan import make_plan
-from locum.recover import Recovery, recover_model
+from locum.models.families import family_of
+from locum.plans.plan import make_plan
+from locum.stages.pipeline import _to_collect, _with_found
+from locum.training.recovery import Recovery, recover_model
 
 CHAINS = {
     "moe-i2": ({"population": 4, "generations": 1, "seed": 0, "start": "whitened"}, "lora"),

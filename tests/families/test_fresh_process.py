@@ -13,7 +13,7 @@ import torch
 
 from families.checks import Case, copied, prune
 from families.tiny_families import all_families, main_type
-from locum.families import family_of
+from locum.models.families import family_of
 
 CHILD = """
 import copy, json, sys

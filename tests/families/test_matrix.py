@@ -13,7 +13,7 @@ import torch
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import locum.families
+import locum.models.families
 from families import matrix
 from families.checks import CHECKS, Case, NotApplicable, low_rank, near
 from families.tiny_families import (
@@ -28,12 +28,12 @@ from families.tiny_families import (
     tiny,
     tiny_config,
 )
-from locum.anneal import close_layer, open_layer
-from locum.checkpoint import read_shape, shape_of
+from locum.checkpoints.checkpoint import read_shape, shape_of
 from locum.errors import LocumError, PlanError, UnsupportedModel
-from locum.families import FAMILIES, Family, family_of, find_layers, model_class
-from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
-from locum.routers import RouterRule
+from locum.models.families import FAMILIES, Family, family_of, find_layers, model_class
+from locum.models.routers import RouterRule
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.training.layer import close_layer, open_layer
 from tiny_models import CONFIGS
 
 SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4", "step3p7")
@@ -131,7 +131,7 @@ def test_experts_of_a_newer_transformers_that_do_more_are_refused(monkeypatch):
         find_layers(model)
     del experts.expert_scale
     find_layers(model)
-    monkeypatch.setattr(locum.families, "KNOWN_FLAGS", locum.families.KNOWN_FLAGS - {"has_gate"})
+    monkeypatch.setattr(locum.models.families, "KNOWN_FLAGS", locum.models.families.KNOWN_FLAGS - {"has_gate"})
     with pytest.raises(UnsupportedModel, match="the flag 'has_gate', which this Locum does not know"):
         find_layers(model)
 

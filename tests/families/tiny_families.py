@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from locum.cli import cli
-from locum.families import FAMILIES, model_class
+from locum.models.families import FAMILIES, model_class
 
 MODELS = Path(transformers.__file__).parent / "models"
 LAYERS, EXPERTS, TOP_K = 2, 8, 2

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..plan import LayerPlan
+from ..plans.plan import LayerPlan
 from ..registry import Registry, import_modules
 from ..shapes import ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 
 
 class Method(Protocol):

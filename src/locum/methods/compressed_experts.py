@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import PlanError
+from ..experts.routing import VECTORS, Routing
 from ..options import option
-from ..plan import KEPT, LayerPlan
-from ..routing import VECTORS, Routing
+from ..plans.plan import KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 from . import method
 
 

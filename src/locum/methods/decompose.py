@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..allocation import allocate_ranks, rank_bounds, rank_shares
-from ..criteria import CRITERIA
+from ..budgets.ranks import allocate_ranks, rank_bounds, rank_shares
+from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plan import KEPT, START_NEEDS, LayerPlan, Slot
+from ..plans.plan import KEPT, START_NEEDS, LayerPlan, Slot
 from ..shapes import LayerShape, ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 from . import method
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from ..criteria import CRITERIA
+from ..budgets.selection import SELECTIONS, mass_weights, select
+from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
-from ..selection import SELECTIONS, mass_weights, select
+from ..plans.plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
 from ..shapes import LayerShape, ModelShape
-from ..statistics import LayerStatistics, Statistics, mean_output
+from ..stats.sums import LayerStatistics, Statistics, mean_output
 from . import method
 
 GROUPINGS = ("dominant", "kmeans")

@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import COUNTS, prune_counts
-from ..genetic import Experts, choose_in_block, finite, removed_mask, search_sets
+from ..budgets.ranks import COUNTS, prune_counts
+from ..budgets.sets import Experts, choose_in_block, finite, removed_mask, search_sets
 from ..options import option
-from ..plan import DROPPED, KEPT, START_NEEDS, LayerPlan
+from ..plans.plan import DROPPED, KEPT, START_NEEDS, LayerPlan
 from ..shapes import LayerShape, ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 from . import Explorer, method
 from .decompose import LowRank
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..criteria import CRITERIA
+from ..budgets.selection import BUDGETS, select_lowest
+from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plan import KEPT, LayerPlan, Slot
-from ..selection import BUDGETS, select_lowest
+from ..plans.plan import KEPT, LayerPlan, Slot
 from ..shapes import ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 from . import method
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..criteria import CRITERIA
+from ..budgets.selection import SELECTIONS, mass_weights, select
+from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
-from ..selection import SELECTIONS, mass_weights, select
+from ..plans.plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
 from ..shapes import ModelShape
-from ..statistics import Statistics
+from ..stats.sums import Statistics
 from . import method
 
 

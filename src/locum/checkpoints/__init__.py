@@ -1,0 +1,1 @@
+"""Checkpoint folders: read, loaded, converted, applied to, saved and described."""

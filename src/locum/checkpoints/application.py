@@ -1,0 +1,143 @@
+"""Carrying out a plan: layer by layer, then one checkpoint. Nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..containers.container import StandInExperts
+from ..errors import UnsupportedModel
+from ..experts.stand_ins import ExpertWeights, build_layer, check_statistics
+from ..files import NOTES, save_plan, whole
+from ..models.families import (
+    EXPERT_COUNTS,
+    MoeLayer,
+    canonical_gate,
+    find_layers,
+    read_expert,
+    set_expert_count,
+    slice_experts,
+    slice_router,
+)
+from ..plans.plan import LayerPlan, Plan
+from ..shapes import LayerShape
+from ..stats.sums import LayerStatistics, Statistics
+from .checkpoint import LocumConfig, set_module, shape_of
+
+KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+
+
+def make_container(
+    plan: LayerPlan,
+    shape: LayerShape,
+    read: Callable[[int], ExpertWeights],
+    apply_gate: Callable[[Tensor], Tensor],
+    statistics: LayerStatistics | None,
+    seed: int,
+) -> StandInExperts:
+    """The container of one layer, filled. It does not matter where `read` takes the experts from."""
+    layout, tensors = build_layer(plan, shape, read, statistics, seed)
+    like = read(0).down_DF
+    container = StandInExperts(layout, apply_gate, like.dtype, "meta")
+    container.load_state_dict(tensors, assign=True, strict=True)
+    return container.to(like.device)
+
+
+def apply_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda layer: None,
+) -> PreTrainedModel:
+    """Change a live stock model into what the plan says, in place. Layers the plan keeps whole are left as they are.
+
+    `statistics` are read only where the plan has constants or whitened adapters (`plan.needs` says which).
+    Raises PlanError before anything is changed when the plan does not fit or they are missing.
+    """
+    shape = shape_of(model)
+    plan.validate(shape)
+    layers = {layer.shape.name: layer for layer in find_layers(model)}
+    if any(isinstance(layer.experts, StandInExperts) for layer in layers.values()):
+        raise UnsupportedModel("the model is compressed already; apply the plan to the original checkpoint")
+    for layer_plan in plan.layers:
+        check_statistics(layer_plan, _read_by(layer_plan, statistics))
+    stock = plan.is_stock(shape)
+    layouts = {}
+    for index, layer_plan in enumerate(plan.layers):
+        layer = layers[layer_plan.layer]
+        if not layer_plan.is_identity or (not stock and _is_uneven(layer)):
+            if stock:
+                slice_experts(layer.experts, layer_plan.survivors)
+            else:
+                layouts[layer_plan.layer] = _replace(model, layer, layer_plan, statistics, seed * 1_000_003 + index)
+            if len(layer_plan.survivors) < layer.shape.num_experts:
+                slice_router(layer, layer_plan.survivors)
+        progress(layer_plan.layer)
+    if stock and plan.layers:
+        for config in (model.config, *(layer.experts.config for layer in layers.values())):
+            set_expert_count(config, len(plan.layers[0].survivors))
+    if layouts:
+        model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
+    return model
+
+
+def _is_uneven(layer: MoeLayer) -> bool:
+    """Whether a stock layer has another number of experts than its config says, as one opened from a container may."""
+    counts = (getattr(layer.experts.config, name, None) for name in EXPERT_COUNTS)
+    return layer.shape.num_experts not in counts
+
+
+def _read_by(plan: LayerPlan, statistics: Statistics | None) -> LayerStatistics | None:
+    return statistics.layer(plan.layer) if statistics is not None and plan.needs else None
+
+
+def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> object:
+    experts = layer.experts
+    container = make_container(
+        plan,
+        layer.shape,
+        lambda e: read_expert(experts, e),
+        canonical_gate(experts),
+        _read_by(plan, statistics),
+        seed,
+    )
+    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
+    set_module(model, plan.layer, container)
+    return container.layout
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    plan: Plan | None,
+    card: str,
+    source: Path,
+    notes: dict[str, Any],
+    extra: Iterable[Path] = (),
+    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained,
+) -> None:
+    """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
+
+    From `source` come the files that saving a model does not write; `extra` files are copied in under their names.
+    `write` puts the model itself into the folder.
+    """
+    with whole(out, "folder") as folder:
+        write(model, folder)
+        tokenizer.save_pretrained(folder)
+        for name in KEEP_FILES:
+            if (source / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        if plan is not None:
+            save_plan(plan, folder / "plan.json")
+        for file in extra:
+            shutil.copyfile(file, folder / file.name)
+        (folder / NOTES).write_text(json.dumps(notes, indent=1), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")

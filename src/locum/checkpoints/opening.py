@@ -1,0 +1,82 @@
+"""Going on from a checkpoint that was only pruned: its containers become stock experts again, in the live model.
+
+A model pruned to unequal numbers of experts is saved in containers, because one number in a config cannot describe it.
+Every expert in them is whole, though, so once loaded it can be an ordinary model with unequal layers, on which
+calibration, search and plans work as on any other. Sizes and shapes then are those of the pruned model.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..errors import UnsupportedModel
+from ..measure.calibration import _configs
+from ..models.families import find_layers, slice_experts, write_expert
+from ..training.layer import _row_weights
+from .checkpoint import layouts_of, load_model, set_module, skeleton
+
+
+def only_kept(layout: Layout) -> bool:
+    """Whether a container holds nothing but whole experts of their own."""
+    own = layout.dense_of == tuple(range(layout.num_experts))
+    return own and not layout.ranks and not layout.num_constants and layout.routing is None
+
+
+def check_openable(path: str | Path, advice: str) -> None:
+    """Refuse a checkpoint with anything but whole experts, from its config alone."""
+    for name, layout in layouts_of(path).items():
+        if not only_kept(layout):
+            raise UnsupportedModel(f"{path} is compressed already ({name} has stand-ins); {advice}")
+
+
+def open_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:
+    """A stock or pruned checkpoint as a live model with stock experts. Raises as `load_model`, and UnsupportedModel."""
+    check_openable(path, "give the original checkpoint")
+    model = load_model(path, device=device)
+    return open_containers(model) if layouts_of(path) else model
+
+
+def open_containers(model: PreTrainedModel) -> PreTrainedModel:
+    """Put stock experts, as many as there are, in the place of containers with whole experts. In place."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    stock = skeleton(config)
+    configs = {id(theirs): ours for theirs, ours in zip(_configs(stock), _configs(model), strict=True)}
+    for layer in find_layers(model):
+        container = layer.experts
+        if not isinstance(container, StandInExperts):
+            continue
+        experts = stock.get_submodule(layer.shape.name)
+        weight = container.dense.down_NDF
+        slice_experts(experts, tuple(range(container.num_experts)))
+        experts.to(weight.dtype).to_empty(device=weight.device)
+        tensors = {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
+        for e in range(container.num_experts):
+            write_expert(experts, e, _row_weights(tensors, e, container.layout))
+        if container.post_expert_norm is not None:
+            experts.post_expert_norm = container.post_expert_norm
+        experts.config = configs[id(experts.config)]
+        set_module(model, layer.shape.name, experts.train(container.training))
+    del model.config.quantization_config
+    _save_as_stock(model)
+    return model
+
+
+def _save_as_stock(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` split experts into the tensors that the family's files have, which other engines read.
+
+    `from_pretrained` notes for saving what it did to the tensors it read, and containers have other tensors.
+    """
+    used = [(c.source_patterns, c.target_patterns) for c in getattr(model, "_weight_conversions", None) or ()]
+    model._weight_conversions = [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange) or (conversion.source_patterns, conversion.target_patterns) in used
+    ]

@@ -1,0 +1,163 @@
+"""Adapters: vectors and routers in a small file of their own, over a base checkpoint whose weights stay as they are.
+
+    folder/vectors.safetensors    vectors of auxiliary experts and routers, under the names they have in the whole model
+    folder/config.json            that of the whole model, routing policies included
+    folder/plan.json, locum.json  the plan, and the base: where it was, its fingerprint, a hash of weights of the live model
+
+`locum.checkpoint.load_model`, and with it every command, takes such a folder for the checkpoint that base and adapter
+make together. Where the plan changes nothing but routing, the base is the original checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..errors import CheckpointError
+from ..files import NOTES, fingerprint, load_plan
+from ..models.families import find_layers, read_expert
+from .application import apply_plan
+from .checkpoint import (
+    ADAPTER,
+    fingerprint_checkpoint,
+    layouts_of,
+    load_model,
+    read_json,
+    shape_of,
+    vectors_and_routers,
+)
+from .opening import only_kept, open_containers
+
+SAMPLES = 64  # values of each tensor that tell one base from another
+
+
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """The adapter's tensors, and the config of the whole model."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in vectors_and_routers(model).items()}
+    save_file(tensors, folder / ADAPTER, {"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+
+
+def adapter_notes(model: PreTrainedModel, base: Path) -> dict[str, Any]:
+    """What an adapter says of its base."""
+    path = str(Path(base).resolve())
+    return {"base": path, "base_fingerprint": fingerprint_checkpoint(base), "weights_fingerprint": weights_of(model)}
+
+
+def weights_of(model: nn.Module) -> str:
+    """A hash of samples of the weights that an adapter leaves alone, equal for a stock model and its container.
+
+    Of bfloat16 values, so that the precision in which a base was loaded makes no difference.
+    """
+
+    def sample(tensor: torch.Tensor) -> bytes:
+        values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // SAMPLES)]
+        return values.bfloat16().float().cpu().numpy().tobytes()
+
+    own, layers = vectors_and_routers(model), find_layers(model)
+    apart = tuple(f"{layer.shape.name}." for layer in layers)
+    parts: list[bytes | str] = []
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_floating_point() and name not in own and not name.startswith(apart):
+            parts += [name, sample(tensor)]
+    for layer in layers:
+        experts = layer.experts
+        if not isinstance(experts, StandInExperts):
+            parts.append(sample(read_expert(experts, 0).down_DF))
+        elif experts.dense is not None:
+            parts.append(sample(experts.dense.down_NDF[0]))
+    return fingerprint(*parts)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put the routing policies, vectors and routers of an adapter folder into its base, in place.
+
+    `model` is the live base, stock or compressed, in any precision. Raises CheckpointError, before anything is changed,
+    for another base, and for an adapter whose tensors are not those that its config asks for.
+    """
+    folder = Path(folder)
+    about, layouts, plan = _about(folder), layouts_of(folder), load_plan(folder / "plan.json")
+    if plan.keeps_experts:
+        plan.validate(shape_of(model))
+    if weights_of(model) != about.get("weights_fingerprint"):
+        raise CheckpointError(
+            f"{folder} is an adapter for other weights than these; load its base, {about.get('base')}, and attach it to that"
+        )
+    tensors = _read(folder / ADAPTER)
+    experts = {layer.shape.name: layer.experts for layer in find_layers(model)}
+    expected = {name: tuple(p.shape) for name, p in vectors_and_routers(model).items()}
+    for name, layout in layouts.items():
+        if name not in experts or not (
+            _layout(experts[name]) == layout or (plan.keeps_experts and _whole(experts[name]))
+        ):
+            raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
+        if vectors := layout.tensor_shapes().get("offsets_NV"):
+            expected[f"{name}.offsets_NV"] = vectors
+    if expected != (found := {name: tuple(t.shape) for name, t in tensors.items()}):
+        first = min(set(expected.items()) ^ set(found.items()))[0]
+        raise CheckpointError(
+            f"{folder / ADAPTER} does not hold what its config.json describes (first: {first}); fetch it again"
+        )
+    if all(_whole(module) for module in experts.values()):
+        if any(map(_layout, experts.values())):
+            open_containers(model)
+        apply_plan(model, plan)
+    with torch.no_grad():
+        for name, parameter in vectors_and_routers(model).items():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def _layout(experts: nn.Module) -> Layout | None:
+    return experts.layout if isinstance(experts, StandInExperts) else None
+
+
+def _whole(experts: nn.Module) -> bool:
+    """Whether every expert is there whole: a stock layer, or the container of one that was pruned."""
+    layout = _layout(experts)
+    return layout is None or only_kept(layout)
+
+
+def load_adapted(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    """The base that an adapter names, with the adapter in it."""
+    about = _about(folder)
+    base = Path(str(about.get("base")))
+    if not (base / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter over {base}, which is not there; put the base back, or load it from where it is and "
+            f"attach the adapter with locum.adapter.load_adapter(model, folder)"
+        )
+    if (now := fingerprint_checkpoint(base)) != about.get("base_fingerprint"):
+        raise CheckpointError(
+            f"{base} is not what the adapter {folder} was trained on, or has changed since (fingerprint {now}, then "
+            f"{about.get('base_fingerprint')}); put the right one there"
+        )
+    return load_adapter(load_model(base, dtype, device), folder).eval()
+
+
+def base_of(folder: Path) -> Path:
+    return Path(str(_about(folder).get("base")))
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about = read_json(folder / NOTES).get("adapter") if (folder / NOTES).is_file() else None
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder} is not an adapter: its {NOTES} names no base; fetch it again")
+    return about
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error

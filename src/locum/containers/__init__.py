@@ -1,0 +1,1 @@
+"""The experts module of a compressed layer: its layout, its two ways through, its building."""

@@ -1,0 +1,1 @@
+"""Scores of experts: one number per expert, higher means keep."""

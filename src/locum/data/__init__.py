@@ -1,0 +1,1 @@
+"""Text of any kind into documents, splits and blocks of tokens."""

@@ -1,0 +1,106 @@
+"""The demonstration: the bundled, really trained MoE loses half of its expert weights and keeps most of its ability."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from .files import NOTES, check_output, provenance, whole, write_text
+from .measure.loss import Row, write_rows
+from .stages import quality, stages
+from .stages.stages import Force, Help, Progress
+
+REFERENCE = Path(__file__).parent / "reference"
+MODEL = REFERENCE / "model"
+REMOVE = 0.5
+COMPRESSED = {
+    "lightmoe": {"method": "lightmoe", "rank": 4},
+    "reap": {"method": "prune", "score": "reap"},
+    "replace": {"method": "replace", "rank": 4},
+}
+
+
+def reference_data() -> list[str]:
+    """The bundled held-out text, one domain a file, as `--data` takes it."""
+    return [f"{path.stem}={path}" for path in sorted((REFERENCE / "text").glob("*.txt")) if path.stem.islower()]
+
+
+def demo(
+    *,
+    out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),
+    steps: Annotated[int, Help("recovery steps")] = 200,
+    force: Force = False,
+    progress: Progress = stages._silent,
+) -> dict[str, Any]:
+    """The whole job on the bundled, really trained model: compress, recover, compare, report. Needs no network."""
+    out = check_output(out, force, "folder")
+    stages._check_number("steps", steps, 1)
+    with whole(out, "folder") as folder:
+        models = _run(folder, steps, progress)
+        write_text(folder / NOTES, json.dumps(provenance(steps=steps), indent=1))
+    title = "Locum demo: half of the experts' weights"
+    report = quality.report([out / "results.jsonl"], out=out / "report.html", title=title)
+    return {"report": str(report), "models": models}
+
+
+def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, Any]]:
+    data = reference_data()
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    statistics = folder / "statistics.safetensors"
+    timed("calibrate", lambda: stages.calibrate(MODEL, data=data, tokens=65536, out=statistics, progress=progress))
+    for name, options in COMPRESSED.items():
+        plan = folder / f"{name}.plan.json"
+
+        def compress(plan: Path = plan, name: str = name, options: dict = options) -> None:
+            stages.plan([statistics], remove=REMOVE, out=plan, **options)
+            stages.apply(MODEL, plan=plan, out=folder / name)
+
+        timed(name, compress)
+    recovered = "lightmoe recovered"
+    options = {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "rank": 4, "validate_every": max(steps // 2, 1)}
+    timed(
+        recovered,
+        lambda: quality.recover(folder / "lightmoe", data=data, out=folder / recovered, progress=progress, **options),
+    )
+    rows: list[Row] = []
+    for done, name in enumerate(("lightmoe", recovered, "reap", "replace")):
+        progress("evaluate", done, 4)
+        measured = quality.evaluate(folder / name, data=data, tokens=32768, against=MODEL, name=name)
+        rows += measured if not rows else [row for row in measured if row.model != "original"]
+    progress("evaluate", 4, 4)
+    write_rows(folder / "results.jsonl", [_relative(row, folder) for row in rows])
+    return _summary(rows, seconds)
+
+
+def _relative(row: Row, folder: Path) -> Row:
+    """A row whose paths count from the results file: the folder gets its name only when everything is done."""
+    made = {k: str(Path(v).relative_to(folder)) if _inside(v, folder) else v for k, v in row.provenance.items()}
+    return dataclasses.replace(row, provenance=made)
+
+
+def _inside(value: Any, folder: Path) -> bool:
+    return isinstance(value, str) and value.startswith(f"{folder}/")
+
+
+def _summary(rows: list[Row], seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """One entry a model, the original first: size, bits per byte on every domain, seconds of work."""
+    models = sorted(dict.fromkeys(row.model for row in rows), key=lambda model: model != "original")
+    return [
+        {
+            "model": model,
+            "bytes": next(row.provenance["bytes"] for row in rows if row.model == model),
+            "bits_per_byte": {r.domain: r.value for r in rows if (r.model, r.metric) == (model, "bits_per_byte")},
+            "seconds": seconds.get(model),
+        }
+        for model in models
+    ]

@@ -1,0 +1,1 @@
+"""Engines that serve Locum's checkpoints, and what runs inside them."""

@@ -1,0 +1,1 @@
+"""Other forms of a compressed checkpoint, for those who cannot import Locum."""

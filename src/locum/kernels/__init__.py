@@ -1,0 +1,1 @@
+"""Grouped products of many rows with many matrices, by regime and device."""

@@ -1,0 +1,142 @@
+"""The products of `native.cpp`: compiled once by the machine's own C++ compiler, where processor and compiler are there.
+
+Why: a few rows times a large matrix should cost what reading the matrix costs. torch 2.13's kernels rearrange a bfloat16
+matrix first and need two to three times that; these read it once, straight from where it lies (figures in grouped.py).
+Nothing needs them: without a compiler, or on another processor, torch's own kernels serve.
+
+The library is kept in the user's cache under a name made of source, flags and compiler, so it is compiled once per
+machine. Letters: P pairs, X rows of x, N items, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# No -march=native: a cache may be shared by machines, and the name of the library says all that it depends on.
+FLAGS = (
+    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
+    *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+)
+LONG, POINTER = ctypes.c_long, ctypes.c_void_p
+PRODUCT = (*(POINTER, LONG) * 2, *(POINTER,) * 4, *(LONG,) * 5, ctypes.c_int)
+SPREAD = (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int)
+SWIGLU = (POINTER, LONG, POINTER, POINTER, LONG, LONG, ctypes.c_int)
+FUNCTIONS = {"add": PRODUCT, "scatter": PRODUCT, "gated": PRODUCT, "spread": SPREAD, "swiglu": SWIGLU}
+FORMATS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+logger = logging.getLogger(__name__)
+
+
+def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+    """y[p] += weight[item[p]] x[token[p]], all of one of FORMATS; pairs with item -1 are left as they are."""
+    _call("add", y_PO, x_XI, weight_NOI, item_P, token_P)
+
+
+def scatter_(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+    """y[token[p]] += weight[item[p]] x[p], y in float32; the x of one item and token are added up before."""
+    _call("scatter", y_TO, x_PI, weight_NOI, item_P, token_P)
+
+
+def gated(x_XI: Tensor, weight_NGI: Tensor, scale_P1: Tensor, item_P: Tensor, token_P: Tensor) -> Tensor:
+    """scale[p] silu(W_gate x[token[p]]) W_up x[token[p]], with W[item[p]] = W_gate above W_up; rounded once; [P, F]."""
+    y_PF = x_XI.new_empty(len(item_P), weight_NGI.shape[1] // 2)
+    _call("gated", y_PF, x_XI, weight_NGI, item_P, token_P, scale_P1.flatten().float().contiguous())
+    return y_PF
+
+
+def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
+    """y[token[p]] += x[p], y in float32."""
+    x_PO = x_PO if x_PO.stride(1) == 1 else x_PO.contiguous()
+    getattr(library(), f"locum_spread_{FORMATS[x_PO.dtype]}")(
+        *(x_PO.data_ptr(), x_PO.stride(0), token_P.data_ptr(), y_TO.data_ptr(), y_TO.stride(0)),
+        *(*x_PO.shape, torch.get_num_threads()),
+    )
+
+
+def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
+    """scale[p] silu(x[p, :F]) x[p, F:], rounded once; [P, F]."""
+    x_PG = x_PG if x_PG.stride(1) == 1 else x_PG.contiguous()
+    y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float().contiguous()
+    getattr(library(), f"locum_swiglu_{FORMATS[x_PG.dtype]}")(
+        *(x_PG.data_ptr(), x_PG.stride(0), scale_P.data_ptr(), y_PF.data_ptr(), *y_PF.shape, torch.get_num_threads())
+    )
+    return y_PF
+
+
+def _call(
+    name: str, y: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor, scale_P: Tensor | None = None
+) -> None:
+    items, rows, inputs = weight_NOI.shape
+    outputs = rows if scale_P is None else rows // 2
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
+    getattr(library(), f"locum_{name}_{FORMATS[x.dtype]}")(
+        *(x.data_ptr(), x.stride(0), weight_NOI.data_ptr(), weight_NOI.stride(0)),
+        *(item_P.data_ptr(), token_P.data_ptr(), None if scale_P is None else scale_P.data_ptr()),
+        *(y.data_ptr(), y.stride(0), len(item_P), items, outputs, inputs, torch.get_num_threads()),
+    )
+
+
+# Under torch.compile the same functions, as operators that it does not look into.
+add_op = torch.library.custom_op("locum::add", add_, mutates_args=("y_PO",))
+scatter_op = torch.library.custom_op("locum::scatter", scatter_, mutates_args=("y_TO",))
+
+
+def serves(x_XI: Tensor) -> bool:
+    """Whether these products can be had for such rows: they have no gradient, and do not change number formats."""
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return plain and x_XI.device.type == "cpu" and x_XI.dtype in FORMATS and available()
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    return library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled products, or None, with the reason in the log, where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not torch.cpu._is_avx512_bf16_supported() or compiler is None:
+        logger.info("torch's own products are used: %s", "no C++ compiler" if compiler is None else "no avx512_bf16")
+        return None
+    try:
+        return load(compile_source(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("Locum's faster products did not compile, torch's own are used: %s", error)
+        return None
+
+
+def load(file: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(file))
+    for (name, arguments), number in itertools.product(FUNCTIONS.items(), FORMATS.values()):
+        function = getattr(found, f"locum_{name}_{number}")
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def compile_source(compiler: str) -> Path:
+    """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
+    file = folder / f"products-{key}.so"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may compile it too
+            made = Path(scratch) / file.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, text=True)
+            made.replace(file)
+    return file

@@ -1,0 +1,1 @@
+"""What a model is asked: statistics, removals, loss, tasks, costs."""

@@ -1,0 +1,153 @@
+"""What a forward pass must read and compute, whatever computes it: bytes of weights and operations, from the text at hand.
+
+Counted from the plan's layouts and from what really runs: hooks see which experts the drawn tokens reach, and a weight
+that several tokens share is read once. Operations are those of products with weights, two for each multiplication.
+Left out are activations, the cache of keys and values and the products with it, so what is counted is the least.
+
+Letters: T tokens, K top-k, M main experts, P selected (token, expert) pairs, E experts, N stacked items, V what an
+expert's vectors hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..experts.routing import route
+from ..models.families import MoeLayer, find_layers
+
+
+@dataclass
+class Call:
+    """One forward pass: tokens, bytes of the weights it reads, operations, and how many experts ran in each layer."""
+
+    tokens: int
+    bytes: int = 0
+    operations: int = 0
+    experts: list[int] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set, repr=False, compare=False)  # weights that this pass has read already
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module) -> Iterator[list[Call]]:
+    """The forward passes of a model while the block runs, one `Call` each."""
+    calls: list[Call] = []
+    layers = find_layers(model)
+    inside = {id(m) for layer in layers for m in layer.experts.modules()}
+
+    def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(_first_tensor(args, kwargs).numel()))
+
+    hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    for module in model.modules():
+        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_pre_hook(_plain_hook(calls), with_kwargs=True))
+    hooks += [layer.experts.register_forward_pre_hook(_experts_hook(calls, layer)) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _plain_hook(calls: list[Call]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call, given = calls[-1], _first_tensor(args, kwargs)
+        if isinstance(module, nn.Embedding):
+            call.bytes += given.numel() * module.weight.shape[1] * module.weight.element_size()
+            return
+        for parameter in module.parameters(recurse=False):
+            if parameter.data_ptr() not in call.seen:
+                call.seen.add(parameter.data_ptr())
+                call.bytes += parameter.nbytes
+            if parameter.ndim > 1:
+                call.operations += 2 * parameter.numel() * (given.numel() // given.shape[-1])
+
+    return hook
+
+
+def _experts_hook(calls: list[Call], layer: MoeLayer) -> Any:
+    def hook(experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x_TD, index_TK, weight_TK = arguments
+        call, itemsize = calls[-1], next((p.element_size() for p in experts.parameters()), 0)
+        if isinstance(experts, StandInExperts):
+            numbers, operations, ran = container_work(experts, x_TD, index_TK, weight_TK)
+        else:
+            ran = len(torch.unique(index_TK))
+            numbers = ran * layer.shape.parameters()
+            operations = 2 * index_TK.numel() * (layer.shape.parameters() - layer.shape.bias_parameters())
+        call.bytes += numbers * itemsize
+        call.operations += operations
+        call.experts.append(ran)
+
+    return hook
+
+
+def container_work(
+    container: StandInExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> tuple[int, int, int]:
+    """Numbers read, operations, and distinct experts that ran, of a container's layer.
+
+    A token's products with a dense row are made once however many of its experts share the row, except where experts'
+    outputs are normed one by one.
+    """
+    layout = container.layout
+    index_TM, (numbers, operations) = index_TK, (0, 0)
+    if layout.routing is not None:
+        routed = route(layout.routing, container.offsets_NV, x_TD, index_TK, weight_TK, layout.has_gate)
+        index_TM, (numbers, operations) = routed.index_TM, _vectors(layout, index_TK, routed.index_TM)
+    expert_P = index_TM.flatten().cpu()
+    token_P = torch.arange(len(index_TM)).repeat_interleave(index_TM.shape[1])
+    sizes = row_sizes(layout)
+    rows = {"dense": layout.dense_of, "biases": layout.bias_of, "": layout.constant_of}
+    for r in range(len(layout.ranks)):
+        pairs = zip(layout.rank_of, layout.adapter_of, strict=True)
+        rows[f"adapters.{r}"] = tuple(row if rank == r else -1 for rank, row in pairs)
+    for stack, row_of in rows.items():
+        row_P = torch.tensor(row_of)[expert_P]
+        chosen_P = row_P >= 0
+        times = int(chosen_P.sum())
+        if stack == "dense" and container.post_expert_norm is None:
+            times = len(torch.unique(token_P[chosen_P] * len(row_of) + row_P[chosen_P]))
+        stored, multiplied = sizes.get(stack, (0, 0))
+        numbers += len(torch.unique(row_P[chosen_P])) * stored
+        operations += 2 * times * multiplied
+    return numbers, operations, len(torch.unique(expert_P))
+
+
+def row_sizes(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Of one row of each stack of a container: the numbers it stores, and those of them that products are made with."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, shape in layout.tensor_shapes().items():
+        stack, _, leaf = name.rpartition(".")
+        if leaf != "offsets_NV":
+            stored, multiplied = sizes.get(stack, (0, 0))
+            count = math.prod(shape[1:])
+            added = "bias" in leaf or leaf == "constant_ND"
+            sizes[stack] = stored + count, multiplied + (0 if added else count)
+    return sizes
+
+
+def _vectors(layout: Layout, index_TK: Tensor, index_TM: Tensor) -> tuple[int, int]:
+    """Numbers read and operations of what the experts that do not run leave behind."""
+    shape = layout.tensor_shapes().get("offsets_NV")
+    per_token = layout.routing.vectors_per_token(index_TK.shape[1])
+    if shape is None or not per_token:
+        return 0, 0
+    if shape[0] == 1:
+        return shape[1], 0
+    is_main_TK = (index_TK[:, :, None] == index_TM[:, None, :]).any(dim=2)
+    used = len(torch.unique(index_TK[~is_main_TK]))
+    return used * shape[1], 2 * len(index_TK) * per_token * shape[1]

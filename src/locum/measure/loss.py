@@ -1,0 +1,327 @@
+"""How well a model predicts text: loss, perplexity and bits per byte per domain, and how far it is from the original.
+
+- One pass: model and original see the same batches in the same run, and the original's own numbers come along.
+- Sums are kept per block, in float64. A value is a ratio of sums; its 95% interval resamples whole blocks, since
+  tokens of one block are not independent. All metrics of a domain share their resamples, so differences are paired.
+- The transformer body runs on a whole batch, the output head on a stretch of positions at a time: float32 logits of
+  one stretch stay below LOGIT_BYTES whatever the batch, block and vocabulary.
+
+Shapes: B blocks, S tokens of a block, C positions of a stretch, V vocabulary, N predicted tokens, Q sums per block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.tokens import Batch, Tokens, batches
+from ..errors import DataError, LocumError, OptionError, UnsupportedModel
+from ..files import check_output, write_text
+
+LOGIT_BYTES = 128 * 1024**2
+INTERVAL = (2.5, 97.5)  # percentiles
+SUMS = ("nats", "tokens", "bytes", "original_nats", "kl", "agreed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number, as results.jsonl holds it."""
+
+    model: str
+    plan: str | None
+    metric: str
+    domain: str
+    value: float
+    low: float | None  # 95% interval; None where there is one block, which says nothing about spread
+    high: float | None
+    n: int  # predicted tokens
+    seed: int
+    seconds: float  # of the whole run
+    peak_bytes: int  # of the process, or of the accelerator's memory if the model is on one
+    provenance: dict[str, Any]
+
+
+def evaluate(
+    model: Any,
+    tokens: Tokens,
+    *,
+    against: Any = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    resamples: int = 1000,
+    model_name: str = "model",
+    against_name: str = "original",
+    plan: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Measure a causal language model, and with `against` its distance from the original; rows per domain and "all".
+
+    loss         nats per predicted token            perplexity      exp(loss)
+    bits_per_byte  nats / ln 2 / UTF-8 bytes of the predicted tokens
+    kl           mean of KL(original || model), nats per predicted token
+    top1_agreement  fraction of predicted tokens whose likeliest token is the same (ties: the lower id)
+    loss_delta   loss minus the original's loss
+
+    The original's own loss, perplexity and bits_per_byte are rows named `against_name` without a plan.
+    Raises OptionError before any work if the tokens or the two models do not fit together.
+    """
+    _check(model, against, tokens, batch_size, resamples)
+    start = time.perf_counter()
+    with _evaluating(model), _evaluating(against), torch.no_grad():
+        sums = [_batch_sums(model, against, batch) for batch in batches(tokens, batch_size)]
+    sums_BQ = torch.cat(sums).numpy()
+    _check_finite(sums_BQ, model_name, against_name)
+    shared = {
+        "seed": seed,
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": _peak_bytes(model),
+        "provenance": {**(provenance or {}), "evaluation": _settings(tokens, batch_size, resamples)},
+    }
+    rows = []
+    for domain, chosen_B in _domains(tokens):
+        measured = _measure(sums_BQ[chosen_B], f"{seed}:{domain}", resamples, against is not None)
+        n = int(sums_BQ[chosen_B, SUMS.index("tokens")].sum())
+        for (whose, metric), (value, low, high) in measured.items():
+            name, of_plan = (model_name, plan) if whose == "model" else (against_name, None)
+            rows.append(Row(name, of_plan, metric, domain, value, low, high, n, **shared))
+    return rows
+
+
+def _domains(tokens: Tokens) -> Iterator[tuple[str, np.ndarray]]:
+    domain_B = tokens.domain_B.numpy()
+    for i, domain in enumerate(tokens.domains):
+        yield domain, domain_B == i
+    yield "all", np.ones_like(domain_B, dtype=bool)
+
+
+def _settings(tokens: Tokens, batch_size: int, resamples: int) -> dict[str, Any]:
+    data = {"fingerprint": tokens.fingerprint, "split": tokens.split, "length": tokens.length}
+    return {"data": {**data, "sources": list(tokens.sources)}, "batch_size": batch_size, "resamples": resamples}
+
+
+def _vocabulary(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _check(model: Any, against: Any, tokens: Tokens, batch_size: int, resamples: int) -> None:
+    if batch_size < 1 or resamples < 1:
+        raise OptionError(f"batch_size is {batch_size} and resamples {resamples}; both must be 1 or more")
+    largest, size = int(tokens.ids_BS.max()), _vocabulary(model)
+    if largest >= size:
+        raise OptionError(
+            f"token id {largest} is outside the model's vocabulary of {size}; use the tokenizer that belongs to it"
+        )
+    if against is not None and _vocabulary(against) != size:
+        raise OptionError(
+            f"the model has a vocabulary of {size} and the original one of {_vocabulary(against)}; "
+            "compare a model with the checkpoint it was made from"
+        )
+
+
+def _check_finite(sums_BQ: np.ndarray, model_name: str, against_name: str) -> None:
+    for column, name in (("original_nats", against_name), ("nats", model_name), ("kl", model_name)):
+        bad = np.flatnonzero(~np.isfinite(sums_BQ[:, SUMS.index(column)]))
+        if len(bad):
+            raise LocumError(
+                f"{name} gives {column} that are not finite in {len(bad)} of {len(sums_BQ)} blocks (first: {bad[0]}); "
+                "its weights hold NaN or overflow in this dtype: try float32, or check how it was made"
+            )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode again afterwards."""
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _peak_bytes(model: Any) -> int:
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# logits and sums
+
+
+def _hidden(model: Any, batch: Batch) -> tuple[Any, Any]:
+    """The model inside any adapters, and its body's output on a batch."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
+    body = getattr(model, model.base_model_prefix)
+    return model, body(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
+
+
+def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> torch.Tensor:
+    """Float32 logits [B, C, V] of a stretch of positions, from a body output that is there already.
+
+    The model's own forward runs with its body answering from memory, so scaling and soft caps are the model's.
+    """
+    body = getattr(model, model.base_model_prefix)
+    part = type(output)(last_hidden_state=output.last_hidden_state[:, stretch])
+    previous = body.__dict__.get("forward")  # accelerate puts its own forward there
+    body.forward = lambda *args, **kwargs: part
+    try:
+        logits_BCV = model(input_ids=ids_BS[:, stretch].to(model.device), use_cache=False).logits
+    finally:
+        del body.forward
+        if previous is not None:
+            body.forward = previous
+    if logits_BCV.shape[1] != part.last_hidden_state.shape[1]:
+        raise UnsupportedModel(f"{type(model).__name__} does not call its {model.base_model_prefix!r}; it has no body")
+    return logits_BCV.float()
+
+
+def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
+    """Sums per block [B, Q] in float64 on the CPU, in the order of SUMS; the original's are 0 without one."""
+    size, length = batch.ids_BS.shape
+    inner, output = _hidden(model, batch)
+    original, original_output = (None, None) if against is None else _hidden(against, batch)
+    step = max(1, LOGIT_BYTES // (4 * size * _vocabulary(model)))
+    sums_BQ = torch.zeros(size, len(SUMS), dtype=torch.float64)
+    for first in range(0, length - 1, step):
+        stretch = slice(first, min(first + step, length - 1))
+        predicted = slice(stretch.start + 1, stretch.stop + 1)
+        mask_BC = batch.loss_mask_BS[:, predicted]
+        if not mask_BC.any():
+            continue
+        target_N = batch.ids_BS[:, predicted][mask_BC]
+        log_p_NV = _log_probabilities(inner, output, batch, stretch, mask_BC)
+        log_o_NV = None
+        if original is not None:
+            log_o_NV = _log_probabilities(original, original_output, batch, stretch, mask_BC).to(log_p_NV.device)
+        values_NQ = _token_values(log_p_NV, log_o_NV, target_N.to(log_p_NV.device)).double().cpu()
+        values_NQ[:, SUMS.index("bytes")] = batch.bytes_BS[:, predicted][mask_BC].double()
+        block_N = torch.nonzero(mask_BC)[:, 0]
+        sums_BQ.index_add_(0, block_N, values_NQ)
+    return sums_BQ
+
+
+def _log_probabilities(model: Any, output: Any, batch: Batch, stretch: slice, mask_BC: torch.Tensor) -> torch.Tensor:
+    logits_BCV = _logits(model, output, batch.ids_BS, stretch)
+    return logits_BCV[mask_BC.to(logits_BCV.device)].log_softmax(-1)
+
+
+def _token_values(log_p_NV: torch.Tensor, log_o_NV: torch.Tensor | None, target_N: torch.Tensor) -> torch.Tensor:
+    """What each predicted token adds to the sums [N, Q]; bytes are left to the caller."""
+    nats_N = -log_p_NV.gather(1, target_N[:, None])[:, 0]
+    zeros_N = torch.zeros_like(nats_N)
+    if log_o_NV is None:
+        return torch.stack([nats_N, zeros_N + 1, zeros_N, zeros_N, zeros_N, zeros_N], 1)
+    original_N = -log_o_NV.gather(1, target_N[:, None])[:, 0]
+    # A token that both rule out (log 0 twice) adds nothing; one that the model alone rules out adds infinity.
+    terms_NV = torch.where(log_o_NV == -math.inf, 0.0, log_o_NV.exp() * (log_o_NV - log_p_NV))
+    agreed_N = (log_p_NV.argmax(-1) == log_o_NV.argmax(-1)).to(nats_N.dtype)
+    return torch.stack([nats_N, zeros_N + 1, zeros_N, original_N, terms_NV.sum(-1).clamp_min(0), agreed_N], 1)
+
+
+# values and intervals
+
+
+def _metrics(sums_RQ: np.ndarray, compare: bool) -> dict[tuple[str, str], np.ndarray]:
+    """Every metric from sums over blocks, one value per row; keyed by whose it is and its name."""
+    nats, tokens, bytes_, original, kl, agreed = sums_RQ.T
+    values = {}
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for whose, sum_R in (("model", nats), ("original", original)) if compare else (("model", nats),):
+            values[whose, "loss"] = sum_R / tokens
+            values[whose, "perplexity"] = np.exp(sum_R / tokens)
+            values[whose, "bits_per_byte"] = sum_R / math.log(2) / bytes_
+        if compare:
+            values["model", "kl"] = kl / tokens
+            values["model", "top1_agreement"] = agreed / tokens
+            values["model", "loss_delta"] = (nats - original) / tokens
+    return values
+
+
+def _measure(
+    sums_BQ: np.ndarray, seed: str, resamples: int, compare: bool
+) -> dict[tuple[str, str], tuple[float, float | None, float | None]]:
+    """Value and 95% bootstrap interval of every metric. A metric without a value (no bytes at all) is left out."""
+    values = _metrics(sums_BQ.sum(0, keepdims=True), compare)
+    drawn = _metrics(resample(sums_BQ, seed, resamples), compare)
+    measured = {}
+    for key, value in values.items():
+        known = drawn[key][np.isfinite(drawn[key])]  # a resample may hold no predicted token
+        if math.isfinite(value[0]):
+            spread = np.percentile(known, INTERVAL).tolist() if len(sums_BQ) > 1 and len(known) else (None, None)
+            measured[key] = (float(value[0]), *spread)
+    return measured
+
+
+def resample(sums_BQ: np.ndarray, seed: str, resamples: int) -> np.ndarray:
+    """Sums [R, Q] over `resamples` draws of B blocks with replacement; a function of the seed alone."""
+    generator = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest(), 16))
+    blocks = len(sums_BQ)
+    # Blockwise counts rather than indices, a few resamples at a time: a long evaluation has many blocks.
+    group = max(1, 4_000_000 // blocks)
+    sums = []
+    for first in range(0, resamples, group):
+        counts_RB = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=min(group, resamples - first))
+        sums.append(counts_RB.astype(np.float64) @ sums_BQ)
+    return np.concatenate(sums)
+
+
+# rows on disk
+
+
+def write_rows(path: str | Path, rows: list[Row]) -> None:
+    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them."""
+    path = check_output(path, force=True)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    old += "\n" if old and not old.endswith("\n") else ""
+    write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a results file. Raises DataError, naming the line, for anything that is not a row."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read results {path}: {error}; make them with: locum eval") from None
+    return [_row(line, f"{path}, line {i + 1}") for i, line in enumerate(lines) if line.strip()]
+
+
+KINDS: dict[str, Any] = {
+    "str": str,
+    "str | None": str | None,
+    "float": int | float,
+    "float | None": int | float | None,
+    "int": int,
+    "dict[str, Any]": dict,
+}
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+    if not isinstance(data, dict) or set(data) != set(fields):
+        found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
+        raise DataError(f"{where}: a result has the fields {', '.join(sorted(fields))}; found {found or 'none'}")
+    for name, kind in fields.items():
+        if not isinstance(data[name], KINDS[kind]) or isinstance(data[name], bool):
+            raise DataError(f"{where}: {name!r} is {data[name]!r}, and not {kind}")
+    return Row(**data)

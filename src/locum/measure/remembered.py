@@ -1,0 +1,103 @@
+"""An explorer that remembers what it was asked, in memory and in a file, so that a search cut short goes on.
+
+A search asks the same questions in the same order whenever its options are the same. What was answered before the
+interruption then comes from the file, at once and to the bit.
+
+Letters: C candidates, E experts, N answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import whole
+from ..methods import Explorer
+from ..shapes import ModelShape
+
+SAVE_EVERY = 30.0  # seconds
+KEY_BYTES = 16
+
+
+class RememberedAnswers:
+    """The questions of `explorer`, each put to it once. `identity` says what the answers depend on.
+
+    With a `path`, answers found there are used if they were given under the same identity, and new ones are written
+    there every `SAVE_EVERY` seconds and by `save`.
+    """
+
+    def __init__(self, explorer: Explorer, path: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
+        self.explorer, self.path = explorer, path
+        self.identity = json.dumps(identity or {}, sort_keys=True, default=str)
+        self.known: dict[bytes, float] = _load(path, self.identity)
+        self.saved, self.saved_at = len(self.known), time.monotonic()
+        self.pruned = b""  # a digest of what was pruned so far
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.explorer.shape
+
+    def output_error(self, layer: str, removed_CE: Tensor) -> Tensor:
+        return self._of_layer("output_error", self.explorer.output_error, layer, removed_CE)
+
+    def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
+        return self._of_layer("loss_increase", self.explorer.loss_increase, layer, removed_CE)
+
+    def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        keys = [self._key("block_error", *((n, c[n]) for n in sorted(c))) for c in candidates]
+        return self._answers(keys, lambda missing: self.explorer.block_error([candidates[i] for i in missing]))
+
+    def prune(self, removed: Mapping[str, Tensor]) -> None:
+        self.explorer.prune(removed)
+        self.pruned = self._key("prune", *((name, removed[name]) for name in sorted(removed)))
+
+    def save(self) -> None:
+        """Write what is known, if there is something new and a place for it."""
+        if self.path is not None and len(self.known) > self.saved:
+            keys = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            values_N = torch.tensor(list(self.known.values()), dtype=torch.float64)
+            with whole(self.path) as scratch:
+                save_file({"keys": keys, "values": values_N}, scratch, {"identity": self.identity})
+            self.saved = len(self.known)
+        self.saved_at = time.monotonic()
+
+    def _of_layer(self, question: str, ask: Callable[[str, Tensor], Tensor], layer: str, removed_CE: Tensor) -> Tensor:
+        keys = [self._key(question, (layer, removed_E)) for removed_E in removed_CE]
+        return self._answers(keys, lambda missing: ask(layer, removed_CE[missing]))
+
+    def _answers(self, keys: list[bytes], ask: Callable[[list[int]], Tensor]) -> Tensor:
+        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self.known}
+        if missing := sorted(first.values()):
+            self.known |= zip((keys[i] for i in missing), ask(missing).tolist(), strict=True)
+            if time.monotonic() - self.saved_at > SAVE_EVERY:
+                self.save()
+        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
+
+    def _key(self, question: str, *masks: tuple[str, Tensor]) -> bytes:
+        digest = hashlib.blake2b(self.pruned + question.encode(), digest_size=KEY_BYTES)
+        for layer, removed_E in masks:
+            digest.update(layer.encode() + b"\0" + removed_E.to(torch.uint8).numpy().tobytes())
+        return digest.digest()
+
+
+def _load(path: Path | None, identity: str) -> dict[bytes, float]:
+    """Answers given under this identity; none where the file is of something else, or is not such a file."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("identity") != identity:
+                return {}
+            keys, values = file.get_tensor("keys"), file.get_tensor("values")
+    except SafetensorError:
+        return {}
+    return dict(zip((bytes(row) for row in keys.tolist()), values.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Live transformers models: their MoE layers found, read, written, watched and masked."""

@@ -1,0 +1,1 @@
+"""What becomes of every expert: data, checks, sizes and the plan's file."""

@@ -1,0 +1,292 @@
+"""How fast a model is and how much memory it takes, beside the original, and how far that is from what the machine can do.
+
+    bench --questions--> one process per model (run.py) --seconds--> rows --> JSON, picture, table
+
+Every round asks each model, implementation and number of prompts once, in an order that moves on by one each time, so
+that other load on the machine hits all of them alike. Prefill is the pass over the prompts up to their first new token,
+decode the passes after it. The floor of a pass is what reading its weights takes at the measured bandwidth, or what its
+operations take at the measured rate, whichever is longer (work.py says what is counted).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..checkpoints import checkpoint
+from ..errors import EngineError, OptionError
+from ..files import check_output, provenance, write_text
+from ..stages.quality import _check_vocabularies, plan_of
+from ..stages.stages import Device, Force, Help, Out, Progress, _check_number, _device, _silent
+from ..verification.folder import sample_texts
+from ..verification.verify import PRECISIONS
+from . import page
+
+KIND, FORMAT_VERSION = "locum-bench", 1
+CHARACTERS = 10  # of text for a token, on the safe side
+PHASES = ("prefill", "decode")
+LINES = 3  # of what a process printed before it died
+
+
+def bench(
+    model: Path,
+    *,
+    against: Annotated[Path | None, Help("the original, timed in the same rounds")] = None,
+    prompt: Annotated[int, Help("tokens of a prompt")] = 128,
+    new_tokens: Annotated[int, Help("tokens to generate after each prompt")] = 32,
+    batch_sizes: Annotated[Sequence[int], Help("prompts at a time; may be given several times")] = (1, 8),
+    rounds: Annotated[int, Help("times that everything is measured")] = 5,
+    precision: Annotated[str, Help("auto (as the checkpoint has it), fp32, bf16 or fp16")] = "auto",
+    threads: Annotated[int | None, Help("threads of the processor; default: as many as PyTorch takes")] = None,
+    device: Device = "auto",
+    out: Out = None,
+    picture: Annotated[Path | None, Help("write charts of the results to this HTML page")] = None,
+    force: Force = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Tokens per second, time to the first token, memory, and the work behind them, with the floor that the machine sets.
+
+    With --against, side by side with the original under each of transformers' implementations of experts.
+    """
+    folders = {"model": Path(model)} | ({} if against is None else {"original": Path(against)})
+    given = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "precision": precision, "threads": threads}
+    settings = given | {"batch_sizes": list(batch_sizes), "device": device}
+    _check(settings)
+    settings["device"] = _device(device)
+    for path in (out, picture):
+        if path is not None:
+            check_output(path, force, inputs=list(folders.values()))
+    about = {name: _about(folder, settings) for name, folder in folders.items()}
+    if against is not None:
+        _check_vocabularies(model, against)
+    ids = _text_ids(folders["model"], max(batch_sizes), prompt + new_tokens)
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        workers = {name: stack.enter_context(_worker(name, Path(scratch) / name)) for name in folders}
+        measured = measure(workers, folders, ids, settings, progress)
+    result = {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        **results(about, measured, settings),
+    }
+    result["provenance"] = provenance()
+    if out is not None:
+        write_text(Path(out), json.dumps(result, indent=1))
+    if picture is not None:
+        write_text(Path(picture), page.make_page(result))
+    return result
+
+
+# --- checks, before any weight is read --------------------------------------------------------------------------------
+
+
+def _check(settings: dict[str, Any]) -> None:
+    for name, least in (("prompt", 1), ("new_tokens", 2), ("rounds", 1), ("threads", 1)):
+        if settings[name] is not None:
+            _check_number(name.replace("_", "-"), settings[name], least)
+    if not settings["batch_sizes"]:
+        raise OptionError("--batch-sizes names no number of prompts; give at least one, such as 1")
+    for size in settings["batch_sizes"]:
+        _check_number("batch-sizes", size, 1)
+    if settings["precision"] not in ("auto", *PRECISIONS):
+        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(PRECISIONS)}")
+
+
+def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a checkpoint from its files. Raises OptionError where the text is too long for it."""
+    shape, plan = checkpoint.read_shape(folder), plan_of(folder)
+    length, most = settings["prompt"] + settings["new_tokens"], _positions(folder)
+    if most is not None and length > most:
+        raise OptionError(
+            f"--prompt and --new-tokens are {length} tokens together; {folder} has {most} positions; ask for fewer"
+        )
+    return {
+        "folder": str(folder),
+        "name": folder.resolve().name,
+        "fingerprint": checkpoint.fingerprint_checkpoint(folder),
+        "plan": None if plan is None else plan.id,
+        "method": None if plan is None else plan.method,
+        "parameters": shape.parameters,
+        "bytes": shape.bytes,
+        "layers": len(shape.layers),
+    }
+
+
+def _positions(folder: Path) -> int | None:
+    return getattr(checkpoint.read_config(folder).get_text_config(), "max_position_embeddings", None)
+
+
+def _text_ids(folder: Path, count: int, length: int) -> list[list[int]]:
+    """The first tokens of `count` stretches of the bundled text."""
+    tokenizer = checkpoint.load_tokenizer(folder)
+    texts = sample_texts(count, CHARACTERS * length)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
+    if shortest := min((len(row) for row in rows if len(row) < length), default=None):
+        raise OptionError(
+            f"{count} prompts with {length} tokens each are asked for, and the bundled text has only {shortest} for the "
+            f"shortest; lower --batch-sizes, --prompt or --new-tokens"
+        )
+    return rows
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """The process that times one model."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], said: Path) -> None:
+        self.name, self.process, self.said = name, process, said
+
+    def __call__(self, do: str, **question: Any) -> Any:
+        """Its answer. Raises EngineError where it has none, with the type of its error first."""
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **question}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = " | ".join(self.said.read_text(errors="replace").strip().splitlines()[-LINES:])
+            raise EngineError(
+                f"the process that times the {self.name} ended with code {self.process.wait()} (-9: the system ended it, as "
+                f"it does when memory runs out): {last or 'it said nothing'}"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise _Failed(self.name, *answer["error"])
+        return answer["answer"]
+
+
+class _Failed(EngineError):
+    """What a process could not do, and went on after."""
+
+    def __init__(self, name: str, kind: str, message: str) -> None:
+        self.why = " ".join(message.split()) or kind
+        super().__init__(f"the {name} could not be timed: {kind}: {self.why}")
+
+
+@contextmanager
+def _worker(name: str, said: Path) -> Iterator[Asked]:
+    """A process that ends with the block, however that ends."""
+    command = [sys.executable, "-P", "-m", f"{__package__}.run"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with said.open("w") as errors:
+        process = subprocess.Popen(command, stderr=errors, **pipes)
+    try:
+        yield Asked(name, process, said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def measure(
+    workers: dict[str, Asked],
+    folders: dict[str, Path],
+    ids: list[list[int]],
+    settings: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything that the processes say, by model, and by model, implementation and number of prompts."""
+    how = {"ids": ids, "prompt": settings["prompt"], "threads": settings["threads"], "device": settings["device"]}
+    how["dtype"] = "auto" if settings["precision"] == "auto" else str(PRECISIONS[settings["precision"]])[6:]
+    loaded, work, told = {}, {}, {name: [] for name in workers}
+    for number, (name, ask) in enumerate(workers.items()):
+        progress("bench: loading", number, len(workers))
+        loaded[name] = ask("load", folder=str(folders[name]), **how)
+        work |= {(name, size): ask("work", batch=size) for size in settings["batch_sizes"]}
+    runs, not_run = [], []
+    for name, ask in workers.items():
+        for implementation in loaded[name]["implementations"]:
+            for size in settings["batch_sizes"]:
+                try:
+                    ask("generate", implementation=implementation, batch=size)  # warms caches and thread pools
+                    runs.append((name, implementation, size))
+                except _Failed as error:
+                    not_run.append({"model": name, "implementation": implementation, "batch": size, "why": error.why})
+        if not any(run[0] == name for run in runs):
+            raise EngineError(f"the {name} could not be timed at all: {not_run[-1]['why']}")
+    said: dict[tuple[str, str, int], list[dict[str, Any]]] = {run: [] for run in runs}
+    for number in range(settings["rounds"]):
+        for name, ask in workers.items():
+            told[name].append(ask("machine"))
+        first = number % len(runs)
+        for done, run in enumerate(runs[first:] + runs[:first]):
+            name, implementation, size = run
+            progress(
+                f"bench: {name}, {implementation}, {size}", number * len(runs) + done, settings["rounds"] * len(runs)
+            )
+            said[run].append(workers[name]("generate", implementation=implementation, batch=size))
+    progress("bench: done", settings["rounds"] * len(runs), settings["rounds"] * len(runs))
+    return {"loaded": loaded, "work": work, "machine": told, "said": said, "not_run": not_run}
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------
+
+
+def results(about: dict[str, Any], measured: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Models with their memory and their machine, and a row for every model, implementation, batch and phase."""
+    models = {}
+    for name, known in about.items():
+        told = measured["machine"][name]
+        best = {key: max(one[key] for one in told) for key in told[0]}  # a peak is the most that was ever reached
+        loaded = {k: v for k, v in measured["loaded"][name].items() if k != "implementations"}
+        models[name] = known | loaded | best
+    rows = [
+        _row(run, phase, said, measured["work"][run[0], run[2]], models[run[0]])
+        for run, said in measured["said"].items()
+        for phase in PHASES
+    ]
+    for row in rows:
+        rivals = [
+            r for r in rows if r["model"] == "original" and (r["batch"], r["phase"]) == (row["batch"], row["phase"])
+        ]
+        best_second = min((r["median_seconds"] for r in rivals), default=None)
+        row["times_the_original"] = None if best_second is None else best_second / row["median_seconds"]
+    return {"models": models, "rows": rows, "not_run": measured["not_run"]}
+
+
+def _row(
+    run: tuple[str, str, int], phase: str, said: list[dict[str, Any]], work: list[dict[str, Any]], model: dict[str, Any]
+) -> dict[str, Any]:
+    calls = work[:1] if phase == "prefill" else work[1:]
+    tokens, read, operations = (sum(call[key] for call in calls) for key in ("tokens", "bytes", "operations"))
+    floor = sum(
+        max(call["bytes"] / model["bytes_per_second"], call["operations"] / model["operations_per_second"])
+        for call in calls
+    )
+    seconds = [one[phase] for one in said]
+    middle, (fast, slow) = statistics.median(seconds), quartiles(seconds)
+    peaks = [one["peak_bytes"] for one in said if one["peak_bytes"] is not None]
+    return {
+        **dict(zip(("model", "implementation", "batch"), run, strict=True)),
+        "phase": phase,
+        "tokens_per_second": tokens / middle,
+        "low": tokens / slow,
+        "high": tokens / fast,
+        "first_token_seconds": middle if phase == "prefill" else None,
+        "median_seconds": middle,
+        "seconds": seconds,
+        "tokens": tokens,
+        "bytes_per_token": read / tokens,
+        "operations_per_token": operations / tokens,
+        "experts_per_layer": statistics.mean(count for call in calls for count in call["experts"]),
+        "floor_seconds": floor,
+        "times_the_floor": middle / floor,
+        "peak_bytes": max(peaks, default=None),
+    }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of a single value, the value."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third

@@ -1,0 +1,1 @@
+"""The stages: each a function from files to files, and a command."""

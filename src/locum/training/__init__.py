@@ -1,0 +1,1 @@
+"""Training a compressed model back to strength."""

@@ -1,0 +1,246 @@
+"""One layer in training: a container whose parts can be trained apart, the old weights that fade out, and the way back.
+
+    open_layer    stock experts or container  ->  container in training: own rows frozen, bases apart, adapters on rows
+    keep_old      puts the original experts' weights beside their stand-ins;  set_beta  blends and finally drops them
+    close_layer   merges what can be merged and gives the layer back in the layout that its plan asks for
+
+Annealing (LightMoE, arXiv 2603.12645, Eq. 6). A replaced expert computes with
+
+    W(beta) = beta (W_old - B0 A0) + (1 - beta) W_base + B A,       c(beta) = (1 - beta) c
+
+where B0 A0 is its adapter as it starts. With the paper's start, B0 = 0, this is Eq. 6 to the letter. Beyond the paper,
+a stand-in that starts from an SVD, without a base, or from an earlier recovery, begins at W_old too, so that the model
+computes what the original computed before the first step, whatever the start.
+
+Letters: E experts, D model width, F expert width, R rank, N stacked items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import set_module
+from ..containers.container import Stack, StandInExperts
+from ..containers.layout import Layout
+from ..errors import OptionError
+from ..experts.stand_ins import ExpertWeights, old_weights, stack_dense
+from ..models.families import MoeLayer, canonical_gate, read_expert, write_expert
+from ..plans.plan import KEPT, LayerPlan
+
+EXHAUSTED = 1e-9  # a beta that only rounding keeps above zero
+
+
+def linear(tau: float, steepness: float) -> float:
+    """1 - tau (LightMoE Eq. 7)."""
+    return 1 - tau
+
+
+def exponential(tau: float, steepness: float) -> float:
+    """(exp(-g tau) - exp(-g)) / (1 - exp(-g)) for steepness g (LightMoE Eq. 9): from 1 to 0, most of the way early."""
+    return (math.exp(-steepness * tau) - math.exp(-steepness)) / (1 - math.exp(-steepness))
+
+
+ANNEALING: dict[str, Callable[[float, float], float]] = {"linear": linear, "exponential": exponential}
+
+
+def beta_at(step: int, steps: int, end_fraction: float, annealing: str = "linear", steepness: float = 3.0) -> float:
+    """The share of the old weights before step `step` of `steps`; 0 from step end_fraction * steps on."""
+    end = end_fraction * steps
+    if step >= end - EXHAUSTED:
+        return 0.0
+    return max(ANNEALING[annealing](step / end, steepness), 0.0)
+
+
+@dataclass(frozen=True)
+class OpenLayer:
+    """A layer in training and what is needed to give it back."""
+
+    name: str
+    plan: LayerPlan
+    layout: Layout  # of the checkpoint: what the layer goes back to
+    rows: tuple[int, ...]  # dense rows that were given an adapter for training, to be merged into them
+    container: StandInExperts
+    stock: nn.Module | None  # the stock experts module, emptied, where the checkpoint has one
+    dtype: torch.dtype  # of the checkpoint
+    device: torch.device
+
+
+def open_layer(
+    model: nn.Module, layer: MoeLayer, plan: LayerPlan | None, rank: int, train_bases: bool, seed: int
+) -> OpenLayer:
+    """Put the training container of one layer into the model; every parameter of it is frozen to begin with.
+
+    Own rows of experts get an adapter each; so do shared bases that are not trained themselves and whose users have
+    none. A ~ N(0, 1 / columns) and B = 0, so nothing changes yet. A stock module gives its weights up to the container.
+    """
+    experts, shape = layer.experts, layer.shape
+    kept = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
+    plan = plan or kept
+    if isinstance(experts, StandInExperts):
+        stock, layout = None, experts.layout
+        tensors = {name: experts.get_parameter(name).detach() for name in layout.tensor_shapes()}
+    else:
+        stock, layout = experts, Layout.of(kept, shape)
+        tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
+    apply_gate = canonical_gate(experts)
+    like = next(experts.parameters(), next(layer.router.parameters()))  # a container of mere nothings has no parameter
+    num_kept = sum(slot.becomes == "kept" for slot in plan.slots)
+    rows = rows_to_adapt(layout, num_kept, train_bases)
+    training = layout.with_adapters(rows, rank) if rows else layout
+    adapters = _adapters(training, tensors, like.device, seed)
+    container = StandInExperts(training, apply_gate, like.dtype, "meta")
+    container.load_state_dict(tensors | adapters, strict=True, assign=True)
+    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
+    container.requires_grad_(False)
+    _split_bases(container, num_kept)
+    set_module(model, shape.name, container)
+    device = like.device
+    if stock is not None:
+        if container.post_expert_norm is not None:
+            stock.post_expert_norm = None  # it stays alive in the container, and comes back when that closes
+        stock.to("meta")
+    return OpenLayer(shape.name, plan, layout, rows, container, stock, like.dtype, device)
+
+
+def rows_to_adapt(layout: Layout, num_kept: int, train_bases: bool) -> tuple[int, ...]:
+    """Dense rows that stay frozen themselves and none of whose users has an adapter."""
+    served = {row for row, index in zip(layout.dense_of, layout.rank_of, strict=True) if index >= 0}
+    frozen = num_kept if train_bases else layout.num_dense
+    return tuple(row for row in range(frozen) if row not in served)
+
+
+def _adapters(training: Layout, tensors: dict[str, Tensor], device: torch.device, seed: int) -> dict[str, Tensor]:
+    """All adapters in float32: those that are there, then the new ones."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, shape in training.tensor_shapes().items():
+        if name.startswith("adapters."):
+            there = [tensors[name].float()] if name in tensors else []
+            count = shape[0] - (there[0].shape[0] if there else 0)
+            new = torch.zeros(count, *shape[1:])
+            if "_A" in name:
+                new = torch.randn(new.shape, generator=generator) / shape[-1] ** 0.5
+            result[name] = torch.cat([*there, new.to(device)])
+    return result
+
+
+def _split_bases(container: StandInExperts, num_kept: int) -> None:
+    """Move the shared bases to a stack of their own: then own rows can stay frozen without optimizer state."""
+    dense = container.dense
+    if dense is None or dense.down_NDF.shape[0] == num_kept:
+        return
+    parameters = dict(dense.named_parameters())
+    container.shared = Stack.holding({n: p.detach()[num_kept:].clone() for n, p in parameters.items()})
+    container.dense = Stack.holding({n: p.detach()[:num_kept] for n, p in parameters.items()}) if num_kept else None
+
+
+def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights]) -> None:
+    """Put the original weights of every replaced expert into the container, each less the adapter's own product."""
+    container, survivors = layer.container, layer.plan.survivors
+    old = {survivors.index(e): weights for e, weights in sorted(old_weights(layer.plan, read).items())}
+    if not old:
+        return
+    layout = layer.layout
+    for e, weights in old.items():
+        found = (weights.up_FD.shape[1], weights.up_FD.shape[0])
+        if found != (layout.hidden_size, layout.expert_width):
+            raise OptionError(
+                f"the original's expert {survivors[e]} of {layer.name} is {found[0]} x {found[1]}, the compressed "
+                f"model's are {layout.hidden_size} x {layout.expert_width}; give the model that it was compressed from"
+            )
+    rest = [_less_adapter(weights, container, e, layer.device) for e, weights in old.items()]
+    tensors = {name.removeprefix("dense."): tensor for name, tensor in stack_dense(rest).items()}
+    container.old = Stack.holding(tensors)
+    rows = {e: row for row, e in enumerate(old)}
+    container.old_of = tuple(rows.get(e, -1) for e in range(layout.num_experts))
+    container.beta = 1.0
+
+
+def _less_adapter(weights: ExpertWeights, container: StandInExperts, e: int, device: torch.device) -> ExpertWeights:
+    layout = container.layout
+    weights = weights.map(lambda name, tensor: tensor.detach().to(device))
+    if layout.rank_of[e] < 0:
+        return weights
+    product = adapter_product(container.adapters[layout.rank_of[e]], layout.adapter_of[e])
+    return weights.map(
+        lambda name, tensor: (tensor.float() - product[name]).to(tensor.dtype) if name in product else tensor
+    )
+
+
+def adapter_product(stack: Stack, row: int) -> dict[str, Tensor]:
+    """B A of one adapter for each projection, in float32, under the names of ExpertWeights."""
+    tensors = {name: parameter.detach()[row].float() for name, parameter in stack.named_parameters()}
+    rank = tensors["up_B_FR"].shape[1]
+    first = tensors["gate_up_A"]
+    products = {"up_FD": tensors["up_B_FR"] @ first[-rank:], "down_DF": tensors["down_B_DR"] @ tensors["down_A_RF"]}
+    if "gate_B_FR" in tensors:
+        products["gate_FD"] = tensors["gate_B_FR"] @ first[:rank]
+    return products
+
+
+def set_beta(layer: OpenLayer, beta: float) -> None:
+    """Set the share of the old weights; at 0 they are let go, which changes no output and frees their memory."""
+    container = layer.container
+    container.beta = beta
+    if beta == 0:
+        container.old = None
+        container.old_of = (-1,) * layer.layout.num_experts
+
+
+def close_layer(model: nn.Module, layer: OpenLayer) -> None:
+    """Merge the adapters that training added into their rows; give the layer its checkpoint's layout and dtype."""
+    dense, layout = _merged_dense(layer), layer.layout
+    if layer.stock is not None:
+        layer.stock.to_empty(device=layer.device)
+        for e in range(layout.num_experts):
+            write_expert(layer.stock, e, _row_weights(dense, e, layout))
+        if layer.container.post_expert_norm is not None:
+            layer.stock.post_expert_norm = layer.container.post_expert_norm
+        set_module(model, layer.name, layer.stock)
+        return
+    tensors = {}
+    for name, shape in layout.tensor_shapes().items():
+        tensor = dense[name] if name in dense else layer.container.get_parameter(name).detach()[: shape[0]]
+        tensors[name] = tensor.to(layer.dtype, copy=True)
+    container = StandInExperts(layout, layer.container.apply_gate, layer.dtype, "meta")
+    container.load_state_dict(tensors, strict=True, assign=True)
+    container.post_expert_norm = layer.container.post_expert_norm
+    set_module(model, layer.name, container)
+
+
+def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:
+    """The dense rows under the container's names, W + B A where training added an adapter to a row."""
+    container = layer.container
+    stacks = [stack for stack in (container.dense, container.shared) if stack is not None]
+    if not stacks:
+        return {}
+    dense = {
+        f"dense.{name}": torch.cat([stack.get_parameter(name).detach() for stack in stacks])
+        for name, _ in stacks[0].named_parameters()
+    }
+    training = container.layout
+    for row in layer.rows:
+        e = training.dense_of.index(row)
+        product = adapter_product(container.adapters[training.rank_of[e]], training.adapter_of[e])
+        first = torch.cat([product["gate_FD"], product["up_FD"]]) if "gate_FD" in product else product["up_FD"]
+        for name, change in (("dense.gate_up_NGD", first), ("dense.down_NDF", product["down_DF"])):
+            dense[name][row] = (dense[name][row].float() + change).to(dense[name].dtype)
+    return dense
+
+
+def _row_weights(dense: dict[str, Tensor], row: int, layout: Layout) -> ExpertWeights:
+    """One dense row as an expert."""
+
+    def split(first: Tensor) -> tuple[Tensor | None, Tensor]:
+        return (first[: layout.expert_width], first[layout.expert_width :]) if layout.has_gate else (None, first)
+
+    gate_FD, up_FD = split(dense["dense.gate_up_NGD"][row])
+    if not layout.has_bias:
+        return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row])
+    biases = split(dense["dense.gate_up_bias_NG"][row])
+    return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row], *biases, dense["dense.down_bias_ND"][row])

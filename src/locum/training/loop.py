@@ -1,0 +1,393 @@
+"""The training loop: next-token loss, AdamW on whatever is trainable, a log, and states from which it resumes exactly.
+
+What is trained and what happens to it at each step is the caller's: `at_step(step)` is called before every step (and
+once after the last) and returns what the log should say about it.
+
+The model runs in eval mode with gradients on. Training mode would switch on the jitter noise in the routers of Mixtral
+and PhiMoE and load-balancing side effects of others: what is recovered is the model as it is used.
+
+Letters: B blocks of a batch, S tokens of a block, M positions with loss, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..data.tokens import Batch, Tokens, batches, training_batches
+from ..errors import CheckpointError, DataError, OptionError
+from ..files import whole
+from ..options import option
+from .balance import Balance, balanced
+from .layer import ANNEALING
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # to accelerate's names
+STATE_FILE = "state.safetensors"
+STATE_VERSION = "1"
+
+
+def constant(progress: float) -> float:
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Options of recovery training. Learning rate and annealing are those of LightMoE (arXiv 2603.12645)."""
+
+    how: str = option("annealed", "annealed, lora, vectors or full: what is trained, and how")
+    steps: int = option(300, "optimizer steps", at_least=1)
+    learning_rate: float = option(1e-4, "highest learning rate", above=0)
+    schedule: str = option("constant", "course of the learning rate after warm-up", choices=SCHEDULES)
+    warmup_fraction: float = option(
+        0.03, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1
+    )
+    batch_size: int = option(8, "blocks in a batch", at_least=1)
+    length: int = option(256, "tokens in a block", at_least=2)
+    accumulate: int = option(1, "batches per optimizer step", at_least=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
+    rank: int = option(0, "rank of the adapters of kept experts; 0: that of the plan's stand-ins, else 16", at_least=0)
+    train_bases: bool = option(True, "train shared bases and constants too, not adapters alone")
+    end_fraction: float = option(
+        0.2, "fraction of the steps after which the old weights are gone", at_least=0, at_most=1
+    )
+    annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
+    steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
+    balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
+    precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
+    seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0, at_most=2**31 - 1)
+    checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
+    validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
+
+
+UNTRACKED = ("checkpoint_every", "validate_every")  # options that a resumed run may change
+
+
+def learning_rate_at(step: int, options: Recovery) -> float:
+    """The learning rate of step `step` (from 0): linear warm-up, then the schedule over the steps that are left."""
+    warmup = math.ceil(options.warmup_fraction * options.steps)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(options.steps - warmup, 1)
+    return options.learning_rate * SCHEDULES[options.schedule](progress)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run was: everything that its next step depends on."""
+
+    step: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    validation: tuple[tuple[int, float], ...] = ()  # (steps done, loss)
+    loss: float | None = None  # of the last step
+
+
+def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
+    """The state an interrupted run left in `workdir`, or a fresh one. Raises OptionError if it was another run's."""
+    if workdir is None or not (workdir / STATE_FILE).is_file():
+        return State()
+    if restart:
+        forget(workdir)
+        return State()
+    path = workdir / STATE_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        notes = json.loads(header["locum-recovery"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); start over with --restart (restart=True)") from error
+    theirs = notes["identity"]
+    differ = [key for key in sorted({*identity, *theirs}) if identity.get(key) != theirs.get(key)]
+    if differ:
+        changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {identity.get(key)!r}" for key in differ)
+        raise OptionError(
+            f"{workdir} holds an interrupted run of something else: {changes}; give what that run was given to resume "
+            f"it, or --restart (restart=True) to discard it"
+        )
+    validation = tuple((step, loss) for step, loss in notes["validation"])
+    return State(notes["step"], tensors, notes["tokens"], notes["seconds"], validation, notes["loss"])
+
+
+def forget(workdir: Path) -> None:
+    """Remove the work folder of a run whose result is safe."""
+    shutil.rmtree(workdir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def accelerated(precision: str, device: torch.device) -> Iterator[Accelerator]:
+    """An Accelerator for this device. Accelerate's state belongs to the process; what was not there is taken back."""
+    had_partial, had_state = bool(PartialState._shared_state), bool(AcceleratorState._shared_state)
+    try:
+        accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=device.type == "cpu")
+        if accelerator.num_processes > 1:
+            raise OptionError(
+                f"recovery runs in one process, this is one of {accelerator.num_processes}; start it without a launcher"
+            )
+        yield accelerator
+    except ValueError as error:
+        if "AcceleratorState" not in str(error):
+            raise
+        raise OptionError(
+            f"this process uses accelerate with other settings already ({error}); run recovery in a process of its own"
+        ) from error
+    finally:
+        if not had_state:
+            AcceleratorState._reset_state(reset_partial_state=not had_partial)
+
+
+def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContextManager[Balance | None]:
+    return balanced(model) if options.balance else contextlib.nullcontext()
+
+
+def loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, int]:
+    """The summed cross entropy in nats of the tokens that have loss, and their number."""
+    ids_BS = batch.ids_BS.to(device)
+    logits_BSV = model(input_ids=ids_BS, attention_mask=batch.attention_BS.to(device), use_cache=False).logits
+    mask = batch.loss_mask_BS[:, 1:].to(device)
+    logits_MV, labels_M = logits_BSV[:, :-1][mask], ids_BS[:, 1:][mask]
+    return functional.cross_entropy(logits_MV.float(), labels_M, reduction="sum"), labels_M.numel()
+
+
+class Loop:
+    """One run. Its state between steps is `State`; everything else is fixed by the options, the data and the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        validation: Tokens | None,
+        options: Recovery,
+        accelerator: Accelerator,
+        balance: Balance | None = None,
+    ) -> None:
+        self.balance, self.balance_loss = balance, 0.0
+        self.model = model.eval()
+        self.tokens, self.validation_tokens, self.options, self.accelerator = tokens, validation, options, accelerator
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        self.step = self.tokens_seen = 0
+        self.earlier_seconds, self.started = 0.0, time.monotonic()
+        self.validation: list[tuple[int, float]] = []
+        self.loss: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def resume(self, state: State) -> None:
+        if state.step == 0:
+            return
+        self.step, self.tokens_seen, self.earlier_seconds = state.step, state.tokens, state.seconds
+        self.validation, self.loss = list(state.validation), state.loss
+        moments: dict[str, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for key, tensor in state.tensors.items():
+                kind, _, rest = key.partition("|")
+                if kind == "parameter":
+                    self.trained[rest].copy_(tensor)
+                else:
+                    moments.setdefault(rest, {})[kind] = tensor
+        for name, tensors in moments.items():
+            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            place = {kind: "cpu" if kind == "step" else self.trained[name].device for kind in tensors}
+            self.optimizer.state[self.trained[name]] = {kind: t.to(place[kind]) for kind, t in tensors.items()}
+
+    def save(self, workdir: Path, identity: dict[str, Any]) -> None:
+        """Write the state whole or not at all; the one before it stays until then."""
+        tensors = {f"parameter|{name}": p.detach().contiguous() for name, p in self.trained.items()}
+        for name, p in self.trained.items():
+            tensors |= {f"{kind}|{name}": t.contiguous() for kind, t in self.optimizer.state.get(p, {}).items()}
+        notes = {
+            "version": STATE_VERSION,
+            "identity": identity,
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "seconds": self.seconds,
+            "validation": self.validation,
+            "loss": self.loss,
+        }
+        workdir.mkdir(parents=True, exist_ok=True)
+        with whole(workdir / STATE_FILE) as scratch:
+            save_file(tensors, scratch, {"locum-recovery": json.dumps(notes)})
+
+    def one_step(self, parts: list[Batch]) -> None:
+        """One optimizer step on these batches together; the loss is the mean over all of their positions with loss."""
+        rate = learning_rate_at(self.step, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        count = max(sum(int(part.loss_mask_BS[:, 1:].sum()) for part in parts), 1)
+        total = self.balance_loss = 0.0
+        for part in parts:
+            with self.accelerator.autocast():
+                summed, positions = loss_sum(self.model, part, self.device)
+            loss = summed / count
+            total += float(loss.detach())
+            if self.balance is not None:
+                uneven = self.balance.loss(part.attention_BS.to(self.device)) * (positions / count)
+                self.balance_loss += float(uneven.detach())
+                loss = loss + self.options.balance * uneven
+            self.accelerator.backward(loss)
+            self.tokens_seen += int(part.attention_BS.sum())
+        if not math.isfinite(total):
+            raise OptionError(
+                f"the loss is {total} at step {self.step + 1}; lower --learning-rate "
+                f"(it is {self.options.learning_rate:g}) or use --precision fp32"
+            )
+        if self.options.clip:
+            self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.loss = self.step + 1, total
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        total, count = 0.0, 0
+        for batch in batches(self.validation_tokens, self.options.batch_size):
+            with self.accelerator.autocast():
+                summed, positions = loss_sum(self.model, batch, self.device)
+            total, count = total + float(summed), count + positions
+        return total / max(count, 1)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run tells and asks others."""
+
+    at_step: Callable[[int], dict[str, float]]
+    workdir: Path | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    log: Path | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[[int, int, float], None] | None = None
+
+
+def train(
+    model: nn.Module, tokens: Tokens, validation: Tokens | None, options: Recovery, state: State, hooks: Hooks
+) -> dict[str, Any]:
+    """Run the steps that are left; the model ends as after the last. Returns the summary."""
+    check_tokens(model, tokens, options)
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with accelerated(options.precision, device) as accelerator, _observing(model, options) as balance:
+        loop = Loop(model, tokens, validation, options, accelerator, balance)
+        loop.resume(state)
+        open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
+        _run(loop, hooks)
+    return {
+        "steps": loop.step,
+        "loss": loop.loss,
+        "validation_loss_before": loop.validation[0][1] if loop.validation else None,
+        "validation_loss": loop.validation[-1][1] if loop.validation else None,
+        "trainable_parameters": sum(p.numel() for p in loop.trained.values()),
+        "tokens": loop.tokens_seen,
+        "seconds": loop.seconds,
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+def _run(loop: Loop, hooks: Hooks) -> None:
+    options = loop.options
+    stream = training_batches(loop.tokens, options.batch_size, options.seed, loop.step * options.accumulate)
+    said = hooks.at_step(loop.step)
+    if loop.step == 0:
+        _validate(loop, hooks)
+    while loop.step < options.steps:
+        rate = learning_rate_at(loop.step, options)
+        loop.one_step(list(islice(stream, options.accumulate)))
+        done = {"step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
+        if loop.balance is not None:
+            done["balance_loss"] = loop.balance_loss
+        write_log(hooks.log, done | {"seconds": round(loop.seconds, 3), "tokens": loop.tokens_seen})
+        if hooks.progress is not None:
+            hooks.progress(loop.step, options.steps, loop.loss)
+        said = hooks.at_step(loop.step)
+        last = loop.step == options.steps
+        if last or (options.validate_every and loop.step % options.validate_every == 0):
+            _validate(loop, hooks)
+        # The last state stays until the caller has saved the result: a full disk then costs no training.
+        if hooks.workdir and options.checkpoint_every and (last or loop.step % options.checkpoint_every == 0):
+            loop.save(hooks.workdir, hooks.identity)
+
+
+def _validate(loop: Loop, hooks: Hooks) -> None:
+    if loop.validation_tokens is not None:
+        loop.validation.append((loop.step, loop.validate()))
+        write_log(hooks.log, {"step": loop.step, "validation_loss": loop.validation[-1][1]})
+
+
+def open_log(hooks: Hooks, step: int, trainable: int) -> None:
+    """Begin the log, or keep the lines up to the step from which the run resumes."""
+    if hooks.log is None:
+        return
+    kept = []
+    if step and hooks.log.is_file():
+        lines = hooks.log.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _logged_step(line) <= step]
+    hooks.log.parent.mkdir(parents=True, exist_ok=True)
+    hooks.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    first = {"resumed_at": step} if step else {}
+    write_log(hooks.log, first | hooks.header | {"trainable_parameters": trainable})
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:  # the line that was being written when the run was killed
+        return math.inf
+
+
+def write_log(log: Path | None, entry: dict[str, Any]) -> None:
+    if log is not None:
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:
+    largest, vocabulary = int(tokens.ids_BS.max()), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise DataError(
+            f"the data has token id {largest}, the model's vocabulary ends at {vocabulary - 1}; tokenise it with the "
+            f"model's own tokenizer"
+        )
+    if not bool(tokens.loss_mask_BS[:, 1:].any()):
+        raise DataError("no token of the training data has loss; give text, or prompts with completions")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use at once: of the GPU if training ran there, else of the whole process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

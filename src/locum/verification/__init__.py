@@ -1,0 +1,1 @@
+"""Does a saved checkpoint keep its promise."""

@@ -1,0 +1,339 @@
+"""Does what was saved do what was promised? Opened in every engine that is there, compared with the model in memory.
+
+The promise is the model before it was saved: the original with the plan carried out on it again, or, where that cannot be
+had (after recovery, or without the original), the folder as Locum loads it. Engines are asked in processes of their own.
+Logits are compared at every position of some prompts, in 16 bits the likeliest tokens in their place; greedy tokens up to
+the first one that differs, which must be a tie within the tolerance.
+
+Letters: B prompts, S positions, V vocabulary, N likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import checkpoint
+from ..checkpoints.application import apply_plan
+from ..checkpoints.card import describe_size
+from ..checkpoints.opening import open_model
+from ..checkpoints.patch import base_of
+from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
+from ..errors import CheckpointError, LocumError, OptionError
+from ..exports.export import gguf_fault, write_gguf
+from ..measure.repetition import loops, more_than_chance
+from ..stages.quality import original_of
+from ..stages.stages import MOST_SEED, Device, Help, Progress, Seed, _check_number, _device, _silent, _statistics_for
+from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check, sample_texts
+
+PROMPT = 16  # tokens of a prompt
+SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
+CHANCE = 0.01  # of calling a model loopy that loops no more than its original
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE = 0.99  # of the positions, in 16 bits, have the same likeliest token
+MEMORY = 0.05  # of the bytes of a plan that the weights may differ by in an engine's memory
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the model in memory says."""
+
+    of: str  # which model that is, in words
+    ids_BS: Tensor
+    logits_BSV: Tensor
+    tokens: list[list[int]]
+    steps_BSV: Tensor  # the logits behind each greedy token
+    agree: float | None = None  # in 16 bits: the share of positions whose likeliest token has to be the same
+
+
+def verify(
+    model: Path,
+    *,
+    engine: Annotated[
+        str | None, Help(f"engines, separated by commas: {', '.join(ENGINES)}; default: those that are there")
+    ] = None,
+    original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
+    statistics: Annotated[
+        Path | None, Help("statistics that the plan was applied with; default: those it was made from")
+    ] = None,
+    precision: Annotated[str, Help(f"{', '.join(PRECISIONS)}: in which engines and promise compute")] = "fp32",
+    prompts: Annotated[int, Help("prompts to compare on, from the bundled text")] = 8,
+    new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: Progress = _silent,
+) -> list[Check]:
+    """Open a checkpoint in every engine that is there and compare it with what was promised: tensors, sizes, plan,
+    tokenizer, logits, greedy tokens, and how often sampled text ends in a loop. Exit code 1 when anything fails."""
+    model = Path(model)
+    if not model.is_dir():
+        raise CheckpointError(f"no such folder: {model}; give the path of a checkpoint folder")
+    if precision not in PRECISIONS:
+        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
+        _check_number(name, value, 1)
+    _check_number("seed", seed, 0, MOST_SEED)
+    chosen, device = chosen_engines(engine), _device(device)
+    source, checks = find_original(model, original)
+    folder = Folder(model, source, device)
+    progress("verify: files", 0, 3)
+    checks += check_files(folder)
+    if any(check.result == FAILED for check in checks):
+        return checks + [Check("logits", name, SKIPPED, "the checkpoint itself is broken") for name in chosen]
+    progress("verify: promise", 1, 3)
+    ids_BS = prompt_ids(folder.tokenizer, prompts)
+    promise, checked = make_promise(folder, ids_BS, PRECISIONS[precision], new_tokens, statistics, seed)
+    checks.append(checked)
+    progress("verify: engines", 2, 3)
+    for name, item in chosen.items():
+        checks += check_engine(
+            item, folder, promise, precision, new_tokens, named=engine is not None and name in engine
+        )
+    progress("verify: engines", 3, 3)
+    return checks
+
+
+def find_original(model: Path, given: Path | None) -> tuple[Path | None, list[Check]]:
+    """The original, if it is there and still what it was, and a line about it."""
+    try:
+        found = original_of(model, given, "there is no original to compare with")
+    except OptionError as error:
+        return None, [Check("original", "", SKIPPED, " ".join(str(error).split()))]
+    except LocumError as error:
+        return None, [Check("original", "", FAILED, " ".join(str(error).split()))]
+    return found, [Check("original", "", OK, str(found))]
+
+
+def prompt_ids(tokenizer: Any, count: int) -> Tensor:
+    """[B, S] the first tokens of stretches of the bundled text."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sample_texts(count)]
+    return torch.tensor([row[:PROMPT] for row in rows])
+
+
+# --- the promise ----------------------------------------------------------------------------------------------------
+
+
+def make_promise(
+    folder: Folder, ids_BS: Tensor, dtype: torch.dtype, new_tokens: int, statistics: Path | None, seed: int
+) -> tuple[Promise, Check]:
+    """What the model should say, and a line about loops, which are counted while model and original are in memory."""
+    many_BS = ids_BS.repeat_interleave(SAMPLES, dim=0)
+    live, looping = folder.live, {}
+    looping["model"] = loops(live, many_BS, new_tokens=SAMPLED, seed=seed)
+    of, why_not = "the original with the plan carried out again", not_repeatable(folder)
+    if folder.original is not None:
+        original = open_model(folder.original, device=folder.device)
+        looping["original"] = loops(original, many_BS, new_tokens=SAMPLED, seed=seed)
+        if not why_not:
+            try:
+                observed = _statistics_for(folder.plan, statistics, folder.original) if folder.plan.needs else None
+                live = apply_plan(original, folder.plan, observed, folder.notes.get("seed", 0))
+            except LocumError as error:
+                why_not = str(error)
+        del original
+    of = f"the folder as Locum loads it ({why_not})" if why_not else of
+    folder.__dict__.pop("live")  # the engines may need its memory
+    promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
+    return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
+
+
+def not_repeatable(folder: Folder) -> str:
+    """Why the folder cannot be made again from its original, if so."""
+    if folder.plan is None:
+        return "it has no plan"
+    if folder.original is None:
+        return "its original is not there"
+    return "it was trained since" if "recovery" in folder.notes else ""
+
+
+def compare_loops(looping: dict[str, int], count: int) -> str:
+    ours, theirs = looping["model"], looping.get("original")
+    said = f"{ours} of {count} sampled generations end in a loop"
+    if theirs is None:
+        raise NotApplicable(f"{said}; there is no original to compare with")
+    said += f", {theirs} of the original's"
+    if (chance := more_than_chance(ours, theirs, count)) < CHANCE:
+        raise CheckpointError(f"{said} (by chance: p = {chance:.2g}); recover the model, or remove less")
+    return said
+
+
+def set_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A live model in the dtypes that it has when it is loaded so: families keep some tensors in float32. In place."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    like = checkpoint.skeleton(config).state_dict()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(like[name].dtype)
+    return model
+
+
+def agreement(logits_BSV: Tensor, token_BS: Tensor, dtype: torch.dtype) -> float:
+    """How often a token is the likeliest. In bfloat16 the two likeliest tie at some 2 % of positions, and rounding
+    decides: a token whose logit is within one step of `dtype` of the largest counts."""
+    largest_BS = logits_BSV.amax(-1)
+    found_BS = logits_BSV.gather(-1, token_BS[..., None])[..., 0]
+    return (found_BS >= largest_BS - torch.finfo(dtype).eps * largest_BS.abs()).float().mean().item()
+
+
+@torch.no_grad()
+def ask_in_memory(model: Any, of: str, ids_BS: Tensor, dtype: torch.dtype, new_tokens: int) -> Promise:
+    """Logits of the prompts, and of every greedy step, each computed from the whole text: no cache that could be wrong.
+
+    In 16 bits an engine cannot be asked to agree more with the model than that does with itself in float32.
+    """
+    ids_BS, likeliest_BS = ids_BS.to(model.device), None
+    if dtype != torch.float32:
+        likeliest_BS = set_dtype(model, torch.float32)(ids_BS, use_cache=False).logits.argmax(-1)
+    set_dtype(model, dtype)
+    text_BS, logits_BSV, steps = ids_BS, None, []
+    for _ in range(new_tokens):
+        now_BSV = model(text_BS, use_cache=False).logits
+        logits_BSV = now_BSV if logits_BSV is None else logits_BSV
+        steps.append(now_BSV[:, -1].float().cpu())
+        text_BS = torch.cat([text_BS, now_BSV[:, -1:].argmax(-1)], dim=1)
+    tokens = text_BS[:, ids_BS.shape[1] :].tolist()
+    logits_BSV, agree = logits_BSV.float(), None
+    if likeliest_BS is not None:
+        agree = min(AGREE, agreement(logits_BSV, likeliest_BS, dtype))
+    return Promise(of, ids_BS.cpu(), logits_BSV.cpu(), tokens, torch.stack(steps, dim=1), agree)
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+def check_engine(
+    engine: Engine, folder: Folder, promise: Promise, precision: str, new_tokens: int, named: bool
+) -> list[Check]:
+    """The lines of one engine. What an engine cannot be asked is a failure only where it was asked for by name."""
+    unasked = FAILED if named else SKIPPED
+    python = engine.python()
+    if python is None:
+        return [Check("logits", engine.name, unasked, engine.absence)]
+    if reason := _unreadable(engine, folder):
+        return [Check("logits", engine.name, unasked, reason)]
+    texts, dtype, is_adapter = sample_texts(4), PRECISIONS[precision], checkpoint.is_adapter(folder.path)
+    with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
+        job = {
+            "folder": str((base_of(folder.path) if is_adapter else folder.path).resolve()),
+            "adapter": str(folder.path.resolve()) if is_adapter else None,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": folder.device,
+            "import_locum": bool(checkpoint.layouts_of(folder.path)),
+            "prompts": promise.ids_BS.tolist(),
+            "texts": texts,
+            "new_tokens": new_tokens,
+        }
+        try:
+            if engine.stock_only:
+                job["folder"] = str(write_gguf(folder.path, Path(scratch) / "model.gguf", "f32"))
+            answer = ask(engine, python, job, Path(scratch))
+        except LocumError as error:
+            return [Check("logits", engine.name, FAILED, " ".join(str(error).split()))]
+    tolerance = engine.tolerance if promise.agree is None else engine.tolerance_16
+
+    def compare_values() -> str:
+        if promise.agree is not None:
+            return compare_likeliest(promise, answer, dtype)
+        return compare_logits(promise, answer, tolerance)
+
+    checks = [
+        run_check("tensors", engine.name, lambda: compare_keys(answer)),
+        run_check("logits", engine.name, compare_values),
+        run_check("greedy tokens", engine.name, lambda: compare_tokens(promise, answer, tolerance)),
+    ]
+    if answer.texts is not None:
+        checks.append(run_check("tokenizer", engine.name, lambda: compare_texts(folder, texts, answer)))
+    if answer.bytes is not None and job["import_locum"]:
+        checks.append(run_check("memory", engine.name, lambda: compare_memory(folder, answer, dtype)))
+    return checks
+
+
+def _unreadable(engine: Engine, folder: Folder) -> str:
+    if checkpoint.is_adapter(folder.path) and not engine.adapters:
+        return "an adapter without weights of its own; recover it without --adapter-only to serve it there"
+    return gguf_fault(folder.path) if engine.stock_only else ""
+
+
+def compare_keys(answer: Answer) -> str:
+    for what, names in answer.keys.items():
+        raise CheckpointError(f"{len(names)} {what.replace('_', ' ')} (first: {names[0]})")
+    return f"{answer.version} takes the checkpoint as it is, in {answer.seconds:.0f} seconds"
+
+
+def compare_logits(promise: Promise, answer: Answer, tolerance: float) -> str:
+    """The largest difference: of logits, or of log-probabilities where the engine gives those of the likeliest tokens."""
+    expected, what = promise.logits_BSV, "logits"
+    if answer.ids is not None:
+        expected, what = expected.log_softmax(-1).gather(-1, answer.ids), "log-probabilities"
+    if expected.shape != answer.values.shape:
+        raise CheckpointError(f"{what} have shape {list(answer.values.shape)}, {list(expected.shape)} was promised")
+    apart = (expected - answer.values).abs()
+    worst = float(apart.max()) if bool(apart.isfinite().all()) else float("inf")
+    said = f"{what} of {expected.shape[0] * expected.shape[1]} positions differ by at most {worst:.2g} (allowed {tolerance:g})"
+    if not worst <= tolerance:
+        raise CheckpointError(f"{said} from {promise.of}")
+    return f"{said} from {promise.of}"
+
+
+def compare_likeliest(promise: Promise, answer: Answer, dtype: torch.dtype) -> str:
+    """How often the engine's likeliest token is that of the promise, where rounding to 16 bits does not decide."""
+    if not bool(answer.values.isfinite().all()):
+        raise CheckpointError("logits are not finite numbers in this precision")
+    token_BS = answer.values.argmax(-1) if answer.ids is None else answer.ids[..., 0]
+    share = agreement(promise.logits_BSV, token_BS, dtype)
+    said = (
+        f"the likeliest token of {token_BS.numel()} positions is the same in {share:.1%} (at least {promise.agree:.1%})"
+    )
+    if share < promise.agree:
+        raise CheckpointError(f"{said}, compared with {promise.of}")
+    return f"{said}, compared with {promise.of}"
+
+
+def compare_memory(folder: Folder, answer: Answer, dtype: torch.dtype) -> str:
+    """What the engine holds for the weights, against the parameters of the files in this precision."""
+    promised = folder.shape.parameters * dtype.itemsize
+    said = (
+        f"{describe_size(answer.bytes)} of weights in memory, {describe_size(promised)} in the files at this precision"
+    )
+    if abs(answer.bytes - promised) > MEMORY * promised:
+        raise CheckpointError(said)
+    return said
+
+
+def compare_tokens(promise: Promise, answer: Answer, tolerance: float) -> str:
+    """Where a continuation departs from the promise, the two tokens must have been equally likely, within tolerance."""
+    ties, total = 0, sum(map(len, promise.tokens))
+    for b, (ours, theirs) in enumerate(zip(promise.tokens, answer.tokens, strict=True)):
+        step = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if step is None:
+            continue
+        step_V = promise.steps_BSV[b, step]
+        margin = float(step_V[ours[step]] - step_V[theirs[step]])
+        if margin > 2 * tolerance:
+            raise CheckpointError(
+                f"prompt {b} goes on with token {theirs[step]} in place of {ours[step]} after {step} tokens, whose logit is "
+                f"{margin:.2g} lower (a tie of up to {2 * tolerance:g} is allowed)"
+            )
+        ties += 1
+    tied = f", but for {ties} continuations that part at a tie" if ties else ""
+    return f"{len(promise.tokens)} x {total // len(promise.tokens)} tokens are the same{tied}"
+
+
+def compare_texts(folder: Folder, texts: list[str], answer: Answer) -> str:
+    ours = [folder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for text, one, two in zip(texts, ours, answer.texts, strict=True):
+        if one != two:
+            first = next(
+                (i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two))
+            )
+            raise CheckpointError(
+                f"it cuts {text[:40]!r}... into other tokens than the checkpoint's tokenizer, from token {first} on; the "
+                f"pre-tokenizer that was named to the converter does not fit"
+            )
+    return f"cuts {len(texts)} texts as the checkpoint's tokenizer does"
