@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from locum.checkpoints import checkpoint
+from locum.bundled import MODEL
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
 from locum.containers.layout import active_parameters
-from locum.demonstration import MODEL
 from locum.methods import METHODS
+from locum.models.sizes import shape_of
 from locum.plans.plan import make_plan
 from timing import measure, publish, random_olmoe
 
@@ -37,7 +38,7 @@ ARMS = {
 
 
 def load(name: str) -> transformers.PreTrainedModel:
-    return checkpoint.load_model(MODEL) if name == "reference" else random_olmoe(2, vocabulary=8192)
+    return load_model(MODEL) if name == "reference" else random_olmoe(2, vocabulary=8192)
 
 
 def generating(model: transformers.PreTrainedModel, ids_BS: torch.Tensor) -> Callable[[], object]:
@@ -55,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     full = load(options.model)
-    shape = checkpoint.shape_of(full)
+    shape = shape_of(full)
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(2, full.config.vocab_size, (BATCH, PROMPT), generator=generator)
     runs: dict[str, Callable[[], object]] = {}

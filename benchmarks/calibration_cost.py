@@ -30,9 +30,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from locum.checkpoints import checkpoint
+from locum.bundled import MODEL
+from locum.checkpoints.load import load_model
 from locum.data.tokens import Tokens
-from locum.demonstration import MODEL
 from locum.measure.calibration import calibrate
 from locum.models.families import find_layers
 from locum.stats.sums import STATISTICS, check_needs
@@ -44,7 +44,7 @@ STOCK = ("eager", "grouped_mm")
 def load(name: str, layers: int) -> transformers.PreTrainedModel:
     if name == "olmoe":
         return random_olmoe(layers, vocabulary=8192)
-    return checkpoint.load_model(MODEL if name == "reference" else name)
+    return load_model(MODEL if name == "reference" else name)
 
 
 @contextlib.contextmanager

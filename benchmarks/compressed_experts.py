@@ -18,9 +18,9 @@ import numpy as np
 
 import locum
 from experiment import COLUMNS, SEEDS, Choices, Experiment, cell, main, recovery, train_and_measure
-from locum.checkpoints import checkpoint
+from locum.bundled import MODEL, reference_data
+from locum.checkpoints.skeleton import read_shape
 from locum.containers.layout import active_parameters
-from locum.demonstration import MODEL, reference_data
 from locum.plans.plan import Plan
 
 SETTINGS = ("all", "math")
@@ -72,7 +72,7 @@ def kept_gain(mine: list[dict[str, Any]], full: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds on the test split, with the range that three seeds and the bootstrap leave."""
     rows = [row for row in rows if row["domain"] == "all"]
-    shape = checkpoint.read_shape(MODEL)
+    shape = read_shape(MODEL)
     lines = [
         "| text | arm | active parameters | trained | bits per byte before training | bits per byte | gain kept |",
         "|---|---|---|---|---|---|---|",

@@ -23,14 +23,17 @@ import torch
 
 import locum
 from locum import files
-from locum.checkpoints import checkpoint
+from locum.bundled import MODEL, reference_data
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer, read_config
+from locum.checkpoints.skeleton import skeleton
 from locum.data.tokens import load_tokens
-from locum.demonstration import MODEL, reference_data
 from locum.measure.loss import evaluate
 from locum.models.families import find_layers, read_expert
+from locum.models.sizes import shape_of
 from locum.plans.plan import Plan, make_plan
-from locum.training.loop import Recovery
+from locum.training.options import Recovery
 from locum.training.recovery import count_trainable, recover_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +83,7 @@ def statistics() -> Any:
 
 
 def trainable(decided: Plan | None, how: str, rank: int) -> int:
-    model = checkpoint.skeleton(checkpoint.read_config(MODEL))
+    model = skeleton(read_config(MODEL))
     if decided is not None:
         model = _planned_skeleton(model, decided)
     return count_trainable(model, decided, Recovery(how=how, rank=rank))
@@ -116,12 +119,12 @@ def train_and_measure(
     On the test split the original is measured beside it, and the model also before training (seed 0). `plan_statistics` are
     those that building the plan reads; `keep_original` leaves the original's own rows in.
     """
-    tokenizer, seed = checkpoint.load_tokenizer(MODEL), chosen.seed
+    tokenizer, seed = load_tokenizer(MODEL), chosen.seed
     data = list(sources) or reference_data()
     blocks = load_tokens(data, tokenizer, split="train", length=LENGTH, seed=seed)
     measured_on = load_tokens(data, tokenizer, split=split, length=LENGTH, tokens=MEASURED[split], keep_partial=True)
-    model, original = (checkpoint.load_model(MODEL, dtype=torch.float32) for _ in range(2))
-    shape = checkpoint.shape_of(model)
+    model, original = (load_model(MODEL, dtype=torch.float32) for _ in range(2))
+    shape = shape_of(model)
     if decided is not None:
         apply_plan(model, decided, plan_statistics, seed=seed)
     bare = make_plan(shape, []) if decided is None else decided

@@ -38,9 +38,11 @@ import corpora
 from corpora import SPLITS, Package
 from corpus_readers import debian_files, read_code
 from locum import files
-from locum.checkpoints import checkpoint
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer
 from locum.errors import DataError, LocumError, unknown
-from locum.measure.loss import INTERVAL, Row, resample, write_rows
+from locum.measure.loss import INTERVAL, resample
+from locum.measure.rows import Row, write_rows
 from task_data import SETS, check_disjoint, in_order, mark, training_items
 
 Example = dict[str, str]
@@ -415,9 +417,9 @@ def score(name: str, model: Path, limit: int | None, batch_size: int = 8, resamp
     from datasets import load_from_disk
 
     examples = load_from_disk(str(path))["test"].to_list()[:limit]
-    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    live = checkpoint.load_model(model)
+    live = load_model(model)
     said = answers(live, tokenizer, [example["prompt"] for example in examples], task, batch_size)
     measure = METRICS[task.metric]
     values_N = [measure(a, example["completion"]) for a, example in zip(said, examples, strict=True)]

@@ -22,18 +22,19 @@ from typing import Any
 import torch
 import transformers
 
-from locum.budgets.target import search
-from locum.checkpoints import checkpoint
+from locum.budgets.target import meet_target
+from locum.bundled import MODEL, sample_texts
 from locum.checkpoints.application import apply_plan
-from locum.demonstration import MODEL
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer
 from locum.errors import UnsupportedModel
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
+from locum.models.sizes import shape_of
 from locum.plans.plan import LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
 from locum.speed.run import Subject
 from locum.stats.sums import Statistics
-from locum.verification.folder import sample_texts
 from timing import publish, random_olmoe, random_tokens
 
 REMOVE, PRUNED = 0.5, 0.25
@@ -42,13 +43,13 @@ CHARACTERS = 10  # of text for a token, on the safe side
 
 
 def load(name: str, layers: int) -> transformers.PreTrainedModel:
-    return checkpoint.load_model(MODEL) if name == "reference" else random_olmoe(layers)
+    return load_model(MODEL) if name == "reference" else random_olmoe(layers)
 
 
 def text(name: str, vocabulary: int, batch: int, length: int) -> torch.Tensor:
     if name != "reference":
         return random_tokens(vocabulary, batch, length).ids_BS
-    tokenizer = checkpoint.load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     rows = [
         tokenizer(stretch, add_special_tokens=False)["input_ids"]
         for stretch in sample_texts(batch, CHARACTERS * length)
@@ -74,7 +75,7 @@ def plan_of(name: str, options: dict[str, Any], observed: Statistics, shape: Mod
         layers = method.plan(observed, shape, amount)
         return make_plan(shape, [_random_starts(layer) for layer in layers], method=name)
 
-    return build(1.0) if method.saves == "active" else search(build, shape, REMOVE, None)
+    return build(1.0) if method.saves == "active" else meet_target(build, shape, REMOVE, None)
 
 
 def _random_starts(layer: LayerPlan) -> LayerPlan:
@@ -135,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load(options.model, options.layers)
-    shape = checkpoint.shape_of(model)
+    shape = shape_of(model)
     ids_BS = text(options.model, model.config.vocab_size, max(options.batch), options.prompt + options.new)
     observed = observe(model)
     original = Subject(model, ids_BS, options.prompt)

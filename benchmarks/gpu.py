@@ -40,9 +40,9 @@ import layer_speed
 from gpu_tables import layer_table, model_table
 from locum.checkpoints.application import make_container
 from locum.containers.container import StandInExperts
+from locum.containers.costs import container_work
 from locum.containers.layout import Layout
-from locum.kernels import grouped
-from locum.measure.costs import container_work
+from locum.kernels import choice
 from locum.models.families import canonical_gate, read_expert
 from locum.plans.plan import LayerPlan
 from timing import publish
@@ -52,11 +52,11 @@ TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float32
 OTHER_FORMATS = "lightmoe 50%, uniform"  # the plan that is tried in every format
 PARITY_TOKENS = 2048  # at most
 GRAPH_TOKENS = 64  # at most
-WAITING = ("eager", grouped.LOOP)  # no graph can be made of those
+WAITING = ("eager", choice.LOOP)  # no graph can be made of those
 CACHE = 2**28  # bytes, several times the cache of any GPU
 COPIED = 2**31  # bytes of weights that may be gathered for pairs
 PARTS = ("parity", "speed", "memory", "model")
-WAYS = (grouped.LOOP, "grouped", "gathered", "triton")
+WAYS = (choice.LOOP, "grouped", "gathered", "triton")
 Call = Callable[..., Tensor]
 Draw = tuple[Tensor, Tensor, Tensor]
 
@@ -127,10 +127,10 @@ def ways(layer: Layer, tokens: int, dtype: torch.dtype) -> dict[str, Call]:
     """Those that serve: grouped products want bfloat16, gathered ones copy weights, Triton a GPU."""
     device = next(layer.container.parameters()).device
     serves = {
-        grouped.LOOP: True,
+        choice.LOOP: True,
         "grouped": dtype == torch.bfloat16,
         "gathered": tokens * layer_speed.K * 4 * layer_speed.D * layer_speed.F <= COPIED,
-        "triton": device.type == "cuda" and grouped.triton_is_there(),
+        "triton": device.type == "cuda" and choice.triton_is_there(),
     }
     return {name: way_call(layer.container, name) for name in layer.ways if serves[name]}
 
@@ -156,7 +156,7 @@ def exact_of(container: StandInExperts, given: Draw) -> Tensor:
     """Cluster by cluster in float64, which tests hold against weights written out."""
     wide = copy.deepcopy(container).double()
     x_TD, index_TK, gate_TK = given
-    return way_call(wide, grouped.LOOP)(x_TD.double(), index_TK, gate_TK.double())
+    return way_call(wide, choice.LOOP)(x_TD.double(), index_TK, gate_TK.double())
 
 
 def parity(experts: OlmoeExperts, layer: Layer, tokens: int) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 import calibration_cost
 import generate_speed
-from locum.checkpoints import checkpoint
+from locum.bundled import MODEL
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
 from locum.containers.container import StandInExperts
-from locum.demonstration import MODEL
-from locum.kernels import grouped
+from locum.kernels import choice
 from locum.measure.calibration import calibrate
-from locum.training.loop import Recovery
+from locum.models.sizes import shape_of
+from locum.training.options import Recovery
 from locum.training.recovery import recover_model
 from timing import random_olmoe, random_tokens
 
@@ -42,7 +43,7 @@ def same_answers(name: str, model: PreTrainedModel, ids_BS: Tensor, device: torc
     logits_BSV, text_BS = answers(model, ids_BS)
     moved = copy.deepcopy(model).to(device)
     containers = [module for module in moved.modules() if isinstance(module, StandInExperts)]
-    ways = [None, grouped.LOOP] + ["triton"] * (device.type == "cuda" and grouped.triton_is_there())
+    ways = [None, choice.LOOP] + ["triton"] * (device.type == "cuda" and choice.triton_is_there())
     found = []
     for way in ways if containers else [None]:
         for container in containers:
@@ -58,7 +59,7 @@ def same_answers(name: str, model: PreTrainedModel, ids_BS: Tensor, device: torc
 
 def one_step(model: PreTrainedModel, observed: Any, device: torch.device) -> dict[str, Any]:
     """Of recovery, after LightMoE at half the experts' parameters."""
-    plan = generate_speed.plan_of("lightmoe", {"rank": 4}, observed, checkpoint.shape_of(model))
+    plan = generate_speed.plan_of("lightmoe", {"rank": 4}, observed, shape_of(model))
     compressed = apply_plan(copy.deepcopy(model), plan, observed).to(device)
     tokens = random_tokens(model.config.vocab_size, 4, 64)
     options = Recovery(how="lora", steps=1, batch_size=2, length=64, warmup_fraction=0.0, checkpoint_every=0)
@@ -84,14 +85,14 @@ def same_statistics(model: PreTrainedModel, device: torch.device) -> dict[str, A
 
 
 def measure(device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
-    model = checkpoint.load_model(MODEL).float()
+    model = load_model(MODEL).float()
     model.set_experts_implementation("eager")  # grouped_mm is made for bfloat16
     ids_BS = generate_speed.text("reference", model.config.vocab_size, BATCH, PROMPT)
     observed = generate_speed.observe(model)
     yield from same_answers("original", model, ids_BS, device)
     for name in METHODS:
         options = generate_speed.RANK["reference"].get(name, {})
-        plan = generate_speed.plan_of(name, options, observed, checkpoint.shape_of(model))
+        plan = generate_speed.plan_of(name, options, observed, shape_of(model))
         yield from same_answers(name, apply_plan(copy.deepcopy(model), plan, observed), ids_BS, device)
     yield one_step(model, observed, device)
     yield same_statistics(model, device)

@@ -27,9 +27,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from locum.checkpoints.application import make_container
 from locum.containers.container import StandInExperts
+from locum.containers.costs import container_work
 from locum.experts.routing import Routing
-from locum.kernels import grouped
-from locum.measure.costs import container_work
+from locum.kernels import choice
 from locum.models.families import canonical_gate, read_expert
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
@@ -158,7 +158,7 @@ def compare(
     best = min(names, key=median.__getitem__)
     main = plan.routing.main if plan.routing else K
     with torch.no_grad():
-        way = grouped.choose(
+        way = choice.choose(
             torch.device("cpu"), torch.bfloat16, tokens * main, container.num_experts, True, container._low_rank
         )
     return {

@@ -30,7 +30,7 @@ from experiment import (
     trainable,
 )
 from locum import files
-from locum.demonstration import MODEL, reference_data
+from locum.bundled import MODEL, reference_data
 from locum.plans.plan import Plan
 
 FRACTIONS = (0.25, 0.5)

@@ -28,7 +28,7 @@ from experiment import (
     trainable,
 )
 from locum.plans.plan import Plan
-from locum.training.loop import Recovery
+from locum.training.options import Recovery
 
 FRACTIONS = (0.3, 0.5)
 RATES = (1e-3, 3e-3, 1e-2)

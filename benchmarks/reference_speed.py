@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 import locum
-from locum.demonstration import COMPRESSED, MODEL, REMOVE, reference_data
+from locum.bundled import MODEL, reference_data
+from locum.demonstration import COMPRESSED, REMOVE
 from timing import publish
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locum.budgets.target import lowest
+from locum.budgets.counts import lowest
 from locum.data.tokens import Tokens
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums

@@ -10,17 +10,8 @@ import pytest
 import torch
 
 from handmade import toy_shape
-from locum.budgets.ranks import (
-    COUNTS,
-    allocate_ranks,
-    bounded_shares,
-    break_even,
-    prune_counts,
-    rank_bounds,
-    rank_shares,
-    rank_step,
-)
-from locum.budgets.target import spare
+from locum.budgets.counts import COUNTS, bounded_shares, prune_counts, spare
+from locum.budgets.ranks import allocate_ranks, break_even, rank_bounds, rank_shares, rank_step
 from locum.shapes import ModelShape
 
 

@@ -18,13 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoints import VOCABULARY, write_tokenizer
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, read_headers, read_shape, shape_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import read_headers
+from locum.checkpoints.skeleton import read_shape
 from locum.containers.container import StandInExperts
 from locum.errors import PlanError, UnsupportedModel
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.shapes import ModelShape
-from locum.stages import stages
+from locum.stages.application import apply
+from locum.stages.inspection import inspect
 from locum.stats.sums import Statistics
 from oracles import random_layer_plan
 from tiny_models import CONFIGS, tiny_ids, tiny_model
@@ -290,7 +294,7 @@ def made(tmp_path_factory):
         original, shape, live = originals[key]
         plan = make_plan(shape, PLANS[kind](shape))
         out = root / f"case-{len(cases)}"
-        stages.apply(original, plan=plan, out=out, statistics=statistics(shape) if plan.needs_constants else None)
+        apply(original, plan=plan, out=out, statistics=statistics(shape) if plan.needs_constants else None)
         model = realigned(apply_plan(copy.deepcopy(live), plan, statistics(shape)))
         cases[name] = SimpleNamespace(
             original=original, out=out, shape=shape, plan=plan, logits=logits(model), dtype=dtype
@@ -333,7 +337,7 @@ def test_the_file_is_as_large_as_the_plan_says(made, case):
     size = item.plan.size(item.shape)
     assert sum(e["data_offsets"][1] - e["data_offsets"][0] for e in headers.values()) == size.bytes
     assert read_shape(item.out).parameters == size.parameters
-    assert stages.inspect(item.out)["expert_parameters"] == size.expert_parameters
+    assert inspect(item.out)["expert_parameters"] == size.expert_parameters
     assert size.bytes < item.shape.bytes
 
 
@@ -386,7 +390,7 @@ def test_the_same_plan_gives_the_same_bytes(made, tmp_path):
         item = made[name]
         again = tmp_path / name
         given = statistics(item.shape) if item.plan.needs_constants else None
-        stages.apply(item.original, plan=item.plan, out=again, statistics=given)
+        apply(item.original, plan=item.plan, out=again, statistics=given)
         for file in ("model.safetensors", "config.json", "plan.json", "tokenizer.json"):
             assert (again / file).read_bytes() == (item.out / file).read_bytes()
 

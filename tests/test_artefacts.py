@@ -13,20 +13,11 @@ from safetensors.torch import save_file
 
 from checkpoints import tree
 from locum.errors import OutputError, PlanError, StatisticsError
-from locum.files import (
-    NOTES,
-    check_output,
-    fingerprint,
-    load_plan,
-    load_statistics,
-    provenance,
-    save_plan,
-    save_statistics,
-    whole,
-    write_text,
-)
+from locum.files import NOTES, check_output, fingerprint, provenance, whole, write_text
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
+from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
+from locum.stats.statistics_file import load_statistics, save_statistics
 from locum.stats.sums import Statistics
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])

@@ -19,12 +19,14 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, shape_of
+from locum.checkpoints.load import load_model
+from locum.containers.costs import container_work, row_sizes
 from locum.containers.layout import Layout
 from locum.errors import EngineError, UnsupportedModel
-from locum.measure.costs import container_work, counted, row_sizes
+from locum.measure.costs import counted
 from locum.methods import METHODS
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.speed import page, run
 from locum.speed.bench import KIND, quartiles, results

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import locum
 from checkpoints import locum as command
 from engines.broken import DAMAGES, change_weights, truncated
-from locum.checkpoints.checkpoint import load_model
+from locum.checkpoints.load import load_model
 from locum.errors import CheckpointError
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from handmade import make_statistics, toy_shape
-from locum.budgets.target import global_counts, lowest, parse_size, search, spare, uniform_counts
+from locum.budgets.counts import global_counts, lowest, spare, uniform_counts
+from locum.budgets.target import meet_target, parse_size
 from locum.errors import OptionError, PlanError
 from locum.methods import METHODS
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
@@ -67,47 +68,47 @@ def uniform(shape: ModelShape):
 @pytest.mark.parametrize("remove", [0.01, 0.06, 0.07, 0.2, 0.25, 0.3, 0.32, 0.5, 0.55, 0.62, 0.7, 0.75, 0.78])
 def test_remove_takes_the_nearest_step(remove: float) -> None:
     """8 experts with top-2: 0 to 6 of 8 can go from every layer at once."""
-    removed = search(uniform(SHAPE), SHAPE, remove=remove).removed(SHAPE)
+    removed = meet_target(uniform(SHAPE), SHAPE, remove=remove).removed(SHAPE)
     assert abs(removed - remove) == pytest.approx(min(abs(n / 8 - remove) for n in range(7)), abs=1e-9)
 
 
 def test_fit_takes_the_largest_that_fits() -> None:
     sizes = [dropping(SHAPE, [n] * 3).size(SHAPE).bytes for n in range(7)]
     for limit in [*sizes, *(size + 1 for size in sizes), *(size - 1 for size in sizes[:-1])]:
-        size = search(uniform(SHAPE), SHAPE, fit=limit).size(SHAPE).bytes
+        size = meet_target(uniform(SHAPE), SHAPE, fit=limit).size(SHAPE).bytes
         assert size == max(s for s in sizes if s <= limit)
 
 
 def test_a_model_that_fits_stays_whole() -> None:
-    assert search(uniform(SHAPE), SHAPE, fit=SHAPE.bytes).removed(SHAPE) == 0
+    assert meet_target(uniform(SHAPE), SHAPE, fit=SHAPE.bytes).removed(SHAPE) == 0
 
 
 @pytest.mark.parametrize("remove", [0, 1, -0.5, 1.5, 50, math.nan, math.inf])
 def test_remove_out_of_range(remove: float) -> None:
     with pytest.raises(OptionError, match=r"--remove is .*above 0, below 1"):
-        search(uniform(SHAPE), SHAPE, remove=remove)
+        meet_target(uniform(SHAPE), SHAPE, remove=remove)
 
 
 @pytest.mark.parametrize("target", [{}, {"remove": 0.5, "fit": 10}])
 def test_exactly_one_target(target: dict) -> None:
     with pytest.raises(OptionError, match="exactly one of --remove"):
-        search(uniform(SHAPE), SHAPE, **target)
+        meet_target(uniform(SHAPE), SHAPE, **target)
 
 
 def test_out_of_reach_says_the_best_there_is() -> None:
     with pytest.raises(PlanError, match=r"--remove 0\.9 is out of reach: .* remove 0\.7500 of the expert parameters"):
-        search(uniform(SHAPE), SHAPE, remove=0.9)
+        meet_target(uniform(SHAPE), SHAPE, remove=0.9)
     smallest = dropping(SHAPE, [6] * 3).size(SHAPE).bytes
-    assert search(uniform(SHAPE), SHAPE, fit=smallest).size(SHAPE).bytes == smallest
+    assert meet_target(uniform(SHAPE), SHAPE, fit=smallest).size(SHAPE).bytes == smallest
     with pytest.raises(PlanError, match=rf"--fit {smallest - 1:,} bytes is out of reach: .*{smallest:,} bytes .*GiB"):
-        search(uniform(SHAPE), SHAPE, fit=smallest - 1)
+        meet_target(uniform(SHAPE), SHAPE, fit=smallest - 1)
 
 
 def test_just_beyond_the_best_gives_the_best() -> None:
     """Half a step of one expert is as near as a step can be."""
-    assert search(uniform(SHAPE), SHAPE, remove=0.75 + 0.06).removed(SHAPE) == 0.75
+    assert meet_target(uniform(SHAPE), SHAPE, remove=0.75 + 0.06).removed(SHAPE) == 0.75
     with pytest.raises(PlanError, match="out of reach"):
-        search(uniform(SHAPE), SHAPE, remove=0.75 + 0.07)
+        meet_target(uniform(SHAPE), SHAPE, remove=0.75 + 0.07)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].saves == "stored"])
@@ -121,9 +122,9 @@ def test_methods_hit_targets(method: str) -> None:
         return make_plan(shape, chosen.plan(statistics, shape, amount))
 
     for remove in (0.15, 0.3, 0.5):
-        assert abs(search(build, shape, remove=remove).removed(shape) - remove) <= 0.5 / 16 + 1e-9
+        assert abs(meet_target(build, shape, remove=remove).removed(shape) - remove) <= 0.5 / 16 + 1e-9
     limit = int(0.7 * shape.bytes)
-    size = search(build, shape, fit=limit).size(shape).bytes
+    size = meet_target(build, shape, fit=limit).size(shape).bytes
     assert limit - 3 * 2 * shape.layers[0].parameters() <= size <= limit
 
 

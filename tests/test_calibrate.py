@@ -12,8 +12,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from locum.data.tokens import Tokens
 from locum.errors import DataError, OptionError, StatisticsError, UnsupportedModel
-from locum.measure.calibration import Observer, calibrate, run_experts
+from locum.measure.calibration import Observer, calibrate
 from locum.models.families import find_layers
+from locum.models.watch import run_experts
 from locum.stats.sums import STATISTICS, Statistics, Sums
 from tiny_models import tiny_ids, tiny_model
 

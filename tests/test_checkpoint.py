@@ -12,23 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
-from locum.checkpoints.checkpoint import (
-    LocumConfig,
-    fingerprint_checkpoint,
-    is_compressed,
-    load_model,
-    load_tokenizer,
-    read_config,
-    read_headers,
-    read_shape,
-    shape_of,
-    skeleton,
-)
+from locum.checkpoints.load import load_model
+from locum.checkpoints.quantizer import LocumConfig
+from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config, read_headers
+from locum.checkpoints.skeleton import is_compressed, read_shape, skeleton
 from locum.containers.container import StandInExperts
 from locum.errors import CheckpointError, LocumError, UnsupportedModel
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
-from locum.stages import stages
+from locum.stages.application import apply
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
 WEIGHTS = "model.safetensors"
@@ -41,7 +34,7 @@ def originals(tmp_path_factory):
     shape = read_shape(stock)
     slots = (DROPPED, *[KEPT] * 3, *[Slot("stand_in", 0, 2)] * 4)
     plan = make_plan(shape, [LayerPlan(shape.layers[1].name, slots, (Base((4, 5), (0.5, 0.5)),))])
-    stages.apply(stock, plan=plan, out=root / "compressed")
+    apply(stock, plan=plan, out=root / "compressed")
     return root
 
 

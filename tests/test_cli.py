@@ -21,7 +21,7 @@ from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import HIDDEN, cli
 from locum.methods import METHODS
-from locum.stages import stages
+from locum.stages.planning import plan
 from locum.training.recovery import Recovery
 
 # Wide enough for the default rank of 16 at half of the parameters. Three steps stand for the 300 of real use.
@@ -320,7 +320,7 @@ def test_options_reach_the_method(statistics_file):
         "plan", statistics_file, "--method", "replace", "--no-shared", "--rank", 2, "--remove", "0.3", "--json"
     )
     assert made.exit_code == 0, made.stderr
-    ours = stages.plan(statistics_file, method="replace", shared=False, rank=2, remove=0.3)
+    ours = plan(statistics_file, method="replace", shared=False, rank=2, remove=0.3)
     assert json.loads(made.stdout)["plan"] == ours.id
     assert not any(layer.bases for layer in ours.layers)
 

@@ -19,11 +19,14 @@ from checkpoints import locum as command
 from checkpoints import write_checkpoint
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, read_headers, read_shape, shape_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import read_headers
+from locum.checkpoints.skeleton import read_shape
 from locum.containers.layout import active_parameters
 from locum.errors import CheckpointError, OptionError, PlanError
 from locum.experts.routing import VECTORS, Routing
 from locum.models.families import canonical_gate, find_layers, read_expert
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
 from oracles import slow_routed
 from tiny_models import tiny_ids, tiny_model

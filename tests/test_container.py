@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from locum.containers.container import Stack, StandInExperts
+from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
+from locum.containers.stack import Stack
 from locum.models.families import canonical_gate, find_layers
 from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.shapes import LayerShape

@@ -12,11 +12,14 @@ import torch
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_text
+from locum import bundled as package
 from locum.data.tokens import load_tokens
 
 demo = importlib.import_module("locum.demonstration")
 MODELS = ["original", "lightmoe", "lightmoe recovered", "reap", "replace"]
-bundled = pytest.mark.skipif(not (demo.MODEL / "model.safetensors").is_file(), reason="the reference model is not here")
+bundled = pytest.mark.skipif(
+    not (package.MODEL / "model.safetensors").is_file(), reason="the reference model is not here"
+)
 
 
 @pytest.fixture
@@ -30,8 +33,8 @@ def stand_in(tmp_path, monkeypatch):
     write_text(reference / "text" / "code.txt", 90_000, seed=4)
     write_text(reference / "text" / "plays.txt", 90_000, seed=5)
     (reference / "text" / "LICENSES.txt").write_text("not data")
-    monkeypatch.setattr(demo, "REFERENCE", reference)
-    monkeypatch.setattr(demo, "MODEL", reference / "model")
+    monkeypatch.setattr(package, "REFERENCE", reference)
+    monkeypatch.setattr(package, "MODEL", reference / "model")
     return reference
 
 
@@ -78,9 +81,11 @@ def test_a_demo_that_fails_leaves_nothing(stand_in, tmp_path):
 @bundled
 def test_the_bundled_model_can_read():
     """Held-out text costs it far less than a guess among all tokens."""
-    model = locum.checkpoints.checkpoint.load_model(demo.MODEL)
-    tokenizer = locum.checkpoints.checkpoint.load_tokenizer(demo.MODEL)
-    tokens = load_tokens(demo.reference_data(), tokenizer, split="test", length=128, tokens=128 * 16, keep_partial=True)
+    model = locum.checkpoints.load.load_model(package.MODEL)
+    tokenizer = locum.checkpoints.read.load_tokenizer(package.MODEL)
+    tokens = load_tokens(
+        package.reference_data(), tokenizer, split="test", length=128, tokens=128 * 16, keep_partial=True
+    )
     with torch.no_grad():
         logits = model(tokens.ids_BS).logits[:, :-1]
     mask = tokens.loss_mask_BS[:, 1:]
@@ -90,13 +95,13 @@ def test_the_bundled_model_can_read():
 
 @bundled
 def test_the_bundled_model_is_what_it_should_be():
-    about = locum.inspect(demo.MODEL)
+    about = locum.inspect(package.MODEL)
     assert about["model_type"] == "olmoe"
     assert about["bytes"] <= 26_000_000
-    assert sum(f.stat().st_size for f in demo.MODEL.iterdir()) <= 27_000_000
+    assert sum(f.stat().st_size for f in package.MODEL.iterdir()) <= 27_000_000
     for layer in about["layers"]:
         assert 16 <= layer["num_experts"] <= 32
         assert 2 <= layer["top_k"] <= 4
-    domains = [name.partition("=")[0] for name in demo.reference_data()]
+    domains = [name.partition("=")[0] for name in package.reference_data()]
     assert len(domains) >= 6
-    assert (demo.REFERENCE / "text" / "LICENSES.txt").is_file()
+    assert (package.REFERENCE / "text" / "LICENSES.txt").is_file()

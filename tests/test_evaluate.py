@@ -14,7 +14,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from locum.data.tokens import Tokens
 from locum.errors import DataError, LocumError, OptionError
-from locum.measure.loss import Row, evaluate, read_rows, resample, write_rows
+from locum.measure.loss import evaluate, resample
+from locum.measure.rows import Row, read_rows, write_rows
 from tiny_models import tiny_model
 
 module = importlib.import_module("locum.measure.loss")  # locum.evaluate itself is the function

@@ -15,12 +15,12 @@ from families.checks import near, tokens_of
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError, UnsupportedModel
-from locum.measure.calibration import run_experts
 from locum.measure.removals import ModelExplorer, draw_sample, gram_of_outputs
 from locum.models.families import find_layers
+from locum.models.next_token_loss import loss_sum
 from locum.models.router_rules import spread_gates
+from locum.models.watch import run_experts
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
-from locum.training.loop import loss_sum
 from test_calibrate import make_tokens
 from tiny_models import tiny_ids, tiny_model
 
@@ -49,7 +49,7 @@ def explorer(model):
 
 def pruned(model: nn.Module, removed: dict[str, tuple[int, ...]]) -> nn.Module:
     """A copy of the model that a plan was applied to."""
-    shape = locum.measure.removals.shape_of(model)
+    shape = locum.models.sizes.shape_of(model)
     layers = [
         LayerPlan(name, tuple(DROPPED if e in gone else KEPT for e in range(shape.layer(name).num_experts)))
         for name, gone in removed.items()

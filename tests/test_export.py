@@ -18,12 +18,14 @@ from checkpoints import locum as command
 from checkpoints import tree, write_checkpoint
 from engines.made import PLANS, cycle, members, statistics
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import layouts_of, load_model, read_headers, read_shape, shape_of
-from locum.checkpoints.opening import open_model
+from locum.checkpoints.load import load_model, open_model
+from locum.checkpoints.read import read_headers
+from locum.checkpoints.skeleton import layouts_of, read_shape
 from locum.containers.container import StandInExperts
 from locum.errors import EngineError, OptionError, UnsupportedModel
 from locum.exports.export import stock_faults, to_stock, write_gguf
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 

@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import shape_of
 from locum.errors import PlanError, UnsupportedModel
-from locum.experts.stand_ins import ExpertWeights
+from locum.experts.weights import ExpertWeights
 from locum.models.families import (
     FAMILIES,
     Family,
@@ -28,6 +27,7 @@ from locum.models.families import (
     slice_router,
     write_expert,
 )
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from tiny_models import CONFIGS, SIZE, tiny_ids, tiny_model
 

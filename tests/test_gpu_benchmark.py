@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from locum.kernels import grouped
+from locum.kernels import choice, grouped
 from locum.shapes import LayerShape
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -63,13 +63,11 @@ def test_layers_are_right_and_timed(gpu, monkeypatch, capsys, tmp_path):
 def test_a_way_that_is_wrong_is_named_and_fails(gpu, monkeypatch, capsys):
     right = grouped.grouped()
     wrong = right._replace(add=lambda y, x, weight, item, token: right.add(y, x * 1.05, weight, item, token))
-    monkeypatch.setitem(grouped.PRODUCTS, "grouped", lambda: wrong)
+    monkeypatch.setitem(choice.PRODUCTS, "grouped", lambda: wrong)
     arguments = ("--device", "cpu", "--tokens", 4, "--part", "parity", "--plan", "identity")
     assert run(gpu, monkeypatch, *arguments) == 1
     assert capsys.readouterr().err == "not within its limit: identity, 4 tokens, bfloat16: grouped\n"
-    monkeypatch.setitem(
-        grouped.PRODUCTS, "grouped", lambda: right._replace(scatter=lambda y, *rest: y.fill_(torch.nan))
-    )
+    monkeypatch.setitem(choice.PRODUCTS, "grouped", lambda: right._replace(scatter=lambda y, *rest: y.fill_(torch.nan)))
     assert run(gpu, monkeypatch, *arguments) == 1
 
 

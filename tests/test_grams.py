@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from handmade import tokens_of
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import shape_of
 from locum.measure.calibration import calibrate
 from locum.methods.decompose import Decompose
 from locum.methods.lightmoe import LightMoE
 from locum.models.families import find_layers, read_expert
+from locum.models.sizes import shape_of
 from locum.plans.plan import make_plan
 from oracles import expert_parts
 from tiny_models import tiny_ids, tiny_model

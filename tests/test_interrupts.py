@@ -171,22 +171,25 @@ def _goes_on_to_the_same_weights(arguments, folder):
 @pytest.mark.parametrize(
     ("where", "line"),
     [
-        ("locum.stages.stages.search", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
+        ("locum.stages.planning.meet_target", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
         ("locum.files.os.replace", "plan {stats} --remove 0.4 --rank 2 --out plan.json"),
-        ("locum.stages.quality.make_report", "report {rows} --out report.html"),
+        ("locum.stages.reporting.make_report", "report {rows} --out report.html"),
         ("locum.files.os.replace", "report {rows} --out report.html"),
-        ("locum.stages.stages.search", "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small"),
         (
-            "locum.stages.stages.save_checkpoint",
+            "locum.stages.planning.meet_target",
             "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small",
         ),
         (
-            "locum.stages.quality.save_checkpoint",
+            "locum.stages.application.save_checkpoint",
+            "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small",
+        ),
+        (
+            "locum.stages.recovery.save_checkpoint",
             "recover {small} --data {words} --length 64 --steps 1 --out recovered",
         ),
-        ("locum.stages.quality.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
-        ("locum.checkpoints.checkpoint.read_headers", "inspect {model}"),
-        ("locum.stages.quality.write_rows", "eval {small} --data {words} --json results.jsonl"),
+        ("locum.stages.recovery.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
+        ("locum.checkpoints.skeleton.read_headers", "inspect {model}"),
+        ("locum.stages.evaluation.write_rows", "eval {small} --data {words} --json results.jsonl"),
         ("locum.demonstration._run", "demo --out demo"),
     ],
 )
@@ -207,7 +210,7 @@ def test_ctrl_c_in_process(where, line, fill, small, words, tmp_path_factory, tm
     assert result.stderr.startswith(f"locum {line.split()[0]}: error: interrupted; nothing half-written was kept")
     assert result.stderr.count("\n") == 1
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ([WORKDIR] if where == "locum.stages.quality.save_checkpoint" else [])
+    assert left == ([WORKDIR] if where == "locum.stages.recovery.save_checkpoint" else [])
 
 
 def test_ctrl_c_before_the_first_state_keeps_nothing(fill, tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
-from locum.checkpoints.checkpoint import shape_of
 from locum.containers.layout import active_parameters
 from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
@@ -20,6 +19,7 @@ from locum.methods.lightmoe import LightMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
+from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 from locum.stats.sums import STATISTICS, Statistics, mean_output

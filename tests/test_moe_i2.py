@@ -12,7 +12,7 @@ from torch import Tensor
 
 from handmade import make_statistics, toy_shape, with_sums
 from locum.budgets.ranks import rank_bounds, rank_shares
-from locum.budgets.target import search
+from locum.budgets.target import meet_target
 from locum.criteria.criterion import CRITERIA
 from locum.errors import PlanError, StatisticsError
 from locum.methods import METHODS
@@ -194,7 +194,7 @@ def statistics_of(shape: ModelShape, found: dict[str, dict[str, Tensor]]) -> Sta
 
 
 def plans(method: object, statistics: Statistics, shape: ModelShape, **target: float) -> Plan:
-    return search(lambda amount: make_plan(shape, method.plan(statistics, shape, amount)), shape, **target)
+    return meet_target(lambda amount: make_plan(shape, method.plan(statistics, shape, amount)), shape, **target)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from locum.errors import OptionError
 from locum.methods import METHODS
 from locum.options import check_options, make_options, option
-from locum.training.loop import Recovery
+from locum.training.options import Recovery
 
 
 @dataclass(frozen=True)

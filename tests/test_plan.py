@@ -13,10 +13,10 @@ import torch
 
 from handmade import toy_shape, with_sums
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import shape_of
 from locum.errors import PlanError
 from locum.experts.routing import Routing
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import (
     DROPPED,
     KEPT,

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 
 from handmade import tokens_of
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import shape_of
 from locum.criteria.criterion import CRITERIA
-from locum.experts.stand_ins import ExpertWeights, permute_hidden
+from locum.experts.weights import ExpertWeights, permute_hidden
 from locum.measure.calibration import calibrate
 from locum.methods.lightmoe import LightMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
 from locum.models.families import MoeLayer, find_layers, read_expert, write_expert
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
 from locum.stats.sums import Statistics
 from tiny_models import tiny_ids, tiny_model

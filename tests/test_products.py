@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from locum.containers.container import StandInExperts, is_swiglu
 from locum.containers.layout import Layout
 from locum.experts.routing import Routing
-from locum.kernels import grouped, native
+from locum.kernels import choice, grouped, native, products
 from locum.models.families import canonical_gate, find_layers
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
@@ -43,7 +43,7 @@ def container_of(kind, seed, dtype, ranks=(8, 16), policy=None):
 def forced(monkeypatch, way):
     if way.startswith("native") and not native.available():
         pytest.skip("no compiler or no avx512_bf16")
-    monkeypatch.setattr(grouped, "choose", lambda *args: way)
+    monkeypatch.setattr(choice, "choose", lambda *args: way)
 
 
 def routed_to(container, tokens, seed, dtype, distinct=True):
@@ -51,10 +51,10 @@ def routed_to(container, tokens, seed, dtype, distinct=True):
     return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)).to(dtype), index, gates
 
 
-ON_CPU = [way for way in grouped.PRODUCTS if not way.startswith("triton")]  # those: test_triton.py
+ON_CPU = [way for way in choice.PRODUCTS if not way.startswith("triton")]  # those: test_triton.py
 
 
-@pytest.mark.parametrize("way", [*ON_CPU, grouped.LOOP])
+@pytest.mark.parametrize("way", [*ON_CPU, choice.LOOP])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_equals_written_out_weights_in_bfloat16(way, kind, monkeypatch):
     forced(monkeypatch, way)
@@ -69,7 +69,7 @@ def test_every_way_equals_written_out_weights_in_bfloat16(way, kind, monkeypatch
             assert relative_error(actual, expected) < ROUNDING
 
 
-@pytest.mark.parametrize("way", ["native", "gathered", grouped.LOOP])
+@pytest.mark.parametrize("way", ["native", "gathered", choice.LOOP])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch):
     forced(monkeypatch, way)
@@ -80,7 +80,7 @@ def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch
             assert_near(container(x, index, gates), slow(container, x, index, gates), 1e-5)
 
 
-@pytest.mark.parametrize("way", ["native", "gathered", "grouped", grouped.LOOP])
+@pytest.mark.parametrize("way", ["native", "gathered", "grouped", choice.LOOP])
 @pytest.mark.parametrize("what", ["projections", "hidden", "static", "none", "norm"])
 def test_every_way_knows_routing_policies_and_norms_of_single_experts(way, what, monkeypatch):
     """Cluster by cluster is held against the oracle in test_routing."""
@@ -89,7 +89,7 @@ def test_every_way_knows_routing_policies_and_norms_of_single_experts(way, what,
         container.post_expert_norm = torch.nn.RMSNorm(D, dtype=torch.bfloat16)
     x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
     with torch.no_grad():
-        monkeypatch.setattr(grouped, "choose", lambda *args: grouped.LOOP)
+        monkeypatch.setattr(choice, "choose", lambda *args: choice.LOOP)
         expected = copy.deepcopy(container).double()(x.double(), index, gates.double())
         forced(monkeypatch, way)
         assert relative_error(container(x, index, gates), expected) < ROUNDING
@@ -147,7 +147,7 @@ def check_products(way, rows, items, outputs, inputs, pairs, dtype=torch.bfloat1
         random(pairs, outputs + 9),
     )
     chosen, before = item >= 0, y.clone()
-    made = grouped.PRODUCTS[way]()
+    made = choice.PRODUCTS[way]()
     made.add(y[:, 3 : 3 + outputs], x, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen[:, None]
     assert torch.equal(y[:, :3], before[:, :3]) and torch.equal(y[:, 3 + outputs :], before[:, 3 + outputs :])
@@ -187,8 +187,8 @@ def test_gradients_of_all_pairs_at_once_are_those_of_the_clusters(way, kind, mon
         x, index, gates = routed_to(container, 7, seed, torch.float32, distinct=False)
         wanted = [x.requires_grad_(True), gates.requires_grad_(True), *container.parameters()]
         found = []
-        for one in (grouped.LOOP, way):
-            monkeypatch.setattr(grouped, "choose", lambda *args, one=one: one)
+        for one in (choice.LOOP, way):
+            monkeypatch.setattr(choice, "choose", lambda *args, one=one: one)
             loss = container(x, index, gates).square().sum()
             found.append(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
         for expected, actual in zip(*found, strict=True):
@@ -255,7 +255,7 @@ def mixed_plan():
 
 def test_operations_are_those_of_the_ranks_and_of_distinct_bases(monkeypatch):
     """Cluster by cluster nothing is padded, and a base is multiplied once per token however many members it has."""
-    forced(monkeypatch, grouped.LOOP)
+    forced(monkeypatch, choice.LOOP)
     container = filled(Layout.of(mixed_plan(), shape()), swiglu)
     x, index, gates = routed_to(container, 20, 0, torch.float32)
     units = {(container.layout.dense_of[e], t) for t, row in enumerate(index.tolist()) for e in row}
@@ -311,17 +311,17 @@ def test_what_serves_is_chosen_by_device_format_and_size():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     bf16, fp32 = torch.bfloat16, torch.float32
     with torch.no_grad():
-        few = "native" if native.available() else grouped.LOOP
-        assert grouped.choose(cpu, bf16, 8, 64, True) == few
-        assert grouped.choose(cpu, bf16, 8 * 2048, 64, True) == grouped.LOOP
-        assert grouped.choose(cpu, bf16, 8 * 2048, 64, True, low_rank=True) == few
-        assert grouped.choose(cpu, bf16, 8 * 6144, 64, True, low_rank=True) == grouped.LOOP
-        assert grouped.choose(cpu, fp32, 8, 64, True) == few
-        assert grouped.choose(cpu, torch.float64, 8, 64, True) == grouped.LOOP
-        assert grouped.choose(cuda, bf16, 8 * 2048, 64, True) == "grouped"
-        assert grouped.choose(cuda, bf16, 8, 64, False) == "gathered"
-        assert grouped.choose(cuda, fp32, 8 * 2048, 64, True) == grouped.LOOP
-    assert grouped.choose(cpu, bf16, 8, 64, True) == grouped.LOOP  # gradients may be asked for
+        few = "native" if native.available() else choice.LOOP
+        assert choice.choose(cpu, bf16, 8, 64, True) == few
+        assert choice.choose(cpu, bf16, 8 * 2048, 64, True) == choice.LOOP
+        assert choice.choose(cpu, bf16, 8 * 2048, 64, True, low_rank=True) == few
+        assert choice.choose(cpu, bf16, 8 * 6144, 64, True, low_rank=True) == choice.LOOP
+        assert choice.choose(cpu, fp32, 8, 64, True) == few
+        assert choice.choose(cpu, torch.float64, 8, 64, True) == choice.LOOP
+        assert choice.choose(cuda, bf16, 8 * 2048, 64, True) == "grouped"
+        assert choice.choose(cuda, bf16, 8, 64, False) == "gathered"
+        assert choice.choose(cuda, fp32, 8 * 2048, 64, True) == choice.LOOP
+    assert choice.choose(cpu, bf16, 8, 64, True) == choice.LOOP  # gradients may be asked for
 
 
 def test_a_container_on_the_meta_device_has_its_table_on_the_cpu():
@@ -341,7 +341,7 @@ def test_ways_for_devices_never_ask_what_was_routed(way, kind):
         container.way = way
         with torch.no_grad():
             assert container(*given).shape == given[0].shape
-            container.way = grouped.LOOP
+            container.way = choice.LOOP
             with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
                 container(*given)
 
@@ -357,7 +357,7 @@ def test_ways_for_devices_compile_without_a_graph_break(way):
 
 def test_pairs_are_grouped_once_for_products_that_share_them():
     made = []
-    remembered = grouped.Remembered(lambda *given: made.append(given) or len(made))
+    remembered = products.Remembered(lambda *given: made.append(given) or len(made))
     item, token = torch.tensor([0, 1]), torch.tensor([0, 0])
     assert [remembered(item, token, 2, 1), remembered(item, token, 2, 1)] == [1, 1]
     assert [remembered(item.clone(), token, 2, 1), remembered(item, token.clone(), 2, 1)] == [2, 3]

@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from handmade import with_sums
 from locum.budgets.ranks import rank_bounds
-from locum.checkpoints.checkpoint import place_containers, shape_of
+from locum.checkpoints.quantizer import place_containers
 from locum.containers.layout import Layout, active_parameters
 from locum.methods.compressed_experts import CompressedExperts
 from locum.methods.moe_i2 import MoEI2
+from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
-from locum.training.loop import Recovery
+from locum.training.options import Recovery
 from locum.training.recovery import count_trainable
 
 BASES, RANK = 3, 16

@@ -12,17 +12,21 @@ from torch.nn import functional
 
 from handmade import with_sums
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import LocumConfig, load_model, shape_of, skeleton
+from locum.checkpoints.load import load_model
+from locum.checkpoints.quantizer import LocumConfig
+from locum.checkpoints.skeleton import skeleton
+from locum.containers.build import old_weights
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.data.tokens import Batch, Tokens
 from locum.errors import OptionError, PlanError
-from locum.experts.stand_ins import old_weights
 from locum.models.families import canonical_gate, find_layers, is_stock_experts, read_expert
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.training.layer import beta_at, set_beta
-from locum.training.loop import STATE_FILE, Recovery, forget, learning_rate_at
+from locum.training.options import Recovery, learning_rate_at
 from locum.training.recovery import RECIPES, Work, count_trainable, recover_model
+from locum.training.states import STATE_FILE, forget
 from tiny_models import tiny_ids, tiny_model
 
 QUICK = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "warmup_fraction": 0.0, "checkpoint_every": 0}

@@ -13,12 +13,12 @@ import locum
 from checkpoints import locum as command
 from checkpoints import tree, write_checkpoint, write_tokenizer
 from families.tiny_families import tiny
-from locum.checkpoints.checkpoint import load_model, shape_of
-from locum.checkpoints.opening import open_model
+from locum.checkpoints.load import load_model, open_model
 from locum.data.tokens import load_tokens
 from locum.measure.remembered import RememberedAnswers
 from locum.measure.removals import ModelExplorer
 from locum.models.families import find_layers, is_stock_experts
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from tiny_models import tiny_ids
 
@@ -45,7 +45,7 @@ def found_in(path):
 
 
 def test_search_writes_what_calibration_and_the_method_find(checkpoint, words, searched, tmp_path):
-    tokenizer = locum.checkpoints.checkpoint.load_tokenizer(checkpoint)
+    tokenizer = locum.checkpoints.read.load_tokenizer(checkpoint)
     blocks = load_tokens(str(words), tokenizer, split="train", length=64, tokens=1024, seed=3)
     method = locum.METHODS["moe-i2"](population=6, generations=2, pruned=0.3, seed=3, start="whitened")
     explorer = ModelExplorer(load_model(checkpoint), blocks, sample=128, batch_size=4, seed=3)
@@ -79,7 +79,7 @@ def test_a_plan_takes_the_options_of_its_search_and_refuses_others(searched, tmp
 
 
 def test_what_cannot_be_searched_is_refused_before_weights_are_read(checkpoint, words, searched, monkeypatch, tmp_path):
-    monkeypatch.setattr("locum.checkpoints.opening.load_model", None)
+    monkeypatch.setattr("locum.checkpoints.load.load_model", None)
     asked = {"data": str(words), "out": tmp_path / "out", **SHORT}
     with pytest.raises(locum.OptionError, match="method prune does not search; use locum calibrate"):
         locum.search(checkpoint, method="prune", **asked)
@@ -122,7 +122,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(checkpoint, words, searc
     with pytest.raises(KeyboardInterrupt):
         locum.search(checkpoint, **asked)
     assert not (tmp_path / "stats").exists()
-    monkeypatch.setattr("locum.stages.pipeline.calibrate", None)  # done already
+    monkeypatch.setattr("locum.stages.searching.calibrate", None)  # done already
     run = "the rest"
     locum.search(checkpoint, **asked)
     run = "whole"
@@ -312,7 +312,7 @@ def test_nothing_appears_when_recovery_fails(checkpoint, words, monkeypatch, tmp
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("locum.stages.quality.recover_model", fail)
+    monkeypatch.setattr("locum.stages.recovery.recover_model", fail)
     with pytest.raises(KeyboardInterrupt):
         locum.compress(checkpoint, recover="lora", **asked)
     assert tree(tmp_path) == before

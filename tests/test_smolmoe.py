@@ -25,9 +25,11 @@ import smolmoe_train
 from checkpoints import VOCABULARY, text, write_tokenizer
 from checkpoints import locum as command
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, load_tokenizer, shape_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer
 from locum.data.tokens import load_tokens
 from locum.measure.calibration import calibrate
+from locum.models.sizes import shape_of
 from locum.plans.plan import Base, LayerPlan, Slot, make_plan
 
 IDS = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))

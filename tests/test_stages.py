@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import locum
 from checkpoints import tree, write_checkpoint, write_rows
-from locum.checkpoints import checkpoint as checkpoint_module
-from locum.stages import stages
+from locum.checkpoints.read import fingerprint_checkpoint
 from tiny_models import CONFIGS, tiny_ids
 
 SHORT = {"tokens": 2048, "length": 64}
@@ -46,7 +45,7 @@ def test_compress_writes_the_statistics_it_is_told_to_and_uses_them_again(checkp
     asked = {"data": str(words), "method": "mone", "remove": 0.25, "statistics": tmp_path / "stats", **SHORT}
     locum.compress(checkpoint, out=tmp_path / "one", **asked)
     before = (tmp_path / "stats").read_bytes()
-    monkeypatch.setattr(stages, "calibrate_model", None)
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", None)
     locum.compress(checkpoint, out=tmp_path / "two", **asked)
     assert (tmp_path / "stats").read_bytes() == before
     assert load_file(tmp_path / "one" / "model.safetensors").keys()
@@ -98,12 +97,12 @@ def test_a_fingerprint_is_of_the_content(checkpoint, tmp_path, monkeypatch):
     """Neither where a checkpoint lies nor how its path is written changes it; one weight does."""
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    prints = {checkpoint_module.fingerprint_checkpoint(path) for path in (checkpoint, copy, "copy", "./copy/")}
+    prints = {fingerprint_checkpoint(path) for path in (checkpoint, copy, "copy", "./copy/")}
     assert len(prints) == 1
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.gate.weight"] += 0.5
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    assert checkpoint_module.fingerprint_checkpoint(copy) not in prints
+    assert fingerprint_checkpoint(copy) not in prints
 
 
 def test_a_plan_for_the_base_model_serves_its_fine_tune(plan_file, tmp_path):
@@ -113,9 +112,9 @@ def test_a_plan_for_the_base_model_serves_its_fine_tune(plan_file, tmp_path):
 
 
 def test_outputs_carry_their_provenance(small, plan_file, statistics_file, checkpoint):
-    from locum.stages.quality import read_notes
+    from locum.checkpoints.notes import read_notes
 
-    print_of_model = checkpoint_module.fingerprint_checkpoint(checkpoint)
+    print_of_model = fingerprint_checkpoint(checkpoint)
     notes, plan = read_notes(small), locum.load_plan(plan_file)
     assert notes["original_fingerprint"] == print_of_model
     assert notes["plan"] == plan.id == locum.load_plan(small / "plan.json").id
@@ -253,7 +252,7 @@ def test_validation_reads_no_more_than_it_is_given(small, words, tmp_path, monke
         asked[options["split"]] = int(tokens.attention_BS.sum())
         return tokens
 
-    monkeypatch.setattr("locum.stages.quality.load_tokens", count)
+    monkeypatch.setattr("locum.stages.recovery.load_tokens", count)
     recipe = {"data": str(words), "length": 64, "batch_size": 1, "steps": 1}
     locum.recover(small, out=tmp_path / "all", **recipe)
     everything = asked["validation"]

@@ -8,20 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from locum.containers.build import build_layer, make_adapter, old_weights
 from locum.containers.container import StandInExperts
 from locum.errors import PlanError, StatisticsError
-from locum.experts.stand_ins import (
-    ExpertWeights,
-    align,
-    build_layer,
-    gaussian_factors,
-    make_adapter,
-    mean_expert,
-    old_weights,
-    permute_hidden,
-    svd_factors,
-    whitened_factors,
-)
+from locum.experts.factors import gaussian_factors, svd_factors, whitened_factors
+from locum.experts.weights import ExpertWeights, align, mean_expert, permute_hidden
 from locum.plans.plan import KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 from locum.stats.sums import LayerStatistics

@@ -26,8 +26,10 @@ from checkpoints import write_tokenizer
 from engines.made import PLANS, cycle, statistics
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, read_headers, shape_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import read_headers
 from locum.errors import CheckpointError, UnsupportedModel
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 

@@ -18,10 +18,11 @@ import torch
 
 import locum
 from checkpoints import locum as command
-from locum.checkpoints import checkpoint as checkpoints
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer
 from locum.data.tokens import load_tokens
 from locum.errors import DataError, OptionError
-from locum.measure.loss import read_rows
+from locum.measure.rows import read_rows
 from locum.measure.tasks import evaluate_tasks, find_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +220,7 @@ def test_locum_reads_the_splits_and_counts_the_answers_alone(toy, checkpoint):
     path = finetune_tasks.make("toy")
     about = json.loads((path / "about.json").read_text())
     assert about["licence"] == "MIT" and about["examples"]["test"] == 8
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     for split in ("train", "validation", "test"):
         tokens = load_tokens({"toy": path}, tokenizer, split=split, length=512, keep_partial=True)
         loss = tokens.loss_mask_BS & (tokens.ids_BS != tokenizer.eos_token_id)
@@ -229,7 +230,7 @@ def test_locum_reads_the_splits_and_counts_the_answers_alone(toy, checkpoint):
 
 
 def test_greedy_answers_equal_a_loop(toy, checkpoint):
-    model, tokenizer = checkpoints.load_model(checkpoint), checkpoints.load_tokenizer(checkpoint)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     prompts = ["the red fox ran", "seven", "blue hills and then the old"]
     expected = []
     for prompt in prompts:
@@ -304,8 +305,8 @@ def naive(model, tokenizer):
 @needs_lm_eval
 def test_scores_equal_loops_over_the_logits(by_hand, checkpoint, small):
     tasks = find_tasks("locum_piqa, locum_humaneval_loss", FOLDER)
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
-    ours, theirs = checkpoints.load_model(small), checkpoints.load_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    ours, theirs = load_model(small), load_model(checkpoint)
     rows = evaluate_tasks(ours, tokenizer, tasks, against=theirs, batch_size=3, resamples=200, plan="p")
     found = {(row.model, row.metric): row for row in rows}
     expected = {"model": naive(ours, tokenizer), "original": naive(theirs, tokenizer)}
@@ -330,7 +331,7 @@ def test_scores_equal_loops_over_the_logits(by_hand, checkpoint, small):
 @needs_lm_eval
 def test_a_model_equals_itself_and_runs_are_repeatable(by_hand, checkpoint):
     tasks = find_tasks(["locum_siqa"], FOLDER)
-    model, tokenizer = checkpoints.load_model(checkpoint), checkpoints.load_tokenizer(checkpoint)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     runs = [evaluate_tasks(model, tokenizer, tasks, against=model, resamples=100, limit=5) for _ in range(2)]
     for one, two in zip(*runs, strict=True):
         assert (one.metric, one.value, one.low, one.high, one.n) == (two.metric, two.value, two.low, two.high, 5)
@@ -421,5 +422,5 @@ def test_lm_evals_own_command_opens_a_compressed_checkpoint(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (saved,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(saved.read_text())["results"]["locum_piqa"]
-    expected = naive(checkpoints.load_model(small), checkpoints.load_tokenizer(small))
+    expected = naive(load_model(small), load_tokenizer(small))
     assert {m: found[f"{m},none"] for m in ("acc", "acc_norm")} == {m: expected[m] for m in ("acc", "acc_norm")}

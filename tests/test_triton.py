@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from locum.kernels import grouped
+from locum.kernels import choice
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -63,21 +63,21 @@ def test_nothing_of_locum_needs_triton():
 
 def test_one_edit_of_the_table_makes_triton_serve(monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(grouped, "CUDA_WAYS", (("triton", 512), *grouped.CUDA_WAYS))
-    monkeypatch.setattr(grouped, "triton_is_there", lambda: True)
+    monkeypatch.setattr(choice, "CUDA_WAYS", (("triton", 512), *choice.CUDA_WAYS))
+    monkeypatch.setattr(choice, "triton_is_there", lambda: True)
     with torch.no_grad():
-        assert grouped.choose(cuda, bf16, 512, 64, True) == "triton"
-        assert grouped.choose(cuda, torch.float16, 512, 64, False) == "triton"
-        assert grouped.choose(cuda, bf16, 513, 64, True) == "grouped"
-        assert grouped.choose(cuda, torch.float64, 65, 64, True) == grouped.LOOP
-        monkeypatch.setattr(grouped, "triton_is_there", lambda: False)
-        assert grouped.choose(cuda, bf16, 512, 64, True) == "grouped"
-    monkeypatch.setattr(grouped, "triton_is_there", lambda: True)
-    assert grouped.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
+        assert choice.choose(cuda, bf16, 512, 64, True) == "triton"
+        assert choice.choose(cuda, torch.float16, 512, 64, False) == "triton"
+        assert choice.choose(cuda, bf16, 513, 64, True) == "grouped"
+        assert choice.choose(cuda, torch.float64, 65, 64, True) == choice.LOOP
+        monkeypatch.setattr(choice, "triton_is_there", lambda: False)
+        assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"
+    monkeypatch.setattr(choice, "triton_is_there", lambda: True)
+    assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
 
 
 def test_the_table_has_ways_that_are_there():
-    assert all(way in grouped.PRODUCTS and most > 0 for way, most in grouped.CUDA_WAYS)
-    assert grouped.CUDA_WAYS[-1] == ("gathered", grouped.GATHERED_PAIRS)
-    assert grouped.triton_is_there() == (importlib.util.find_spec("triton") is not None)
-    assert math.isinf(dict(grouped.CUDA_WAYS)["grouped"])
+    assert all(way in choice.PRODUCTS and most > 0 for way, most in choice.CUDA_WAYS)
+    assert choice.CUDA_WAYS[-1] == ("gathered", choice.GATHERED_PAIRS)
+    assert choice.triton_is_there() == (importlib.util.find_spec("triton") is not None)
+    assert math.isinf(dict(choice.CUDA_WAYS)["grouped"])

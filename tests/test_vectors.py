@@ -17,15 +17,18 @@ from checkpoints import locum as command
 from checkpoints import write_checkpoint
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import ADAPTER, load_model, read_shape, shape_of, vectors_and_routers
-from locum.checkpoints.patch import load_adapter
+from locum.checkpoints.load import load_model
+from locum.checkpoints.notes import plan_of
+from locum.checkpoints.patch import load_adapter, vectors_and_routers
+from locum.checkpoints.read import ADAPTER
+from locum.checkpoints.skeleton import read_shape
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
 from locum.experts.routing import VECTORS, Routing
 from locum.models.families import find_layers
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
-from locum.stages.quality import plan_of
 from locum.training.balance import balanced, load_balance
-from locum.training.loop import Recovery
+from locum.training.options import Recovery
 from locum.training.recovery import count_trainable, recover_model
 from test_compressed_experts import TOP_4, drawn, logits, near, policy_plan
 from test_recover import QUICK, compressed, light, opened, tiny_tokens

@@ -17,6 +17,7 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_tokenizer
 from engines.broken import DAMAGES, change_weights
+from locum.checkpoints.load import set_dtype
 from locum.checkpoints.patch import load_adapter
 from locum.engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from locum.errors import CheckpointError, EngineError, LocumError, OptionError
@@ -24,14 +25,7 @@ from locum.measure.repetition import ends_in_loop, more_than_chance
 from locum.models.families import find_layers
 from locum.plans.plan import KEPT, NOTHING, LayerPlan
 from locum.verification.folder import FAILED, OK, SKIPPED
-from locum.verification.verify import (
-    Promise,
-    check_engine,
-    compare_likeliest,
-    compare_logits,
-    compare_tokens,
-    set_dtype,
-)
+from locum.verification.verify import Promise, check_engine, compare_likeliest, compare_logits, compare_tokens
 from tiny_models import CONFIGS, tiny_model
 
 FEW = {"prompts": 2, "new_tokens": 6}

@@ -13,7 +13,7 @@ import torch
 
 from locum.containers.layout import Layout
 from locum.experts.routing import Routing
-from locum.kernels import grouped, triton_grouped
+from locum.kernels import choice, triton_grouped
 from locum.plans.plan import KEPT, Base, LayerPlan, Slot
 from test_container import KINDS, assert_near, filled, relative_error, slow, swiglu
 from test_products import ROUNDING, D, container_of, routed_to, shape
@@ -48,7 +48,7 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
     x, weight = random(rows, inputs + 8)[:, :inputs], random(items, 2 * outputs, inputs + 3)[:, outputs:, 3:]
     wide = random(pairs, outputs + 9)
     before, here = wide.clone(), slice(3, 3 + outputs)
-    grouped.PRODUCTS[way]().add(wide[:, here], x, weight, item, token)
+    choice.PRODUCTS[way]().add(wide[:, here], x, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen
     assert_near(wide[:, here].double(), before[:, here].double() + exact, FORMATS[dtype])
     rest = torch.ones(outputs + 9, dtype=torch.bool)
@@ -59,7 +59,7 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
     start = torch.randn(rows, outputs + 5, generator=generator).to(DEVICE)
     totals = [start.clone(), start.clone()]
     for total in totals:
-        grouped.PRODUCTS[way]().scatter(total[:, 5:], hidden, weight, item, token)
+        choice.PRODUCTS[way]().scatter(total[:, 5:], hidden, weight, item, token)
     exact = torch.einsum("poi,pi->po", weight.double()[item], hidden.double()) * chosen
     assert_near(totals[0][:, 5:].double(), start[:, 5:].double().index_add(0, token, exact), FORMATS[dtype])
     assert torch.equal(totals[0][:, :5], start[:, :5])
@@ -157,7 +157,7 @@ def test_routing_policies_and_norms_of_single_experts(what, regime):
     if what == "norm":
         container.post_expert_norm = torch.nn.RMSNorm(D)
     x, index, gates = routed_to(container, 4, 1, torch.float32)
-    container.way = grouped.LOOP
+    container.way = choice.LOOP
     with torch.no_grad():
         expected = container(x, index, gates)
     assert_near(on_device(container, x, index, gates), expected, 1e-5)

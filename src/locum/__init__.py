@@ -4,7 +4,9 @@ Importing it registers the loader for checkpoints with compressed layers, so tha
 `AutoModelForCausalLM.from_pretrained` opens them like any other.
 """
 
-from .checkpoints.checkpoint import read_shape
+from .checkpoints.load import load_model
+from .checkpoints.patch import load_adapter
+from .checkpoints.skeleton import read_shape
 from .containers.container import StandInExperts
 from .demonstration import demo
 from .errors import (
@@ -19,14 +21,21 @@ from .errors import (
     UnsupportedModel,
 )
 from .exports.export import export
-from .files import load_plan, load_statistics, save_plan, save_statistics
 from .methods import METHODS
 from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan
+from .plans.plan_file import load_plan, save_plan
 from .shapes import LayerShape, ModelShape
 from .speed.bench import bench
-from .stages.pipeline import compress, search
-from .stages.quality import evaluate, recover, report
-from .stages.stages import apply, calibrate, catalogue, diff, inspect, plan
+from .stages.application import apply
+from .stages.calibration import calibrate
+from .stages.compression import compress
+from .stages.evaluation import evaluate
+from .stages.inspection import catalogue, inspect
+from .stages.planning import diff, plan
+from .stages.recovery import recover
+from .stages.reporting import report
+from .stages.searching import search
+from .stats.statistics_file import load_statistics, save_statistics
 from .stats.sums import Statistics
 from .verification.verify import verify
 
@@ -59,6 +68,8 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "load_adapter",
+    "load_model",
     "load_plan",
     "load_statistics",
     "make_plan",

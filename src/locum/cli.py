@@ -32,8 +32,16 @@ from .exports.export import export, larger
 from .methods import METHODS
 from .speed import page
 from .speed.bench import bench
-from .stages import pipeline, quality, stages
-from .stages.stages import Help
+from .stages.application import apply
+from .stages.calibration import calibrate
+from .stages.compression import compress
+from .stages.evaluation import evaluate
+from .stages.inspection import catalogue, inspect
+from .stages.options import Help
+from .stages.planning import plan, plan_summary, shape_behind
+from .stages.recovery import recover
+from .stages.reporting import report
+from .stages.searching import search
 from .training.recovery import Recovery
 from .verification.folder import FAILED, Check
 from .verification.verify import verify
@@ -362,27 +370,27 @@ def _plan_or_diff(
     if diff:
         if len(statistics) != 2:
             raise click.UsageError("--diff takes exactly two plan files")
-        return stages.diff(*statistics)
-    decided = stages.plan(statistics, **given)
-    return stages.plan_summary(decided, stages.shape_behind(statistics[0]))
+        return diff(*statistics)
+    decided = plan(statistics, **given)
+    return plan_summary(decided, shape_behind(statistics[0]))
 
 
 def _register() -> None:
     methods = dict(METHODS.items())
-    _command("inspect", stages.inspect, _show_inspect)
-    _command("calibrate", stages.calibrate, _show_statistics)
-    _command("plan", _like(stages.plan, _plan_or_diff), _show_plan, methods)
-    _command("apply", stages.apply, _show_path)
+    _command("inspect", inspect, _show_inspect)
+    _command("calibrate", calibrate, _show_statistics)
+    _command("plan", _like(plan, _plan_or_diff), _show_plan, methods)
+    _command("apply", apply, _show_path)
     searching = {name: cls for name, cls in methods.items() if hasattr(cls, "explore")}
-    _command("search", pipeline.search, _show_statistics, searching)
-    _command("compress", pipeline.compress, _show_path, methods)
-    _command("recover", quality.recover, _show_recovery, {"": Recovery})
-    _command("eval", quality.evaluate, _show_rows)
-    _command("report", quality.report, _show_path)
+    _command("search", search, _show_statistics, searching)
+    _command("compress", compress, _show_path, methods)
+    _command("recover", recover, _show_recovery, {"": Recovery})
+    _command("eval", evaluate, _show_rows)
+    _command("report", report, _show_path)
     _command("bench", bench, _show_bench)
     _command("verify", verify, _show_checks)
     _command("export", export, _show_export)
-    _command("list", stages.catalogue, _show_catalogue)
+    _command("list", catalogue, _show_catalogue)
     _command("demo", demo, _show_demo)
 
 

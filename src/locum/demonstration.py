@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from . import bundled
 from .files import NOTES, check_output, provenance, whole, write_text
-from .measure.loss import Row, write_rows
-from .stages import quality, stages
-from .stages.stages import Force, Help, Progress
+from .measure.rows import Row, write_rows
+from .stages.application import apply
+from .stages.calibration import calibrate
+from .stages.evaluation import evaluate
+from .stages.options import Force, Help, Progress, check_number, silent
+from .stages.planning import plan
+from .stages.recovery import recover
+from .stages.reporting import report
 
-REFERENCE = Path(__file__).parent / "reference"
-MODEL = REFERENCE / "model"
 REMOVE = 0.5
 COMPRESSED = {
     "lightmoe": {"method": "lightmoe", "rank": 4},
@@ -24,31 +28,26 @@ COMPRESSED = {
 }
 
 
-def reference_data() -> list[str]:
-    """The bundled held-out text, one domain a file, as `--data` takes it."""
-    return [f"{path.stem}={path}" for path in sorted((REFERENCE / "text").glob("*.txt")) if path.stem.islower()]
-
-
 def demo(
     *,
     out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),
     steps: Annotated[int, Help("recovery steps")] = 200,
     force: Force = False,
-    progress: Progress = stages._silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The whole job on the bundled, really trained model: compress, recover, compare, report. Needs no network."""
     out = check_output(out, force, "folder")
-    stages._check_number("steps", steps, 1)
+    check_number("steps", steps, 1)
     with whole(out, "folder") as folder:
         models = _run(folder, steps, progress)
         write_text(folder / NOTES, json.dumps(provenance(steps=steps), indent=1))
     title = "Locum demo: half of the experts' weights"
-    report = quality.report([out / "results.jsonl"], out=out / "report.html", title=title)
-    return {"report": str(report), "models": models}
+    page = report([out / "results.jsonl"], out=out / "report.html", title=title)
+    return {"report": str(page), "models": models}
 
 
-def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, Any]]:
-    data = reference_data()
+def _run(folder: Path, steps: int, progress: Progress) -> list[dict[str, Any]]:
+    data = bundled.reference_data()
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], object]) -> None:
@@ -57,25 +56,25 @@ def _run(folder: Path, steps: int, progress: stages.Progress) -> list[dict[str, 
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
     statistics = folder / "statistics.safetensors"
-    timed("calibrate", lambda: stages.calibrate(MODEL, data=data, tokens=65536, out=statistics, progress=progress))
+    timed("calibrate", lambda: calibrate(bundled.MODEL, data=data, tokens=65536, out=statistics, progress=progress))
     for name, options in COMPRESSED.items():
-        plan = folder / f"{name}.plan.json"
+        decided = folder / f"{name}.plan.json"
 
-        def compress(plan: Path = plan, name: str = name, options: dict = options) -> None:
-            stages.plan([statistics], remove=REMOVE, out=plan, **options)
-            stages.apply(MODEL, plan=plan, out=folder / name)
+        def compress(decided: Path = decided, name: str = name, options: dict = options) -> None:
+            plan([statistics], remove=REMOVE, out=decided, **options)
+            apply(bundled.MODEL, plan=decided, out=folder / name)
 
         timed(name, compress)
     recovered = "lightmoe recovered"
     options = {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "rank": 4, "validate_every": max(steps // 2, 1)}
     timed(
         recovered,
-        lambda: quality.recover(folder / "lightmoe", data=data, out=folder / recovered, progress=progress, **options),
+        lambda: recover(folder / "lightmoe", data=data, out=folder / recovered, progress=progress, **options),
     )
     rows: list[Row] = []
     for done, name in enumerate(("lightmoe", recovered, "reap", "replace")):
         progress("evaluate", done, 4)
-        measured = quality.evaluate(folder / name, data=data, tokens=32768, against=MODEL, name=name)
+        measured = evaluate(folder / name, data=data, tokens=32768, against=bundled.MODEL, name=name)
         rows += measured if not rows else [row for row in measured if row.model != "original"]
     progress("evaluate", 4, 4)
     write_rows(folder / "results.jsonl", [_relative(row, folder) for row in rows])

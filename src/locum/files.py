@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -17,14 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from .errors import OutputError
 
-from .errors import OutputError, PlanError, StatisticsError
-from .plans.plan import Plan
-from .stats.sums import Statistics
-
-STATISTICS_VERSION = 1
 NOTES = "locum.json"  # what Locum says of a checkpoint it made, beside the weights
 
 
@@ -146,71 +139,6 @@ def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     with whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan as JSON with a line for every expert."""
-    write_text(path, plan.dumps())
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan file. Raises PlanError, naming the file, for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise PlanError(f"no plan file at {path}; make one with: locum plan STATISTICS ... --out {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"plan {path} cannot be read as text ({error}); make one with: locum plan") from error
-    return Plan.loads(text, f"plan {path}")
-
-
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """One safetensors file: tensors "layer|statistic", everything else as JSON in the metadata."""
-    tensors = {
-        f"{layer}|{name}": tensor.contiguous()
-        for layer, named in statistics.layers.items()
-        for name, tensor in named.items()
-    }
-    notes = {
-        "format_version": STATISTICS_VERSION,
-        "domains": list(statistics.domains),
-        "provenance": statistics.provenance,
-    }
-    with whole(path) as scratch:  # one entry of metadata: safetensors writes several in a random order
-        save_file(tensors, scratch, {"locum-statistics": json.dumps(notes)})
-
-
-def load_statistics(path: str | Path) -> Statistics:
-    """Read a statistics file. Raises StatisticsError, naming the file, for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise StatisticsError(
-            f"no statistics file at {path}; make one with: locum calibrate MODEL --data ... --out {path}"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except SafetensorError as error:
-        raise StatisticsError(
-            f"{path} is not a statistics file, or is damaged ({error}); make one with: locum calibrate"
-        ) from error
-    try:
-        notes = json.loads(header.get("locum-statistics", "{}"))
-        if notes.get("format_version") != STATISTICS_VERSION:
-            raise StatisticsError(
-                f"{path} is not a Locum statistics file of version {STATISTICS_VERSION} "
-                f"(found {notes.get('format_version')!r}); make one with: locum calibrate"
-            )
-        layers: dict[str, dict[str, Any]] = {layer["name"]: {} for layer in notes["provenance"]["shape"]["layers"]}
-        domains, origin = tuple(notes["domains"]), notes["provenance"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StatisticsError(f"statistics {path} have damaged notes ({error!r}); calibrate again") from error
-    for key, tensor in tensors.items():
-        layer, _, name = key.partition("|")
-        layers.setdefault(layer, {})[name] = tensor
-    return Statistics(domains, layers, origin)
 
 
 def fingerprint(*parts: bytes | str) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from locum.bundled import MODEL as REFERENCE
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, shape_of
+from locum.checkpoints.load import load_model
 from locum.containers.container import StandInExperts
-from locum.demonstration import MODEL as REFERENCE
 from locum.experts.routing import Routing
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics

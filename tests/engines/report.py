@@ -26,7 +26,7 @@ import transformers
 import locum
 from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original, statistics
-from locum.checkpoints.checkpoint import read_shape
+from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import ENGINES
 from locum.plans.plan import make_plan
 from locum.verification.folder import FAILED, OK, SKIPPED, Check

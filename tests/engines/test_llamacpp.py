@@ -12,11 +12,13 @@ from torch.nn import functional
 import locum
 from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original
-from locum.checkpoints.checkpoint import load_tokenizer, read_shape
+from locum.bundled import sample_texts
+from locum.checkpoints.read import load_tokenizer
+from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import ENGINES, ask
 from locum.exports.export import write_gguf
 from locum.plans.plan import make_plan
-from locum.verification.folder import FAILED, OK, sample_texts
+from locum.verification.folder import FAILED, OK
 
 pytestmark = [
     pytest.mark.llamacpp,

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 import locum
 from engines.broken import DAMAGES
 from engines.made import MIXED, PLANS, REFERENCE, make
-from locum.checkpoints.checkpoint import load_model, load_tokenizer, read_config, read_shape, skeleton
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer, read_config
+from locum.checkpoints.skeleton import read_shape, skeleton
 from locum.containers.container import StandInExperts
 from locum.engines.engines import ENGINES, ask_all
 from locum.errors import CheckpointError

@@ -24,16 +24,18 @@ from transformers import PreTrainedModel
 
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model, read_shape, shape_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.skeleton import read_shape
 from locum.cli import cli
 from locum.containers.container import StandInExperts
 from locum.data.tokens import Tokens
 from locum.experts.routing import Routing
-from locum.measure.calibration import _observed, calibrate
+from locum.measure.calibration import calibrate, observed
 from locum.measure.removals import ModelExplorer
 from locum.models.families import MoeLayer, find_layers
 from locum.models.replay import Recording
 from locum.models.routers import router_logits
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics, Sums
@@ -171,7 +173,7 @@ def check_observed(case: Case) -> None:
     """Looking changes nothing: logits equal those of the eager experts."""
     model = case.model()
     needs = ("count", "gate_sum", "tokens")
-    with _observed(model, find_layers(model), needs) as observer:
+    with observed(model, find_layers(model), needs) as observer:
         observer.begin_batch(Sums("text", needs), torch.ones_like(case.ids_BS, dtype=torch.bool), model.device)
         near(case.logits_of(model), case.logits)
 

@@ -14,7 +14,7 @@ from families.checks import Case, copied, stored, tokens_of
 from families.test_matrix import marked
 from families.tiny_families import all_families, main_type
 from locum.checkpoints.application import apply_plan
-from locum.checkpoints.checkpoint import load_model
+from locum.checkpoints.load import load_model
 from locum.errors import LocumError, UnsupportedModel
 from locum.measure.calibration import calibrate
 from locum.measure.loss import evaluate
@@ -22,7 +22,7 @@ from locum.measure.removals import ModelExplorer
 from locum.methods import METHODS
 from locum.models.families import family_of
 from locum.plans.plan import make_plan
-from locum.stages.pipeline import _to_collect, _with_found
+from locum.stages.searching import to_collect, with_found
 from locum.training.recovery import Recovery, recover_model
 
 CHAINS = {
@@ -56,7 +56,7 @@ def chain(case, name, folder):
             raise UnsupportedModel(refusal)
         explorer = ModelExplorer(case.model(), tokens, sample=tokens.ids_BS.numel())
         found = method.explore(explorer, lambda *_: None)
-        statistics = _with_found(calibrate(case.model(), tokens, needs=_to_collect(method)), found)
+        statistics = with_found(calibrate(case.model(), tokens, needs=to_collect(method)), found)
     amount = 0.5 if statistics is not None else 1.0
     plan = make_plan(case.shape, method.plan(statistics, case.shape, amount))
     model = apply_plan(case.model(), plan, statistics if plan.needs else None)

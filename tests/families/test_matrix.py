@@ -28,10 +28,11 @@ from families.tiny_families import (
     tiny,
     tiny_config,
 )
-from locum.checkpoints.checkpoint import read_shape, shape_of
+from locum.checkpoints.skeleton import read_shape
 from locum.errors import LocumError, PlanError, UnsupportedModel
 from locum.models.families import FAMILIES, Family, family_of, find_layers, model_class
 from locum.models.routers import RouterRule
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from locum.training.layer import close_layer, open_layer
 from tiny_models import CONFIGS

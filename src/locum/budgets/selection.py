@@ -13,7 +13,7 @@ from torch import Tensor
 from ..criteria.criterion import CRITERIA
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from .target import global_counts, lowest, uniform_counts
+from .counts import global_counts, lowest, uniform_counts
 
 SELECTIONS = ("adaptive", "uniform", "average")
 BUDGETS = ("uniform", "global")

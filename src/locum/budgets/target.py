@@ -6,14 +6,11 @@ Letters: E experts, L layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
 from ..errors import OptionError, PlanError
 from ..plans.plan import Plan
-from ..shapes import LayerShape, ModelShape
+from ..shapes import ModelShape
 
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base ** (i + 1) for unit, base in (("B", 1000), ("IB", 1024)) for i, prefix in enumerate("KMGT")
@@ -28,7 +25,7 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def search(
+def meet_target(
     build: Callable[[float], Plan], shape: ModelShape, remove: float | None = None, fit: int | None = None
 ) -> Plan:
     """The plan that removes the fraction `remove` of the routed experts' parameters, or that fits `fit` bytes.
@@ -86,46 +83,3 @@ def search(
 def _half_step(shape: ModelShape) -> float:
     """Half of what one expert, or one of every group, is of the smallest layer: as near as whole experts come."""
     return 0.5 * max(layer.num_groups / layer.num_experts for layer in shape.layers)
-
-
-def uniform_counts(shape: ModelShape, amount: float) -> list[int]:
-    """Experts to take from each layer, the same share of what each can spare."""
-    return [int(amount * spare(layer) + 1e-9) // layer.num_groups * layer.num_groups for layer in shape.layers]
-
-
-def spare(layer: LayerShape) -> int:
-    """Experts a layer can lose: the router still needs top-k of them, and equally many in every group."""
-    return layer.num_experts - layer.fewest_experts
-
-
-def global_counts(scores_LE: Sequence[Tensor], shape: ModelShape, amount: float) -> list[int]:
-    """Experts to take from each layer when all layers compete: lowest share of the layer's score first.
-
-    Scores are divided by their layer's sum, so that a layer's experts weigh by their share of it; never more than the
-    layer can spare. A group-limited router gives up one expert of every group at a time, at the dearest one's price.
-    Ties go to the earlier layer and expert.
-    """
-    entries = []
-    for index, (scores_E, layer) in enumerate(zip(scores_LE, shape.layers, strict=True)):
-        share_E = scores_E / scores_E.sum().clamp(min=1e-300)
-        rounds = share_E.view(layer.num_groups, -1).sort(dim=1).values.amax(dim=0)[: spare(layer) // layer.num_groups]
-        entries += [(cost, index, layer.num_groups) for cost in rounds.tolist()]
-    entries.sort()
-    counts = [0] * len(shape.layers)
-    budget = int(amount * sum(spare(layer) for layer in shape.layers) + 1e-9)
-    for _, index, size in entries:
-        if budget < size:
-            break
-        counts[index] += size
-        budget -= size
-    return counts
-
-
-def lowest(scores_E: Tensor, count: int, num_groups: int = 1) -> tuple[int, ...]:
-    """The `count` experts with the lowest scores, equally many from each group. Ties go to the lower index."""
-    group = scores_E.shape[0] // num_groups
-    chosen: list[int] = []
-    for start in range(0, scores_E.shape[0], group):
-        order = torch.sort(scores_E[start : start + group], stable=True).indices[: count // num_groups]
-        chosen += (order + start).tolist()
-    return tuple(sorted(chosen))

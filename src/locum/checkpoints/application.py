@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..containers.build import build_layer, check_statistics
 from ..containers.container import StandInExperts
 from ..errors import UnsupportedModel
-from ..experts.stand_ins import ExpertWeights, build_layer, check_statistics
-from ..files import NOTES, save_plan, whole
+from ..experts.weights import ExpertWeights
+from ..files import NOTES, whole
 from ..models.families import (
     EXPERT_COUNTS,
     MoeLayer,
@@ -25,10 +26,12 @@ from ..models.families import (
     slice_experts,
     slice_router,
 )
+from ..models.sizes import shape_of
 from ..plans.plan import LayerPlan, Plan
+from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
-from .checkpoint import LocumConfig, set_module, shape_of
+from .quantizer import LocumConfig, set_module
 
 KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 

@@ -46,7 +46,7 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
     )
     if over := provenance.get("adapter"):
         needs = "It holds routers and the vectors of experts alone; all weights are those of its base."
-        load[1:3] = ["from locum.checkpoint import load_model", f'model = load_model("{name}")  # over {over["base"]}']
+        load[1:3] = ["import locum", f'model = locum.load_model("{name}")  # over {over["base"]}']
     elif not stock:
         load.insert(1, "import locum  # registers the loader for its layers")
     options = ", ".join(f"{key}={value}" for key, value in plan.options.items())

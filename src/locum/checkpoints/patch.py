@@ -4,12 +4,13 @@
     folder/config.json            that of the whole model, routing policies included
     folder/plan.json, locum.json  the plan, and the base: where it was, its fingerprint, a hash of weights of the live model
 
-`locum.checkpoint.load_model`, and with it every command, takes such a folder for the checkpoint that base and adapter
+`locum.load_model`, and with it every command, takes such a folder for the checkpoint that base and adapter
 make together. Where the plan changes nothing but routing, the base is the original checkpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,14 @@ from transformers import PreTrainedModel
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError
-from ..files import NOTES, fingerprint, load_plan
+from ..files import NOTES, fingerprint
 from ..models.families import find_layers, read_expert
+from ..models.sizes import shape_of
+from ..plans.plan_file import load_plan
 from .application import apply_plan
-from .checkpoint import (
-    ADAPTER,
-    fingerprint_checkpoint,
-    layouts_of,
-    load_model,
-    read_json,
-    shape_of,
-    vectors_and_routers,
-)
-from .opening import only_kept, open_containers
+from .convert import only_kept, open_containers
+from .read import ADAPTER, fingerprint_checkpoint, read_json
+from .skeleton import layouts_of
 
 SAMPLES = 64  # values of each tensor that tell one base from another
 
@@ -128,21 +124,21 @@ def _whole(experts: nn.Module) -> bool:
     return layout is None or only_kept(layout)
 
 
-def load_adapted(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
-    """The base that an adapter names, with the adapter in it."""
+def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    """The base that an adapter names, opened by `load`, with the adapter in it."""
     about = _about(folder)
     base = Path(str(about.get("base")))
     if not (base / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter over {base}, which is not there; put the base back, or load it from where it is and "
-            f"attach the adapter with locum.adapter.load_adapter(model, folder)"
+            f"attach the adapter with locum.load_adapter(model, folder)"
         )
     if (now := fingerprint_checkpoint(base)) != about.get("base_fingerprint"):
         raise CheckpointError(
             f"{base} is not what the adapter {folder} was trained on, or has changed since (fingerprint {now}, then "
             f"{about.get('base_fingerprint')}); put the right one there"
         )
-    return load_adapter(load_model(base, dtype, device), folder).eval()
+    return load_adapter(load(base), folder).eval()
 
 
 def base_of(folder: Path) -> Path:
@@ -161,3 +157,14 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+
+
+def vectors_and_routers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters, by name, that make a model with routing policies out of its base: what an adapter file holds."""
+    found: dict[str, nn.Parameter] = {}
+    for layer in find_layers(model):
+        routers = layer.router.named_parameters()
+        found |= {f"{layer.shape.router}.{name}": p for name, p in routers if p.is_floating_point()}
+        if getattr(layer.experts, "offsets_NV", None) is not None:
+            found[f"{layer.shape.name}.offsets_NV"] = layer.experts.offsets_NV
+    return found

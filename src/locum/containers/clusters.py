@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,10 @@ from torch.nn.functional import linear
 
 from ..experts.routing import Routed, modulate
 from ..kernels import native
-from ..kernels.grouped import NATIVE, Products
+from ..kernels.choice import NATIVE
+from ..kernels.products import Products
 from .layout import Layout
 from .low_rank import add_adapters, scatter_adapters
-
-if TYPE_CHECKING:
-    from .container import StandInExperts
 
 Members = list[tuple[int, slice]]  # experts of a cluster that were selected, and where their pairs are
 
@@ -105,7 +103,7 @@ def halves(inputs: tuple[Tensor, ...], weight_GD: Tensor, bias_G: Tensor | None 
 class Terms:
     """The terms of a container's rows and experts. `way`: how adapters over a dense row are made, if all at once."""
 
-    def __init__(self, container: StandInExperts, way: Products | None) -> None:
+    def __init__(self, container: Any, way: Products | None) -> None:
         self.container, self.layout, self.way = container, container.layout, way
         stacks = {"dense": container.dense, "shared": container.shared, "old": container.old}
         stacks |= {"biases": container.biases, **dict(enumerate(container.adapters))}
@@ -171,7 +169,7 @@ class Terms:
         return Full(scale, *(self.rows[key][name][row] if name in self.rows[key] else None for name in names))
 
 
-def forward(container: StandInExperts, routed: Routed) -> Tensor:
+def forward(container: Any, routed: Routed) -> Tensor:
     """The sum over each token's experts of gate times output [T, D], in float32 at least."""
     x_TD = routed.inputs[0]
     same = all(stack.dtype == x_TD.dtype for stack in container.adapters)

@@ -7,7 +7,7 @@ Work on a dense row is shared by all the experts that use it. For a token, the p
 computed once however many of the base's members are selected, and so is the down projection, applied to the sum of
 their gate-weighted hidden states. Low-rank parts are added around them, per expert.
 
-There are two ways through it, and `products.choose` takes one by shape: all pairs at once, with shapes that do not
+There are two ways through it, and `kernels.choice` takes one by shape: all pairs at once, with shapes that do not
 depend on what was routed (here), and cluster by cluster (clusters.py), which alone knows what recovery adds.
 
 Where a layer has a routing policy (routing.py), it decides first which of the selected experts run, and on which inputs:
@@ -27,31 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..experts.routing import Routed, modulate, route
-from ..kernels import grouped, native
+from ..kernels import choice, native
+from ..kernels.grouped import pick
+from ..kernels.products import Products
 from . import clusters
 from .layout import Layout
 from .low_rank import add_adapters, add_first, scatter_adapters
-
-
-class Stack(nn.Module):
-    """Parameters side by side along the first axis; what they mean is the container's business."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
-
-    @classmethod
-    def holding(cls, tensors: dict[str, Tensor]) -> Stack:
-        """A stack of these very tensors, frozen."""
-        stack = cls({}, torch.float32, "cpu")
-        for name, tensor in tensors.items():
-            stack.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        return stack
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
+from .stack import Stack
 
 
 def is_swiglu(apply_gate: Callable[[Tensor], Tensor]) -> bool:
@@ -69,7 +51,7 @@ class StandInExperts(nn.Module):
     `apply_gate` maps the first product [P, G], gate columns first, to hidden states [P, F]; it is the family's own.
     Only while recovery trains it, `shared` holds the last dense rows (the bases), so that they can be trained while the
     experts' own rows are frozen; and `old` (with `old_of`, a row per expert or -1) and `beta` fade out the old weights.
-    `way` takes the place of what `products.choose` says, for measurements.
+    `way` takes the place of what `kernels.choice` says, for measurements.
     """
 
     def __init__(
@@ -114,15 +96,15 @@ class StandInExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routed = self._routed(x_TD, top_k_index, top_k_weights)
-        way = grouped.LOOP
+        way = choice.LOOP
         if self.shared is None and self.old is None and all(stack.dtype == x_TD.dtype for stack in self._stacks()):
             pairs = routed.index_TM.numel()
-            way = self.way or grouped.choose(
+            way = self.way or choice.choose(
                 x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank
             )
-        if way == grouped.LOOP:
+        if way == choice.LOOP:
             return clusters.forward(self, routed).to(x_TD.dtype)
-        return self._at_once(routed, grouped.PRODUCTS[way]()).to(x_TD.dtype)
+        return self._at_once(routed, choice.PRODUCTS[way]()).to(x_TD.dtype)
 
     def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed:
         if self.layout.routing is None:
@@ -161,7 +143,7 @@ class StandInExperts(nn.Module):
     def _stacks(self) -> list[Stack]:
         return [*(stack for stack in (self.dense, self.biases) if stack is not None), *self.adapters]
 
-    def _at_once(self, routed: Routed, way: grouped.Products) -> Tensor:
+    def _at_once(self, routed: Routed, way: Products) -> Tensor:
         """All pairs at once. Nothing waits for what was routed, and no shape depends on it."""
         x_TD, num_main = routed.inputs[0], routed.index_TM.shape[1]
         _, dense_P, constant_P, bias_P, *adapter_XP = self.table(x_TD.device)[:, routed.index_TM.reshape(-1)].unbind(0)
@@ -178,7 +160,7 @@ class StandInExperts(nn.Module):
             self._add_products(out_PD, routed.of(token_P), rows, each_P, torch.ones_like(gate_P1), way)
             total_TD.index_add_(0, token_P, (self.post_expert_norm(out_PD.to(x_TD.dtype)) * gate_P1).to(wide))
         if self.constant_ND is not None:
-            total_TD.index_add_(0, token_P, grouped.pick(self.constant_ND, constant_P).to(wide) * gate_P1.to(wide))
+            total_TD.index_add_(0, token_P, pick(self.constant_ND, constant_P).to(wide) * gate_P1.to(wide))
         return total_TD
 
     def _add_products(
@@ -188,7 +170,7 @@ class StandInExperts(nn.Module):
         rows: tuple[Tensor, ...],
         token_P: Tensor,
         gate_P1: Tensor,
-        way: grouped.Products,
+        way: Products,
     ) -> None:
         """Add to each token its pairs' gates times outputs, constants left out."""
         dense_P, bias_P, *adapter_XP = rows
@@ -201,8 +183,8 @@ class StandInExperts(nn.Module):
         for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
             add_adapters(way, pre_PG, routed.inputs, token_P, stack, row_P, each_P)
         for stack, row_P in biased:
-            pre_PG += grouped.pick(stack.gate_up_bias_NG, row_P)
-        hidden_PF = self.hidden(pre_PG, gate_P1, way is grouped.NATIVE)
+            pre_PG += pick(stack.gate_up_bias_NG, row_P)
+        hidden_PF = self.hidden(pre_PG, gate_P1, way is choice.NATIVE)
         if routed.down_TF is not None:
             hidden_PF = modulate(hidden_PF, routed.down_TF[token_P])
         if self.dense is not None:
@@ -210,5 +192,5 @@ class StandInExperts(nn.Module):
         for stack, row_P in zip(self.adapters, adapter_XP, strict=True):
             scatter_adapters(way, total_TD, hidden_PF, token_P, stack, row_P, each_P)
         for stack, row_P in biased:
-            bias_PD = grouped.pick(stack.down_bias_ND, row_P).to(total_TD.dtype) * gate_P1.to(total_TD.dtype)
+            bias_PD = pick(stack.down_bias_ND, row_P).to(total_TD.dtype) * gate_P1.to(total_TD.dtype)
             total_TD.index_add_(0, token_P, bias_PD)

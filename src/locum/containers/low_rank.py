@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels.grouped import Products
+from ..kernels.products import Products
 
 
 def add_first(

@@ -273,7 +273,7 @@ def take(tokens: Batch, index_B: torch.Tensor) -> Batch:
     return Batch(**{field.name: getattr(tokens, field.name)[index_B] for field in fields(Batch)})
 
 
-def _permutation(size: int, *seed: Any) -> torch.Tensor:
+def permutation(size: int, *seed: Any) -> torch.Tensor:
     number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1
     return torch.randperm(size, generator=torch.Generator().manual_seed(number))
 
@@ -281,7 +281,7 @@ def _permutation(size: int, *seed: Any) -> torch.Tensor:
 def batches(tokens: Tokens, batch_size: int, *, seed: int | None = None, epochs: int = 1) -> Iterator[Batch]:
     """Every block once per epoch, in order or shuffled by seed; the last batch of an epoch may be smaller."""
     for epoch in range(epochs):
-        order = torch.arange(len(tokens)) if seed is None else _permutation(len(tokens), seed, epoch)
+        order = torch.arange(len(tokens)) if seed is None else permutation(len(tokens), seed, epoch)
         yield from (take(tokens, index_B) for index_B in order.split(batch_size))
 
 
@@ -298,13 +298,13 @@ def training_batches(tokens: Tokens, batch_size: int, seed: int, start_step: int
 def _round(tokens: Tokens, seed: int, number: int, counts: list[int]) -> torch.Tensor:
     """Block indices [M]: a fixed number per domain, shuffled; no block comes again before all of its domain have."""
     labels_M = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    labels_M = labels_M[_permutation(len(labels_M), seed, "round", number)]
+    labels_M = labels_M[permutation(len(labels_M), seed, "round", number)]
     order_M = torch.empty_like(labels_M)
     for domain, count in enumerate(counts):
         blocks = torch.nonzero(tokens.domain_B == domain).flatten()
         first, last = number * count, (number + 1) * count
         epochs = range(first // len(blocks), -(-last // len(blocks)))
-        drawn = [blocks[_permutation(len(blocks), seed, domain, epoch)] for epoch in epochs]
+        drawn = [blocks[permutation(len(blocks), seed, domain, epoch)] for epoch in epochs]
         offset = first - epochs.start * len(blocks)
         order_M[labels_M == domain] = torch.cat(drawn)[offset : offset + count]
     return order_M

@@ -33,7 +33,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ..checkpoints.checkpoint import LocumConfig, check_shape, read_headers, skeleton
+from ..checkpoints.quantizer import LocumConfig, check_shape
+from ..checkpoints.read import read_headers
+from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, UnsupportedModel

@@ -26,21 +26,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints import checkpoint
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import describe_size
-from ..checkpoints.checkpoint import SUBSTITUTED, is_adapter, layouts_of, set_module
-from ..checkpoints.opening import open_containers
+from ..checkpoints.convert import open_containers
+from ..checkpoints.load import load_model
+from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.quantizer import set_module
+from ..checkpoints.read import (
+    SUBSTITUTED,
+    fingerprint_checkpoint,
+    is_adapter,
+    load_tokenizer,
+    read_config,
+    read_headers,
+    read_json,
+)
+from ..checkpoints.skeleton import is_compressed, layouts_of, read_shape, skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
+from ..containers.rows import adapter_product
 from ..engines.engines import ENGINES, LINES
 from ..errors import CheckpointError, EngineError, OptionError, UnsupportedModel, unknown
 from ..files import check_output, provenance, whole
 from ..models.families import find_layers, set_expert_count
+from ..models.sizes import shape_of
 from ..shapes import LayerShape, ModelShape
-from ..stages.quality import plan_of, read_notes
-from ..stages.stages import Force, Help, Out, _needed
-from ..training.layer import adapter_product
+from ..stages.options import Force, Help, Out, needed
 from .vllm_constants import form_faults, substitute
 
 SCRIPT, LOADER = (Path(__file__).with_name(name) for name in ("gguf_run.py", "remote_code.py"))
@@ -75,8 +86,8 @@ def export(
     if type not in TYPES:
         raise OptionError(unknown("type of a GGUF file", type, TYPES))
     kind, write = TARGETS[to]
-    out = check_output(_needed(out, "out"), force, kind, inputs=[model])
-    checkpoint.read_shape(model)
+    out = check_output(needed(out, "out"), force, kind, inputs=[model])
+    read_shape(model)
     form = write(model, out, type, pre_tokenizer)
     sizes = [_size(model), _size(out)]
     return {"out": str(out), "form": form, "bytes": sizes, "times_larger": sizes[1] / sizes[0]}
@@ -86,7 +97,7 @@ def _size(path: Path) -> int:
     """Bytes of the tensors in a folder, or of a file."""
     if path.is_file():
         return path.stat().st_size
-    return sum(x["data_offsets"][1] - x["data_offsets"][0] for x in checkpoint.read_headers(path).values())
+    return sum(x["data_offsets"][1] - x["data_offsets"][0] for x in read_headers(path).values())
 
 
 # --- what a stock layout cannot hold --------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def stock_faults(model: Path) -> list[str]:
     """What keeps a checkpoint with containers from ever being stock, in words; empty where whole experts can hold it."""
     if is_adapter(model):
         return ["it is an adapter, without weights of its own"]
-    shape, layouts = checkpoint.read_shape(model), layouts_of(model)
+    shape, layouts = read_shape(model), layouts_of(model)
     faults = []
     counts = sorted({layer.num_experts for layer in shape.layers})
     if len(counts) > 1:
@@ -112,10 +123,10 @@ def stock_faults(model: Path) -> list[str]:
 
 def _stock_layers(model: Path) -> tuple[LayerShape, ...]:
     """The layers that a checkpoint's config would have without containers."""
-    config = checkpoint.read_config(model)
-    if checkpoint.is_compressed(config):
+    config = read_config(model)
+    if is_compressed(config):
         del config.quantization_config
-    return tuple(layer.shape for layer in find_layers(checkpoint.skeleton(config)))
+    return tuple(layer.shape for layer in find_layers(skeleton(config)))
 
 
 def _first(names: list[str]) -> str:
@@ -205,7 +216,7 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     for layer in find_layers(model):
         if isinstance(layer.experts, StandInExperts):
             set_module(model, layer.shape.name, with_whole_experts(layer.experts))
-    if checkpoint.is_compressed(model.config):
+    if is_compressed(model.config):
         model = open_containers(model)
     layers = find_layers(model)
     for config in (model.config, *(layer.experts.config for layer in layers)):
@@ -226,8 +237,8 @@ def with_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _lacks_head(model: Path) -> bool:
-    tied = checkpoint.skeleton(checkpoint.read_config(model)).all_tied_weights_keys
-    return not is_adapter(model) and not tied.keys() <= checkpoint.read_headers(model).keys()
+    tied = skeleton(read_config(model)).all_tied_weights_keys
+    return not is_adapter(model) and not tied.keys() <= read_headers(model).keys()
 
 
 def write_stock(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
@@ -235,8 +246,8 @@ def write_stock(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -
         _check_not_stock(model, "there is nothing to export")
     if faults := stock_faults(model):
         raise UnsupportedModel(f"{model}: the stock layout cannot hold {'; '.join(faults)}; {_nearest(model)}")
-    tokenizer = checkpoint.load_tokenizer(model)
-    live = with_head(to_stock(checkpoint.load_model(model)))
+    tokenizer = load_tokenizer(model)
+    live = with_head(to_stock(load_model(model)))
     words = "with whole experts and an output head: an ordinary checkpoint that loads without Locum, computes the same"
     save_checkpoint(live, tokenizer, out, None, _card(model, out, f"{words} and is larger"), model, _provenance(model))
     return "the stock layout with whole experts and an output head, for any engine"
@@ -250,7 +261,7 @@ def _check_not_stock(model: Path, so: str) -> None:
 def _provenance(model: Path) -> dict[str, Any]:
     theirs = {k: v for k, v in read_notes(model).items() if k.startswith("original")}
     plan = plan_of(model)
-    says = {"fingerprint": checkpoint.fingerprint_checkpoint(model), "plan": None if plan is None else plan.id}
+    says = {"fingerprint": fingerprint_checkpoint(model), "plan": None if plan is None else plan.id}
     return provenance(**theirs, exported_from=str(model.resolve()), exported=says)
 
 
@@ -269,7 +280,7 @@ def vllm_fault(model: Path) -> str:
     with_plugin = "vLLM reads it as it is where Locum is installed beside it"
     if is_adapter(model):
         return f"it is an adapter, without weights of its own; {with_plugin}"
-    found = form_faults(checkpoint.read_config(model), layouts_of(model))
+    found = form_faults(read_config(model), layouts_of(model))
     if not found:
         return ""
     whole = f"; or write whole experts, which are larger: locum export {model} --to stock --out STOCK"
@@ -281,8 +292,8 @@ def write_vllm(model: Path, out: Path, type_: str, pre_tokenizer: str | None) ->
     _check_not_stock(model, f"vLLM reads it as it is{f', {head}' if _lacks_head(model) else ''}")
     if fault := vllm_fault(model):
         raise UnsupportedModel(f"{model}: vLLM without Locum's plugin cannot hold {fault}")
-    tokenizer = checkpoint.load_tokenizer(model)
-    live = with_head(checkpoint.load_model(model))
+    tokenizer = load_tokenizer(model)
+    live = with_head(load_model(model))
     tensors = substitute(live)
     count = sum(map(len, getattr(live.config, SUBSTITUTED).values()))
     replaced = sum(row < 0 for layout in layouts_of(model).values() for row in layout.dense_of)
@@ -305,7 +316,7 @@ def write_remote_code(model: Path, out: Path, type_: str, pre_tokenizer: str | N
         raise UnsupportedModel(
             f"{model} is an adapter; transformers loads no model from it, with or without the import"
         )
-    config = checkpoint.read_json(model / "config.json") | {"auto_map": {"AutoConfig": f"{LOADER.stem}.Config"}}
+    config = read_json(model / "config.json") | {"auto_map": {"AutoConfig": f"{LOADER.stem}.Config"}}
     with whole(out, "folder") as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True)
         shutil.copyfile(LOADER, folder / LOADER.name)
@@ -355,8 +366,8 @@ def _gguf(model: Path, out: Path, type_: str, pre_tokenizer: str | None) -> str:
 
 def _check_whole(model: Path) -> None:
     """Refuse a folder that lacks weights: the converter does not notice, and llama.cpp names its own tensors."""
-    found = checkpoint.read_shape(model).parameters
-    described = checkpoint.shape_of(checkpoint.skeleton(checkpoint.read_config(model))).parameters
+    found = read_shape(model).parameters
+    described = shape_of(skeleton(read_config(model))).parameters
     if found != described:
         raise CheckpointError(
             f"{model} has {found:,} parameters in its files, its config.json describes {described:,}: tensors are missing, "
@@ -367,7 +378,7 @@ def _check_whole(model: Path) -> None:
 def _known_pre_tokenizer(model: Path) -> str:
     """ "gpt-2" for the pre-tokenizer of GPT-2, which many were trained anew with and the converter does not recognise."""
     file = model / "tokenizer.json"
-    pre = (checkpoint.read_json(file).get("pre_tokenizer") if file.is_file() else None) or {}
+    pre = (read_json(file).get("pre_tokenizer") if file.is_file() else None) or {}
     return "gpt-2" if GPT2.items() <= pre.items() else ""
 
 

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..checkpoints.checkpoint import SUBSTITUTED, skeleton
-from ..checkpoints.opening import _save_as_stock
+from ..checkpoints.convert import save_as_stock
+from ..checkpoints.read import SUBSTITUTED
+from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
+from ..containers.rows import row_weights
 from ..models.families import MoeLayer, find_layers, set_expert_count, slice_experts, slice_router, write_expert
 from ..models.router_rules import spread_gates
 from ..models.routers import router_tensors
-from ..training.layer import _row_weights
 
 NEVER = -1e4  # a selection bias: scores are of the order of one. Not infinite: kernels take that for "no expert here"
 VALUE = "approx_value"
@@ -190,7 +191,7 @@ def _own_experts(container: StandInExperts, stock: nn.Module) -> dict[str, Tenso
     slice_experts(stock, tuple(range(len(rows))))
     stock.to(weight.dtype).to_empty(device=weight.device)
     for e, row in enumerate(rows):
-        write_expert(stock, e, _row_weights(tensors, row, container.layout))
+        write_expert(stock, e, row_weights(tensors, row, container.layout))
     return stock.state_dict()
 
 
@@ -230,7 +231,7 @@ def substitute(model: PreTrainedModel) -> dict[str, Tensor]:
     routers in place. The checkpoint must have no `form_faults`."""
     stock, layers = skeleton(stock_config(model.config)), find_layers(model)
     total = total_experts(layers, stock)
-    _save_as_stock(model)
+    save_as_stock(model)
     tensors: dict[str, Tensor] = {}
     listed: dict[str, list[int]] = {}
     for layer in layers:

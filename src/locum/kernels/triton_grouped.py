@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped import Products, Remembered
+from .products import Products, Remembered
 
 FEW_PAIRS = 512  # all items are held in registers
 STRETCH = 1024  # numbers that a program which multiplies nothing takes at a time

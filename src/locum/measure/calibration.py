@@ -19,23 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..checkpoints.checkpoint import shape_of
 from ..errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from ..files import provenance as make_provenance
-from ..kernels.grouped import grouped_linear
-from ..models.families import MoeLayer, find_layers, is_stock_experts
+from ..models.families import MoeLayer
 from ..models.routers import router_logits
+from ..models.sizes import shape_of
 from ..stats.sums import RoutedEvent, RouterEvent, Statistics, Sums, check_needs, check_same_origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.tokens import Tokens
-
-CHUNK = 2**20  # numbers of the experts' inputs at a time on a CPU: 2 MiB in bfloat16
+from ..models.watch import evaluating, experts_implementation, observable_layers, run_experts
 
 
 def calibrate(
@@ -66,12 +62,12 @@ def calibrate(
         if value < 1:
             raise OptionError(f"{name} is {value!r}; allowed: whole numbers from 1")
     _check_tokens(model, tokens)
-    layers = _observable_layers(model)
+    layers = observable_layers(model)
     origin = _origin(model, tokens, provenance or {})
     done, next_block = (None, 0) if start is None else _checked_start(start, origin, needs, tokens)
     order_B = torch.argsort(tokens.domain_B, stable=True)
     sums = Sums("", needs)
-    with _observed(model, layers, needs) as observer, _evaluating(model):
+    with observed(model, layers, needs) as observer, evaluating(model):
         for number, (domain, blocks_B) in enumerate(_batches(tokens, order_B[next_block:], batch_size), start=1):
             if domain != sums.domain:
                 done, sums = _plus(done, sums, origin), Sums(domain, needs)
@@ -119,18 +115,6 @@ def _check_tokens(model: PreTrainedModel, tokens: Tokens) -> None:
             f"the calibration tokens contain id {largest}, but the model embeds ids 0 to {vocabulary - 1}; tokenise the "
             f"data with the model's own tokenizer"
         )
-
-
-def _observable_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
-    layers = find_layers(model)
-    for layer in layers:
-        if not is_stock_experts(layer.experts):
-            raise UnsupportedModel(
-                f"{layer.shape.name} is compressed already ({type(layer.experts).__name__}); calibrate the original model"
-            )
-        if getattr(layer.experts, "_is_expert_parallel", False):
-            raise UnsupportedModel(f"{layer.shape.name} is split over devices by expert; load the model without it")
-    return layers
 
 
 def _origin(model: PreTrainedModel, tokens: Tokens, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,71 +201,6 @@ class Observer:
         return y_TD
 
 
-def run_experts(
-    experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, inside: bool = False
-) -> tuple[Tensor, RoutedEvent, Tensor]:
-    """A stock experts module's output [T, D], every selected pair behind it, and the token of each pair [P].
-
-    On a CPU a few experts at a time, so that what lies between their products stays in the cache. With `inside`, the
-    pairs' inputs and hidden states are in the event too.
-    """
-    expert_P, order_P = torch.sort(index_TK.reshape(-1), stable=True)
-    token_P, gate_P = order_P // index_TK.shape[1], gate_TK.reshape(-1)[order_P]
-    counts = tuple(torch.bincount(expert_P, minlength=experts.num_experts).tolist())
-    weight = experts.down_proj
-    out_PD = torch.empty(len(order_P), x_TD.shape[1], dtype=weight.dtype, device=weight.device)
-    seen: list[tuple[Tensor, Tensor]] = []
-    room = CHUNK // x_TD.shape[1] if x_TD.device.type == "cpu" else len(order_P)
-    start = 0
-    for some in _some_experts(counts, room):
-        pairs = slice(start, start + sum(counts[some]))
-        start = pairs.stop
-        in_CD = x_TD[token_P[pairs]]
-        pre_CG = _project(
-            experts, "gate_up_proj" if experts.has_gate else "up_proj", in_CD, expert_P[pairs], some, counts
-        )
-        hidden_CF = experts._apply_gate(pre_CG) if experts.has_gate else experts.act_fn(pre_CG)
-        out_CD = _project(experts, "down_proj", hidden_CF, expert_P[pairs], some, counts)
-        if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
-            out_CD = experts.post_expert_norm(out_CD)
-        out_PD[pairs] = out_CD
-        if inside:
-            seen.append((in_CD, hidden_CF))
-    in_PD, hidden_PF = map(torch.cat, zip(*seen, strict=True)) if seen else (None, None)
-    y_TD = _weighted_sum(out_PD, gate_TK, order_P).to(x_TD.dtype)
-    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF), token_P
-
-
-def _some_experts(counts: tuple[int, ...], room: int) -> Iterator[slice]:
-    """Runs of experts that have `room` pairs at most between them, or one expert that has more alone."""
-    first = total = 0
-    for e, count in enumerate(counts):
-        if e > first and total + count > room:
-            yield slice(first, e)
-            first, total = e, 0
-        total += count
-    yield slice(first, len(counts))
-
-
-def _project(
-    experts: nn.Module, name: str, x_CI: Tensor, expert_C: Tensor, some: slice, counts: tuple[int, ...]
-) -> Tensor:
-    weight = getattr(experts, name)[some]
-    weight_EOI = weight.mT if experts.is_transposed else weight
-    out_CO = grouped_linear(x_CI.to(weight.dtype), weight_EOI, list(counts[some]))
-    return out_CO.add_(getattr(experts, name + "_bias")[expert_C]) if experts.has_bias else out_CO
-
-
-def _weighted_sum(out_PD: Tensor, gate_TK: Tensor, order_P: Tensor) -> Tensor:
-    """[T, D] every token's outputs times their gates; pair p of the outputs is number order_P[p] of T*K."""
-    if gate_TK.dtype == out_PD.dtype:
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        return functional.embedding_bag(place_P.view_as(gate_TK), out_PD, per_sample_weights=gate_TK, mode="sum")
-    gated_PD = out_PD * gate_TK.reshape(-1)[order_P, None]  # in the wider type of the two
-    return torch.empty_like(gated_PD).index_copy_(0, order_P, gated_PD).view(*gate_TK.shape, -1).sum(dim=1)
-
-
 def _select_pairs(event: RoutedEvent, keep_P: Tensor) -> RoutedEvent:
     expert_P = event.expert_P[keep_P]
     counts = tuple(torch.bincount(expert_P, minlength=len(event.counts)).tolist())
@@ -293,7 +212,7 @@ def _select_pairs(event: RoutedEvent, keep_P: Tensor) -> RoutedEvent:
 
 
 @contextlib.contextmanager
-def _observed(model: PreTrainedModel, layers: tuple[MoeLayer, ...], needs: tuple[str, ...]) -> Iterator[Observer]:
+def observed(model: PreTrainedModel, layers: tuple[MoeLayer, ...], needs: tuple[str, ...]) -> Iterator[Observer]:
     """Look at every router and experts module for as long as the block runs; nothing stays behind in any case."""
     observer = Observer(layers)
     with contextlib.ExitStack() as stack:
@@ -301,7 +220,7 @@ def _observed(model: PreTrainedModel, layers: tuple[MoeLayer, ...], needs: tuple
             for layer in layers:
                 hook = layer.router.register_forward_hook(_router_hook(observer, layer))
                 stack.callback(hook.remove)
-        stack.enter_context(_experts_implementation(model, layers, observer.experts_forward))
+        stack.enter_context(experts_implementation(model, layers, observer.experts_forward))
         yield observer
 
 
@@ -310,59 +229,3 @@ def _router_hook(observer: Observer, layer: MoeLayer) -> Callable[[nn.Module, An
         observer.saw_router(layer, output)
 
     return hook
-
-
-@contextlib.contextmanager
-def _experts_implementation(
-    model: PreTrainedModel, layers: tuple[MoeLayer, ...], function: Callable[..., Tensor]
-) -> Iterator[None]:
-    """Put a function behind transformers' experts interface, for this model alone, for as long as the block runs.
-
-    `set_experts_implementation` is not used to go back: it would check and adjust what was there before.
-    """
-    name = f"locum_observer_{id(model)}"
-    before = [(config, config._experts_implementation) for config in _configs(model)]
-    try:
-        ALL_EXPERTS_FUNCTIONS[name] = function
-        try:
-            model.set_experts_implementation(name)
-        except (RuntimeError, ValueError) as error:
-            raise UnsupportedModel(f"model type {model.config.model_type!r} cannot be observed: {error}") from error
-        for layer in layers:
-            if layer.experts.config._experts_implementation != name:
-                raise UnsupportedModel(
-                    f"{layer.shape.name} ({model.config.model_type}) does not follow set_experts_implementation, so its "
-                    f"experts cannot be observed"
-                )
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
-        ALL_EXPERTS_FUNCTIONS.pop(name, None)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every config in a model, parents before children, because setting a parent's implementation sets its children's."""
-    found: dict[int, Any] = {}
-
-    def walk(config: Any) -> None:
-        if config is not None and id(config) not in found and hasattr(config, "_experts_implementation"):
-            found[id(config)] = config
-            for key in getattr(config, "sub_configs", {}):
-                walk(getattr(config, key, None))
-
-    for module in model.modules():
-        walk(getattr(module, "config", None))
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for as long as the block runs; every module then gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,46 +12,23 @@ Shapes: B blocks, S tokens of a block, C positions of a stretch, V vocabulary, N
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.tokens import Batch, Tokens, batches
-from ..errors import DataError, LocumError, OptionError, UnsupportedModel
-from ..files import check_output, write_text
+from ..errors import LocumError, OptionError, UnsupportedModel
+from .memory import peak_bytes
+from .rows import Row
 
 LOGIT_BYTES = 128 * 1024**2
 INTERVAL = (2.5, 97.5)  # percentiles
 SUMS = ("nats", "tokens", "bytes", "original_nats", "kl", "agreed")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number, as results.jsonl holds it."""
-
-    model: str
-    plan: str | None
-    metric: str
-    domain: str
-    value: float
-    low: float | None  # 95% interval; None where there is one block, which says nothing about spread
-    high: float | None
-    n: int  # predicted tokens
-    seed: int
-    seconds: float  # of the whole run
-    peak_bytes: int  # of the process, or of the accelerator's memory if the model is on one
-    provenance: dict[str, Any]
 
 
 def evaluate(
@@ -87,7 +64,7 @@ def evaluate(
     shared = {
         "seed": seed,
         "seconds": time.perf_counter() - start,
-        "peak_bytes": _peak_bytes(model),
+        "peak_bytes": peak_bytes(model),
         "provenance": {**(provenance or {}), "evaluation": _settings(tokens, batch_size, resamples)},
     }
     rows = []
@@ -152,13 +129,6 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _peak_bytes(model: Any) -> int:
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # logits and sums
@@ -280,48 +250,3 @@ def resample(sums_BQ: np.ndarray, seed: str, resamples: int) -> np.ndarray:
         counts_RB = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=min(group, resamples - first))
         sums.append(counts_RB.astype(np.float64) @ sums_BQ)
     return np.concatenate(sums)
-
-
-# rows on disk
-
-
-def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them."""
-    path = check_output(path, force=True)
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    old += "\n" if old and not old.endswith("\n") else ""
-    write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a results file. Raises DataError, naming the line, for anything that is not a row."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read results {path}: {error}; make them with: locum eval") from None
-    return [_row(line, f"{path}, line {i + 1}") for i, line in enumerate(lines) if line.strip()]
-
-
-KINDS: dict[str, Any] = {
-    "str": str,
-    "str | None": str | None,
-    "float": int | float,
-    "float | None": int | float | None,
-    "int": int,
-    "dict[str, Any]": dict,
-}
-
-
-def _row(line: str, where: str) -> Row:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
-    fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}
-    if not isinstance(data, dict) or set(data) != set(fields):
-        found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{where}: a result has the fields {', '.join(sorted(fields))}; found {found or 'none'}")
-    for name, kind in fields.items():
-        if not isinstance(data[name], KINDS[kind]) or isinstance(data[name], bool):
-            raise DataError(f"{where}: {name!r} is {data[name]!r}, and not {kind}")
-    return Row(**data)

@@ -29,18 +29,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.checkpoint import shape_of
-from ..data.tokens import Batch, Tokens, _permutation, take
+from ..data.tokens import Batch, Tokens, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
 from ..models.families import MoeLayer, slice_experts, slice_router
 from ..models.masking import MaskedRouters
+from ..models.next_token_loss import loss_sum
 from ..models.replay import Call, Recording
 from ..models.router_rules import GateRule, find_rule, same_gates, spread_gates
 from ..models.routers import router_logits
+from ..models.sizes import shape_of
+from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
-from ..training.loop import loss_sum
-from .calibration import _evaluating, _observable_layers, run_experts
 
 SAMPLE = 2048  # tokens
 PIECE = (
@@ -55,7 +55,7 @@ REPLAY_TOLERANCE = 1e-3  # relative; what a rerun of recorded layers may be off 
 def draw_sample(tokens: Tokens, sample: int, seed: int) -> Batch:
     """The heads of some blocks, equally many of every domain as far as they go, by seed."""
     width = min(tokens.length, PIECE, sample)
-    order_B = _permutation(len(tokens), seed, "sample")
+    order_B = permutation(len(tokens), seed, "sample")
     order_B = order_B[(tokens.attention_BS[order_B, :width] != 0).any(dim=1)]
     ranks_B = torch.empty_like(order_B)  # how many blocks of its own domain come before one
     for domain in range(len(tokens.domains)):
@@ -112,7 +112,7 @@ class ModelExplorer:
 
     def _find(self) -> None:
         """Look at the model afresh; what was recorded and cached before is let go."""
-        self.layers: dict[str, MoeLayer] = {layer.shape.name: layer for layer in _observable_layers(self.model)}
+        self.layers: dict[str, MoeLayer] = {layer.shape.name: layer for layer in observable_layers(self.model)}
         self._recording: Recording | None = None
         self._caches: dict[str, LayerCache] = {}
         self._loss: float | None = None
@@ -199,7 +199,7 @@ class ModelExplorer:
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             yield
 
     def _checked(self, layer: str, removed_CE: Tensor) -> Tensor:

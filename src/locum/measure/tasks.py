@@ -25,7 +25,9 @@ import numpy as np
 
 from ..errors import LocumError, OptionError
 from ..files import fingerprint
-from .loss import INTERVAL, Row, _peak_bytes
+from .loss import INTERVAL
+from .memory import peak_bytes
+from .rows import Row
 
 Values = dict[str, list[Any]]  # metric -> its value for each of N items, as lm-eval aggregates them
 
@@ -117,7 +119,7 @@ def evaluate_tasks(
     ours = _scores(model, tokenizer, tasks, limit, batch_size, seed, resamples)
     theirs = None if against is None else _scores(against, tokenizer, tasks, limit, batch_size, seed, resamples)
     about = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": limit, "resamples": resamples}
-    shared = {"seed": seed, "seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes(model)}
+    shared = {"seed": seed, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(model)}
     rows = []
     for name, scores in ours.items():
         other = None if theirs is None else theirs[name]

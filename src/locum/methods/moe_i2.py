@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budgets.ranks import COUNTS, prune_counts
+from ..budgets.counts import COUNTS, prune_counts
 from ..budgets.sets import Experts, choose_in_block, finite, removed_mask, search_sets
 from ..options import option
 from ..plans.plan import DROPPED, KEPT, START_NEEDS, LayerPlan

@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 
 from ..containers.container import StandInExperts
 from ..errors import UnsupportedModel
-from ..experts.stand_ins import ExpertWeights
+from ..experts.weights import ExpertWeights
 from ..shapes import LayerShape
 from .routers import RouterRule, RouterTensor, probe_router, router_tensors
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, LocumError
-from ..files import load_plan, load_statistics
-from ..measure.loss import Row, read_rows
+from ..measure.rows import Row, read_rows
 from ..plans.plan import Plan
+from ..plans.plan_file import load_plan
+from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 
 CHECKPOINT_PARTS = {"plan_file": "plan.json", "recovery_log": "recovery.jsonl"}  # beside the weights of a checkpoint

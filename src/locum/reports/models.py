@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..measure.loss import Row
+from ..measure.rows import Row
 from .charts import MARKERS, NUM_COLOURS, four_digits
 
 ALL = "all"  # the domain that joins all others

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..checkpoints.card import describe_size
 from ..files import write_text
-from ..measure.loss import Row
+from ..measure.rows import Row
 from ..stats.sums import Statistics
 from . import expert_maps
 from .charts import Bar, Point, Series, bars, curves, escape, four_digits, plain, scatter

@@ -20,12 +20,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checkpoints import checkpoint
+from ..bundled import sample_texts
+from ..checkpoints.notes import plan_of
+from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
+from ..checkpoints.skeleton import check_vocabularies, read_shape
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
-from ..stages.quality import _check_vocabularies, plan_of
-from ..stages.stages import Device, Force, Help, Out, Progress, _check_number, _device, _silent
-from ..verification.folder import sample_texts
+from ..stages.options import Device, Force, Help, Out, Progress, check_number, device_of, silent
 from ..verification.verify import PRECISIONS
 from . import page
 
@@ -49,7 +50,7 @@ def bench(
     out: Out = None,
     picture: Annotated[Path | None, Help("write charts of the results to this HTML page")] = None,
     force: Force = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Tokens per second, time to the first token, memory, and the work behind them, with the floor that the machine sets.
 
@@ -59,13 +60,13 @@ def bench(
     given = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "precision": precision, "threads": threads}
     settings = given | {"batch_sizes": list(batch_sizes), "device": device}
     _check(settings)
-    settings["device"] = _device(device)
+    settings["device"] = device_of(device)
     for path in (out, picture):
         if path is not None:
             check_output(path, force, inputs=list(folders.values()))
     about = {name: _about(folder, settings) for name, folder in folders.items()}
     if against is not None:
-        _check_vocabularies(model, against)
+        check_vocabularies(model, against)
     ids = _text_ids(folders["model"], max(batch_sizes), prompt + new_tokens)
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         workers = {name: stack.enter_context(_worker(name, Path(scratch) / name)) for name in folders}
@@ -90,18 +91,18 @@ def bench(
 def _check(settings: dict[str, Any]) -> None:
     for name, least in (("prompt", 1), ("new_tokens", 2), ("rounds", 1), ("threads", 1)):
         if settings[name] is not None:
-            _check_number(name.replace("_", "-"), settings[name], least)
+            check_number(name.replace("_", "-"), settings[name], least)
     if not settings["batch_sizes"]:
         raise OptionError("--batch-sizes names no number of prompts; give at least one, such as 1")
     for size in settings["batch_sizes"]:
-        _check_number("batch-sizes", size, 1)
+        check_number("batch-sizes", size, 1)
     if settings["precision"] not in ("auto", *PRECISIONS):
         raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(PRECISIONS)}")
 
 
 def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What is known of a checkpoint from its files. Raises OptionError where the text is too long for it."""
-    shape, plan = checkpoint.read_shape(folder), plan_of(folder)
+    shape, plan = read_shape(folder), plan_of(folder)
     length, most = settings["prompt"] + settings["new_tokens"], _positions(folder)
     if most is not None and length > most:
         raise OptionError(
@@ -110,7 +111,7 @@ def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "name": folder.resolve().name,
-        "fingerprint": checkpoint.fingerprint_checkpoint(folder),
+        "fingerprint": fingerprint_checkpoint(folder),
         "plan": None if plan is None else plan.id,
         "method": None if plan is None else plan.method,
         "parameters": shape.parameters,
@@ -120,12 +121,12 @@ def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positions(folder: Path) -> int | None:
-    return getattr(checkpoint.read_config(folder).get_text_config(), "max_position_embeddings", None)
+    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
 def _text_ids(folder: Path, count: int, length: int) -> list[list[int]]:
     """The first tokens of `count` stretches of the bundled text."""
-    tokenizer = checkpoint.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     texts = sample_texts(count, CHARACTERS * length)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
     if shortest := min((len(row) for row in rows if len(row) < length), default=None):

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..checkpoints import checkpoint
+from ..checkpoints.load import load_model
+from ..checkpoints.skeleton import read_shape
 from ..errors import UnsupportedModel
 from ..measure.costs import Call, counted
 from ..models.families import find_layers, is_stock_experts
@@ -176,10 +177,10 @@ class Worker:
             torch.set_num_threads(how["threads"])
         self.device = torch.device(how["device"])
         torch.empty(1, device=self.device)
-        checkpoint.read_shape(folder)  # imports the code of the model, which is none of its weights
+        read_shape(folder)  # imports the code of the model, which is none of its weights
         before = resident_bytes(self.device)
         dtype = "auto" if how["dtype"] == "auto" else getattr(torch, how["dtype"])
-        model = checkpoint.load_model(folder, dtype=dtype, device=how["device"])
+        model = load_model(folder, dtype=dtype, device=how["device"])
         self.subject = Subject(model, torch.tensor(ids), prompt)
         for tensor in model.parameters():
             tensor.sum()  # what a file is mapped into is resident once it was read

@@ -9,88 +9,15 @@ D model width, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import Registry
-
-# --- events -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class RouterEvent:
-    """What a layer's router said about one batch: raw logits, samples one after the other, padding left out."""
-
-    logits_TE: Tensor
-    sample_lengths: tuple[int, ...]  # tokens of each sample, none of them 0; they add up to T
-
-    @cached_property
-    def wide_TE(self) -> Tensor:
-        return _wide(self.logits_TE)
-
-
-@dataclass(frozen=True, eq=False)
-class RoutedEvent:
-    """What a layer's experts did with one batch: its selected pairs sorted by expert, padding left out."""
-
-    expert_P: Tensor
-    gate_P: Tensor  # the weights that the model multiplies the outputs with
-    out_PD: Tensor  # outputs before the gate
-    counts: tuple[int, ...]  # pairs of each of the E experts; on the host, because they cut tensors
-    in_PD: Tensor | None = None  # what went in and the input of the last product, only where on-demand statistics
-    hidden_PF: Tensor | None = None  # are collected
-
-    @property
-    def norm_P(self) -> Tensor:
-        return self.moments[2]
-
-    @cached_property
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[E, D] sums and sums of squares over every expert's outputs, and the norm of each output [P].
-
-        One expert's outputs at a time, so that what is float64 of them stays in the processor's cache.
-        """
-        num_experts, width = len(self.counts), self.out_PD.shape[1]
-        sum_ED = self.out_PD.new_zeros(num_experts, width, dtype=torch.float64)
-        square_ED, square_P = torch.zeros_like(sum_ED), sum_ED.new_empty(len(self.out_PD))
-        parts = zip(sum_ED, square_ED, *(x.split(list(self.counts)) for x in (self.out_PD, square_P)), strict=True)
-        for sum_D, square_D, out_ND, square_N in parts:
-            wide_ND = out_ND.double()
-            torch.sum(wide_ND, dim=0, out=sum_D)
-            squared_ND = wide_ND.square()
-            torch.sum(squared_ND, dim=0, out=square_D)
-            torch.sum(squared_ND, dim=1, out=square_N)
-        return sum_ED, square_ED, square_P.sqrt_()
-
-    @cached_property
-    def _lengths_E(self) -> Tensor:
-        return torch.tensor(self.counts, device=self.out_PD.device)
-
-    def sum_pairs(self, value_P: Tensor) -> Tensor:
-        """[E] sums of one number per pair. Unlike index_add_ it gives the same bits every time on a GPU too."""
-        return torch.segment_reduce(value_P.double(), "sum", lengths=self._lengths_E, unsafe=True)
-
-    def gram(self, x_PI: Tensor) -> Tensor:
-        """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
-        wide = (_wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
-        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in wide])
-
-
-@dataclass(frozen=True, eq=False)
-class SearchEvent:
-    """What a method's search found out about one layer, by statistic name; calibration makes no such event."""
-
-    found: Mapping[str, Tensor]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
+from .events import RoutedEvent, RouterEvent, SearchEvent
 
 # --- definitions ------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..errors import OptionError, StatisticsError, unknown
 from ..shapes import LayerShape, ModelShape
-from .definitions import STATISTICS, RoutedEvent, RouterEvent, SearchEvent
+from .definitions import STATISTICS
+from .events import RoutedEvent, RouterEvent, SearchEvent
 
 ORIGIN = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "shape", "tokens")
 PROVENANCE = (*ORIGIN, "versions", "command", "seed")  # what every statistics file must say of itself

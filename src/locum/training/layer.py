@@ -24,11 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import set_module
-from ..containers.container import Stack, StandInExperts
+from ..checkpoints.quantizer import set_module
+from ..containers.build import old_weights, stack_dense
+from ..containers.container import StandInExperts
 from ..containers.layout import Layout
+from ..containers.rows import adapter_product, row_weights
+from ..containers.stack import Stack
 from ..errors import OptionError
-from ..experts.stand_ins import ExpertWeights, old_weights, stack_dense
+from ..experts.weights import ExpertWeights
 from ..models.families import MoeLayer, canonical_gate, read_expert, write_expert
 from ..plans.plan import KEPT, LayerPlan
 
@@ -172,17 +175,6 @@ def _less_adapter(weights: ExpertWeights, container: StandInExperts, e: int, dev
     )
 
 
-def adapter_product(stack: Stack, row: int) -> dict[str, Tensor]:
-    """B A of one adapter for each projection, in float32, under the names of ExpertWeights."""
-    tensors = {name: parameter.detach()[row].float() for name, parameter in stack.named_parameters()}
-    rank = tensors["up_B_FR"].shape[1]
-    first = tensors["gate_up_A"]
-    products = {"up_FD": tensors["up_B_FR"] @ first[-rank:], "down_DF": tensors["down_B_DR"] @ tensors["down_A_RF"]}
-    if "gate_B_FR" in tensors:
-        products["gate_FD"] = tensors["gate_B_FR"] @ first[:rank]
-    return products
-
-
 def set_beta(layer: OpenLayer, beta: float) -> None:
     """Set the share of the old weights; at 0 they are let go, which changes no output and frees their memory."""
     container = layer.container
@@ -198,7 +190,7 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
     if layer.stock is not None:
         layer.stock.to_empty(device=layer.device)
         for e in range(layout.num_experts):
-            write_expert(layer.stock, e, _row_weights(dense, e, layout))
+            write_expert(layer.stock, e, row_weights(dense, e, layout))
         if layer.container.post_expert_norm is not None:
             layer.stock.post_expert_norm = layer.container.post_expert_norm
         set_module(model, layer.name, layer.stock)
@@ -231,16 +223,3 @@ def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:
         for name, change in (("dense.gate_up_NGD", first), ("dense.down_NDF", product["down_DF"])):
             dense[name][row] = (dense[name][row].float() + change).to(dense[name].dtype)
     return dense
-
-
-def _row_weights(dense: dict[str, Tensor], row: int, layout: Layout) -> ExpertWeights:
-    """One dense row as an expert."""
-
-    def split(first: Tensor) -> tuple[Tensor | None, Tensor]:
-        return (first[: layout.expert_width], first[layout.expert_width :]) if layout.has_gate else (None, first)
-
-    gate_FD, up_FD = split(dense["dense.gate_up_NGD"][row])
-    if not layout.has_bias:
-        return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row])
-    biases = split(dense["dense.gate_up_bias_NG"][row])
-    return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row], *biases, dense["dense.down_bias_ND"][row])

@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,118 +26,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..data.tokens import Batch, Tokens, batches, training_batches
-from ..errors import CheckpointError, DataError, OptionError
+from ..errors import DataError, OptionError
 from ..files import whole
-from ..options import option
+from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
-from .layer import ANNEALING
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # to accelerate's names
-STATE_FILE = "state.safetensors"
-STATE_VERSION = "1"
-
-
-def constant(progress: float) -> float:
-    return 1.0
-
-
-def cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """Options of recovery training. Learning rate and annealing are those of LightMoE (arXiv 2603.12645)."""
-
-    how: str = option("annealed", "annealed, lora, vectors or full: what is trained, and how")
-    steps: int = option(300, "optimizer steps", at_least=1)
-    learning_rate: float = option(1e-4, "highest learning rate", above=0)
-    schedule: str = option("constant", "course of the learning rate after warm-up", choices=SCHEDULES)
-    warmup_fraction: float = option(
-        0.03, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1
-    )
-    batch_size: int = option(8, "blocks in a batch", at_least=1)
-    length: int = option(256, "tokens in a block", at_least=2)
-    accumulate: int = option(1, "batches per optimizer step", at_least=1)
-    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
-    clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
-    rank: int = option(0, "rank of the adapters of kept experts; 0: that of the plan's stand-ins, else 16", at_least=0)
-    train_bases: bool = option(True, "train shared bases and constants too, not adapters alone")
-    end_fraction: float = option(
-        0.2, "fraction of the steps after which the old weights are gone", at_least=0, at_most=1
-    )
-    annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
-    steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
-    balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
-    precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
-    seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0, at_most=2**31 - 1)
-    checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
-    validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
-
-
-UNTRACKED = ("checkpoint_every", "validate_every")  # options that a resumed run may change
-
-
-def learning_rate_at(step: int, options: Recovery) -> float:
-    """The learning rate of step `step` (from 0): linear warm-up, then the schedule over the steps that are left."""
-    warmup = math.ceil(options.warmup_fraction * options.steps)
-    if step < warmup:
-        return options.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(options.steps - warmup, 1)
-    return options.learning_rate * SCHEDULES[options.schedule](progress)
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run was: everything that its next step depends on."""
-
-    step: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    seconds: float = 0.0
-    validation: tuple[tuple[int, float], ...] = ()  # (steps done, loss)
-    loss: float | None = None  # of the last step
-
-
-def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
-    """The state an interrupted run left in `workdir`, or a fresh one. Raises OptionError if it was another run's."""
-    if workdir is None or not (workdir / STATE_FILE).is_file():
-        return State()
-    if restart:
-        forget(workdir)
-        return State()
-    path = workdir / STATE_FILE
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-        notes = json.loads(header["locum-recovery"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); start over with --restart (restart=True)") from error
-    theirs = notes["identity"]
-    differ = [key for key in sorted({*identity, *theirs}) if identity.get(key) != theirs.get(key)]
-    if differ:
-        changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {identity.get(key)!r}" for key in differ)
-        raise OptionError(
-            f"{workdir} holds an interrupted run of something else: {changes}; give what that run was given to resume "
-            f"it, or --restart (restart=True) to discard it"
-        )
-    validation = tuple((step, loss) for step, loss in notes["validation"])
-    return State(notes["step"], tensors, notes["tokens"], notes["seconds"], validation, notes["loss"])
-
-
-def forget(workdir: Path) -> None:
-    """Remove the work folder of a run whose result is safe."""
-    shutil.rmtree(workdir, ignore_errors=True)
+from .options import PRECISIONS, Recovery, learning_rate_at
+from .states import STATE_FILE, STATE_VERSION, State
 
 
 @contextlib.contextmanager
@@ -165,15 +62,6 @@ def accelerated(precision: str, device: torch.device) -> Iterator[Accelerator]:
 
 def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContextManager[Balance | None]:
     return balanced(model) if options.balance else contextlib.nullcontext()
-
-
-def loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, int]:
-    """The summed cross entropy in nats of the tokens that have loss, and their number."""
-    ids_BS = batch.ids_BS.to(device)
-    logits_BSV = model(input_ids=ids_BS, attention_mask=batch.attention_BS.to(device), use_cache=False).logits
-    mask = batch.loss_mask_BS[:, 1:].to(device)
-    logits_MV, labels_M = logits_BSV[:, :-1][mask], ids_BS[:, 1:][mask]
-    return functional.cross_entropy(logits_MV.float(), labels_M, reduction="sum"), labels_M.numel()
 
 
 class Loop:

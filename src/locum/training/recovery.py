@@ -25,19 +25,21 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.checkpoint import vectors_and_routers
+from ..checkpoints.patch import vectors_and_routers
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..data.tokens import Tokens
 from ..errors import OptionError, PlanError, UnsupportedModel
-from ..experts.stand_ins import ExpertWeights
+from ..experts.weights import ExpertWeights
 from ..files import fingerprint, provenance
 from ..models.families import MoeLayer, find_layers
 from ..options import check_options
 from ..plans.plan import LayerPlan, Plan
 from ..registry import Registry
 from .layer import OpenLayer, beta_at, close_layer, keep_old, open_layer, set_beta
-from .loop import UNTRACKED, Hooks, Recovery, load_state, train
+from .loop import Hooks, train
+from .options import UNTRACKED, Recovery
+from .states import load_state
 
 DEFAULT_RANK = 16
 Read = Callable[[int], ExpertWeights]

@@ -14,14 +14,16 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..checkpoints import checkpoint
+from ..bundled import sample_texts
 from ..checkpoints.card import describe_size
+from ..checkpoints.load import load_model
+from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.read import is_adapter, load_tokenizer, read_config, read_headers, read_json, shard_files
+from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
 from ..containers.layout import Layout
-from ..demonstration import REFERENCE
 from ..errors import CheckpointError, LocumError, PlanError
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape
-from ..stages.quality import plan_of, read_notes
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 TALK = [
@@ -47,16 +49,6 @@ class NotApplicable(Exception):
     """There is nothing to check; the message says why."""
 
 
-def sample_texts(count: int, characters: int = 400) -> list[str]:
-    """Stretches of the bundled text, its domains in turn."""
-    files = sorted(path for path in (REFERENCE / "text").glob("*.txt") if path.stem.islower())
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    return [
-        texts[i % len(texts)][(start := 5000 + characters * (i // len(texts))) : start + characters]
-        for i in range(count)
-    ]
-
-
 class Folder:
     """A checkpoint under test. Every part is read when it is first needed, and raises what reading it raises."""
 
@@ -73,50 +65,50 @@ class Folder:
 
     @functools.cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
-        return checkpoint.read_headers(self.path)
+        return read_headers(self.path)
 
     @functools.cached_property
     def shape(self) -> ModelShape:
-        return checkpoint.read_shape(self.path)
+        return read_shape(self.path)
 
     @functools.cached_property
     def before(self) -> ModelShape | None:
         """The original's shape: its own, or, where it is not there, as the notes say."""
         if self.original is not None:
-            return checkpoint.read_shape(self.original)
+            return read_shape(self.original)
         return ModelShape.from_json(self.notes["original_shape"]) if "original_shape" in self.notes else None
 
     @functools.cached_property
     def live(self) -> Any:
-        return checkpoint.load_model(self.path, device=self.device)
+        return load_model(self.path, device=self.device)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return checkpoint.load_tokenizer(self.path)
+        return load_tokenizer(self.path)
 
 
 def check_headers(folder: Folder) -> str:
     size = sum(x["data_offsets"][1] - x["data_offsets"][0] for x in folder.headers.values())
-    files = len(checkpoint.shard_files(folder.path))
+    files = len(shard_files(folder.path))
     return f"{len(folder.headers)} tensors, {describe_size(size)}, in {files} file{'s' if files > 1 else ''}"
 
 
 def check_config(folder: Folder) -> str:
-    config = checkpoint.read_config(folder.path)
-    layouts = checkpoint.layouts_of(folder.path)
-    checkpoint.skeleton(config)
+    config = read_config(folder.path)
+    layouts = layouts_of(folder.path)
+    skeleton(config)
     return f"{config.model_type}, {len(layouts) or 'no'} layer{'s' if len(layouts) != 1 else ''} in Locum's container"
 
 
 def check_tensors(folder: Folder) -> str:
     count = len(folder.live.state_dict())
-    where = "the files of base and adapter" if checkpoint.is_adapter(folder.path) else "the files"
+    where = "the files of base and adapter" if is_adapter(folder.path) else "the files"
     return f"all {count} tensors of the model are in {where}, and nothing else"
 
 
 def check_plan(folder: Folder) -> str:
     """The plan is the one that was carried out, fits the original, and describes what config.json lays out."""
-    plan, layouts = folder.plan, checkpoint.layouts_of(folder.path)
+    plan, layouts = folder.plan, layouts_of(folder.path)
     if plan is None:
         if layouts:
             raise PlanError(f"{folder.path} has containers but no plan.json; apply the plan again")
@@ -149,7 +141,7 @@ def check_plan(folder: Folder) -> str:
 
 
 def check_size(folder: Folder) -> str:
-    if checkpoint.is_adapter(folder.path):
+    if is_adapter(folder.path):
         raise NotApplicable("an adapter, whose weights are those of its base")
     if folder.plan is None or folder.before is None:
         raise NotApplicable("no plan.json that promises a size" if folder.plan is None else "the original is not known")
@@ -163,7 +155,7 @@ def check_size(folder: Folder) -> str:
 def check_tokenizer(folder: Folder) -> str:
     """The original's ids for the same text; text that the tokenizer cuts and joins again stays what it is."""
     tokenizer = folder.tokenizer
-    vocabulary = checkpoint.read_config(folder.path).get_text_config().vocab_size
+    vocabulary = read_config(folder.path).get_text_config().vocab_size
     texts = [*sample_texts(8), ODD]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if (most := max(map(max, ids))) >= vocabulary:
@@ -172,7 +164,7 @@ def check_tokenizer(folder: Folder) -> str:
     again = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in joined]
     whole = joined == texts
     if folder.original is not None:
-        theirs = checkpoint.load_tokenizer(folder.original)
+        theirs = load_tokenizer(folder.original)
         if ids != [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]:
             raise CheckpointError(
                 "the tokenizer cuts text in another way than the original's; copy the original's files"
@@ -188,7 +180,7 @@ def check_tokenizer(folder: Folder) -> str:
 def check_template(folder: Folder) -> str:
     template = getattr(folder.tokenizer, "chat_template", None)
     if folder.original is not None:
-        theirs = getattr(checkpoint.load_tokenizer(folder.original), "chat_template", None)
+        theirs = getattr(load_tokenizer(folder.original), "chat_template", None)
         if template != theirs:
             raise CheckpointError("the chat template is not the original's; copy chat_template.jinja from there")
         return "as the original's" if template else "none, as the original has"
@@ -205,7 +197,7 @@ def check_generation(folder: Folder) -> str:
     def read(path: Path) -> dict[str, Any] | None:
         if not (path / "generation_config.json").is_file():
             return None
-        checkpoint.read_json(path / "generation_config.json")
+        read_json(path / "generation_config.json")
         try:
             settings = GenerationConfig.from_pretrained(path, local_files_only=True).to_dict()
         except Exception as error:

@@ -10,7 +10,6 @@ Letters: B prompts, S positions, V vocabulary, N likeliest tokens.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,21 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import checkpoint
+from ..bundled import sample_texts
 from ..checkpoints.application import apply_plan
 from ..checkpoints.card import describe_size
-from ..checkpoints.opening import open_model
+from ..checkpoints.load import open_model, set_dtype
+from ..checkpoints.notes import original_of
 from ..checkpoints.patch import base_of
+from ..checkpoints.read import is_adapter
+from ..checkpoints.skeleton import layouts_of
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
 from ..exports.export import gguf_fault, write_gguf
 from ..measure.repetition import loops, more_than_chance
-from ..stages.quality import original_of
-from ..stages.stages import MOST_SEED, Device, Help, Progress, Seed, _check_number, _device, _silent, _statistics_for
-from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check, sample_texts
+from ..stages.application import statistics_for
+from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
+from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
 
 PROMPT = 16  # tokens of a prompt
 SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
@@ -67,7 +69,7 @@ def verify(
     new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
     seed: Seed = 0,
     device: Device = "auto",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Open a checkpoint in every engine that is there and compare it with what was promised: tensors, sizes, plan,
     tokenizer, logits, greedy tokens, and how often sampled text ends in a loop. Exit code 1 when anything fails."""
@@ -77,9 +79,9 @@ def verify(
     if precision not in PRECISIONS:
         raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
-        _check_number(name, value, 1)
-    _check_number("seed", seed, 0, MOST_SEED)
-    chosen, device = chosen_engines(engine), _device(device)
+        check_number(name, value, 1)
+    check_number("seed", seed, 0, MOST_SEED)
+    chosen, device = chosen_engines(engine), device_of(device)
     source, checks = find_original(model, original)
     folder = Folder(model, source, device)
     progress("verify: files", 0, 3)
@@ -132,7 +134,7 @@ def make_promise(
         looping["original"] = loops(original, many_BS, new_tokens=SAMPLED, seed=seed)
         if not why_not:
             try:
-                observed = _statistics_for(folder.plan, statistics, folder.original) if folder.plan.needs else None
+                observed = statistics_for(folder.plan, statistics, folder.original) if folder.plan.needs else None
                 live = apply_plan(original, folder.plan, observed, folder.notes.get("seed", 0))
             except LocumError as error:
                 why_not = str(error)
@@ -161,16 +163,6 @@ def compare_loops(looping: dict[str, int], count: int) -> str:
     if (chance := more_than_chance(ours, theirs, count)) < CHANCE:
         raise CheckpointError(f"{said} (by chance: p = {chance:.2g}); recover the model, or remove less")
     return said
-
-
-def set_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """A live model in the dtypes that it has when it is loaded so: families keep some tensors in float32. In place."""
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    like = checkpoint.skeleton(config).state_dict()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(like[name].dtype)
-    return model
 
 
 def agreement(logits_BSV: Tensor, token_BS: Tensor, dtype: torch.dtype) -> float:
@@ -217,14 +209,14 @@ def check_engine(
         return [Check("logits", engine.name, unasked, engine.absence)]
     if reason := _unreadable(engine, folder):
         return [Check("logits", engine.name, unasked, reason)]
-    texts, dtype, is_adapter = sample_texts(4), PRECISIONS[precision], checkpoint.is_adapter(folder.path)
+    texts, dtype, adapted = sample_texts(4), PRECISIONS[precision], is_adapter(folder.path)
     with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
         job = {
-            "folder": str((base_of(folder.path) if is_adapter else folder.path).resolve()),
-            "adapter": str(folder.path.resolve()) if is_adapter else None,
+            "folder": str((base_of(folder.path) if adapted else folder.path).resolve()),
+            "adapter": str(folder.path.resolve()) if adapted else None,
             "dtype": str(dtype).removeprefix("torch."),
             "device": folder.device,
-            "import_locum": bool(checkpoint.layouts_of(folder.path)),
+            "import_locum": bool(layouts_of(folder.path)),
             "prompts": promise.ids_BS.tolist(),
             "texts": texts,
             "new_tokens": new_tokens,
@@ -255,7 +247,7 @@ def check_engine(
 
 
 def _unreadable(engine: Engine, folder: Folder) -> str:
-    if checkpoint.is_adapter(folder.path) and not engine.adapters:
+    if is_adapter(folder.path) and not engine.adapters:
         return "an adapter without weights of its own; recover it without --adapter-only to serve it there"
     return gguf_fault(folder.path) if engine.stock_only else ""
 

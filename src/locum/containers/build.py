@@ -1,51 +1,26 @@
-"""What stands in for an expert, as arithmetic on weights: means, adapters, alignment, and one layer built from a plan.
+"""One layer built from its plan: the tensors of a container, from the original experts and the statistics.
 
 Nothing here knows where weights come from or where they go. A layer's experts arrive through a function
 `read(expert) -> ExpertWeights`; what leaves is a dictionary of tensors in the container's layout.
 
-Letters: E experts, D model width, F expert width, G first product's width (2F with a gate), R rank, N stacked items.
+Letters: E experts, D model width, F expert width, R rank, N stacked items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..containers.layout import Layout
 from ..errors import PlanError, StatisticsError
+from ..experts.factors import gaussian_factors, svd_factors, whitened_factors
+from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.plan import START_NEEDS, LayerPlan, Slot
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, mean_output
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One expert in one orientation, whatever the family stores: gate and up are [F, D], down is [D, F]."""
-
-    gate_FD: Tensor | None
-    up_FD: Tensor
-    down_DF: Tensor
-    gate_bias_F: Tensor | None = None
-    up_bias_F: Tensor | None = None
-    down_bias_D: Tensor | None = None
-
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> ExpertWeights:
-        """A copy with `function(name, tensor)` in place of every tensor that is there."""
-        return replace(self, **{n: function(n, t) for n, t in vars(self).items() if t is not None})
-
-    @property
-    def gate_up_GD(self) -> Tensor:
-        return self.up_FD if self.gate_FD is None else torch.cat([self.gate_FD, self.up_FD])
-
-    @property
-    def gate_up_bias_G(self) -> Tensor | None:
-        if self.up_bias_F is None:
-            return None
-        return self.up_bias_F if self.gate_bias_F is None else torch.cat([self.gate_bias_F, self.up_bias_F])
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -57,82 +32,6 @@ class Adapter:
     up_B_FR: Tensor
     down_A_RF: Tensor
     down_B_DR: Tensor
-
-
-def mean_expert(experts: list[ExpertWeights], weights: list[float]) -> ExpertWeights:
-    """The weighted mean of experts, tensor by tensor, summed in float32 (LightMoE Eq. 4)."""
-
-    def mean(name: str, first: Tensor) -> Tensor:
-        total = torch.zeros_like(first, dtype=torch.float32)
-        for expert, weight in zip(experts, weights, strict=True):
-            total += weight * getattr(expert, name).float()
-        return total.to(first.dtype)
-
-    return experts[0].map(mean)
-
-
-def permute_hidden(expert: ExpertWeights, order_F: Tensor) -> ExpertWeights:
-    """Reorder an expert's hidden units. The function it computes stays the same."""
-    return expert.map(
-        lambda name, t: t if name == "down_bias_D" else t[:, order_F] if name == "down_DF" else t[order_F]
-    )
-
-
-def alignment(expert: ExpertWeights, reference: ExpertWeights) -> Tensor:
-    """[F] the order of an expert's hidden units in which they most resemble those of `reference`.
-
-    Units are matched by the inner product of their gate, up and down weights together, each matrix scaled to unit
-    norm, with the Hungarian algorithm (as MC-SMoE, arXiv 2310.01334). Cost: F x F x 3D products and O(F^3) matching.
-    """
-
-    def units(e: ExpertWeights) -> Tensor:
-        parts = [e.up_FD, e.down_DF.T] + ([] if e.gate_FD is None else [e.gate_FD])
-        return torch.cat([part.float() / part.float().norm().clamp(min=1e-30) for part in parts], dim=1)
-
-    similarity_FF = units(reference) @ units(expert).T
-    _, order = linear_sum_assignment(similarity_FF.numpy(force=True), maximize=True)
-    return torch.as_tensor(order, device=expert.up_FD.device)
-
-
-def align(expert: ExpertWeights, reference: ExpertWeights) -> ExpertWeights:
-    """An expert with its hidden units permuted to those of `reference` that they resemble most."""
-    return permute_hidden(expert, alignment(expert, reference))
-
-
-def gaussian_factors(
-    rows: int, columns: int, rank: int, like: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A [R, columns] drawn from N(0, 1/columns), B [rows, R] zero: the product starts at nothing (as LoRA)."""
-    a = torch.randn(rank, columns, generator=generator) / columns**0.5
-    return a.to(like), like.new_zeros(rows, rank)
-
-
-def svd_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` factors A [R, columns], B [rows, R] of a matrix; singular values shared evenly by both."""
-    u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (root[:, None] * vh[:rank]).to(matrix.dtype), (u[:, :rank] * root).to(matrix.dtype)
-
-
-def whitened_factors(matrix: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The rank-`rank` factors A [R, I], B [O, R] that lose least of what a matrix [O, I] says about its inputs.
-
-    They minimise ||(W - B A) S||_F, S S^T = G + jitter I, with G = sum x x^T over the inputs: SVD-LLM, arXiv 2403.07378,
-    which truncates W S = U Sigma V^T and takes B A = U_R Sigma_R V_R^T S^-1. That product is U_R U_R^T W, and U are the
-    eigenvectors of W S S^T W^T, so neither S nor its inverse is needed, and a singular G (fewer tokens than inputs)
-    does no harm: the jitter, a millionth of G's mean diagonal, decides directions that no token saw. G = 0 (no token
-    at all) gives the plain SVD. Both factors of a direction get the same norm. All of it in float64.
-    """
-    q_OM, rest_MI = torch.linalg.qr(matrix.double())  # so that eigenvectors are of the smaller side, M = min(O, I)
-    gram_II = gram_II.to(rest_MI)
-    scale = float(gram_II.diagonal().mean())
-    jitter_II = torch.eye(len(gram_II)).to(gram_II) * (1e-6 * scale if scale > 0 else 1.0)
-    spread_MM = rest_MI @ (gram_II + jitter_II) @ rest_MI.T
-    u_MR = torch.linalg.eigh(spread_MM).eigenvectors.flip(1)[:, :rank]
-    a_RI = u_MR.T @ rest_MI
-    root_R = torch.linalg.vector_norm(a_RI, dim=1).sqrt()
-    a_RI = a_RI / torch.where(root_R > 0, root_R, 1.0)[:, None]
-    return a_RI.to(matrix.dtype), (q_OM @ u_MR * root_R).to(matrix.dtype)
 
 
 def make_adapter(

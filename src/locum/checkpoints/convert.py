@@ -1,8 +1,8 @@
-"""Going on from a checkpoint that was only pruned: its containers become stock experts again, in the live model.
+"""Containers with whole experts become stock experts again, in the live model.
 
 A model pruned to unequal numbers of experts is saved in containers, because one number in a config cannot describe it.
-Every expert in them is whole, though, so once loaded it can be an ordinary model with unequal layers, on which
-calibration, search and plans work as on any other. Sizes and shapes then are those of the pruned model.
+Every expert in them is whole, so once loaded it can be an ordinary model with unequal layers, on which calibration,
+search and plans work as on any other. Sizes and shapes then are those of the pruned model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from transformers.core_model_loading import PrefixChange
 
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
+from ..containers.rows import row_weights
 from ..errors import UnsupportedModel
-from ..measure.calibration import _configs
 from ..models.families import find_layers, slice_experts, write_expert
-from ..training.layer import _row_weights
-from .checkpoint import layouts_of, load_model, set_module, skeleton
+from ..models.watch import configs_of
+from .quantizer import set_module
+from .skeleton import layouts_of, skeleton
 
 
 def only_kept(layout: Layout) -> bool:
@@ -36,19 +37,12 @@ def check_openable(path: str | Path, advice: str) -> None:
             raise UnsupportedModel(f"{path} is compressed already ({name} has stand-ins); {advice}")
 
 
-def open_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:
-    """A stock or pruned checkpoint as a live model with stock experts. Raises as `load_model`, and UnsupportedModel."""
-    check_openable(path, "give the original checkpoint")
-    model = load_model(path, device=device)
-    return open_containers(model) if layouts_of(path) else model
-
-
 def open_containers(model: PreTrainedModel) -> PreTrainedModel:
     """Put stock experts, as many as there are, in the place of containers with whole experts. In place."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     stock = skeleton(config)
-    configs = {id(theirs): ours for theirs, ours in zip(_configs(stock), _configs(model), strict=True)}
+    configs = {id(theirs): ours for theirs, ours in zip(configs_of(stock), configs_of(model), strict=True)}
     for layer in find_layers(model):
         container = layer.experts
         if not isinstance(container, StandInExperts):
@@ -59,17 +53,17 @@ def open_containers(model: PreTrainedModel) -> PreTrainedModel:
         experts.to(weight.dtype).to_empty(device=weight.device)
         tensors = {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
         for e in range(container.num_experts):
-            write_expert(experts, e, _row_weights(tensors, e, container.layout))
+            write_expert(experts, e, row_weights(tensors, e, container.layout))
         if container.post_expert_norm is not None:
             experts.post_expert_norm = container.post_expert_norm
         experts.config = configs[id(experts.config)]
         set_module(model, layer.shape.name, experts.train(container.training))
     del model.config.quantization_config
-    _save_as_stock(model)
+    save_as_stock(model)
     return model
 
 
-def _save_as_stock(model: PreTrainedModel) -> None:
+def save_as_stock(model: PreTrainedModel) -> None:
     """Let `save_pretrained` split experts into the tensors that the family's files have, which other engines read.
 
     `from_pretrained` notes for saving what it did to the tensors it read, and containers have other tensors.

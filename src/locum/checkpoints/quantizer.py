@@ -1,0 +1,161 @@
+"""The hook by which transformers loads checkpoints with containers.
+
+A layer that the stock layout cannot hold is named in `config.json`:
+
+    "quantization_config": {"quant_method": "locum", "format_version": 1, "layers": {experts module: layout}}
+
+`import locum` registers a quantizer for it. Before weights load, it puts containers where the config says, and the
+ordinary `AutoModelForCausalLM.from_pretrained` does the rest. Nothing executable is ever loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..errors import CheckpointError
+from ..models.families import canonical_gate, find_layers, slice_router
+from ..shapes import LayerShape
+from .read import read_header
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("locum")
+class LocumConfig(QuantizationConfigMixin):
+    """Which layers of a checkpoint are containers, and their layouts."""
+
+    def __init__(
+        self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has Locum format version {format_version!r}; this Locum reads version {FORMAT_VERSION}; "
+                f"install the version that wrote it, or a newer one"
+            )
+        if not isinstance(layers or {}, dict):
+            raise CheckpointError(f"config.json lists Locum's layers as {layers!r}; expected a table of layer names")
+        self.quant_method = "locum"  # type: ignore[assignment]
+        self.format_version = format_version
+        self.layers = layers or {}
+
+
+@register_quantizer("locum")
+class LocumQuantizer(HfQuantizer):
+    """Puts containers into the empty model, then steps aside: afterwards it is an ordinary, trainable model."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        place_containers(model, self.quantization_config.layers)
+        _check_files(model, checkpoint_files or [])
+        if hasattr(model.config, "auto_map"):  # names a file that saving the model does not write (remote_code.py)
+            del model.config.auto_map
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # The config keeps the layouts, so saving works; without a quantizer, .half(), Trainer and PEFT work as usual.
+        del model.hf_quantizer
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        _check_loaded(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _check_files(model: nn.Module, files: list[str]) -> None:
+    """Refuse damaged files, and tensors of another shape than their container's, which transformers calls missing."""
+    headers = {name: entry for file in files for name, entry in read_header(Path(file)).items()}
+    for name, container in containers_of(model):
+        for tensor, shape in container.layout.tensor_shapes().items():
+            if entry := headers.get(f"{name}.{tensor}"):
+                check_shape(f"{name}.{tensor}", tuple(entry["shape"]), shape)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Refuse what a file lacks, which transformers fills with random numbers or whatever memory holds, and containers
+    whose tensors are not those of their layout: transformers 5.17 takes whatever the file holds."""
+    may_lack = model._keys_to_ignore_on_load_missing or ()
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" or any(re.search(pattern, name) for pattern in may_lack):
+            continue
+        if not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(f"tensors are missing (first: {name}); fetch the checkpoint again")
+    for name, container in containers_of(model):
+        for tensor, shape in container.layout.tensor_shapes().items():
+            check_shape(f"{name}.{tensor}", tuple(container.get_parameter(tensor).shape), shape)
+
+
+def containers_of(model: nn.Module) -> list[tuple[str, StandInExperts]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, StandInExperts)]
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a container's tensor of another shape than its layout gives it."""
+    if found != expected:
+        raise CheckpointError(
+            f"{name} has shape {list(found)} in the file, but config.json lays out {list(expected)}; fetch the "
+            f"checkpoint again"
+        )
+
+
+def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
+    """Swap the experts modules named in `layers` for empty containers, and make room in their routers."""
+    found = {layer.shape.name: layer for layer in find_layers(model)}
+    for name, data in layers.items():
+        if name not in found:
+            raise CheckpointError(f"config.json describes a container for {name!r}, which this model does not have")
+        layer, layout = found[name], read_layout(name, data, found[name].shape)
+        weight = layer.experts.down_proj
+        container = StandInExperts(layout, canonical_gate(layer.experts), weight.dtype, weight.device)
+        container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
+        set_module(model, name, container)
+        layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
+        if layout.num_experts != layer.shape.num_experts:
+            slice_router(layer, layout.num_experts)
+
+
+def read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
+    """The layout of one container, checked against the stock layer that it replaces."""
+    try:
+        layout = Layout.from_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    for entry in ("hidden_size", "expert_width", "has_gate", "has_bias"):
+        if getattr(layout, entry) != getattr(shape, entry):
+            raise CheckpointError(
+                f"config.json says {entry}={getattr(layout, entry)} for the container {name}, but the layer of the model "
+                f"has {getattr(shape, entry)}; restore the config.json that was written with the weights"
+            )
+    if not shape.fewest_experts <= layout.num_experts <= shape.num_experts:
+        raise CheckpointError(
+            f"config.json gives the container {name} {layout.num_experts} experts; the layer can have "
+            f"{shape.fewest_experts} to {shape.num_experts}; restore the config.json that was written with the weights"
+        )
+    if layout.routing is not None and layout.routing.main > shape.top_k:
+        raise CheckpointError(
+            f"config.json lets {layout.routing.main} experts of {name} run for a token, but its router selects "
+            f"{shape.top_k}; restore the config.json that was written with the weights"
+        )
+    return layout
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

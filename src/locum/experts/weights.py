@@ -1,0 +1,79 @@
+"""One expert's weights in one orientation, and arithmetic on them: means, permutations, alignment.
+
+Letters: D model width, F expert width, G first product's width (2F with a gate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert in one orientation, whatever the family stores: gate and up are [F, D], down is [D, F]."""
+
+    gate_FD: Tensor | None
+    up_FD: Tensor
+    down_DF: Tensor
+    gate_bias_F: Tensor | None = None
+    up_bias_F: Tensor | None = None
+    down_bias_D: Tensor | None = None
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> ExpertWeights:
+        """A copy with `function(name, tensor)` in place of every tensor that is there."""
+        return replace(self, **{n: function(n, t) for n, t in vars(self).items() if t is not None})
+
+    @property
+    def gate_up_GD(self) -> Tensor:
+        return self.up_FD if self.gate_FD is None else torch.cat([self.gate_FD, self.up_FD])
+
+    @property
+    def gate_up_bias_G(self) -> Tensor | None:
+        if self.up_bias_F is None:
+            return None
+        return self.up_bias_F if self.gate_bias_F is None else torch.cat([self.gate_bias_F, self.up_bias_F])
+
+
+def mean_expert(experts: list[ExpertWeights], weights: list[float]) -> ExpertWeights:
+    """The weighted mean of experts, tensor by tensor, summed in float32 (LightMoE Eq. 4)."""
+
+    def mean(name: str, first: Tensor) -> Tensor:
+        total = torch.zeros_like(first, dtype=torch.float32)
+        for expert, weight in zip(experts, weights, strict=True):
+            total += weight * getattr(expert, name).float()
+        return total.to(first.dtype)
+
+    return experts[0].map(mean)
+
+
+def permute_hidden(expert: ExpertWeights, order_F: Tensor) -> ExpertWeights:
+    """Reorder an expert's hidden units. The function it computes stays the same."""
+    return expert.map(
+        lambda name, t: t if name == "down_bias_D" else t[:, order_F] if name == "down_DF" else t[order_F]
+    )
+
+
+def alignment(expert: ExpertWeights, reference: ExpertWeights) -> Tensor:
+    """[F] the order of an expert's hidden units in which they most resemble those of `reference`.
+
+    Units are matched by the inner product of their gate, up and down weights together, each matrix scaled to unit
+    norm, with the Hungarian algorithm (as MC-SMoE, arXiv 2310.01334). Cost: F x F x 3D products and O(F^3) matching.
+    """
+
+    def units(e: ExpertWeights) -> Tensor:
+        parts = [e.up_FD, e.down_DF.T] + ([] if e.gate_FD is None else [e.gate_FD])
+        return torch.cat([part.float() / part.float().norm().clamp(min=1e-30) for part in parts], dim=1)
+
+    similarity_FF = units(reference) @ units(expert).T
+    _, order = linear_sum_assignment(similarity_FF.numpy(force=True), maximize=True)
+    return torch.as_tensor(order, device=expert.up_FD.device)
+
+
+def align(expert: ExpertWeights, reference: ExpertWeights) -> ExpertWeights:
+    """An expert with its hidden units permuted to those of `reference` that they resemble most."""
+    return permute_hidden(expert, alignment(expert, reference))

@@ -1,0 +1,82 @@
+"""Which way makes the grouped products of a layer: by device, number format and shape. The figures behind it are here."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import native
+from .grouped import gathered_add, gathered_scatter, grouped
+from .products import Products
+
+# Measured on one core of an EPYC with avx512_bf16, shared with other work: 16 matrices of 2048 x 2048 (134 MB) in bfloat16,
+# each times M rows; milliseconds of the core's time, the fastest of six. Reading them takes 6, their operations 0.7 M.
+#   M                    1     4     8    16    32    64   128
+#   torch grouped_mm    16    15    17    22    34    53    93
+#   native               6     7    10    15    28    52   100
+# With small matrices (32 experts of 256 x 96) native is ahead at 128 rows too, 9.5 against 10.8 to 14, in float32 as well.
+# From 96 rows of an item on, native turns matrices round (native.cpp): 16 matrices of 2048 x 2048, 460 rows each, took
+# 164 ms of two cores (376 GFLOP/s, gathering and adding included) where rows read straight took 189. With so many rows the
+# container goes cluster by cluster, and what lies between the products stays in the cache: identity plan, 1,024 tokens,
+# 315 ms against 342; 512 tokens 176 against 179; 256 tokens 129 against 116.
+NATIVE_ROWS = 64  # the most rows per expert, on average
+# Low-rank experts make twice as many products, of half the size or less: with mean rank 512, 256 rows per expert took 600
+# ms against 881 in the loop, 768 rows 2294 against 1740.
+LOW_RANK_ROWS = 384
+# A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
+GATHERED_PAIRS = 64
+LOOP = "loop"
+# The first way that serves and has room for the pairs is taken. Not measured yet: `make gpu` is where "triton" would be.
+CUDA_WAYS = (("grouped", math.inf), ("gathered", GATHERED_PAIRS))
+TRITON_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, pairs: int, experts: int, aligned: bool, low_rank: bool = False
+) -> str:
+    """The way to make a layer's products: one of PRODUCTS, or LOOP.
+
+    `aligned`: every row of every matrix has a multiple of 16 bytes, which torch's grouped product asks for. `low_rank`:
+    most experts have no dense row.
+    """
+    if device.type == "cpu" and dtype in native.FORMATS and not torch.is_grad_enabled():
+        if pairs <= (LOW_RANK_ROWS if low_rank else NATIVE_ROWS) * experts and native.available():
+            return "native op" if torch.compiler.is_compiling() else "native"
+    elif device.type == "cuda":
+        way = next((way for way, most in CUDA_WAYS if pairs <= most and _serves(way, dtype, aligned)), LOOP)
+        return "triton op" if way == "triton" and torch.compiler.is_compiling() else way
+    if pairs <= GATHERED_PAIRS and torch.compiler.is_compiling():
+        return "gathered"
+    return LOOP
+
+
+def _serves(way: str, dtype: torch.dtype, aligned: bool) -> bool:
+    if way == "triton":  # no gradients; and it comes with CUDA builds of torch only
+        return dtype in TRITON_FORMATS and not torch.is_grad_enabled() and triton_is_there()
+    return way != "grouped" or (dtype == torch.bfloat16 and aligned)
+
+
+@torch.compiler.assume_constant_result
+def triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def by_triton(way: str) -> Products:
+    from . import triton_grouped
+
+    return triton_grouped.PRODUCTS[way]()
+
+
+# Of each way, what makes its products for one forward call.
+NATIVE = Products(native.add_, native.scatter_)
+PRODUCTS: dict[str, Callable[[], Products]] = {
+    "native": lambda: NATIVE,
+    "native op": lambda: Products(native.add_op, native.scatter_op),
+    "grouped": grouped,
+    "gathered": lambda: Products(gathered_add, gathered_scatter),
+    "triton": lambda: by_triton("triton"),
+    "triton op": lambda: by_triton("triton op"),
+}

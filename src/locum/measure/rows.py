@@ -1,0 +1,75 @@
+"""Results on disk: one measured number per row, one row per line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..files import check_output, write_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number, as results.jsonl holds it."""
+
+    model: str
+    plan: str | None
+    metric: str
+    domain: str
+    value: float
+    low: float | None  # 95% interval; None where there is one block, which says nothing about spread
+    high: float | None
+    n: int  # predicted tokens
+    seed: int
+    seconds: float  # of the whole run
+    peak_bytes: int  # of the process, or of the accelerator's memory if the model is on one
+    provenance: dict[str, Any]
+
+
+# rows on disk
+
+
+def write_rows(path: str | Path, rows: list[Row]) -> None:
+    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them."""
+    path = check_output(path, force=True)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    old += "\n" if old and not old.endswith("\n") else ""
+    write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a results file. Raises DataError, naming the line, for anything that is not a row."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read results {path}: {error}; make them with: locum eval") from None
+    return [_row(line, f"{path}, line {i + 1}") for i, line in enumerate(lines) if line.strip()]
+
+
+KINDS: dict[str, Any] = {
+    "str": str,
+    "str | None": str | None,
+    "float": int | float,
+    "float | None": int | float | None,
+    "int": int,
+    "dict[str, Any]": dict,
+}
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+    if not isinstance(data, dict) or set(data) != set(fields):
+        found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
+        raise DataError(f"{where}: a result has the fields {', '.join(sorted(fields))}; found {found or 'none'}")
+    for name, kind in fields.items():
+        if not isinstance(data[name], KINDS[kind]) or isinstance(data[name], bool):
+            raise DataError(f"{where}: {name!r} is {data[name]!r}, and not {kind}")
+    return Row(**data)

@@ -1,0 +1,83 @@
+"""`apply`: a plan and a checkpoint become a smaller checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..checkpoints.application import apply_plan, save_checkpoint
+from ..checkpoints.card import model_card
+from ..checkpoints.convert import check_openable
+from ..checkpoints.load import open_model
+from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.skeleton import read_shape
+from ..containers.build import check_statistics
+from ..errors import PlanError, StatisticsError
+from ..files import check_output, provenance
+from ..plans.plan import Plan
+from ..plans.plan_file import load_plan
+from ..stats.statistics_file import load_statistics
+from ..stats.sums import Statistics
+from .options import MOST_SEED, Force, Help, Out, Progress, Seed, check_number, needed, silent, timed
+
+
+def apply(
+    model: Path,
+    *,
+    plan: Annotated[Path, Help("the plan file")],
+    out: Out,
+    statistics: Annotated[
+        Path | None, Help("statistics for a plan with constants or whitened adapters; default: those it was made from")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    progress: Progress = silent,
+) -> Path:
+    """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card."""
+    model = Path(model)
+    out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
+    check_number("seed", seed, 0, MOST_SEED)
+    decided = plan if isinstance(plan, Plan) else load_plan(plan)
+    shape = read_shape(model)
+    check_openable(model, "apply the plan to the original checkpoint")
+    decided.validate(shape)
+    observed = statistics_for(decided, statistics, model) if decided.needs else None
+    tokenizer = load_tokenizer(model)
+    live = open_model(model)
+    count, told = 0, timed(progress)
+
+    def step(layer: str) -> None:
+        nonlocal count
+        count += 1
+        told("apply", count, len(decided.layers))
+
+    apply_plan(live, decided, observed, seed, step)
+    made = provenance(
+        original=str(model.resolve()),
+        original_fingerprint=fingerprint_checkpoint(model),
+        original_shape=shape.to_json(),
+        plan=decided.id,
+        seed=seed,
+    )
+    save_checkpoint(live, tokenizer, out, decided, model_card(decided, shape, out.name, made), model, made)
+    return out
+
+
+def statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path) -> Statistics:
+    """The statistics that carrying out a plan reads: those given, or those that the plan names."""
+    source = statistics or plan.provenance.get("statistics_file")
+    if source is None or isinstance(source, list) or (statistics is None and not Path(source).is_file()):
+        gone = f" (made from {source}, which is not there)" if isinstance(source, str) else ""
+        raise PlanError(
+            f"the plan has constants or whitened adapters, which are made from statistics ({', '.join(plan.needs)}){gone}; "
+            f"name them with --statistics"
+        )
+    loaded = source if isinstance(source, Statistics) else load_statistics(source)
+    if loaded.shape.fingerprint != plan.shape_fingerprint:
+        raise StatisticsError(
+            f"the statistics were collected on another model ({loaded.shape.model_type}, {len(loaded.shape.layers)} MoE "
+            f"layers) than {model}; name those that the plan was made from"
+        )
+    for layer in plan.layers:
+        check_statistics(layer, loaded.layer(layer.layer))
+    return loaded

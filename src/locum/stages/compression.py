@@ -1,0 +1,132 @@
+"""`compress`: from a checkpoint to a smaller one in one call."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..checkpoints.skeleton import read_shape
+from ..data.documents import parse_sources
+from ..errors import PlanError
+from ..files import check_output
+from ..measure.removals import SAMPLE
+from ..options import make_options
+from ..plans.plan import Plan, with_provenance
+from ..stats.statistics_file import load_statistics
+from ..stats.sums import Statistics
+from ..training.options import Recovery
+from ..training.recovery import check_recovery
+from .application import apply
+from .calibration import calibrate
+from .options import (
+    MOST_SEED,
+    BatchSize,
+    Data,
+    Device,
+    Fit,
+    Force,
+    Help,
+    Length,
+    Out,
+    Progress,
+    Remove,
+    Seed,
+    ToObserve,
+    check_number,
+    needed,
+    silent,
+)
+from .planning import check_statistics_of, check_target, chosen_method, plan
+from .recovery import recover as recover_stage
+from .searching import Sample, search, to_collect
+
+
+def compress(
+    model: Path,
+    *,
+    data: Data = (),
+    out: Out,
+    method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
+    remove: Remove = None,
+    fit: Fit = None,
+    tokens: ToObserve = 131072,
+    sample: Sample = SAMPLE,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    statistics: Annotated[
+        Path | None, Help("use this statistics file, or write it there when it does not exist")
+    ] = None,
+    recover: Annotated[str | None, Help("train the result back, as locum recover --how; default: do not")] = None,
+    recover_steps: Annotated[int, Help("optimizer steps of that training")] = Recovery.steps,
+    recover_learning_rate: Annotated[float, Help("highest learning rate of that training")] = Recovery.learning_rate,
+    force: Force = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Path:
+    """Calibrate (or search, for a method that searches), plan and apply in one, and recover if asked to.
+
+    A method that needs no statistics needs no data.
+    """
+    model = Path(model)
+    chosen = chosen_method(method, options)
+    paths = [source.path for source in parse_sources(data)] if data or chosen.needs() or recover else []
+    out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
+    check_number("seed", seed, 0, MOST_SEED)
+    recovery = {"how": recover, "steps": recover_steps, "learning_rate": recover_learning_rate, "seed": seed}
+    if recover is not None:
+        check_number("recover-steps", recover_steps, 1)
+        check_recovery(make_options(Recovery, recovery))
+    check_target(remove, fit, read_shape(model), chosen)
+    asked = {"method": method, "remove": remove, "fit": fit, **options}
+    shared = {"seed": seed, "force": force, "progress": progress}
+    training = None if recover is None else {"data": data, "device": device, **recovery}
+    if not chosen.needs():
+        return _finish(model, plan([model], **asked), None, out, training, **shared)
+    keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
+    if not Path(keep).is_file():
+        observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
+        observed |= {"data": data, "out": Path(keep), "progress": progress}
+        if hasattr(chosen, "explore"):
+            search(model, method=method, sample=sample, **observed, **options)
+        else:
+            calibrate(model, also=to_collect(chosen), **observed)
+    try:
+        loaded = load_statistics(keep)
+        check_statistics_of(loaded, model, keep)
+        decided = plan([loaded], **asked)
+        if statistics is not None:
+            decided = with_provenance(decided, statistics_file=str(statistics))
+        return _finish(model, decided, loaded, out, training, **shared)
+    finally:
+        if statistics is None:
+            Path(keep).unlink(missing_ok=True)
+
+
+def _finish(
+    model: Path,
+    decided: Plan,
+    statistics: Statistics | None,
+    out: Path,
+    training: dict[str, Any] | None,
+    *,
+    seed: int,
+    force: bool,
+    progress: Progress,
+) -> Path:
+    """Apply a plan and train the result if asked to; `out` appears when both are done."""
+    if training is None:
+        return apply(model, plan=decided, out=out, statistics=statistics, seed=seed, force=force, progress=progress)
+    if training["how"] == "annealed" and not any(layer.replaced for layer in decided.layers):
+        raise PlanError(
+            "the plan only drops or keeps experts, so there is nothing to anneal; use --recover lora or full"
+        )
+    draft = out.with_name(f".{out.name}.unrecovered")
+    try:
+        apply(model, plan=decided, out=draft, statistics=statistics, seed=seed, force=True, progress=progress)
+        recover_stage(draft, out=out, original=model, force=force, progress=progress, **training)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out

@@ -1,0 +1,120 @@
+"""`evaluate`: loss, distance from the original and task scores of a checkpoint, as rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..checkpoints.load import load_model
+from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.read import load_tokenizer
+from ..checkpoints.skeleton import active_parameters_in, check_vocabularies, expert_parameters_in, read_shape
+from ..data.documents import parse_sources
+from ..data.tokens import load_tokens
+from ..errors import OptionError
+from ..files import check_output, provenance
+from ..measure.loss import evaluate as evaluate_models
+from ..measure.rows import Row, read_rows, write_rows
+from ..measure.tasks import evaluate_tasks, find_tasks
+from ..plans.plan import Plan
+from .options import BatchSize, Data, Device, Help, Length, Seed, check_number, device_of
+from .recovery import LOG
+
+
+def evaluate(
+    model: Path,
+    *,
+    data: Data = (),
+    tasks: Annotated[str | None, Help("lm-eval tasks to score, separated by commas")] = None,
+    task_path: Annotated[Path | None, Help("folder with further lm-eval task files")] = None,
+    limit: Annotated[int | None, Help("items per task; default: all of them")] = None,
+    against: Annotated[Path | None, Help("the original; default: as the checkpoint's notes say")] = None,
+    json: Annotated[Path | None, Help("append the rows to this results file (JSON lines)")] = None,
+    split: Annotated[str, Help("train, validation, test or all of the documents")] = "test",
+    tokens: Annotated[int | None, Help("limit of tokens; default: all of them")] = None,
+    length: Length = 256,
+    batch_size: BatchSize = 8,
+    resamples: Annotated[int, Help("bootstrap resamples behind the intervals")] = 1000,
+    name: Annotated[str | None, Help("what to call the model in the results; default: its folder")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> list[Row]:
+    """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals; the same for
+    what the model scores on tasks with gold answers."""
+    model = Path(model)
+    _check_asked(data, tasks, task_path, limit)
+    if json is not None:
+        json = check_output(json, force=True)
+        if json.exists():
+            read_rows(json)  # only to results can rows be added
+    check_number("batch-size", batch_size, 1)
+    check_number("resamples", resamples, 1)
+    device = device_of(device)
+    read_shape(model)
+    notes = read_notes(model)
+    if against is None and Path(notes.get("original", "")).is_dir() and notes.get("original"):
+        against = Path(notes["original"])
+    if against is not None:
+        read_shape(against)
+        check_vocabularies(model, against)
+    tokenizer = load_tokenizer(model)
+    asked = find_tasks(tasks, task_path) if tasks is not None else {}
+    blocks = None
+    if data:
+        blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
+    live = load_model(model, device=device)
+    original = None if against is None else load_model(against, device=device)
+    called = name or model.resolve().name
+    plan = plan_of(model)
+    shared = {
+        "against": original,
+        "batch_size": batch_size,
+        "seed": seed,
+        "resamples": resamples,
+        "model_name": called,
+        "plan": None if plan is None else plan.id,
+    }
+    rows = []
+    if blocks is not None:
+        made = provenance(data_fingerprint=blocks.fingerprint, split=split)
+        rows += evaluate_models(live, blocks, **shared, provenance=made)
+    if asked:
+        rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())
+    about = {called: _about(model, plan, notes)}
+    if against is not None:
+        about["original"] = _about(Path(against), None, {})
+    rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
+    if json is not None:
+        write_rows(json, rows)
+    return rows
+
+
+def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: int | None) -> None:
+    if not data and tasks is None:
+        raise OptionError("nothing to evaluate on; give --data (text), --tasks (questions with answers), or both")
+    if data:
+        parse_sources(data)
+    if tasks is None and (task_path is not None or limit is not None):
+        raise OptionError("--task-path and --limit are about tasks; name some with --tasks")
+    if limit is not None:
+        check_number("limit", limit, 1)
+
+
+def _about(model: Path, plan: Plan | None, notes: dict[str, Any]) -> dict[str, Any]:
+    """What a results row says of the checkpoint behind it, so that reports find sizes and pictures."""
+    shape = read_shape(model)
+    made = {} if plan is None else plan.provenance
+    about = {
+        "checkpoint": str(model),
+        "parameters": shape.parameters,
+        "bytes": shape.bytes,
+        "expert_parameters": expert_parameters_in(model, shape),
+        "active_parameters": active_parameters_in(model, shape),
+        "stage": "original" if plan is None else "recovered" if "recovery" in notes else "compressed",
+        "method": None if plan is None else plan.method,
+        "plan_file": str(model / "plan.json") if plan is not None else None,
+        "recovery_log": str(model / LOG) if (model / LOG).is_file() else None,
+        "statistics_file": made.get("statistics_file"),
+    }
+    return {key: value for key, value in about.items() if value is not None}

@@ -1,0 +1,82 @@
+"""What the stages share: options that have one name, one help text and one check everywhere.
+
+Options are keyword-only in every stage, carry their help in the annotation, and have one name and one default in Python
+and on the command line. Options of methods and of recovery are those of their own dataclasses.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from ..errors import OptionError
+
+MOST_SEED = 2**31 - 1
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Help:
+    """One line of help for an option."""
+
+    text: str
+
+
+Data = Annotated[Sequence[str], Help("text, folder, JSONL, Parquet or datasets folder as [domain=]PATH[@WEIGHT]")]
+Out = Annotated[Path | None, Help("where to write")]
+Force = Annotated[bool, Help("replace an output that exists")]
+Seed = Annotated[int, Help("seed of everything random")]
+Device = Annotated[str, Help("auto, cpu, cuda, cuda:1, ...")]
+ToObserve = Annotated[int, Help("tokens to observe, shared over domains by weight")]
+Split = Annotated[str, Help("train, validation, test or all of the documents")]
+Length = Annotated[int, Help("tokens in a block")]
+BatchSize = Annotated[int, Help("blocks in a batch")]
+Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
+Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such as 16GiB")]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def timed(progress: Progress) -> Progress:
+    """The same progress, with the seconds that the last layer took."""
+    last = time.perf_counter()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        before, last = last, time.perf_counter()
+        progress(f"{stage}: {last - before:.1f} s for the last layer", done, total)
+
+    return report
+
+
+def device_of(name: str) -> str:
+    """The device that a name means. Raises OptionError for one that is not there, before anything is loaded."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise OptionError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]:.80}); devices here: auto, {there}"
+        ) from error
+    return name
+
+
+def check_number(name: str, value: int, least: int, most: float = math.inf) -> None:
+    if not least <= value <= most:
+        end = "" if most == math.inf else f" to {most}"
+        raise OptionError(f"--{name} is {value}; allowed: whole numbers from {least}{end}")
+
+
+def needed(value: Any, name: str) -> Path:
+    if value is None:
+        raise OptionError(f"--{name} is missing; say where to write")
+    return Path(value)

@@ -1,0 +1,195 @@
+"""`plan`: statistics become a plan; `diff`: two plans compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..budgets.target import meet_target, parse_size
+from ..checkpoints.convert import check_openable
+from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.skeleton import read_shape
+from ..containers.layout import active_parameters
+from ..data.tokens import fingerprint_tokenizer
+from ..errors import OptionError, StatisticsError
+from ..files import check_output, provenance
+from ..methods import METHODS
+from ..options import make_options
+from ..plans.plan import Plan, make_plan, with_provenance, with_routing
+from ..plans.plan import diff as diff_plans
+from ..plans.plan_file import load_plan, save_plan
+from ..shapes import ModelShape
+from ..stats.statistics_file import load_statistics
+from ..stats.sums import Statistics
+from .options import Fit, Force, Help, Out, Remove
+
+
+def plan(
+    statistics: Sequence[Path],
+    *,
+    method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
+    remove: Remove = None,
+    fit: Fit = None,
+    onto: Annotated[Path | None, Help("add the method's routing policy to the plan in this file")] = None,
+    out: Out = None,
+    force: Force = False,
+    **options: Any,
+) -> Plan:
+    """Decide what becomes of every expert, from statistics alone. Several statistics files are added up.
+
+    A method that needs no statistics takes a checkpoint folder as well.
+    """
+    files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
+    out = None if out is None else check_output(out, force, inputs=[*files, onto])
+    chosen = chosen_method(method, options)
+    check_target(remove, fit, method=chosen)
+    base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
+    if base is not None and chosen.saves != "active":
+        raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
+    shape, total, origin = _planned_from(files, chosen)
+    chosen = _as_searched(chosen, options, total)
+    made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
+
+    def build(amount: float) -> Plan:
+        return make_plan(shape, chosen.plan(total, shape, amount), **made)
+
+    if chosen.saves == "active":
+        result = build(1.0)
+    else:
+        result = meet_target(build, shape, remove, None if fit is None else parse_size(fit))
+    origin["target"] = {"remove": remove, "fit": fit}
+    if base is not None:
+        result = _joined(base, result, shape)
+        origin |= {key: value for key, value in base.provenance.items() if key in (*origin, "statistics_file")}
+    result = with_provenance(result, **provenance(**origin))
+    if out is not None:
+        save_plan(result, out)
+    return result
+
+
+def _joined(base: Plan, policy: Plan, shape: ModelShape) -> Plan:
+    """The base plan with the policy's routing."""
+    joined = with_routing(base.validate(shape), {layer.layer: layer.routing for layer in policy.layers}, shape)
+    joined = dataclasses.replace(joined, method=f"{base.method} + {policy.method}", options=policy.options)
+    return with_provenance(joined, onto={"plan": base.id, "method": base.method, "options": base.options})
+
+
+def _planned_from(
+    files: Sequence[Path | Statistics], chosen: Any
+) -> tuple[ModelShape, Statistics | None, dict[str, Any]]:
+    """Shape and statistics to plan from, and what the plan's provenance says of them."""
+    folder = next((f for f in files if not isinstance(f, Statistics) and Path(f).is_dir()), None)
+    if folder is None:
+        loaded = [s if isinstance(s, Statistics) else load_statistics(s) for s in files]
+        total = loaded[0]
+        for more in loaded[1:]:
+            total = total + more
+        named = [str(s) for s in files if not isinstance(s, Statistics)]
+        known = {key: total.provenance[key] for key in ("model_fingerprint", "data_fingerprint")}
+        return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
+    if chosen.needs() or len(files) > 1:
+        made_by = "search" if hasattr(chosen, "explore") else "calibrate"
+        raise OptionError(
+            f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum {made_by}"
+            if chosen.needs()
+            else f"{folder} is a checkpoint; give it alone, or statistics files"
+        )
+    shape = read_shape(folder)
+    check_openable(folder, "make plans for the original checkpoint")
+    return shape, None, {"model_fingerprint": fingerprint_checkpoint(folder)}
+
+
+def _as_searched(chosen: Any, given: dict[str, Any], statistics: Statistics | None) -> Any:
+    """A searching method with the options that its statistics were searched with; others cannot be given any more."""
+    meet_target = None if statistics is None else statistics.provenance.get("search")
+    if not hasattr(chosen, "explore") or meet_target is None:
+        return chosen
+    if meet_target["method"] != chosen.name:
+        raise StatisticsError(
+            f"the statistics were searched for method {meet_target['method']}, not {chosen.name}; search again"
+        )
+    searched = {name: meet_target["options"][name] for name in chosen.searched_with}
+    for name, value in searched.items():
+        if name in given and given[name] != value:
+            raise StatisticsError(
+                f"the statistics were searched with --{name.replace('_', '-')} {value}, the plan asks for {given[name]}; leave "
+                f"that out to plan with what was found, or run `locum search` again"
+            )
+    return dataclasses.replace(chosen, **searched)
+
+
+def shape_behind(path: Path) -> ModelShape:
+    """The shape of the model that a statistics file or a checkpoint folder is of."""
+    return read_shape(path) if Path(path).is_dir() else load_statistics(path).shape
+
+
+def diff(a: Path, b: Path) -> list[str]:
+    """What two plans do differently, one line per expert."""
+    return diff_plans(load_plan(a), load_plan(b))
+
+
+def chosen_method(method: str, options: dict[str, Any]) -> Any:
+    """A method with its options. Raises OptionError for an unknown method, option or criterion."""
+    chosen = make_options(METHODS[method], options)
+    chosen.needs()  # knows the criterion
+    return chosen
+
+
+def check_target(remove: float | None, fit: str | None, shape: ModelShape | None = None, method: Any = None) -> None:
+    """Fail on a target that can never be met before an hour of calibration, not after."""
+    if method is not None and method.saves == "active":
+        if (remove, fit) != (None, None):
+            raise OptionError(
+                f"method {method.name} saves active parameters, not stored ones: every expert stays in the checkpoint, so "
+                f"there is nothing to --remove or to --fit; its own options say how much it saves (locum list)"
+            )
+        return
+    if (remove is None) == (fit is None):
+        raise OptionError("give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)")
+    if remove is not None and not 0 < remove < 1:
+        raise OptionError(
+            f"--remove is {remove:g}; it is the fraction of expert parameters to remove: above 0, below 1"
+        )
+    if fit is not None and shape is not None:
+        rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize
+        if parse_size(fit) < rest:
+            raise OptionError(
+                f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "
+                f"that, up to {shape.bytes:,}, the size as it is"
+            )
+
+
+def check_statistics_of(statistics: Statistics, model: Path, path: Path) -> None:
+    """Statistics that are named for a model must be of that model and tokenizer."""
+    ours = {
+        "model": (statistics.provenance["model_fingerprint"], fingerprint_checkpoint(model)),
+        "tokenizer": (
+            statistics.provenance["tokenizer_fingerprint"],
+            fingerprint_tokenizer(load_tokenizer(model)),
+        ),
+    }
+    for what, (theirs, here) in ours.items():
+        if theirs != here:
+            raise StatisticsError(
+                f"statistics {path} belong to another {what} (fingerprint {theirs}) than {model} ({here}); calibrate "
+                f"this model, or make a plan from them with `locum plan` and apply that"
+            )
+
+
+def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
+    """Sizes before and after, and what becomes of how many experts, for people and tests."""
+    size = decided.size(shape)
+    return {
+        "method": decided.method,
+        "plan": decided.id,
+        "removed": decided.removed(shape),
+        "parameters": [shape.parameters, size.parameters],
+        "expert_parameters": [shape.expert_parameters, size.expert_parameters],
+        "active_parameters": [active_parameters(shape), active_parameters(shape, decided)],
+        "bytes": [shape.bytes, size.bytes],
+        "stock_layout": decided.is_stock(shape),
+        "replaced_per_layer": [len(layer.replaced) for layer in decided.layers],
+        "experts_per_layer": [len(layer.survivors) for layer in decided.layers],
+    }

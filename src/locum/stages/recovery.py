@@ -1,0 +1,158 @@
+"""`recover`: a compressed checkpoint is trained back to strength."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..checkpoints.application import save_checkpoint
+from ..checkpoints.card import model_card
+from ..checkpoints.load import load_model
+from ..checkpoints.notes import original_of, plan_of, read_notes
+from ..checkpoints.patch import adapter_notes, base_of, write_adapter
+from ..checkpoints.read import fingerprint_checkpoint, is_adapter, load_tokenizer, read_config
+from ..checkpoints.skeleton import is_compressed, read_shape
+from ..data.documents import parse_sources
+from ..data.tokens import load_tokens
+from ..errors import CheckpointError, OptionError, PlanError
+from ..files import check_output, provenance
+from ..models.families import find_layers, read_expert
+from ..options import make_options
+from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
+from ..shapes import ModelShape
+from ..training.options import Recovery
+from ..training.recovery import RECIPES, check_recovery, recover_model
+from ..training.states import STATE_FILE, forget
+from .options import Data, Device, Force, Help, Out, Progress, check_number, device_of, needed, silent
+
+LOG = "recovery.jsonl"
+
+
+def _old_weights(model: Path, original: Path | None, decided: Plan | None, chosen: Recovery) -> Path | None:
+    """Where the weights are that annealing fades out; None where none are needed."""
+    if chosen.how != "annealed":
+        return None
+    if decided is None or not any(layer.replaced for layer in decided.layers):
+        raise PlanError(f"{model} has no replaced experts, so there is nothing to anneal; use --how lora or --how full")
+    if chosen.end_fraction == 0:
+        return None
+    source = original_of(model, original, "annealing needs the old weights")
+    decided.validate(read_shape(source))
+    return source
+
+
+def recover(
+    model: Path,
+    *,
+    data: Data,
+    out: Out,
+    original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
+    device: Device = "auto",
+    force: Force = False,
+    restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
+    adapter_only: Annotated[bool, Help("write vectors and routers alone, over the base (--how vectors)")] = False,
+    validation_tokens: Annotated[int, Help("most tokens that a validation reads, shared over domains")] = 65536,
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a compressed checkpoint back to strength. An interrupted run goes on where it stopped."""
+    model = Path(model)
+    paths = [source.path for source in parse_sources(data)]
+    out = check_output(needed(out, "out"), force, "folder", inputs=[model, original, *paths])
+    chosen: Recovery = make_options(Recovery, options)
+    check_recovery(chosen)
+    if adapter_only and RECIPES[chosen.how].changes_weights:
+        raise OptionError(
+            f"--adapter-only keeps the base's weights, and --how {chosen.how} trains them; use --how vectors"
+        )
+    check_number("validation-tokens", validation_tokens, 1)
+    device = device_of(device)
+    config = read_config(model)
+    shape = read_shape(model)
+    decided = plan_of(model)
+    if decided is None and is_compressed(config):
+        raise CheckpointError(
+            f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
+        )
+    source = _old_weights(model, original, decided, chosen)
+    tokenizer = load_tokenizer(model)
+    blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
+    validation = load_tokens(
+        data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
+    )
+    live = load_model(model, device=device)
+    reads = None
+    if source is not None:
+        old = load_model(source, dtype=live.dtype, device=device)
+        reads = {layer.shape.name: _reader(layer.experts) for layer in find_layers(old)}
+    workdir = out.with_name(f".{out.name}.recover")
+    try:
+        live, summary = recover_model(
+            live,
+            decided or _keep_all(shape),
+            blocks,
+            validation,
+            chosen,
+            original_read=reads,
+            workdir=workdir,
+            log=workdir / LOG,
+            progress=lambda done, total, loss: progress(f"recover: loss {loss:.3f}", done, total),
+            restart=restart,
+        )
+    except BaseException:
+        if not (workdir / STATE_FILE).is_file():  # nothing to go on from
+            forget(workdir)
+        raise
+    notes = read_notes(model)
+    before = read_shape(source) if source is not None else _original_shape(notes, shape)
+    base = _base_of(model, decided, notes) if adapter_only else None
+    notes |= provenance(recovery={**dataclasses.asdict(chosen), **summary}, recovered_from=str(model))
+    _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base)
+    forget(workdir)
+    return {"out": str(out), **summary}
+
+
+def _save(
+    live: Any,
+    tokenizer: Any,
+    out: Path,
+    plan: Plan,
+    before: ModelShape,
+    model: Path,
+    notes: dict[str, Any],
+    log: Path,
+    base: Path | None,
+) -> None:
+    """Write a recovered checkpoint, or, given a base, the adapter over it. `before` is the original's shape."""
+    notes.pop("adapter", None)  # of an adapter that was trained on
+    if base is not None:
+        notes["adapter"] = adapter_notes(live, base)
+    card = model_card(plan, before, out.name, notes)
+    write = type(live).save_pretrained if base is None else write_adapter
+    kept = plan if plan_of(model) is not None else None
+    save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
+
+
+def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
+    """What an adapter trained on `model` goes over: the original where the plan changes nothing but routing, and no
+    weight was trained since."""
+    if is_adapter(model):
+        return base_of(model)
+    if plan.keeps_experts and "recovery" not in notes and Path(notes.get("original") or "").is_dir():
+        original = Path(notes["original"])
+        if fingerprint_checkpoint(original) == notes.get("original_fingerprint"):
+            return original
+    return model
+
+
+def _reader(experts: Any) -> Any:
+    return lambda e: read_expert(experts, e)
+
+
+def _keep_all(shape: ModelShape) -> Plan:
+    return make_plan(shape, [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers])
+
+
+def _original_shape(notes: dict[str, Any], shape: ModelShape) -> ModelShape:
+    return ModelShape.from_json(notes["original_shape"]) if "original_shape" in notes else shape

@@ -1,0 +1,27 @@
+"""`report`: one page from results and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from ..files import check_output, write_text
+from ..reports.report import make_report
+from .options import Force, Help, Out, needed
+
+
+def report(
+    results: Sequence[Path],
+    *,
+    out: Out,
+    title: Annotated[str, Help("title of the page")] = "Locum report",
+    force: Force = False,
+) -> Path:
+    """One self-contained HTML page from results files, statistics files (.safetensors) or both: pictures first."""
+    files = [results] if isinstance(results, (str, Path)) else list(results)
+    out = check_output(needed(out, "out"), force, inputs=files)
+    statistics = [file for file in files if Path(file).suffix == ".safetensors"]
+    rows = [file for file in files if file not in statistics]
+    write_text(out, make_report(rows, statistics=statistics, title=title))
+    return out

@@ -1,0 +1,157 @@
+"""`search`: calibrate, then let a method try removals on the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..checkpoints.convert import check_openable
+from ..checkpoints.load import open_model
+from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.skeleton import read_shape
+from ..data.documents import parse_sources
+from ..data.tokens import fingerprint_tokenizer, load_tokens
+from ..errors import LocumError, OptionError, UnsupportedModel
+from ..files import check_output, provenance
+from ..measure.remembered import RememberedAnswers
+from ..measure.removals import SAMPLE, ModelExplorer
+from ..shapes import ModelShape
+from ..stats.events import SearchEvent
+from ..stats.statistics_file import load_statistics, save_statistics
+from ..stats.sums import STATISTICS, Statistics
+from .calibration import calibrate
+from .options import (
+    MOST_SEED,
+    BatchSize,
+    Data,
+    Device,
+    Force,
+    Help,
+    Length,
+    Out,
+    Progress,
+    Seed,
+    Split,
+    ToObserve,
+    check_number,
+    device_of,
+    needed,
+    silent,
+    timed,
+)
+from .planning import chosen_method
+
+Sample = Annotated[int, Help("tokens on which removals are tried, for methods that search")]
+
+
+def search(
+    model: Path,
+    *,
+    data: Data,
+    out: Out,
+    method: Annotated[str, Help("a method that searches; see locum list")] = "moe-i2",
+    tokens: ToObserve = 131072,
+    sample: Sample = SAMPLE,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    split: Split = "train",
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Statistics:
+    """Calibrate, and let a method try removals on the model: statistics that its plans then read, in one file.
+
+    An interrupted search goes on where it stopped when the same command is given again.
+    """
+    model = Path(model)
+    chosen = chosen_method(method, options)
+    if not hasattr(chosen, "explore"):
+        raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
+    paths = [source.path for source in parse_sources(data)]
+    out = check_output(needed(out, "out"), force, inputs=[model, *paths])
+    for name, value in (("batch-size", batch_size), ("sample", sample)):
+        check_number(name, value, 1)
+    check_number("seed", seed, 0, MOST_SEED)
+    if "seed" in (field.name for field in dataclasses.fields(chosen)):
+        chosen = dataclasses.replace(chosen, seed=seed)
+    device = device_of(device)
+    _check_droppable(model, read_shape(model))
+    tokenizer = load_tokenizer(model)
+    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
+    identity = {
+        "model_fingerprint": fingerprint_checkpoint(model),
+        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+        "data_fingerprint": blocks.fingerprint,
+        "method": chosen.name,
+        "options": dataclasses.asdict(chosen),
+        "sample": sample,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    calibrated = out.with_name(f".{out.name}.calibrated")
+    statistics = _reusable(calibrated, identity, to_collect(chosen)) or calibrate(
+        model,
+        data=data,
+        out=calibrated,
+        tokens=tokens,
+        length=length,
+        batch_size=batch_size,
+        split=split,
+        also=to_collect(chosen),
+        seed=seed,
+        device=device,
+        force=True,
+        progress=progress,
+    )
+    explorer = ModelExplorer(open_model(model, device), blocks, sample=sample, batch_size=batch_size, seed=seed)
+    answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), identity)
+    try:
+        found = chosen.explore(answers, timed(progress))
+    except BaseException:
+        answers.save()
+        raise
+    result = with_found(statistics, found)
+    made = provenance(search={key: identity[key] for key in ("method", "options", "sample", "seed")})
+    result = dataclasses.replace(result, provenance={**statistics.provenance, **made})
+    save_statistics(result, out)
+    for left in (calibrated, answers.path):
+        left.unlink(missing_ok=True)
+    return result
+
+
+def _check_droppable(model: Path, shape: ModelShape) -> None:
+    check_openable(model, "search on the original checkpoint")
+    for layer in shape.layers:
+        if layer.refuse_dropping:
+            raise UnsupportedModel(f"{model}: removals cannot be tried on this model: {layer.refuse_dropping}")
+
+
+def to_collect(chosen: Any) -> tuple[str, ...]:
+    """Those of a method's needs that calibration gives."""
+    return tuple(name for name in chosen.needs() if not STATISTICS[name].searched)
+
+
+def _reusable(path: Path, identity: dict[str, Any], needs: tuple[str, ...]) -> Statistics | None:
+    """The calibration that an interrupted search left behind, if it is what this one needs."""
+    try:
+        statistics = load_statistics(path)
+    except LocumError:
+        return None
+    keys = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
+    same = all(statistics.provenance[key] == identity[key] for key in keys)
+    return statistics if same and set(needs) <= set(statistics.names) else None
+
+
+def with_found(statistics: Statistics, found: dict[str, dict[str, Any]]) -> Statistics:
+    """Statistics with what a search found. It has no domains, so the first one holds it and the sum over all is it."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, named in statistics.layers.items():
+        layers[name] = dict(named)
+        for key in found[name]:
+            value = STATISTICS[key].increment(SearchEvent(found[name])).double().cpu()
+            layers[name][key] = value.new_zeros(len(statistics.domains), *value.shape)
+            layers[name][key][0] = value
+    return dataclasses.replace(statistics, layers=layers)

@@ -1,0 +1,61 @@
+"""States of an interrupted training run, from which it goes on to the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError, OptionError
+
+STATE_FILE = "state.safetensors"
+STATE_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run was: everything that its next step depends on."""
+
+    step: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    validation: tuple[tuple[int, float], ...] = ()  # (steps done, loss)
+    loss: float | None = None  # of the last step
+
+
+def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
+    """The state an interrupted run left in `workdir`, or a fresh one. Raises OptionError if it was another run's."""
+    if workdir is None or not (workdir / STATE_FILE).is_file():
+        return State()
+    if restart:
+        forget(workdir)
+        return State()
+    path = workdir / STATE_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        notes = json.loads(header["locum-recovery"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); start over with --restart (restart=True)") from error
+    theirs = notes["identity"]
+    differ = [key for key in sorted({*identity, *theirs}) if identity.get(key) != theirs.get(key)]
+    if differ:
+        changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {identity.get(key)!r}" for key in differ)
+        raise OptionError(
+            f"{workdir} holds an interrupted run of something else: {changes}; give what that run was given to resume "
+            f"it, or --restart (restart=True) to discard it"
+        )
+    validation = tuple((step, loss) for step, loss in notes["validation"])
+    return State(notes["step"], tensors, notes["tokens"], notes["seconds"], validation, notes["loss"])
+
+
+def forget(workdir: Path) -> None:
+    """Remove the work folder of a run whose result is safe."""
+    shutil.rmtree(workdir, ignore_errors=True)
