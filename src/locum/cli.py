@@ -38,6 +38,7 @@ from .stages.compression import compress
 from .stages.evaluation import evaluate
 from .stages.inspection import catalogue, inspect
 from .stages.options import Help
+from .stages.planning import diff as diff_plans
 from .stages.planning import plan, plan_summary, shape_behind
 from .stages.recovery import recover
 from .stages.reporting import report
@@ -370,7 +371,7 @@ def _plan_or_diff(
     if diff:
         if len(statistics) != 2:
             raise click.UsageError("--diff takes exactly two plan files")
-        return diff(*statistics)
+        return diff_plans(*statistics)
     decided = plan(statistics, **given)
     return plan_summary(decided, shape_behind(statistics[0]))
 
