@@ -43,7 +43,7 @@ from locum.containers.container import StandInExperts
 from locum.containers.costs import container_work
 from locum.containers.layout import Layout
 from locum.kernels import choice
-from locum.models.families import canonical_gate, read_expert
+from locum.models.families import canonical_activation, read_expert
 from locum.plans.plan import LayerPlan
 from timing import publish
 
@@ -94,8 +94,8 @@ class Clock:
 def layer_of(name: str, experts: OlmoeExperts, ways: list[str]) -> Layer:
     """Of a plan by name. Stand-ins have random weights: what an SVD would find takes minutes and the same time to run."""
     plan, mass = layer_speed.plans()[name]
-    gate, device = canonical_gate(experts), experts.gate_up_proj.device
-    if all(slot.becomes == "kept" for slot in plan.slots):
+    gate, device = canonical_activation(experts), experts.gate_up_proj.device
+    if all(slot.is_kept for slot in plan.slots):
         container = make_container(plan, layer_speed.SHAPE, lambda e: read_expert(experts, e), gate, None, 0)
     else:
         layout = Layout.of(plan, layer_speed.SHAPE)

@@ -28,10 +28,10 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from locum.checkpoints.application import make_container
 from locum.containers.container import StandInExperts
 from locum.containers.costs import container_work
-from locum.experts.routing import Routing
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.kernels import choice
-from locum.models.families import canonical_gate, read_expert
-from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
+from locum.models.families import canonical_activation, read_expert
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
 from timing import measure, publish
 
@@ -46,11 +46,11 @@ DRAWS = 8
 def plans() -> dict[str, tuple[LayerPlan, float | None]]:
     """A layer's plan by name, and the share of the pairs that go to experts past the first E - REPLACED, if not uniform."""
     kept = E - REPLACED
-    light = (KEPT,) * kept + tuple(Slot("stand_in", e % 3, 16) for e in range(kept, E))
+    light = (KEPT,) * kept + tuple(stand_in(e % 3, 16) for e in range(kept, E))
     bases = tuple(
         Base(tuple(members := range(kept + b, E, 3)), (1 / len(members),) * len(members)) for b in ((1, 2, 0))
     )
-    low_rank = tuple(Slot("stand_in", None, rank) for rank, _ in zip(itertools.cycle(RANKS), range(E), strict=False))
+    low_rank = tuple(stand_in(None, rank) for rank, _ in zip(itertools.cycle(RANKS), range(E), strict=False))
     pruned = tuple(DROPPED if e % 4 == 3 else low_rank[e] for e in range(E))
     return {
         "identity": (LayerPlan("experts", (KEPT,) * E), None),
@@ -58,7 +58,7 @@ def plans() -> dict[str, tuple[LayerPlan, float | None]]:
         "lightmoe 50%, uniform": (LayerPlan("experts", light, bases), None),
         "moe-i2 25% pruned, mean rank 512": (LayerPlan("experts", pruned), None),
         "mean rank 512": (LayerPlan("experts", low_rank), None),
-        "compressed experts, half k": (LayerPlan("experts", (KEPT,) * E, routing=Routing(K // 2)), None),
+        "compressed experts, half k": (LayerPlan("experts", (KEPT,) * E, routing=MainWithVectors(K // 2)), None),
     }
 
 
@@ -187,7 +187,9 @@ def main() -> None:
     experts = stock_layer()
     for name in options.plan:
         plan, mass = plans()[name]
-        container = make_container(plan, SHAPE, lambda e: read_expert(experts, e), canonical_gate(experts), None, 0)
+        container = make_container(
+            plan, SHAPE, lambda e: read_expert(experts, e), canonical_activation(experts), None, 0
+        )
         container.requires_grad_(False)
         odds = odds_for(mass)
         for tokens in options.tokens:

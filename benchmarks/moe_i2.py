@@ -32,6 +32,7 @@ from experiment import (
 from locum import files
 from locum.bundled import MODEL, reference_data
 from locum.plans.plan import Plan
+from slots import rank_of
 
 FRACTIONS = (0.25, 0.5)
 RATES = (3e-4, 1e-3, 3e-3)
@@ -80,7 +81,7 @@ def plan_for(name: str, fraction: float) -> tuple[Plan, int]:
     else:
         files = [with_grams() if "whitened" in name else statistics()]
     decided = locum.plan(files, method=method, remove=fraction, **given)
-    if any(slot.rank for layer in decided.layers for slot in layer.slots):
+    if any(rank_of(slot) for layer in decided.layers for slot in layer.slots):
         return decided, 0
     target = trainable(plan_for("SVD alone", fraction)[0], "lora", 0)
     ranks = range(4, 97, 4)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from locum.containers.container import StandInExperts
-from locum.experts.routing import Routing
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.experts.policies.main_with_vectors import MainWithVectors
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, stand_in
 from locum.shapes import LayerShape
+from locum.training.experts import TrainingExperts
+from slots import base_of, has_constant, rank_of, rows_of, start_of
 
 
 def expert_parts(container: StandInExperts, e: int) -> dict[str, Tensor | float]:
@@ -35,31 +37,31 @@ def expert_parts(container: StandInExperts, e: int) -> dict[str, Tensor | float]
             if hasattr(stack, name):
                 parts[part] = parts[part] + scale * getattr(stack, name)[row]
 
-    fades = container.old is not None and container.old_of[e] >= 0
+    fades = isinstance(container, TrainingExperts) and container.old_of[e] >= 0
     rest = 1 - container.beta if fades else 1.0
     if fades:
         add(container.old, container.old_of[e], container.beta)
     if (row := layout.dense_of[e]) >= 0:
-        own = 0 if container.dense is None else container.dense.down_NDF.shape[0]
+        own = container.dense.down_NDF.shape[0]
         add(container.dense if row < own else container.shared, row if row < own else row - own, rest)
-    if (index := layout.rank_of[e]) >= 0:
-        stack, row, r = container.adapters[index], layout.adapter_of[e], layout.ranks[index]
+    if (index := rows_of(layout).rank_of[e]) >= 0:
+        stack, row, r = container.adapters[index], rows_of(layout).adapter_of[e], rows_of(layout).ranks[index]
         a = stack.gate_up_A[row]
         product = stack.up_B_FR[row] @ a[-r:]
         if layout.has_gate:
             product = torch.cat([stack.gate_B_FR[row] @ a[:r], product])
         parts["W1"] = parts["W1"] + product
         parts["W2"] = parts["W2"] + stack.down_B_DR[row] @ stack.down_A_RF[row]
-    if (row := layout.bias_of[e]) >= 0:
+    if (row := rows_of(layout).bias_of[e]) >= 0:
         add(container.biases, row, rest)
-    if (row := layout.constant_of[e]) >= 0:
+    if (row := rows_of(layout).constant_of[e]) >= 0:
         parts["c"] = parts["c"] + rest * container.constant_ND[row]
     return parts
 
 
 def slow_experts(
     parts: Callable[[int], dict],
-    apply_gate: Callable[[Tensor], Tensor],
+    activate: Callable[[Tensor], Tensor],
     x_TD: Tensor,
     index_TK: Tensor,
     gate_TK: Tensor,
@@ -71,7 +73,7 @@ def slow_experts(
         y_D = torch.zeros_like(x_TD[t])
         for k in range(index_TK.shape[1]):
             p = parts(int(index_TK[t, k]))
-            hidden_F = apply_gate((p["W1"] @ x_TD[t] + p["b1"])[None])[0]
+            hidden_F = activate((p["W1"] @ x_TD[t] + p["b1"])[None])[0]
             y_D = y_D + gate_TK[t, k] * (norm(p["W2"] @ hidden_F + p["b2"]) + p["c"])
         rows.append(y_D)
     return torch.stack(rows) if rows else x_TD * 1
@@ -83,19 +85,20 @@ def random_layer_plan(shape: LayerShape, seed: int, with_dropped: bool = True) -
     count = shape.num_experts
     limit = min(shape.hidden_size, shape.expert_width)
 
-    def stand_in() -> Slot:
+    def drawn() -> Slot:
         base = rng.choice([None, 0, 1])
         rank = rng.choice([0, 2, 3, limit])
         constant = rng.random() < 0.4 or (base is None and rank == 0)
-        return Slot("stand_in", base, rank, rng.choice(["gaussian", "svd"]), constant)
+        return stand_in(base, rank, rng.choice(["gaussian", "svd"]), constant)
 
-    slots = [rng.choice([KEPT, NOTHING, stand_in(), stand_in(), stand_in()]) for _ in range(count)]
+    slots = [rng.choice([KEPT, NOTHING, drawn(), drawn(), drawn()]) for _ in range(count)]
     if with_dropped:
         for e in rng.sample(range(count), count // 4):
             slots[e] = DROPPED
-    used = sorted({slot.base for slot in slots if slot.base is not None})
+    used = sorted({base_of(slot) for slot in slots if base_of(slot) is not None})
     slots = [
-        Slot(s.becomes, used.index(s.base), s.rank, s.start, s.constant) if s.base is not None else s for s in slots
+        stand_in(used.index(base_of(s)), rank_of(s), start_of(s), has_constant(s)) if base_of(s) is not None else s
+        for s in slots
     ]
     bases = []
     for _ in used:
@@ -107,8 +110,8 @@ def random_layer_plan(shape: LayerShape, seed: int, with_dropped: bool = True) -
 
 def slow_routed(
     parts: Callable[[int], dict],
-    apply_gate: Callable[[Tensor], Tensor],
-    policy: Routing,
+    activate: Callable[[Tensor], Tensor],
+    policy: MainWithVectors,
     vectors_NV: Tensor | None,
     x_TD: Tensor,
     index_TK: Tensor,
@@ -134,13 +137,15 @@ def slow_routed(
             on_gate, on_up, on_down = spread(policy, theta_V, d, f, gated, x_TD)
             first = [p["W1"][:f] @ (x_TD[t] * on_gate), p["W1"][f:] @ (x_TD[t] * on_up)] if gated else []
             pre_G = (torch.cat(first) if gated else p["W1"] @ (x_TD[t] * on_up)) + p["b1"]
-            hidden_F = apply_gate(pre_G[None])[0] * on_down
+            hidden_F = activate(pre_G[None])[0] * on_down
             y_D = y_D + scale * gates[k] * (norm(p["W2"] @ hidden_F + p["b2"]) + p["c"])
         rows.append(y_D)
     return torch.stack(rows)
 
 
-def theta_of(policy: Routing, vectors_NV: Tensor | None, experts: list[int], gates: list[Tensor]) -> Tensor | None:
+def theta_of(
+    policy: MainWithVectors, vectors_NV: Tensor | None, experts: list[int], gates: list[Tensor]
+) -> Tensor | None:
     if vectors_NV is None or (policy.vectors != "static" and not experts):
         return None
     if policy.vectors == "static":
@@ -149,7 +154,7 @@ def theta_of(policy: Routing, vectors_NV: Tensor | None, experts: list[int], gat
 
 
 def spread(
-    policy: Routing, theta_V: Tensor | None, d: int, f: int, gated: bool, like: Tensor
+    policy: MainWithVectors, theta_V: Tensor | None, d: int, f: int, gated: bool, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is multiplied into the inputs of gate, up and down."""
     ones_D, ones_F = like.new_ones(d), like.new_ones(f)

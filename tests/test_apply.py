@@ -25,12 +25,13 @@ from locum.containers.container import StandInExperts
 from locum.errors import PlanError, UnsupportedModel
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.shapes import ModelShape
 from locum.stages.application import apply
 from locum.stages.inspection import inspect
 from locum.stats.sums import Statistics
 from oracles import random_layer_plan
+from slots import base_of, has_constant, rank_of, start_of
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
 SRC = Path(__file__).parents[1] / "src"
@@ -69,13 +70,13 @@ def uneven(shape: ModelShape) -> list[LayerPlan]:
 
 def light(shape: ModelShape) -> list[LayerPlan]:
     """As LightMoE: shared bases with an adapter per member."""
-    slots = (KEPT,) * 4 + (Slot("stand_in", 0, 3),) * 2 + (Slot("stand_in", 1, 2, "svd"),) * 2
+    slots = (KEPT,) * 4 + (stand_in(0, 3),) * 2 + (stand_in(1, 2, "svd"),) * 2
     bases = (Base((4, 5), (0.25, 0.75)), Base((6, 7), (0.5, 0.5), align=True))
     return [LayerPlan(x.name, slots, bases) for x in shape.layers]
 
 
 def constants(shape: ModelShape) -> list[LayerPlan]:
-    return [LayerPlan(x.name, (Slot("stand_in", constant=True), KEPT) * 4) for x in shape.layers]
+    return [LayerPlan(x.name, (stand_in(constant=True), KEPT) * 4) for x in shape.layers]
 
 
 def nothing(shape: ModelShape) -> list[LayerPlan]:
@@ -89,9 +90,10 @@ def mixed(shape: ModelShape) -> list[LayerPlan]:
     for index, layer in enumerate(shape.layers):
         plan = random_layer_plan(layer, 10 + index, with_dropped=False)
         slots = [DROPPED if e in (2, 5) and index == 1 else slot for e, slot in enumerate(plan.slots)]
-        used = sorted({s.base for s in slots if s.base is not None})
+        used = sorted({base_of(s) for s in slots if base_of(s) is not None})
         slots = [
-            Slot(s.becomes, used.index(s.base), s.rank, s.start, s.constant) if s.base is not None else s for s in slots
+            stand_in(used.index(base_of(s)), rank_of(s), start_of(s), has_constant(s)) if base_of(s) is not None else s
+            for s in slots
         ]
         plans.append(LayerPlan(layer.name, tuple(slots), tuple(plan.bases[b] for b in used)))
     return plans
@@ -133,7 +135,7 @@ def test_a_container_of_kept_experts_computes_what_the_stock_layer_does(model_ty
     """All kept but one that is never selected because nothing changes for it: it stands in for itself at full rank."""
     model = tiny_model(model_type)
     before, shape = logits(model), shape_of(model)
-    itself = Slot("stand_in", base=0)
+    itself = stand_in(base=0)
     plans = [LayerPlan(x.name, (KEPT,) * 7 + (itself,), (Base((7,), (1.0,)),)) for x in shape.layers]
     apply_plan(model, make_plan(shape, plans))
     assert isinstance(find_layers(model)[0].experts, StandInExperts)
@@ -197,7 +199,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(olmoe):
 
 def test_missing_mean_outputs_are_noticed_before_anything_changes(olmoe):
     shape = shape_of(olmoe)
-    plans = [*uneven(shape), LayerPlan(shape.layers[0].name, (Slot("stand_in", constant=True), *[KEPT] * 7))]
+    plans = [*uneven(shape), LayerPlan(shape.layers[0].name, (stand_in(constant=True), *[KEPT] * 7))]
     before = logits(olmoe)
     with pytest.raises(PlanError, match="statistics"):
         apply_plan(olmoe, make_plan(shape, plans))
@@ -294,7 +296,7 @@ def made(tmp_path_factory):
         original, shape, live = originals[key]
         plan = make_plan(shape, PLANS[kind](shape))
         out = root / f"case-{len(cases)}"
-        apply(original, plan=plan, out=out, statistics=statistics(shape) if plan.needs_constants else None)
+        apply(original, plan=plan, out=out, statistics=statistics(shape) if plan.needs else None)
         model = realigned(apply_plan(copy.deepcopy(live), plan, statistics(shape)))
         cases[name] = SimpleNamespace(
             original=original, out=out, shape=shape, plan=plan, logits=logits(model), dtype=dtype
@@ -389,7 +391,7 @@ def test_the_same_plan_gives_the_same_bytes(made, tmp_path):
     for name in ("olmoe mixed", "olmoe uniform"):
         item = made[name]
         again = tmp_path / name
-        given = statistics(item.shape) if item.plan.needs_constants else None
+        given = statistics(item.shape) if item.plan.needs else None
         apply(item.original, plan=item.plan, out=again, statistics=given)
         for file in ("model.safetensors", "config.json", "plan.json", "tokenizer.json"):
             assert (again / file).read_bytes() == (item.out / file).read_bytes()

@@ -27,7 +27,7 @@ from locum.measure.costs import counted
 from locum.methods import METHODS
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
-from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.speed import page, run
 from locum.speed.bench import KIND, quartiles, results
 from locum.speed.run import STOCK, Subject, bytes_per_second, operations_per_second
@@ -91,16 +91,16 @@ def by_hand(model, slots, bases=(), routing=None):
 
 
 def test_a_shared_base_is_read_once_and_multiplied_once_for_a_token(olmoe):
-    stand_in = Slot("stand_in", 0, 2, "gaussian")
+    replaced = stand_in(0, 2, "gaussian")
     base = Base((0, 1, 2), (0.5, 0.25, 0.25))
-    found = by_hand(olmoe, (stand_in, stand_in, stand_in, *(KEPT,) * 5), (base,))
+    found = by_hand(olmoe, (replaced, replaced, replaced, *(KEPT,) * 5), (base,))
     adapter = 3 * 2 * (D + F)
     # Token one selects two members of the base: one unit. Token two one member and one kept expert: two units.
     assert found == (2 * EXPERT + 3 * adapter, 2 * (3 * EXPERT + 3 * adapter), 4)
 
 
 def test_adapters_alone_and_nothing_at_all_are_counted(olmoe):
-    alone = Slot("stand_in", None, 3, "svd")
+    alone = stand_in(None, 3, "svd")
     found = by_hand(olmoe, (alone, NOTHING, NOTHING, KEPT, *(KEPT,) * 4))
     adapter = 3 * 3 * (D + F)
     assert found == (EXPERT + adapter, 2 * (EXPERT + adapter), 4)

@@ -20,7 +20,7 @@ from locum.containers.container import StandInExperts
 from locum.errors import CheckpointError, LocumError, UnsupportedModel
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, make_plan, stand_in
 from locum.stages.application import apply
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
@@ -32,7 +32,7 @@ def originals(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     stock = write_checkpoint(root / "stock")
     shape = read_shape(stock)
-    slots = (DROPPED, *[KEPT] * 3, *[Slot("stand_in", 0, 2)] * 4)
+    slots = (DROPPED, *[KEPT] * 3, *[stand_in(0, 2)] * 4)
     plan = make_plan(shape, [LayerPlan(shape.layers[1].name, slots, (Base((4, 5), (0.5, 0.5)),))])
     apply(stock, plan=plan, out=root / "compressed")
     return root
@@ -245,9 +245,9 @@ def of_quantization(change):
 
 
 def test_another_format_version(compressed):
-    change_config(compressed, of_quantization(lambda q: q.update(format_version=2)))
+    change_config(compressed, of_quantization(lambda q: q.update(format_version=3)))
     for call in (read_shape, load_model, AutoModelForCausalLM.from_pretrained):
-        assert_refused(compressed, CheckpointError, "format version 2", "reads version 1", "install", calls=[call])
+        assert_refused(compressed, CheckpointError, "format version 3", "reads version 2", "install", calls=[call])
 
 
 def test_quantised_by_another_method(stock):
@@ -265,13 +265,19 @@ def test_a_container_for_an_unknown_layer(compressed):
 
 
 TAMPERED = {
-    "rows left out": {"dense_of": [0, 1, 2, 4, 4, 4, 4]},
+    "rows left out": {"stacks": [{"part": "own_weights", "variant": [], "rows": [0, 1, 2, 4, 4, 4, 4]}]},
     "unknown entry": {"heads": 3},
     "not a number": {"hidden_size": "32"},
     "another width of the model": {"hidden_size": 33},
-    "more experts than the model has": {k: [0] * 9 for k in ("dense_of", "rank_of", "adapter_of")}
-    | {"constant_of": [-1] * 9},
-    "fewer experts than a token selects": {"dense_of": [0], "rank_of": [0], "adapter_of": [0], "constant_of": [-1]},
+    "more experts than the model has": {
+        "num_experts": 9,
+        "stacks": [{"part": "own_weights", "variant": [], "rows": [0] * 9}],
+    },
+    "fewer experts than a token selects": {
+        "num_experts": 1,
+        "stacks": [{"part": "own_weights", "variant": [], "rows": [0]}],
+    },
+    "a part that is not installed": {"stacks": [{"part": "moon", "variant": [], "rows": [0] * 7}]},
     "biases that the family does not have": {"has_bias": True},
     "no gate where the family has one": {"has_gate": False},
 }
@@ -295,8 +301,9 @@ def test_layers_that_are_no_table(compressed):
 def test_rows_that_do_not_fit_the_weights_are_refused(compressed):
     """The layout is sound in itself, but the file holds another number of rows."""
     name = "model.layers.1.mlp.experts"
-    rows = {"dense_of": [0, 1, 2, 3, 3, 3, 4]}
-    change_config(compressed, of_quantization(lambda q: q["layers"][name].update(rows)))
+    change_config(
+        compressed, of_quantization(lambda q: q["layers"][name]["stacks"][0].update(rows=[0, 1, 2, 3, 3, 3, 4]))
+    )
     assert_refused(compressed, CheckpointError, name, "dense", calls=[load_model])
 
 

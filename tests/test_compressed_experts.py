@@ -24,10 +24,10 @@ from locum.checkpoints.read import read_headers
 from locum.checkpoints.skeleton import read_shape
 from locum.containers.layout import active_parameters
 from locum.errors import CheckpointError, OptionError, PlanError
-from locum.experts.routing import VECTORS, Routing
-from locum.models.families import canonical_gate, find_layers, read_expert
+from locum.experts.policies.main_with_vectors import VECTORS, MainWithVectors
+from locum.models.families import canonical_activation, find_layers, read_expert
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, make_plan, stand_in
 from oracles import slow_routed
 from tiny_models import tiny_ids, tiny_model
 
@@ -43,7 +43,7 @@ def model_of(family):
     return tiny_model(family, **({} if family == "deepseek_v3" else TOP_4))
 
 
-def policy_plan(model, make=lambda layer: Routing(layer.top_k // 2)):
+def policy_plan(model, make=lambda layer: MainWithVectors(layer.top_k // 2)):
     shape = shape_of(model)
     return make_plan(shape, [LayerPlan(x.name, (KEPT,) * x.num_experts, routing=make(x)) for x in shape.layers])
 
@@ -75,7 +75,7 @@ def near(a, b, limit=1e-5):
 def test_every_layer_computes_the_formulas_of_the_paper(family, vectors):
     """On what the family's own router hands over, from the family's own weights."""
     original = model_of(family)
-    plan = policy_plan(original, lambda layer: Routing(layer.top_k // 2, vectors))
+    plan = policy_plan(original, lambda layer: MainWithVectors(layer.top_k // 2, vectors))
     model = drawn(apply_plan(copy.deepcopy(original), plan))
     seen = {}
     for layer in find_layers(model):
@@ -88,7 +88,7 @@ def test_every_layer_computes_the_formulas_of_the_paper(family, vectors):
     compressed = {layer.shape.name: layer.experts for layer in find_layers(model)}
     for layer in find_layers(original):
         x, index, gates, output = seen[layer.shape.name]
-        offsets = compressed[layer.shape.name].offsets_NV
+        offsets = getattr(compressed[layer.shape.name], "offsets_NV", None)
 
         def parts(e, experts=layer.experts):
             w = read_expert(experts, e)
@@ -97,7 +97,7 @@ def test_every_layer_computes_the_formulas_of_the_paper(family, vectors):
             return {"W1": w.gate_up_GD, "b1": b1, "W2": w.down_DF, "b2": b2, "c": zeros}
 
         norm = getattr(layer.experts, "post_expert_norm", None) or (lambda out_D: out_D)
-        policy, gate = Routing(layer.shape.top_k // 2, vectors), canonical_gate(layer.experts)
+        policy, gate = MainWithVectors(layer.shape.top_k // 2, vectors), canonical_activation(layer.experts)
         with torch.no_grad():
             expected = slow_routed(parts, gate, policy, None if offsets is None else 1 + offsets, x, index, gates, norm)
         near(output, expected)
@@ -111,7 +111,9 @@ def test_untrained_it_is_the_stock_model_with_fewer_experts(family, vectors):
     original = tiny_model(family, **TOP_4)
     assert shape_of(original).layers[0].renormalised is renormalised
     half = tiny_model(family, num_experts_per_tok=2)
-    model = apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: Routing(2, vectors, renormalised)))
+    model = apply_plan(
+        copy.deepcopy(original), policy_plan(original, lambda _: MainWithVectors(2, vectors, renormalised))
+    )
     near(logits(model), logits(half))
     assert float((logits(model) - logits(original)).abs().max()) > 1e-2
 
@@ -119,16 +121,18 @@ def test_untrained_it_is_the_stock_model_with_fewer_experts(family, vectors):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_all_experts_main_it_is_the_base(family):
     original = model_of(family)
-    model = drawn(apply_plan(copy.deepcopy(original), policy_plan(original, lambda layer: Routing(layer.top_k))))
+    model = drawn(
+        apply_plan(copy.deepcopy(original), policy_plan(original, lambda layer: MainWithVectors(layer.top_k)))
+    )
     near(logits(model), logits(original))
 
 
 def mixture(shape):
     """Pruning, a shared base with an adapter, low rank, nothing and kept experts under one policy."""
-    slots = (DROPPED, Slot("stand_in", base=0, rank=2, start="svd"), Slot("stand_in", base=0), NOTHING)
-    slots = (*slots, Slot("stand_in", rank=3, start="svd"), KEPT, KEPT, KEPT)
+    slots = (DROPPED, stand_in(base=0, rank=2, start="svd"), stand_in(base=0), NOTHING)
+    slots = (*slots, stand_in(rank=3, start="svd"), KEPT, KEPT, KEPT)
     base = Base((1, 2), (0.5, 0.5))
-    return [LayerPlan(x.name, slots, (base,), Routing(2)) for x in shape.layers]
+    return [LayerPlan(x.name, slots, (base,), MainWithVectors(2)) for x in shape.layers]
 
 
 def test_generation_with_a_cache_equals_recomputation():
@@ -150,7 +154,7 @@ def test_sizes_are_those_of_the_tensors():
     assert active_parameters(shape) == rest + 2 * 4 * expert
     widths = {"projections": (8, 80, 2), "hidden": (8, 32, 2), "static": (1, 80, 1), "none": (0, 0, 0)}
     for vectors, (rows, width, used) in widths.items():
-        plan = policy_plan(original, lambda _, vectors=vectors: Routing(2, vectors))
+        plan = policy_plan(original, lambda _, vectors=vectors: MainWithVectors(2, vectors))
         model = apply_plan(copy.deepcopy(original), plan)
         assert shape_of(model).parameters == plan.size(shape).parameters == shape.parameters + 2 * rows * width
         assert active_parameters(shape, plan) == rest + 2 * (2 * expert + used * width)
@@ -270,7 +274,7 @@ def test_a_checkpoint_is_enough_to_compress(top_4, tmp_path):
     made = command("compress", top_4, "--method", "compressed-experts", "--vectors", "hidden", "--out", tmp_path / "ce")
     assert made.exit_code == 0, made.stderr
     plan = Plan.loads((tmp_path / "ce" / "plan.json").read_text())
-    assert {layer.routing for layer in plan.layers} == {Routing(2, "hidden")} and plan.keeps_experts
+    assert {layer.routing for layer in plan.layers} == {MainWithVectors(2, "hidden")} and plan.keeps_experts
     said = json.loads(command("inspect", tmp_path / "ce", "--json").stdout)
     before = json.loads(command("inspect", top_4, "--json").stdout)
     assert said["active_parameters"] == active_parameters(read_shape(top_4), plan) < before["active_parameters"]
@@ -286,12 +290,12 @@ def test_a_policy_goes_onto_another_plan(checkpoint, statistics_file, plan_file,
     joined = locum.plan(statistics_file, method="compressed-experts", main=1, onto=plan_file, out=tmp_path / "p.json")
     base = Plan.loads(plan_file.read_text())
     for ours, theirs in zip(joined.layers, base.layers, strict=True):
-        assert ours.routing == Routing(1) and (ours.slots, ours.bases) == (theirs.slots, theirs.bases)
+        assert ours.routing == MainWithVectors(1) and (ours.slots, ours.bases) == (theirs.slots, theirs.bases)
     assert joined.method == "lightmoe + compressed-experts"
     assert joined.provenance["onto"]["plan"] == base.id
     assert joined.provenance["statistics_file"] == base.provenance["statistics_file"]
     out = locum.apply(checkpoint, plan=tmp_path / "p.json", out=tmp_path / "both")
-    assert {layer.experts.layout.routing for layer in find_layers(load_model(out))} == {Routing(1)}
+    assert {layer.experts.layout.routing for layer in find_layers(load_model(out))} == {MainWithVectors(1)}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch.nn import functional
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.containers.stack import Stack
-from locum.models.families import canonical_gate, find_layers
-from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.models.families import canonical_activation, find_layers
+from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
+from locum.training.experts import TrainingExperts
 from oracles import expert_parts, random_layer_plan, slow_experts
 from tiny_models import tiny_model
 
@@ -29,7 +30,7 @@ def relu_squared(pre):
     return functional.relu(pre).square()
 
 
-clamped_swiglu = canonical_gate(find_layers(tiny_model("gpt_oss", num_hidden_layers=1))[0].experts)
+clamped_swiglu = canonical_activation(find_layers(tiny_model("gpt_oss", num_hidden_layers=1))[0].experts)
 KINDS = {
     "swiglu": (swiglu, True, False),
     "gpt_oss": (clamped_swiglu, True, True),
@@ -42,8 +43,8 @@ def layer_shape(has_gate=True, has_bias=False, experts=E):
     return LayerShape("experts", experts, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
 
 
-def filled(layout, apply_gate, dtype=torch.float32, seed=0):
-    container = StandInExperts(layout, apply_gate, dtype, "cpu")
+def filled(layout, activate, dtype=torch.float32, seed=0, kind=StandInExperts):
+    container = kind(layout, activate, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in container.parameters():
@@ -52,10 +53,10 @@ def filled(layout, apply_gate, dtype=torch.float32, seed=0):
 
 
 def random_container(kind, seed, dtype=torch.float32, annealed=False):
-    apply_gate, has_gate, has_bias = KINDS[kind]
+    activate, has_gate, has_bias = KINDS[kind]
     shape = layer_shape(has_gate, has_bias)
     plan = random_layer_plan(shape, seed)
-    container = filled(Layout.of(plan, shape), apply_gate, dtype, seed)
+    container = filled(Layout.of(plan, shape), activate, dtype, seed, TrainingExperts if annealed else StandInExperts)
     if annealed:
         anneal(container, plan, dtype)
     return container
@@ -63,12 +64,9 @@ def random_container(kind, seed, dtype=torch.float32, annealed=False):
 
 def anneal(container, plan, dtype, beta=0.3):
     """What recovery does to it: bases in a stack of their own, old weights of some stand-ins beside them."""
-    num_kept = sum(slot.becomes == "kept" for slot in plan.slots)
-    if container.dense is not None and container.layout.num_dense > num_kept:
-        tensors = {n: p.detach() for n, p in container.dense.named_parameters()}
-        container.shared = Stack.holding({n: t[num_kept:].clone() for n, t in tensors.items()})
-        container.dense = Stack.holding({n: t[:num_kept].clone() for n, t in tensors.items()}) if num_kept else None
-    replaced = [i for i, e in enumerate(plan.survivors) if plan.slots[e].becomes != "kept"][::2]
+    num_kept = sum(slot.is_kept for slot in plan.slots)
+    container.split_bases(num_kept)
+    replaced = [i for i, e in enumerate(plan.survivors) if not plan.slots[e].is_kept][::2]
     shapes = {"gate_up_NGD": (F * (2 if container.layout.has_gate else 1), D), "down_NDF": (D, F)}
     if container.layout.has_bias:
         shapes |= {"gate_up_bias_NG": shapes["gate_up_NGD"][:1], "down_bias_ND": (D,)}
@@ -92,7 +90,7 @@ def routing(experts, tokens, top_k, seed=0, dtype=torch.float32, distinct=True):
 
 
 def slow(container, x, index, gates):
-    return slow_experts(lambda e: expert_parts(container, e), container.apply_gate, x, index, gates)
+    return slow_experts(lambda e: expert_parts(container, e), container.activate, x, index, gates)
 
 
 def assert_near(actual, expected, relative):
@@ -202,7 +200,7 @@ def test_one_expert_selected_twice_for_a_token_counts_twice():
 
 
 def shared_base_container(members=4, rank=2, constant=False):
-    slots = [KEPT] * (E - members) + [Slot("stand_in", base=0, rank=rank, constant=constant)] * members
+    slots = [KEPT] * (E - members) + [stand_in(base=0, rank=rank, constant=constant)] * members
     plan = LayerPlan("experts", tuple(slots), (Base(tuple(range(E - members, E)), (1 / members,) * members),))
     return filled(Layout.of(plan, layer_shape()), swiglu)
 

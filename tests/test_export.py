@@ -26,7 +26,7 @@ from locum.errors import EngineError, OptionError, UnsupportedModel
 from locum.exports.export import stock_faults, to_stock, write_gguf
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
 
@@ -38,8 +38,8 @@ def logits(model):
 def mixed(layers):
     """Every part that whole experts can hold, in layers that keep equally many."""
     patterns = (
-        (KEPT, Slot("stand_in", 0, 4), Slot("stand_in", 0), DROPPED),
-        (Slot("stand_in", None, 3, "svd"), Slot("stand_in", 0, 2, "svd"), NOTHING, DROPPED),
+        (KEPT, stand_in(0, 4), stand_in(0), DROPPED),
+        (stand_in(None, 3, "svd"), stand_in(0, 2, "svd"), NOTHING, DROPPED),
     )
     plans = []
     for layer, pattern in zip(layers, patterns, strict=True):

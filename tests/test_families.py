@@ -16,7 +16,7 @@ from locum.experts.weights import ExpertWeights
 from locum.models.families import (
     FAMILIES,
     Family,
-    canonical_gate,
+    canonical_activation,
     family_of,
     find_layers,
     is_stock_experts,
@@ -28,7 +28,7 @@ from locum.models.families import (
     write_expert,
 )
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from tiny_models import CONFIGS, SIZE, tiny_ids, tiny_model
 
 ROUTERS = {  # router kind, gates renormalised
@@ -105,7 +105,7 @@ def gate_of(model_type, experts, weights, x_D):
 @families
 def test_read_expert_and_canonical_gate_reproduce_the_familys_own_experts(model_type):
     experts = find_layers(tiny_model(model_type))[0].experts
-    gate = canonical_gate(experts)
+    gate = canonical_activation(experts)
     x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)) * 3
     for e in range(8):
         own = experts(x_TD, torch.full((5, 1), e), torch.ones(5, 1))
@@ -121,7 +121,7 @@ def test_read_expert_and_canonical_gate_reproduce_the_familys_own_experts(model_
 def test_canonical_gate_holds_no_weights():
     experts = find_layers(tiny_model("gpt_oss"))[0].experts
     before = experts.gate_up_proj
-    gate = canonical_gate(experts)
+    gate = canonical_activation(experts)
     del experts.gate_up_proj
     assert gate(torch.randn(3, 32)).shape == (3, 16)
     assert before.shape[0] == 8
@@ -325,14 +325,14 @@ def test_a_plan_that_starves_a_group_is_refused():
 
 def test_layers_of_a_compressed_model_are_found_too(olmoe):
     shape = shape_of(olmoe)
-    slots = (DROPPED, NOTHING, Slot("stand_in", rank=2, start="svd"), *[KEPT] * 5)
-    gate = canonical_gate(find_layers(olmoe)[0].experts)
+    slots = (DROPPED, NOTHING, stand_in(rank=2, start="svd"), *[KEPT] * 5)
+    gate = canonical_activation(find_layers(olmoe)[0].experts)
     apply_plan(olmoe, make_plan(shape, [LayerPlan(shape.layers[0].name, slots)]))
     found = find_layers(olmoe)
     assert [x.shape.num_experts for x in found] == [7, 8]
     assert [(x.shape.hidden_size, x.shape.expert_width, x.shape.top_k) for x in found] == [(32, 16, 2)] * 2
     pre = torch.randn(3, 32)
-    assert torch.equal(canonical_gate(found[0].experts)(pre), gate(pre))
+    assert torch.equal(canonical_activation(found[0].experts)(pre), gate(pre))
 
 
 def test_expert_weights_map_leaves_missing_tensors_out():

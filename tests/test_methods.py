@@ -20,9 +20,10 @@ from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
 from locum.models.sizes import shape_of
-from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
+from locum.plans.plan import KEPT, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
 from locum.stats.sums import STATISTICS, Statistics, mean_output
+from slots import base_of, rank_of, start_of
 from tiny_models import tiny_ids, tiny_model
 
 ALL = tuple(METHODS)
@@ -100,7 +101,10 @@ def meaning(plan: LayerPlan, label: list[int]) -> dict[int, object]:
     """What becomes of every expert, bases written out, under the labels given."""
     bases = [{label[e]: round(w, 9) for e, w in zip(b.experts, b.weights, strict=True)} for b in plan.bases]
     return {
-        label[e]: (dataclasses.replace(slot, base=None), None if slot.base is None else bases[slot.base])
+        label[e]: (
+            [part for part in slot.parts if part.name != "shared_base"],
+            None if base_of(slot) is None else bases[base_of(slot)],
+        )
         for e, slot in enumerate(plan.slots)
     }
 
@@ -124,8 +128,8 @@ def test_never_routed_experts_go_first_and_do_no_harm(name: str) -> None:
     for amount in AMOUNTS:
         plan = plan_of(METHODS[name](), statistics, SHAPE, amount)
         for layer in plan.layers:
-            if not layer.is_identity and sum(slot.becomes != "kept" for slot in layer.slots) >= 3:
-                assert all(layer.slots[e].becomes != "kept" for e in never)
+            if not layer.is_identity and sum(not slot.is_kept for slot in layer.slots) >= 3:
+                assert all(not layer.slots[e].is_kept for e in never)
     silent = make_statistics(SHAPE, never=tuple(range(2, 16)))  # all but the top-k
     assert plan_of(METHODS[name](), silent, SHAPE, 0.3).removed(SHAPE) > 0
 
@@ -203,7 +207,7 @@ def test_lightmoe_grouping_and_eq_4_equal_a_slow_loop(seed: int, num_bases: int)
         for b, (base, group) in enumerate(zip(layer.bases, groups, strict=True)):
             assert list(base.experts) == sorted(group)
             assert base.weights == pytest.approx([group[e] for e in sorted(group)])
-            assert all(layer.slots[e] == Slot("stand_in", base=b, rank=8) for e in group)
+            assert all(layer.slots[e] == stand_in(base=b, rank=8) for e in group)
         assert all(layer.slots[e] == KEPT for e in range(16) if e not in layer.replaced)
 
 
@@ -307,8 +311,8 @@ def test_every_switch_changes_what_it_should_and_nothing_else(change: dict, diff
             "counts": [len(layer.replaced) for layer in layers],
             "experts": [layer.replaced for layer in layers],
             "bases": [sorted(base.experts for base in layer.bases) for layer in layers],
-            "rank": [sorted({slot.rank for slot in layer.slots}) for layer in layers],
-            "start": [sorted({slot.start for slot in layer.slots if slot.rank}) for layer in layers],
+            "rank": [sorted({rank_of(slot) for slot in layer.slots}) for layer in layers],
+            "start": [sorted({start_of(slot) for slot in layer.slots if rank_of(slot)}) for layer in layers],
             "align": [{base.align for base in layer.bases} for layer in layers],
         }
 
@@ -321,9 +325,8 @@ def test_every_switch_changes_what_it_should_and_nothing_else(change: dict, diff
 
 def test_rank_0_is_plain_merging() -> None:
     plan = plan_of(LightMoE(rank=0, start="svd"), make_statistics(SHAPE), SHAPE, 0.5)
-    slots = [slot for layer in plan.layers for slot in layer.slots if slot.becomes != "kept"]
-    assert slots and all(slot == Slot("stand_in", base=slot.base) for slot in slots)
-    assert all(layer.adapter_parameters(shape) == 0 for layer, shape in zip(plan.layers, SHAPE.layers, strict=True))
+    slots = [slot for layer in plan.layers for slot in layer.slots if not slot.is_kept]
+    assert slots and all(slot == stand_in(base=base_of(slot)) for slot in slots)
 
 
 # --- Replace ----------------------------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_replace(options: dict, base: int | None, start: str) -> None:
     selected = LightMoE().plan(statistics, SHAPE, 0.4)
     for layer, like in zip(layers, selected, strict=True):
         assert layer.replaced == like.replaced and layer.replaced  # "the same adaptive selection"
-        assert {layer.slots[e] for e in layer.replaced} == {Slot("stand_in", base=base, rank=16, start=start)}
+        assert {layer.slots[e] for e in layer.replaced} == {stand_in(base=base, rank=16, start=start)}
         if base is None:
             assert layer.bases == ()
         else:
@@ -378,7 +381,7 @@ def test_mone_constants_go_to_the_steadiest_experts() -> None:
             variance = (named["output_square"][e] - n * mean_output(named)[e] ** 2).clamp(min=0) / max(n - 1, 1)
             scores.append(float(named["gate_sum"][e] / named["tokens"] * variance.sum().sqrt()) if n > 1 else 0.0)
         assert layer.replaced == tuple(sorted(sorted(range(16), key=lambda e: scores[e])[:7]))  # half of 16 - top-2
-        assert {layer.slots[e] for e in layer.replaced} == {Slot("stand_in", constant=True)} and not layer.bases
+        assert {layer.slots[e] for e in layer.replaced} == {stand_in(constant=True)} and not layer.bases
 
 
 @pytest.mark.parametrize("cls", [Prune, MoNE])
@@ -387,7 +390,7 @@ def test_the_lowest_scores_go(cls: type, score: str) -> None:
     statistics = make_statistics(SHAPE)
     for layer, shape in zip(cls(score=score).plan(statistics, SHAPE, 0.5), SHAPE.layers, strict=True):
         scores = CRITERIA[score](statistics.layer(shape.name)).tolist()
-        gone = [e for e, slot in enumerate(layer.slots) if slot.becomes != "kept"]
+        gone = [e for e, slot in enumerate(layer.slots) if not slot.is_kept]
         assert len(gone) == 7
         assert max(scores[e] for e in gone) <= min(scores[e] for e in range(16) if e not in gone)
 
@@ -405,7 +408,7 @@ def test_global_budget_takes_from_where_it_costs_least(cls: type) -> None:
 
     def counts(budget: str) -> list[int]:
         layers = cls(score="gate", budget=budget).plan(statistics, shape, 0.5)
-        return [sum(slot.becomes != "kept" for slot in layer.slots) for layer in layers]
+        return [sum(not slot.is_kept for slot in layer.slots) for layer in layers]
 
     assert counts("uniform") == [3, 3] and counts("global") == [6, 0]
 

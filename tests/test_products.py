@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from locum.containers.container import StandInExperts, is_swiglu
 from locum.containers.layout import Layout
-from locum.experts.routing import Routing
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.kernels import choice, grouped, native, products
-from locum.models.families import canonical_gate, find_layers
-from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
+from locum.models.families import canonical_activation, find_layers
+from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
 from oracles import random_layer_plan
+from slots import base_of, has_constant, rank_of, rows_of, start_of
 from test_container import KINDS, assert_near, filled, relative_error, routing, shared_base_container, slow, swiglu
 from tiny_models import tiny_model
 
@@ -32,12 +33,14 @@ def shape(has_gate=True, has_bias=False):
 
 def container_of(kind, seed, dtype, ranks=(8, 16), policy=None):
     """Ranks whose rows have a multiple of 16 bytes, as torch's grouped product wants it."""
-    apply_gate, has_gate, has_bias = KINDS[kind]
+    activate, has_gate, has_bias = KINDS[kind]
     plan = random_layer_plan(shape(has_gate, has_bias), seed)
     fitting = itertools.cycle(ranks)
-    slots = tuple(Slot(s.becomes, s.base, next(fitting), s.start, s.constant) if s.rank else s for s in plan.slots)
+    slots = tuple(
+        stand_in(base_of(s), next(fitting), start_of(s), has_constant(s)) if rank_of(s) else s for s in plan.slots
+    )
     plan = LayerPlan(plan.layer, slots, plan.bases, routing=policy)
-    return filled(Layout.of(plan, shape(has_gate, has_bias)), apply_gate, dtype, seed)
+    return filled(Layout.of(plan, shape(has_gate, has_bias)), activate, dtype, seed)
 
 
 def forced(monkeypatch, way):
@@ -84,7 +87,7 @@ def test_ways_for_other_formats_equal_written_out_weights(way, kind, monkeypatch
 @pytest.mark.parametrize("what", ["projections", "hidden", "static", "none", "norm"])
 def test_every_way_knows_routing_policies_and_norms_of_single_experts(way, what, monkeypatch):
     """Cluster by cluster is held against the oracle in test_routing."""
-    container = container_of("swiglu", 3, torch.bfloat16, policy=None if what == "norm" else Routing(2, what))
+    container = container_of("swiglu", 3, torch.bfloat16, policy=None if what == "norm" else MainWithVectors(2, what))
     if what == "norm":
         container.post_expert_norm = torch.nn.RMSNorm(D, dtype=torch.bfloat16)
     x, index, gates = routed_to(container, 9, 1, torch.bfloat16)
@@ -225,7 +228,7 @@ def test_swiglu_is_rounded_once(width, dtype, relative):
     [("olmoe", True), ("qwen3_moe", True), ("mixtral", True), ("deepseek_v3", True), ("gpt_oss", False)],
 )
 def test_a_familys_swiglu_is_known_by_its_numbers(name, known):
-    assert is_swiglu(canonical_gate(find_layers(tiny_model(name))[0].experts)) is known
+    assert is_swiglu(canonical_activation(find_layers(tiny_model(name))[0].experts)) is known
 
 
 def test_what_is_nearly_swiglu_is_not_taken_for_it():
@@ -246,8 +249,8 @@ def mixed_plan():
     slots = (
         KEPT,
         KEPT,
-        *(Slot("stand_in", 0, r) for r in (3, 8, 8)),
-        *(Slot("stand_in", None, r) for r in (2, 15)),
+        *(stand_in(0, r) for r in (3, 8, 8)),
+        *(stand_in(None, r) for r in (2, 15)),
         DROPPED,
     )
     return LayerPlan("experts", slots, (Base((2, 3), (0.5, 0.5)),))
@@ -261,7 +264,9 @@ def test_operations_are_those_of_the_ranks_and_of_distinct_bases(monkeypatch):
     units = {(container.layout.dense_of[e], t) for t, row in enumerate(index.tolist()) for e in row}
     dense = sum(row >= 0 for row, _ in units)
     ranks = sum(
-        container.layout.ranks[container.layout.rank_of[e]] for e in index.flatten() if container.layout.rank_of[e] >= 0
+        rows_of(container.layout).ranks[rows_of(container.layout).rank_of[e]]
+        for e in index.flatten()
+        if rows_of(container.layout).rank_of[e] >= 0
     )
     with FlopCounterMode(display=False) as counter:  # with gradients: without them, some are made where none can count
         container(x, index, gates)
@@ -295,7 +300,7 @@ def test_units_are_distinct_items_and_tokens():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_compiles_without_a_graph_break(kind, dtype):
-    for seed, policy in enumerate((None, None, None, Routing(2, "projections"), Routing(2, "static"))):
+    for seed, policy in enumerate((None, None, None, MainWithVectors(2, "projections"), MainWithVectors(2, "static"))):
         torch.compiler.reset()
         container = container_of(kind, seed, dtype, policy=policy)
         compiled = torch.compile(container, fullgraph=True, backend="eager")
@@ -334,7 +339,7 @@ def test_a_container_on_the_meta_device_has_its_table_on_the_cpu():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_for_devices_never_ask_what_was_routed(way, kind):
     """Nothing has values on the meta device, so whatever reads one raises, as does what needs them for a shape."""
-    for seed, policy in enumerate((None, Routing(2, "projections"), Routing(2, "static"))):
+    for seed, policy in enumerate((None, MainWithVectors(2, "projections"), MainWithVectors(2, "static"))):
         container = container_of(kind, seed, torch.bfloat16, policy=policy)
         given = [tensor.to("meta") for tensor in routed_to(container, 9, 0, torch.bfloat16)]
         container = container.to("meta")

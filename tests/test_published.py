@@ -22,10 +22,11 @@ from locum.containers.layout import Layout, active_parameters
 from locum.methods.compressed_experts import CompressedExperts
 from locum.methods.moe_i2 import MoEI2
 from locum.models.sizes import shape_of
-from locum.plans.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
+from locum.plans.plan import KEPT, Base, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
 from locum.training.options import Recovery
 from locum.training.recovery import count_trainable
+from slots import rank_of
 
 BASES, RANK = 3, 16
 OLMOE = {
@@ -93,7 +94,7 @@ def lightmoe(shape: ModelShape, replaced: int) -> Plan:
     layers = []
     for index, layer in enumerate(shape.layers):
         count = (replaced + index) // len(shape.layers)
-        slots = [Slot("stand_in", base=e % BASES, rank=RANK) if e < count else KEPT for e in range(layer.num_experts)]
+        slots = [stand_in(base=e % BASES, rank=RANK) if e < count else KEPT for e in range(layer.num_experts)]
         members = [tuple(range(b, count, BASES)) for b in range(BASES)]
         bases = tuple(Base(m, (1 / len(m),) * len(m)) for m in members)
         layers.append(LayerPlan(layer.name, tuple(slots), bases))
@@ -257,7 +258,7 @@ def moe_i2(shape: ModelShape, dropped: int, mean_rank: int, exponent: float, **o
 def test_moe_i2_on_deepseek(deepseek: ModelShape, exponent: float) -> None:
     """A quarter pruned and a mean rank of 512: 53.98 % of the expert parameters, however the ranks are spread."""
     plan = moe_i2(deepseek, 16, 512, exponent)
-    ranks = [slot.rank for slot in plan.layers[0].slots if slot.survives]
+    ranks = [rank_of(slot) for slot in plan.layers[0].slots if slot.survives]
     assert sum(ranks) == 512 * 48 and (len(set(ranks)) > 1) == (exponent > 0)
     assert f"{100 * plan.removed(deepseek):.2f}" == "53.98"
 

@@ -20,13 +20,14 @@ from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.data.tokens import Batch, Tokens
 from locum.errors import OptionError, PlanError
-from locum.models.families import canonical_gate, find_layers, is_stock_experts, read_expert
+from locum.models.families import canonical_activation, find_layers, is_stock_experts, read_expert
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.training.layer import beta_at, set_beta
 from locum.training.options import Recovery, learning_rate_at
 from locum.training.recovery import RECIPES, Work, count_trainable, recover_model
 from locum.training.states import STATE_FILE, forget
+from slots import rows_of
 from tiny_models import tiny_ids, tiny_model
 
 QUICK = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "warmup_fraction": 0.0, "checkpoint_every": 0}
@@ -48,8 +49,7 @@ def light(model, *, rank=3, start="gaussian", align=False, bases=True, constant=
     layers = []
     for layer in shape_of(model).layers:
         slots = [
-            Slot(
-                "stand_in",
+            stand_in(
                 base=(e // 6 if bases else None),
                 rank=rank,
                 start=start if rank else "gaussian",
@@ -118,15 +118,20 @@ def products(stack, a):
 
 def naive(layer, original, start, x_TD, index_TK, gate_TK, beta):
     """The layer with every W(beta) written out: Eq. 6 of LightMoE, the adapter's start taken off the old weights."""
-    container, apply_gate = layer.container, canonical_gate(original)
+    container, activate = layer.container, canonical_activation(original)
     old = old_weights(layer.plan, lambda e: read_expert(original, e))
-    dense = [s for s in (container.dense, container.shared) if s is not None]
+    dense = [s for s in (getattr(container, "dense", None), container.shared) if s is not None]
     rows = {n: torch.cat([getattr(s, n) for s in dense]) for n, _ in dense[0].named_parameters()}
     out_TD = torch.zeros_like(x_TD)
     for t in range(x_TD.shape[0]):
         for e, gate in zip(index_TK[t].tolist(), gate_TK[t], strict=True):
             row, index, a = (
-                of[e] for of in (container.layout.dense_of, container.layout.rank_of, container.layout.adapter_of)
+                of[e]
+                for of in (
+                    container.layout.dense_of,
+                    rows_of(container.layout).rank_of,
+                    rows_of(container.layout).adapter_of,
+                )
             )
             first, down = rows["gate_up_NGD"][row], rows["down_NDF"][row]
             if e in old:
@@ -134,7 +139,7 @@ def naive(layer, original, start, x_TD, index_TK, gate_TK, beta):
                 first = beta * (old[e].gate_up_GD - first0) + (1 - beta) * first
                 down = beta * (old[e].down_DF - down0) + (1 - beta) * down
             first1, down1 = products(container.adapters[index], a)
-            out_TD[t] += gate * ((down + down1) @ apply_gate(((first + first1) @ x_TD[t])[None])[0])
+            out_TD[t] += gate * ((down + down1) @ activate(((first + first1) @ x_TD[t])[None])[0])
     return out_TD
 
 
@@ -243,7 +248,7 @@ def test_the_papers_count_for_olmoe_1b_7b():
     shape = shape_of(original)
     groups = [tuple(range(26 + b, 64, 3)) for b in range(3)]
     bases = tuple(Base(group, (1 / len(group),) * len(group)) for group in groups)
-    slots = (KEPT,) * 26 + tuple(Slot("stand_in", base=(e - 26) % 3, rank=16) for e in range(26, 64))
+    slots = (KEPT,) * 26 + tuple(stand_in(base=(e - 26) % 3, rank=16) for e in range(26, 64))
     plan = make_plan(shape, [LayerPlan(layer.name, slots, bases) for layer in shape.layers])
     config.quantization_config = LocumConfig({x.name: Layout.of(plan.layer(x.name), x).to_json() for x in shape.layers})
     count = count_trainable(skeleton(config), plan, Recovery())

@@ -19,7 +19,7 @@ import torch
 import locum
 from locum import files
 from locum.errors import DataError, LocumError, PlanError
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, stand_in
 from locum.reports import expert_maps
 from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.reports.report import make_report, smoothed
@@ -102,11 +102,11 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         slots = []
         for e in range(experts):
             fate = e % 8 if chance.random() < 0.75 else 0
-            based = Slot("stand_in", base=e % 5, rank=4) if fate in (1, 2, 3, 4) else None
-            slots.append(based or {5: Slot("stand_in", constant=True), 6: DROPPED, 7: NOTHING}.get(fate, KEPT))
+            based = stand_in(base=e % 5, rank=4) if fate in (1, 2, 3, 4) else None
+            slots.append(based or {5: stand_in(constant=True), 6: DROPPED, 7: NOTHING}.get(fate, KEPT))
         for b in range(5):
-            slots[b] = Slot("stand_in", base=b, rank=4 + n)
-        slots[5] = Slot("stand_in", rank=2)
+            slots[b] = stand_in(base=b, rank=4 + n)
+        slots[5] = stand_in(rank=2)
         members = [tuple(e for e, s in enumerate(slots) if s.base == b) for b in range(5)]
         made.append(LayerPlan(layer, tuple(slots), tuple(Base(m, (1 / len(m),) * len(m)) for m in members)))
     plan = Plan(
@@ -401,7 +401,7 @@ def test_every_fate_has_a_colour_and_a_mark():
     page = expert_maps.fate_grid(plan)
     slots = [slot for layer in plan.layers for slot in layer.slots]
     assert page.count('class="cell"') == len(slots)
-    kinds = {(expert_maps.letter_of(s), expert_maps.colour_of(s)) for s in slots}
+    kinds = {(expert_maps.mark_of(s), expert_maps.colour_of(s)) for s in slots}
     assert len({mark for mark, _ in kinds}) == len({colour for _, colour in kinds}) == len(kinds)
     legend = expert_maps.fate_legend(plan)
     assert f"kept: {sum(s == KEPT for s in slots)}" in legend

@@ -217,7 +217,7 @@ def test_a_pruned_checkpoint_opens_as_an_ordinary_model(model_type, words, tmp_p
     assert {layer.experts.config._experts_implementation for layer in find_layers(opened)} == {"eager"}
     # A layer that the next plan keeps whole is still not what the config says, so it stays in a container.
     last = shape_of(opened).layers[1]
-    slots = tuple(KEPT if e else locum.Slot("stand_in", rank=2, start="svd") for e in range(last.num_experts))
+    slots = tuple(KEPT if e else locum.stand_in(rank=2, start="svd") for e in range(last.num_experts))
     first = LayerPlan(shape.layers[0].name, (KEPT,) * 6)
     next_plan = make_plan(shape_of(opened), [first, LayerPlan(last.name, slots)])
     again = locum.apply(small, plan=next_plan, out=tmp_path / "again")

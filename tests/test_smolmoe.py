@@ -30,7 +30,7 @@ from locum.checkpoints.read import load_tokenizer
 from locum.data.tokens import load_tokens
 from locum.measure.calibration import calibrate
 from locum.models.sizes import shape_of
-from locum.plans.plan import Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import NOTHING, Base, LayerPlan, make_plan, stand_in
 
 IDS = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
 RECIPE = smolmoe.Recipe(domains=("a", "b", "c"), steps=3)
@@ -148,15 +148,14 @@ def test_merging_the_copies_of_an_exact_upcycle_is_lossless():
     moe = smolmoe_mixtral.upcycled(dense, 4, 2)
     shape = shape_of(moe)
     one_base = [
-        LayerPlan(layer.name, (Slot("stand_in", base=0),) * 4, (Base((0, 1, 2, 3), (0.25,) * 4),))
-        for layer in shape.layers
+        LayerPlan(layer.name, (stand_in(base=0),) * 4, (Base((0, 1, 2, 3), (0.25,) * 4),)) for layer in shape.layers
     ]
     merged = apply_plan(moe, make_plan(shape, one_base))
     assert torch.allclose(logits(merged), logits(dense), atol=1e-4)
     assert shape_of(tiny_mixtral := smolmoe_mixtral.upcycled(dense, 4, 2)).parameters > sum(
         p.numel() for p in merged.parameters()
     )
-    different = [dataclasses.replace(p, slots=(Slot("nothing"), *p.slots[1:])) for p in one_base]
+    different = [dataclasses.replace(p, slots=(NOTHING, *p.slots[1:])) for p in one_base]
     assert not torch.allclose(logits(apply_plan(tiny_mixtral, make_plan(shape, different))), logits(dense), atol=1e-2)
 
 

@@ -53,7 +53,7 @@ def test_compress_writes_the_statistics_it_is_told_to_and_uses_them_again(checkp
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
     plan = locum.load_plan(tmp_path / "one" / "plan.json")
-    assert plan.needs_constants
+    assert plan.needs
     assert plan.provenance["statistics_file"] == str(tmp_path / "stats")
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
-from locum.containers.build import build_layer, make_adapter, old_weights
+from locum.containers.build import build_layer, old_weights
 from locum.containers.container import StandInExperts
 from locum.errors import PlanError, StatisticsError
 from locum.experts.factors import gaussian_factors, svd_factors, whitened_factors
+from locum.experts.parts.low_rank import LowRank
 from locum.experts.weights import ExpertWeights, align, mean_expert, permute_hidden
-from locum.plans.plan import KEPT, Base, LayerPlan, Slot
+from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
 from locum.stats.sums import LayerStatistics
 from oracles import expert_parts, random_layer_plan
+from slots import base_of, has_constant, rank_of, start_of
 
 D, F, E = 12, 10, 8
 KINDS = {"gate": (True, False), "gate and bias": (True, True), "no gate": (False, False), "only bias": (False, True)}
@@ -38,6 +41,12 @@ def expert(seed, has_gate=True, has_bias=False, dtype=torch.float32):
         up_bias if has_bias else None,
         down_bias if has_bias else None,
     )
+
+
+def adapter_of(rank, start, old, over, generator):
+    """The row of one adapter, from an expert and what stands beside the adapter."""
+    site = SimpleNamespace(original=lambda e: old, others=lambda e: over, generator=generator)
+    return SimpleNamespace(**LowRank(rank, start).build(0, site))
 
 
 def run(weights, x):
@@ -199,7 +208,7 @@ def test_adapter_from_svd_at_full_rank_is_the_expert(kind):
     old, base = expert(0, *KINDS[kind]), expert(1, *KINDS[kind])
     rank = min(D, F)
     for over in (base, None):
-        adapter = make_adapter(Slot("stand_in", 0, rank, "svd"), old, over, torch.Generator())
+        adapter = adapter_of(rank, "svd", old, over, torch.Generator())
         a = adapter.gate_up_A
         products = {"up_FD": adapter.up_B_FR @ a[-rank:], "down_DF": adapter.down_B_DR @ adapter.down_A_RF}
         if old.gate_FD is not None:
@@ -212,7 +221,7 @@ def test_adapter_from_svd_at_full_rank_is_the_expert(kind):
 def test_gaussian_adapter_over_nothing_can_learn():
     """B = 0 in all three projections would make every gradient exactly zero."""
     old = expert(0)
-    adapter = make_adapter(Slot("stand_in", None, 4), old, None, torch.Generator().manual_seed(0))
+    adapter = adapter_of(4, "gaussian", old, None, torch.Generator().manual_seed(0))
     leaves = [t.clone().requires_grad_(True) for t in vars(adapter).values()]
     a, gate_b, up_b, down_a, down_b = leaves
     x = draw(D, generator=torch.Generator().manual_seed(1))
@@ -222,9 +231,7 @@ def test_gaussian_adapter_over_nothing_can_learn():
     variance = torch.stack(
         [
             (t.up_B_FR @ t.gate_up_A[4:]).var()
-            for t in (
-                make_adapter(Slot("stand_in", None, 4), old, None, torch.Generator().manual_seed(s)) for s in range(200)
-            )
+            for t in (adapter_of(4, "gaussian", old, None, torch.Generator().manual_seed(s)) for s in range(200))
         ]
     ).mean()
     assert float(variance) == pytest.approx(float(old.up_FD.var()), rel=0.15)
@@ -259,12 +266,14 @@ def test_a_built_layer_holds_what_its_plan_says(kind):
         old = old_weights(plan, experts.__getitem__)
         for new, e in enumerate(plan.survivors):
             slot, parts = plan.slots[e], expert_parts(container, new)
-            expected = experts[e] if slot.becomes == "kept" else slow_stand_in(slot, plan, experts, old[e], shape)
+            expected = experts[e] if slot.is_kept else slow_stand_in(slot, plan, experts, old[e], shape)
             if expected is not None:
-                near = 2e-3 if slot.start == "svd" else 2e-5  # float32 turns singular vectors of nearly equal values
+                near = (
+                    2e-3 if start_of(slot) == "svd" else 2e-5
+                )  # float32 turns singular vectors of nearly equal values
                 for part, value in expected_parts(expected, shape).items():
                     torch.testing.assert_close(parts[part], value, atol=near, rtol=1e-4)
-            constant = means[e] if slot.constant else torch.zeros(D)
+            constant = means[e] if has_constant(slot) else torch.zeros(D)
             torch.testing.assert_close(parts["c"], constant)
 
 
@@ -277,39 +286,39 @@ def expected_parts(weights, shape):
 def slow_stand_in(slot, plan, experts, old, shape):
     """None where chance decides (a gaussian adapter over nothing)."""
     # An adapter without a base keeps the biases of its expert; a constant alone has none.
-    base = experts[0].map(lambda n, t: getattr(old, n) if slot.rank and "bias" in n else torch.zeros_like(t))
-    if slot.base is not None:
-        spec = plan.bases[slot.base]
+    base = experts[0].map(lambda n, t: getattr(old, n) if rank_of(slot) and "bias" in n else torch.zeros_like(t))
+    if base_of(slot) is not None:
+        spec = plan.bases[base_of(slot)]
         members = [experts[e] for e in spec.experts]
         if spec.align:
             heaviest = members[spec.weights.index(max(spec.weights))]
             members = [align(m, heaviest) for m in members]
         base = mean_expert(members, list(spec.weights))
-    if not slot.rank:
+    if not rank_of(slot):
         return base
-    if slot.start == "gaussian":
-        return base if slot.base is not None else None
+    if start_of(slot) == "gaussian":
+        return base if base_of(slot) is not None else None
 
     def add(name, t):
         if "bias" in name:
             return t
         u, s, v = torch.linalg.svd((getattr(old, name) - t).double(), full_matrices=False)
-        return t + (u[:, : slot.rank] * s[: slot.rank] @ v[: slot.rank]).float()
+        return t + (u[:, : rank_of(slot)] * s[: rank_of(slot)] @ v[: rank_of(slot)]).float()
 
     return base.map(add)
 
 
 def test_building_is_deterministic_for_a_seed():
     shape, experts = layer_shape("gate"), [expert(s) for s in range(E)]
-    plan = LayerPlan("experts", (KEPT, *[Slot("stand_in", 0, 3)] * 7), (Base((1, 2), (0.5, 0.5)),))
+    plan = LayerPlan("experts", (KEPT, *[stand_in(0, 3)] * 7), (Base((1, 2), (0.5, 0.5)),))
     one, two, other = (build_layer(plan, shape, experts.__getitem__, None, seed)[1] for seed in (1, 1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["adapters.0.gate_up_A"], other["adapters.0.gate_up_A"])
 
 
 def test_constants_need_statistics():
-    plan = LayerPlan("experts", (Slot("stand_in", constant=True), *[KEPT] * 7))
-    with pytest.raises(PlanError, match=r"has constants, .*statistics.*missing: output_sum, count"):
+    plan = LayerPlan("experts", (stand_in(constant=True), *[KEPT] * 7))
+    with pytest.raises(PlanError, match=r"made from statistics \(constant\), .*missing: output_sum, count"):
         build_layer(plan, layer_shape("gate"), [expert(s) for s in range(E)].__getitem__, None, 0)
 
 
@@ -326,9 +335,9 @@ def test_whitened_adapters_are_those_of_each_expert_and_its_own_inputs(align_bas
     """With a base, of what it leaves over; with an aligned one, hidden units and their Gram are reordered alike."""
     shape, experts = layer_shape("gate"), [expert(s) for s in range(E)]
     statistics = grams(shape)
-    over = Slot("stand_in", 0, 3, "whitened")
+    over = stand_in(0, 3, "whitened")
     base = Base((4, 5, 6), (0.2, 0.5, 0.3), align=align_base)
-    plan = LayerPlan("experts", (KEPT,) * 4 + (over, over, over, Slot("stand_in", None, 3, "whitened")), (base,))
+    plan = LayerPlan("experts", (KEPT,) * 4 + (over, over, over, stand_in(None, 3, "whitened")), (base,))
     container = build(plan, shape, experts.__getitem__, statistics)
     old = old_weights(plan, experts.__getitem__)
     mean = mean_expert([old[e] for e in base.experts], list(base.weights))
@@ -347,9 +356,9 @@ def test_whitened_adapters_are_those_of_each_expert_and_its_own_inputs(align_bas
 
 def test_whitened_adapters_need_finite_grams():
     shape, read = layer_shape("gate"), [expert(s) for s in range(E)].__getitem__
-    plan = LayerPlan("experts", (KEPT,) * 7 + (Slot("stand_in", None, 3, "whitened"),))
+    plan = LayerPlan("experts", (KEPT,) * 7 + (stand_in(None, 3, "whitened"),))
     assert plan.needs == ("input_gram", "hidden_gram")
-    with pytest.raises(PlanError, match=r"whitened adapters, .*missing: input_gram, hidden_gram"):
+    with pytest.raises(PlanError, match=r"\(rank 3 \(whitened\)\), .*missing: input_gram, hidden_gram"):
         build_layer(plan, shape, read)
     with pytest.raises(PlanError, match=r"missing: hidden_gram"):
         build_layer(plan, shape, read, observed(shape, input_gram=grams(shape)["input_gram"]))
@@ -361,9 +370,7 @@ def test_whitened_adapters_need_finite_grams():
 
 def test_old_weights_are_in_the_hidden_order_of_their_base():
     experts = [expert(s) for s in range(E)]
-    plan = LayerPlan(
-        "experts", (KEPT,) * 5 + (Slot("stand_in", 0, 2),) * 3, (Base((5, 6, 7), (0.2, 0.5, 0.3), align=True),)
-    )
+    plan = LayerPlan("experts", (KEPT,) * 5 + (stand_in(0, 2),) * 3, (Base((5, 6, 7), (0.2, 0.5, 0.3), align=True),))
     old = old_weights(plan, experts.__getitem__)
     assert sorted(old) == [5, 6, 7]
     x = draw(D, generator=torch.Generator().manual_seed(2))

@@ -30,10 +30,10 @@ from locum.checkpoints.load import load_model
 from locum.checkpoints.read import read_headers
 from locum.errors import CheckpointError, UnsupportedModel
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from tiny_models import CONFIGS, tiny_ids, tiny_model
 
-CONSTANT = Slot("stand_in", constant=True)
+CONSTANT = stand_in(constant=True)
 
 
 class Experts(nn.Module):

@@ -23,7 +23,7 @@ from locum.checkpoints.patch import load_adapter, vectors_and_routers
 from locum.checkpoints.read import ADAPTER
 from locum.checkpoints.skeleton import read_shape
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
-from locum.experts.routing import VECTORS, Routing
+from locum.experts.policies.main_with_vectors import VECTORS, MainWithVectors
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
@@ -34,7 +34,7 @@ from test_compressed_experts import TOP_4, drawn, logits, near, policy_plan
 from test_recover import QUICK, compressed, light, opened, tiny_tokens
 from tiny_models import tiny_ids, tiny_model
 
-MAIN_2 = Routing(2)
+MAIN_2 = MainWithVectors(2)
 
 
 def recovered(model, plan, how, **options):
@@ -60,7 +60,7 @@ def routed(plan, policy=MAIN_2):
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_vectors_and_routers_alone_leave_every_weight_as_it_was(family, vectors):
     original = tiny_model(family, **TOP_4)
-    plan = policy_plan(original, lambda _: Routing(2, vectors))
+    plan = policy_plan(original, lambda _: MainWithVectors(2, vectors))
     model = apply_plan(original, plan)
     before, layouts = state(model), [x.experts.layout for x in find_layers(model)]
     model, summary = recovered(model, plan, "vectors")
@@ -91,7 +91,7 @@ def test_more_is_learnt_with_vectors_than_with_routers_alone():
     ids, losses = tiny_ids(6, 16), {}
     tokens = tiny_tokens()
     for vectors in ("none", "static", "projections"):
-        plan = policy_plan(original, lambda _, vectors=vectors: Routing(1, vectors))
+        plan = policy_plan(original, lambda _, vectors=vectors: MainWithVectors(1, vectors))
         model = apply_plan(copy.deepcopy(original), plan)
         options = Recovery(how="vectors", **{**QUICK, "steps": 30, "batch_size": 6, "learning_rate": 0.02})
         _, summary = recover_model(model, plan, tokens, tokens, options)

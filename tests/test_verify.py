@@ -159,7 +159,7 @@ def of_a_forged_plan(folder: Path) -> tuple[str, str]:
     """The notes agree with the plan, the weights do not."""
     plan = locum.load_plan(folder / "plan.json")
     layer = plan.layers[0]
-    kept = next(e for e, slot in enumerate(layer.slots) if slot.becomes == "kept")
+    kept = next(e for e, slot in enumerate(layer.slots) if slot.is_kept)
     slots = tuple(NOTHING if e == kept else slot for e, slot in enumerate(layer.slots))
     forged = dataclasses.replace(plan, layers=(dataclasses.replace(layer, slots=slots), *plan.layers[1:]))
     locum.save_plan(forged, folder / "plan.json")

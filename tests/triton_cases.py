@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from locum.containers.layout import Layout
-from locum.experts.routing import Routing
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.kernels import choice, triton_grouped
-from locum.plans.plan import KEPT, Base, LayerPlan, Slot
+from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
 from test_container import KINDS, assert_near, filled, relative_error, slow, swiglu
 from test_products import ROUNDING, D, container_of, routed_to, shape
 from triton_launches import launches_of, olmoe_layer
@@ -144,7 +144,7 @@ def test_a_container_in_bfloat16(regime):
 
 
 def test_a_base_shared_within_a_token(regime):
-    slots = (KEPT, *(Slot("stand_in", 0, 3) for _ in range(7)))
+    slots = (KEPT, *(stand_in(0, 3) for _ in range(7)))
     container = filled(Layout.of(LayerPlan("experts", slots, (Base((1, 2), (0.5, 0.5)),)), shape()), swiglu)
     x, index, gates = routed_to(container, 4, 0, torch.float32)
     assert_near(on_device(container, x, index, gates), slow(container, x, index, gates), 1e-5)
@@ -153,7 +153,7 @@ def test_a_base_shared_within_a_token(regime):
 @pytest.mark.parametrize("what", ["projections", "hidden", "norm"])
 def test_routing_policies_and_norms_of_single_experts(what, regime):
     """Cluster by cluster is held against the oracle in test_routing."""
-    container = container_of("swiglu", 3, torch.float32, policy=None if what == "norm" else Routing(2, what))
+    container = container_of("swiglu", 3, torch.float32, policy=None if what == "norm" else MainWithVectors(2, what))
     if what == "norm":
         container.post_expert_norm = torch.nn.RMSNorm(D)
     x, index, gates = routed_to(container, 4, 1, torch.float32)

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.kernels import triton_grouped
-from locum.plans.plan import KEPT, Base, LayerPlan, Slot
+from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
 
 KERNELS = ("_few", "_many", "_sort", "_find_units", "_sum_units", "_sum_tokens")
@@ -66,7 +66,7 @@ def swiglu(pre_PG: torch.Tensor) -> torch.Tensor:
 def olmoe_layer(replaced: int, rank: int) -> StandInExperts:
     """64 experts of 2048 x 1024, the last of them replaced by three bases with adapters."""
     kept = 64 - replaced
-    slots = (KEPT,) * kept + tuple(Slot("stand_in", e % 3, rank) for e in range(replaced))
+    slots = (KEPT,) * kept + tuple(stand_in(e % 3, rank) for e in range(replaced))
     bases = tuple(Base((kept + b,), (1.0,)) for b in range(3)) if replaced else ()
     shape = LayerShape("experts", 64, 8, 2048, 1024, "router", "softmax", False)
     container = StandInExperts(Layout.of(LayerPlan("experts", slots, bases), shape), swiglu, torch.bfloat16, "meta")

@@ -22,7 +22,7 @@ from .errors import (
 )
 from .exports.export import export
 from .methods import METHODS
-from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan
+from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from .plans.plan_file import load_plan, save_plan
 from .shapes import LayerShape, ModelShape
 from .speed.bench import bench
@@ -80,5 +80,6 @@ __all__ = [
     "save_plan",
     "save_statistics",
     "search",
+    "stand_in",
     "verify",
 ]

@@ -15,11 +15,12 @@ from locum.bundled import MODEL as REFERENCE
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.containers.container import StandInExperts
-from locum.experts.routing import Routing
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics
+from slots import base_of
 from tiny_models import tiny_model
 
 ROOM = {"vocab_size": 320, "max_position_embeddings": 512, "hidden_size": 64, "num_hidden_layers": 3}
@@ -46,7 +47,7 @@ def cycle(layer: LayerShape, *pattern: Slot) -> tuple[Slot, ...]:
 
 
 def members(slots: tuple[Slot, ...], base: int) -> Base:
-    experts = tuple(e for e, slot in enumerate(slots) if slot.base == base)
+    experts = tuple(e for e, slot in enumerate(slots) if base_of(slot) == base)
     return Base(experts, (1 / len(experts),) * len(experts))
 
 
@@ -54,14 +55,14 @@ def lightmoe(layers: tuple[LayerShape, ...]) -> list[LayerPlan]:
     """Shared bases with an adapter per member (LightMoE); the last layer stays stock."""
     plans = []
     for layer in layers[:-1]:
-        slots = cycle(layer, KEPT, Slot("stand_in", 0, 4), KEPT, Slot("stand_in", 1, 3, "svd"))
+        slots = cycle(layer, KEPT, stand_in(0, 4), KEPT, stand_in(1, 3, "svd"))
         plans.append(LayerPlan(layer.name, slots, (members(slots, 0), members(slots, 1))))
     return plans
 
 
 def low_rank(layers: tuple[LayerShape, ...]) -> list[LayerPlan]:
     """Experts dropped, and a rank for each of the others (MoE-I2)."""
-    pattern = (DROPPED, Slot("stand_in", None, 8, "svd"), Slot("stand_in", None, 12, "svd"), KEPT)
+    pattern = (DROPPED, stand_in(None, 8, "svd"), stand_in(None, 12, "svd"), KEPT)
     return [LayerPlan(layer.name, cycle(layer, *pattern)) for layer in layers]
 
 
@@ -75,23 +76,25 @@ def merged(layers: tuple[LayerShape, ...]) -> list[LayerPlan]:
     """Experts that share their mean."""
     plans = []
     for layer in layers:
-        slots = cycle(layer, KEPT, Slot("stand_in", 0), Slot("stand_in", 1), Slot("stand_in", 1))
+        slots = cycle(layer, KEPT, stand_in(0), stand_in(1), stand_in(1))
         plans.append(LayerPlan(layer.name, slots, (members(slots, 0), members(slots, 1))))
     return plans
 
 
 def constants(layers: tuple[LayerShape, ...]) -> list[LayerPlan]:
     """Experts that put out a constant (MoNE), and some that put out nothing."""
-    pattern = (KEPT, Slot("stand_in", constant=True), KEPT, Slot("nothing"))
+    pattern = (KEPT, stand_in(constant=True), KEPT, NOTHING)
     return [LayerPlan(layer.name, cycle(layer, *pattern)) for layer in layers]
 
 
 def vectors(layers: tuple[LayerShape, ...]) -> list[LayerPlan]:
     """Fewer main experts, vectors for the others (Compressed Experts); here on top of stand-ins and dropped experts."""
-    pattern = (KEPT, Slot("stand_in", None, 8, "svd"), KEPT, DROPPED)
+    pattern = (KEPT, stand_in(None, 8, "svd"), KEPT, DROPPED)
     return [
         LayerPlan(
-            layer.name, cycle(layer, *pattern), routing=Routing(layer.top_k - 1, ("projections", "hidden")[i % 2])
+            layer.name,
+            cycle(layer, *pattern),
+            routing=MainWithVectors(layer.top_k - 1, ("projections", "hidden")[i % 2]),
         )
         for i, layer in enumerate(layers)
     ]
@@ -136,7 +139,7 @@ def make(folder: Path, family: str, plan_name: str, dtype: torch.dtype) -> tuple
     generator = torch.Generator().manual_seed(5)
     apply_plan(model, plan, statistics(shape, generator))
     for module in model.modules():
-        if isinstance(module, StandInExperts) and module.offsets_NV is not None:  # as if they had been trained
+        if isinstance(module, StandInExperts) and module.policy_tensors:  # as if they had been trained
             module.offsets_NV.data.normal_(0, 0.3, generator=generator)
     model.save_pretrained(folder)
     return model, plan.size(shape).bytes

@@ -29,16 +29,17 @@ from locum.checkpoints.skeleton import read_shape
 from locum.cli import cli
 from locum.containers.container import StandInExperts
 from locum.data.tokens import Tokens
-from locum.experts.routing import Routing
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.measure.calibration import calibrate, observed
 from locum.measure.removals import ModelExplorer
 from locum.models.families import MoeLayer, find_layers
 from locum.models.replay import Recording
 from locum.models.routers import router_logits
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics, Sums
+from slots import rows_of
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -117,32 +118,32 @@ def prune(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
 
 def lightmoe(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
     half = shape.num_experts // 2
-    stand_in = Slot("stand_in", base=0, rank=2, start="svd")
-    return [KEPT] * half + [stand_in] * half, [Base(tuple(range(half, 2 * half)), (1 / half,) * half)]
+    replaced = stand_in(base=0, rank=2, start="svd")
+    return [KEPT] * half + [replaced] * half, [Base(tuple(range(half, 2 * half)), (1 / half,) * half)]
 
 
 def low_rank(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    return [Slot("stand_in", rank=4, start="svd") if e % 2 else KEPT for e in range(shape.num_experts)], []
+    return [stand_in(rank=4, start="svd") if e % 2 else KEPT for e in range(shape.num_experts)], []
 
 
 def constant(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    return [Slot("stand_in", constant=True) if e % 2 else KEPT for e in range(shape.num_experts)], []
+    return [stand_in(constant=True) if e % 2 else KEPT for e in range(shape.num_experts)], []
 
 
 def merged(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    slots = [Slot("stand_in", base=e % 2) if e < 6 else KEPT for e in range(shape.num_experts)]
+    slots = [stand_in(base=e % 2) if e < 6 else KEPT for e in range(shape.num_experts)]
     return slots, [Base((0, 2, 4), (0.5, 0.25, 0.25)), Base((1, 3, 5), (0.2, 0.2, 0.6), align=True)]
 
 
 def mixed(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
     """Every kind of slot. Where nothing may be dropped, the two become nothing."""
     slots = [
-        Slot("stand_in", base=0, rank=2, start="svd"),
+        stand_in(base=0, rank=2, start="svd"),
         NOTHING if shape.refuse_dropping else DROPPED,
-        Slot("stand_in", base=0, rank=3, start="svd", constant=True),
+        stand_in(base=0, rank=3, start="svd", constant=True),
         NOTHING,
-        Slot("stand_in", rank=3, start="svd"),
-        Slot("stand_in", constant=True),
+        stand_in(rank=3, start="svd"),
+        stand_in(constant=True),
         NOTHING if shape.refuse_dropping else DROPPED,
         KEPT,
     ]
@@ -245,7 +246,7 @@ def check_keep_all(case: Case) -> None:
     assert torch.equal(case.logits_of(model), case.logits)
     own = case.plan(
         lambda shape: (
-            [Slot("stand_in", base=e) for e in range(shape.num_experts)],
+            [stand_in(base=e) for e in range(shape.num_experts)],
             [Base((e,), (1.0,)) for e in range(shape.num_experts)],
         )
     )
@@ -378,9 +379,9 @@ def used_parameters(container: StandInExperts, chosen: set[int]) -> Iterator[tup
     if container.dense is not None and any(layout.dense_of[e] >= 0 for e in chosen):
         yield from container.dense.named_parameters()
     for index, stack in enumerate(container.adapters):
-        if any(layout.rank_of[e] == index for e in chosen):
+        if any(rows_of(layout).rank_of[e] == index for e in chosen):
             yield from stack.named_parameters()
-    if container.constant_ND is not None and any(layout.constant_of[e] >= 0 for e in chosen):
+    if any(rows_of(layout).constant_of[e] >= 0 for e in chosen):
         yield "constant_ND", container.constant_ND
 
 
@@ -399,7 +400,10 @@ def check_generate(case: Case) -> None:
 
 def check_compressed_experts(case: Case) -> None:
     """Half of the selected experts run: at one, vectors change nothing; drawn, it all trains, saves and loads again."""
-    policies = [(Routing(max(1, x.top_k // 2)), Routing(max(1, x.top_k // 2), "none")) for x in case.shape.layers]
+    policies = [
+        (MainWithVectors(max(1, x.top_k // 2)), MainWithVectors(max(1, x.top_k // 2), "none"))
+        for x in case.shape.layers
+    ]
     made = []
     for which in (0, 1):
         layers = zip(case.shape.layers, policies, strict=True)

@@ -33,7 +33,7 @@ from locum.errors import LocumError, PlanError, UnsupportedModel
 from locum.models.families import FAMILIES, Family, family_of, find_layers, model_class
 from locum.models.routers import RouterRule
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from locum.training.layer import close_layer, open_layer
 from tiny_models import CONFIGS
 
@@ -232,7 +232,7 @@ def test_an_adapter_without_a_base_at_full_rank_is_its_expert_biases_included():
     """gpt_oss has biases in its experts: at full rank, an SVD start must reproduce the model."""
     case = Case("gpt_oss")
     rank = min(case.shape.layers[0].hidden_size, case.shape.layers[0].expert_width)
-    plan = case.plan(lambda shape: ([Slot("stand_in", rank=rank, start="svd")] * shape.num_experts, []))
+    plan = case.plan(lambda shape: ([stand_in(rank=rank, start="svd")] * shape.num_experts, []))
     near(case.logits_of(case.applied(plan)), case.logits, 1e-4)
 
 

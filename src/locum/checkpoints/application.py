@@ -19,7 +19,7 @@ from ..files import NOTES, whole
 from ..models.families import (
     EXPERT_COUNTS,
     MoeLayer,
-    canonical_gate,
+    canonical_activation,
     find_layers,
     read_expert,
     set_expert_count,
@@ -40,14 +40,14 @@ def make_container(
     plan: LayerPlan,
     shape: LayerShape,
     read: Callable[[int], ExpertWeights],
-    apply_gate: Callable[[Tensor], Tensor],
+    activate: Callable[[Tensor], Tensor],
     statistics: LayerStatistics | None,
     seed: int,
 ) -> StandInExperts:
     """The container of one layer, filled. It does not matter where `read` takes the experts from."""
     layout, tensors = build_layer(plan, shape, read, statistics, seed)
     like = read(0).down_DF
-    container = StandInExperts(layout, apply_gate, like.dtype, "meta")
+    container = StandInExperts(layout, activate, like.dtype, "meta")
     container.load_state_dict(tensors, assign=True, strict=True)
     return container.to(like.device)
 
@@ -61,7 +61,7 @@ def apply_plan(
 ) -> PreTrainedModel:
     """Change a live stock model into what the plan says, in place. Layers the plan keeps whole are left as they are.
 
-    `statistics` are read only where the plan has constants or whitened adapters (`plan.needs` says which).
+    `statistics` are read only where the plan has parts made from them (`plan.needs` says which).
     Raises PlanError before anything is changed when the plan does not fit or they are missing.
     """
     shape = shape_of(model)
@@ -107,7 +107,7 @@ def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Sta
         plan,
         layer.shape,
         lambda e: read_expert(experts, e),
-        canonical_gate(experts),
+        canonical_activation(experts),
         _read_by(plan, statistics),
         seed,
     )

@@ -31,7 +31,7 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
     """Markdown with a Hub header: what was done, how to load it, sizes, fates of the experts, provenance."""
     size = plan.size(shape)
     stock = plan.is_stock(shape)
-    fates: Counter[str] = Counter(slot.becomes for layer in plan.layers for slot in layer.slots)
+    fates: Counter[str] = Counter(slot.fate for layer in plan.layers for slot in layer.slots)
     load = [
         "```python",
         "from transformers import AutoModelForCausalLM",

@@ -15,8 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
 from ..containers.container import StandInExperts
-from ..containers.layout import Layout
-from ..containers.rows import row_weights
+from ..containers.rows import row_weights, tensors_of
 from ..errors import UnsupportedModel
 from ..models.families import find_layers, slice_experts, write_expert
 from ..models.watch import configs_of
@@ -24,16 +23,10 @@ from .quantizer import set_module
 from .skeleton import layouts_of, skeleton
 
 
-def only_kept(layout: Layout) -> bool:
-    """Whether a container holds nothing but whole experts of their own."""
-    own = layout.dense_of == tuple(range(layout.num_experts))
-    return own and not layout.ranks and not layout.num_constants and layout.routing is None
-
-
 def check_openable(path: str | Path, advice: str) -> None:
     """Refuse a checkpoint with anything but whole experts, from its config alone."""
     for name, layout in layouts_of(path).items():
-        if not only_kept(layout):
+        if not layout.only_dense:
             raise UnsupportedModel(f"{path} is compressed already ({name} has stand-ins); {advice}")
 
 
@@ -51,7 +44,7 @@ def open_containers(model: PreTrainedModel) -> PreTrainedModel:
         weight = container.dense.down_NDF
         slice_experts(experts, tuple(range(container.num_experts)))
         experts.to(weight.dtype).to_empty(device=weight.device)
-        tensors = {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
+        tensors = tensors_of(container)
         for e in range(container.num_experts):
             write_expert(experts, e, row_weights(tensors, e, container.layout))
         if container.post_expert_norm is not None:

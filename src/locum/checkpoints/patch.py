@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError
+from ..experts.parts.own_weights import OwnWeights
 from ..files import NOTES, fingerprint
 from ..models.families import find_layers, read_expert
 from ..models.sizes import shape_of
 from ..plans.plan_file import load_plan
 from .application import apply_plan
-from .convert import only_kept, open_containers
+from .convert import open_containers
 from .read import ADAPTER, fingerprint_checkpoint, read_json
 from .skeleton import layouts_of
 
@@ -70,8 +71,8 @@ def weights_of(model: nn.Module) -> str:
         experts = layer.experts
         if not isinstance(experts, StandInExperts):
             parts.append(sample(read_expert(experts, 0).down_DF))
-        elif experts.dense is not None:
-            parts.append(sample(experts.dense.down_NDF[0]))
+        elif experts.layout.num_dense:
+            parts.append(sample(experts.get_parameter(f"{OwnWeights.prefix}down_NDF")[0]))
     return fingerprint(*parts)
 
 
@@ -97,8 +98,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             _layout(experts[name]) == layout or (plan.keeps_experts and _whole(experts[name]))
         ):
             raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
-        if vectors := layout.tensor_shapes().get("offsets_NV"):
-            expected[f"{name}.offsets_NV"] = vectors
+        stored = layout.routing.tensors(layout) if layout.routing else {}
+        expected |= {f"{name}.{tensor}": size for tensor, size in stored.items()}
     if expected != (found := {name: tuple(t.shape) for name, t in tensors.items()}):
         first = min(set(expected.items()) ^ set(found.items()))[0]
         raise CheckpointError(
@@ -121,7 +122,7 @@ def _layout(experts: nn.Module) -> Layout | None:
 def _whole(experts: nn.Module) -> bool:
     """Whether every expert is there whole: a stock layer, or the container of one that was pruned."""
     layout = _layout(experts)
-    return layout is None or only_kept(layout)
+    return layout is None or layout.only_dense
 
 
 def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
@@ -165,6 +166,7 @@ def vectors_and_routers(model: nn.Module) -> dict[str, nn.Parameter]:
     for layer in find_layers(model):
         routers = layer.router.named_parameters()
         found |= {f"{layer.shape.router}.{name}": p for name, p in routers if p.is_floating_point()}
-        if getattr(layer.experts, "offsets_NV", None) is not None:
-            found[f"{layer.shape.name}.offsets_NV"] = layer.experts.offsets_NV
+        if isinstance(layer.experts, StandInExperts):
+            stored = layer.experts.policy_tensors
+            found |= {f"{layer.shape.name}.{name}": layer.experts.get_parameter(name) for name in stored}
     return found

@@ -22,12 +22,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..errors import CheckpointError
-from ..models.families import canonical_gate, find_layers, slice_router
+from ..errors import CheckpointError, PlanError
+from ..models.families import canonical_activation, find_layers, slice_router
 from ..shapes import LayerShape
 from .read import read_header
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READS = (1, FORMAT_VERSION)  # versions differ in how a layout is written (containers/layout_version_1.py)
 
 
 @register_quantization_config("locum")
@@ -37,7 +38,7 @@ class LocumConfig(QuantizationConfigMixin):
     def __init__(
         self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in READS:
             raise CheckpointError(
                 f"the checkpoint has Locum format version {format_version!r}; this Locum reads version {FORMAT_VERSION}; "
                 f"install the version that wrote it, or a newer one"
@@ -123,7 +124,7 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
             raise CheckpointError(f"config.json describes a container for {name!r}, which this model does not have")
         layer, layout = found[name], read_layout(name, data, found[name].shape)
         weight = layer.experts.down_proj
-        container = StandInExperts(layout, canonical_gate(layer.experts), weight.dtype, weight.device)
+        container = StandInExperts(layout, canonical_activation(layer.experts), weight.dtype, weight.device)
         container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
         set_module(model, name, container)
         layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
@@ -148,11 +149,11 @@ def read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
             f"config.json gives the container {name} {layout.num_experts} experts; the layer can have "
             f"{shape.fewest_experts} to {shape.num_experts}; restore the config.json that was written with the weights"
         )
-    if layout.routing is not None and layout.routing.main > shape.top_k:
-        raise CheckpointError(
-            f"config.json lets {layout.routing.main} experts of {name} run for a token, but its router selects "
-            f"{shape.top_k}; restore the config.json that was written with the weights"
-        )
+    if layout.routing is not None:
+        try:
+            layout.routing.check(f"config.json, {name}: its routing policy", shape)
+        except PlanError as error:
+            raise CheckpointError(f"{error}; restore the config.json that was written with the weights") from error
     return layout
 
 

@@ -1,29 +1,62 @@
-"""Rows of a container's stacks as whole weights again: what conversion and training read.
+"""Rows of a container as whole weights again: what conversion, export and training read.
 
-Letters: D model width, F expert width, R rank.
+Letters: D model width, F expert width, N stacked rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
+from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.part import Part
 from ..experts.weights import ExpertWeights
+from .container import StandInExperts
 from .layout import Layout
-from .stack import Stack
+
+NAMES = {
+    "gate_up_GD": "gate_up_NGD",
+    "down_DF": "down_NDF",
+    "gate_up_bias_G": "gate_up_bias_NG",
+    "down_bias_D": "down_bias_ND",
+}  # of one expert's whole weights, in a stack of them
 
 
-def adapter_product(stack: Stack, row: int) -> dict[str, Tensor]:
-    """B A of one adapter for each projection, in float32, under the names of ExpertWeights."""
-    tensors = {name: parameter.detach()[row].float() for name, parameter in stack.named_parameters()}
-    rank = tensors["up_B_FR"].shape[1]
-    first = tensors["gate_up_A"]
-    products = {"up_FD": tensors["up_B_FR"] @ first[-rank:], "down_DF": tensors["down_B_DR"] @ tensors["down_A_RF"]}
-    if "gate_B_FR" in tensors:
-        products["gate_FD"] = tensors["gate_B_FR"] @ first[:rank]
-    return products
+def tensors_of(container: StandInExperts) -> dict[str, Tensor]:
+    """Everything that a container holds, by the names of its layout, without gradients."""
+    return {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
 
 
-def row_weights(dense: dict[str, Tensor], row: int, layout: Layout) -> ExpertWeights:
+def rows_of_expert(container: StandInExperts, e: int, but: type[Part] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The rows that one expert uses, by the prefix of their stack; stacks of the kind `but` left out."""
+    found = {}
+    for prefix, stack in container.layout.prefixed():
+        if stack.rows[e] >= 0 and stack.kind is not but:
+            leaves = stack.kind.tensors(stack.variant, container.layout)
+            module = container.stack(prefix.removesuffix("."))
+            found[prefix] = {leaf: getattr(module, leaf).detach()[stack.rows[e]] for leaf in leaves}
+    return found
+
+
+def whole_weights(container: StandInExperts, e: int) -> dict[str, Tensor]:
+    """The weights that one expert computes with, the sum of its parts, in float32, as one dense row.
+
+    Its parts must all be weights: a constant is none (Part.whole).
+    """
+    layout = container.layout
+    kinds = {prefix: stack.kind for prefix, stack in layout.prefixed()}
+    device = next(container.parameters()).device
+    sizes = OwnWeights.tensors((), layout)
+    total = {name: torch.zeros(sizes[leaf], device=device) for name, leaf in NAMES.items() if leaf in sizes}
+    for prefix, row in rows_of_expert(container, e).items():
+        for name, tensor in kinds[prefix].whole(row).items():
+            total[name] = total[name] + tensor
+    return {NAMES[name]: tensor for name, tensor in total.items()}
+
+
+def row_weights(dense: Mapping[str, Tensor], row: int, layout: Layout) -> ExpertWeights:
     """One dense row as an expert."""
 
     def split(first: Tensor) -> tuple[Tensor | None, Tensor]:

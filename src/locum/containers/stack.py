@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Stack(nn.Module):
-    """Parameters side by side along the first axis; what they mean is the container's business."""
+    """The tensors of one kind of part."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()

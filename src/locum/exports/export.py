@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.application import save_checkpoint
@@ -43,10 +43,12 @@ from ..checkpoints.read import (
 )
 from ..checkpoints.skeleton import is_compressed, layouts_of, read_shape, skeleton
 from ..containers.container import StandInExperts
-from ..containers.layout import Layout
-from ..containers.rows import adapter_product
+from ..containers.layout import Layout, StackLayout
+from ..containers.rows import whole_weights
 from ..engines.engines import ENGINES, LINES
 from ..errors import CheckpointError, EngineError, OptionError, UnsupportedModel, unknown
+from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.shared_base import SharedBase
 from ..files import check_output, provenance, whole
 from ..models.families import find_layers, set_expert_count
 from ..models.sizes import shape_of
@@ -112,8 +114,11 @@ def stock_faults(model: Path) -> list[str]:
     counts = sorted({layer.num_experts for layer in shape.layers})
     if len(counts) > 1:
         faults.append(f"unequal numbers of experts ({counts[0]} to {counts[-1]})")
-    if with_constants := [n for n, layout in layouts.items() if layout.num_constants]:
-        faults.append(f"constants in place of experts ({_first(with_constants)})")
+    beyond: dict[str, list[str]] = {}
+    for name, layout in layouts.items():
+        for kind in {stack.kind for stack in layout.stacks if not stack.kind.as_weights}:
+            beyond.setdefault(kind.plural, []).append(name)
+    faults += [f"{words} ({_first(names)})" for words, names in beyond.items()]
     if routed := [name for name, layout in layouts.items() if layout.routing]:
         faults.append(f"a routing policy ({_first(routed)})")
     if fixed := [x.name for x in _stock_layers(model) if not x.stock_can_drop and [x.num_experts] != counts]:
@@ -140,13 +145,10 @@ def gguf_fault(model: Path) -> str:
         return f"GGUF cannot hold {'; '.join(faults)}; {_nearest(model)}"
     if not layouts:
         return ""
-    found = {
-        "shared bases": any(
-            len(set(x.dense_of) - {-1}) < sum(row >= 0 for row in x.dense_of) for x in layouts.values()
-        ),
-        "low-rank stand-ins": any(x.ranks for x in layouts.values()),
-        "experts that are nothing": any(_is_nothing(x, e) for x in layouts.values() for e in range(x.num_experts)),
-    }
+    found = {SharedBase.plural: any(_shares_rows(x) for x in layouts.values())}
+    beside = (stack.kind for x in layouts.values() for stack in x.stacks if not stack.kind.is_whole)
+    found |= {kind.plural: True for kind in beside if kind.has_products}
+    found["experts that are nothing"] = any(_is_nothing(x, e) for x in layouts.values() for e in range(x.num_experts))
     parts = " and ".join(name for name, is_there in found.items() if is_there) or "Locum's containers"
     return (
         f"GGUF cannot hold {parts}; write whole experts first, which are larger but compute the same: locum export "
@@ -155,7 +157,11 @@ def gguf_fault(model: Path) -> str:
 
 
 def _is_nothing(layout: Layout, e: int) -> bool:
-    return layout.dense_of[e] < 0 and layout.rank_of[e] < 0
+    return all(stack.rows[e] < 0 for stack in layout.stacks)
+
+
+def _shares_rows(layout: Layout) -> bool:
+    return layout.num_dense < sum(row >= 0 for row in layout.dense_of)
 
 
 def _nearest(model: Path) -> str:
@@ -175,37 +181,14 @@ def _nearest(model: Path) -> str:
 # --- whole experts --------------------------------------------------------------------------------------------------
 
 
-def whole_expert(container: StandInExperts, e: int) -> dict[str, Tensor]:
-    """The weights that one expert of a container computes with, base + B A, as one dense row. Summed in float32."""
-    layout, row = container.layout, container.layout.dense_of[e]
-    d, f, gates = layout.hidden_size, layout.expert_width, 2 if layout.has_gate else 1
-    shapes = {"gate_up_NGD": (gates * f, d), "down_NDF": (d, f)}
-    if layout.has_bias:
-        shapes |= {"gate_up_bias_NG": (gates * f,), "down_bias_ND": (d,)}
-    like = next(container.parameters())
-    tensors = {name: torch.zeros(shape, device=like.device) for name, shape in shapes.items()}
-    if row >= 0:
-        tensors = {name: getattr(container.dense, name)[row].detach().float() for name in shapes}
-    elif layout.bias_of[e] >= 0:
-        own = dict(container.biases.named_parameters())
-        tensors |= {name: tensor[layout.bias_of[e]].detach().float() for name, tensor in own.items()}
-    if layout.rank_of[e] >= 0:
-        product = adapter_product(container.adapters[layout.rank_of[e]], layout.adapter_of[e])
-        first = [product[name] for name in ("gate_FD", "up_FD") if name in product]
-        tensors["gate_up_NGD"] = tensors["gate_up_NGD"] + torch.cat(first)
-        tensors["down_NDF"] = tensors["down_NDF"] + product["down_DF"]
-    return {name: tensor.to(like.dtype) for name, tensor in tensors.items()}
-
-
 def with_whole_experts(container: StandInExperts) -> StandInExperts:
     """A container of whole experts that computes what this one does. It must have no constants and no policy."""
-    rows, none = tuple(range(container.num_experts)), (-1,) * container.num_experts
-    layout = dataclasses.replace(
-        container.layout, dense_of=rows, rank_of=none, adapter_of=none, constant_of=none, ranks=()
-    )
-    experts = [whole_expert(container, e) for e in rows]
-    tensors = {f"dense.{name}": torch.stack([expert[name] for expert in experts]) for name in experts[0]}
-    whole = StandInExperts(layout, container.apply_gate, experts[0]["down_NDF"].dtype, "meta")
+    rows = tuple(range(container.num_experts))
+    layout = dataclasses.replace(container.layout, stacks=(StackLayout(OwnWeights.name, (), rows),))
+    dtype = next(container.parameters()).dtype
+    experts = [{name: tensor.to(dtype) for name, tensor in whole_weights(container, e).items()} for e in rows]
+    tensors = {OwnWeights.prefix + name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
+    whole = StandInExperts(layout, container.activate, experts[0]["down_NDF"].dtype, "meta")
     whole.load_state_dict(tensors, strict=True, assign=True)
     whole.post_expert_norm = container.post_expert_norm
     return whole.train(container.training)

@@ -32,7 +32,9 @@ from ..checkpoints.read import SUBSTITUTED
 from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..containers.rows import row_weights
+from ..containers.rows import row_weights, rows_of_expert, tensors_of
+from ..experts.parts.constant import Constant
+from ..experts.parts.shared_base import SharedBase
 from ..models.families import MoeLayer, find_layers, set_expert_count, slice_experts, slice_router, write_expert
 from ..models.router_rules import spread_gates
 from ..models.routers import router_tensors
@@ -96,12 +98,15 @@ def form_faults(config: PreTrainedConfig, layouts: dict[str, Layout]) -> list[st
 def _part_fault(layout: Layout) -> str:
     """What a container has that is neither an expert's own weights nor a constant."""
     rows = [row for row in layout.dense_of if row >= 0]
-    both = any(row >= 0 and constant >= 0 for row, constant in zip(layout.dense_of, layout.constant_of, strict=True))
+    constants = [stack.rows for stack in layout.stacks_of(Constant)]
+    beside = {stack.kind for stack in layout.stacks if not stack.kind.is_whole and stack.kind is not Constant}
     parts = {
-        "shared bases": len(set(rows)) < len(rows),
-        "low-rank stand-ins": bool(layout.ranks),
+        SharedBase.plural: len(set(rows)) < len(rows),
+        **{kind.plural: True for kind in beside if kind.has_products},
         "a routing policy": layout.routing is not None,
-        "constants on top of weights": both,
+        "constants on top of weights": any(
+            row >= 0 and dense >= 0 for of in constants for row, dense in zip(of, layout.dense_of, strict=True)
+        ),
         "a layer without a single expert that has weights": not rows,
     }
     return " and ".join(name for name, is_there in parts.items() if is_there)
@@ -186,7 +191,7 @@ def _numbers(name: str) -> list[int]:
 
 def _own_experts(container: StandInExperts, stock: nn.Module) -> dict[str, Tensor]:
     """The stock tensors of a container's experts that have weights, in their order."""
-    tensors = {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
+    tensors = tensors_of(container)
     weight, rows = container.dense.down_NDF, [row for row in container.layout.dense_of if row >= 0]
     slice_experts(stock, tuple(range(len(rows))))
     stock.to(weight.dtype).to_empty(device=weight.device)
@@ -197,12 +202,14 @@ def _own_experts(container: StandInExperts, stock: nn.Module) -> dict[str, Tenso
 
 def constants(container: StandInExperts) -> dict[int, Tensor]:
     """What the experts without weights put out [D], by their number in the container."""
-    layout, zero_D = container.layout, container.dense.down_NDF.new_zeros(container.layout.hidden_size)
-    return {
-        e: container.constant_ND[row].detach() if row >= 0 else zero_D
-        for e, row in enumerate(layout.constant_of)
-        if layout.dense_of[e] < 0
-    }
+    layout, found = container.layout, {}
+    for e in range(layout.num_experts):
+        if layout.dense_of[e] < 0:
+            rows = rows_of_expert(container, e)
+            found[e] = (
+                rows[Constant.prefix]["constant_ND"] if rows else container.dense.down_NDF.new_zeros(layout.hidden_size)
+            )
+    return found
 
 
 def _layer_files(

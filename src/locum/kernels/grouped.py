@@ -28,6 +28,17 @@ def pick(values_NX: Tensor, row_P: Tensor) -> Tensor:
     return torch.where((row_P >= 0)[:, None], values_NX[row_P.clamp(min=0)], 0)
 
 
+def add_halves(
+    way: Products, y_PG: Tensor, inputs: tuple[Tensor, ...], token_P: Tensor, weight_NGD: Tensor, row_P: Tensor
+) -> None:
+    """The first product: of the one input, or of gate's half of each weight with the first input and up's with the
+    second."""
+    width = y_PG.shape[1] // len(inputs)
+    for i, x_TD in enumerate(inputs):
+        half = slice(i * width, (i + 1) * width)
+        way.add(y_PG[:, half], x_TD, weight_NGD[:, half], row_P, token_P)
+
+
 def _times(weight_NOI: Tensor, x_PI: Tensor, item_P: Tensor) -> Tensor:
     product_PO = torch.bmm(weight_NOI[item_P.clamp(min=0)], x_PI[:, :, None]).squeeze(2)
     return torch.where((item_P >= 0)[:, None], product_PO, 0)

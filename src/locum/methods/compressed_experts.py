@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import PlanError
-from ..experts.routing import VECTORS, Routing
+from ..experts.policies.main_with_vectors import VECTORS, MainWithVectors
 from ..options import option
 from ..plans.plan import KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
@@ -42,7 +42,7 @@ class CompressedExperts:
             LayerPlan(layer.name, (KEPT,) * layer.num_experts, routing=self._routing(layer)) for layer in shape.layers
         ]
 
-    def _routing(self, layer: LayerShape) -> Routing:
+    def _routing(self, layer: LayerShape) -> MainWithVectors:
         if layer.top_k == 1:
             raise PlanError(f"{layer.name} selects one expert for every token, so there is none to run without")
-        return Routing(self.main or -(-layer.top_k // 2), self.vectors, self.renormalise)
+        return MainWithVectors(self.main or -(-layer.top_k // 2), self.vectors, self.renormalise)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..budgets.ranks import allocate_ranks, rank_bounds, rank_shares
 from ..criteria.criterion import CRITERIA
+from ..experts.parts.low_rank import STARTS
 from ..options import option
-from ..plans.plan import KEPT, START_NEEDS, LayerPlan, Slot
+from ..plans.plan import KEPT, LayerPlan, Slot, stand_in
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import Statistics
 from . import method
@@ -32,7 +33,7 @@ class LowRank:
         least, dense, step = rank_bounds(layer, self.minimum, self.multiple)
         total = int(len(importance_E) * (dense + amount * (least - dense)) + 1e-6)
         ranks = allocate_ranks(rank_shares(importance_E, self.exponent), total, least, dense, step)
-        return [KEPT if rank == dense else Slot("stand_in", rank=rank, start=self.start) for rank in ranks]
+        return [KEPT if rank == dense else stand_in(rank=rank, start=self.start) for rank in ranks]
 
 
 @method("decompose", paper="arXiv 2411.01016 (its second stage alone)")
@@ -60,7 +61,7 @@ class Decompose(LowRank):
 
     def needs(self) -> tuple[str, ...]:
         scored = self.score != "none" and self.exponent > 0
-        return (*(CRITERIA[self.score].needs if scored else ()), *START_NEEDS[self.start])
+        return (*(CRITERIA[self.score].needs if scored else ()), *STARTS[self.start].needs)
 
     def plan(self, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
         return [

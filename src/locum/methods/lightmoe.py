@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..budgets.selection import SELECTIONS, mass_weights, select
 from ..criteria.criterion import CRITERIA
+from ..experts.parts.low_rank import STARTS
 from ..options import option
-from ..plans.plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
+from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import LayerStatistics, Statistics, mean_output
 from . import method
@@ -54,7 +55,7 @@ class LightMoE:
 
     def needs(self) -> tuple[str, ...]:
         similarity = ("output_sum", "count") if self.grouping == "kmeans" else ("logit_cosine", "samples")
-        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity, *START_NEEDS[self.start])
+        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity, *STARTS[self.start].needs)
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
         selected = select(
@@ -83,7 +84,7 @@ class LightMoE:
         slots = [KEPT] * shape.num_experts
         for b, members in enumerate(groups):
             for e in members:
-                slots[e] = Slot("stand_in", base=b, rank=rank, start=start)
+                slots[e] = stand_in(base=b, rank=rank, start=start)
         bases = tuple(Base(tuple(m), mass_weights(scores_E, m), self.align) for m in groups)
         plan = LayerPlan(shape.name, tuple(slots), bases)
         return plan if plan.parameters(shape) < whole.parameters(shape) else whole

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..budgets.counts import COUNTS, prune_counts
 from ..budgets.sets import Experts, choose_in_block, finite, removed_mask, search_sets
+from ..experts.parts.low_rank import STARTS
 from ..options import option
-from ..plans.plan import DROPPED, KEPT, START_NEEDS, LayerPlan
+from ..plans.plan import DROPPED, KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import Statistics
 from . import Explorer, method
@@ -73,7 +74,7 @@ class MoEI2(LowRank):
     decompose: bool = option(True, "make the experts that stay low-rank; without, the plan prunes only")
 
     def needs(self) -> tuple[str, ...]:
-        ranks = ("pruned_importance", *START_NEEDS[self.start]) if self.decompose else ()
+        ranks = ("pruned_importance", *STARTS[self.start].needs) if self.decompose else ()
         return ("dropped", *ranks)
 
     def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:

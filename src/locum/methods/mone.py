@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..budgets.selection import BUDGETS, select_lowest
 from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plans.plan import KEPT, LayerPlan, Slot
+from ..plans.plan import KEPT, LayerPlan, stand_in
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
 from . import method
@@ -36,7 +36,7 @@ class MoNE:
         return [
             LayerPlan(
                 layer.name,
-                tuple(Slot("stand_in", constant=True) if e in chosen else KEPT for e in range(layer.num_experts)),
+                tuple(stand_in(constant=True) if e in chosen else KEPT for e in range(layer.num_experts)),
             )
             for layer, chosen in zip(shape.layers, taken, strict=True)
         ]

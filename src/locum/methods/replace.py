@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ..budgets.selection import SELECTIONS, mass_weights, select
 from ..criteria.criterion import CRITERIA
+from ..experts.parts.low_rank import STARTS
 from ..options import option
-from ..plans.plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
+from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
 from . import method
@@ -39,7 +40,12 @@ class Replace:
     )
 
     def needs(self) -> tuple[str, ...]:
-        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *START_NEEDS.get(self.start, ()))
+        return (
+            *CRITERIA[self.score].needs,
+            "logit_norm",
+            "tokens",
+            *(STARTS[self.start].needs if self.start in STARTS else ()),
+        )
 
     def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
         selected = select(
@@ -55,9 +61,9 @@ class Replace:
         plans = []
         for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True):
             rank = min(self.rank, layer.hidden_size, layer.expert_width)
-            stand_in = Slot("stand_in", base=0 if self.shared else None, rank=rank, start=start)
+            slot = stand_in(base=0 if self.shared else None, rank=rank, start=start)
             chosen = sorted(candidates)
-            slots = tuple(stand_in if e in chosen else KEPT for e in range(layer.num_experts))
+            slots = tuple(slot if e in chosen else KEPT for e in range(layer.num_experts))
             bases = (Base(tuple(chosen), mass_weights(scores_E, chosen)),) if self.shared and chosen else ()
             plan = LayerPlan(layer.name, slots, bases)
             whole = LayerPlan(layer.name, (KEPT,) * layer.num_experts)

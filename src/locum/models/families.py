@@ -315,13 +315,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def canonical_gate(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+def canonical_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     """The family's own activation as a function of [P, G] with all gate columns before all up columns.
 
     It works on a copy of the module without weights, so that holding it holds no memory.
     """
     if isinstance(experts, StandInExperts):
-        return experts.apply_gate
+        return experts.activate
     shell = copy.copy(experts)
     shell._parameters = {}
     if not experts.has_gate:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from ..experts.parts.shared_base import SharedBase
 from ..plans.plan import LayerPlan, Plan, Slot
 from .charts import CHARACTER, VIEW_WIDTH, escape, line, shorten, svg, text
 
@@ -22,7 +23,6 @@ USE_STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 USE_NAMES = ("never", "< 1/8", "< 1/4", "< 1/2", "< 1", "1 to 2", "2 to 4", "4 to 8", "> 8")
 ROW = 64  # experts of a layer in one row of the fate grid
 CELL = 15
-BASE_HUES = 8  # classes b0 to b7 of the page
 
 
 def short_layers(names: Sequence[str]) -> dict[str, str]:
@@ -90,30 +90,24 @@ def use_legend() -> str:
 # --- fates ----------------------------------------------------------------------------------------------------------
 
 
-def letter_of(slot: Slot) -> str:
+def mark_of(slot: Slot) -> str:
     """The mark of a fate: none for a kept expert, a letter for each shared base, so that colour is not needed."""
-    if slot.becomes != "stand_in":
-        return {"kept": "", "nothing": "0", "dropped": "\N{MULTIPLICATION SIGN}"}[slot.becomes]
-    if slot.base is not None:
-        return chr(ord("A") + slot.base) if slot.base < 26 else str(slot.base)
-    return "r" if slot.rank else "c"
+    if not slot.survives:
+        return "\N{MULTIPLICATION SIGN}"
+    return slot.parts[0].mark() if slot.parts else "0"
 
 
 def colour_of(slot: Slot) -> str:
-    if slot.becomes != "stand_in":
-        return {"kept": "fk", "nothing": "fn", "dropped": "fd"}[slot.becomes]
-    if slot.base is not None:
-        return f"b{slot.base % BASE_HUES}"
-    return "fr" if slot.rank else "fc"
+    if not slot.survives:
+        return "fd"
+    return slot.parts[0].colour() if slot.parts else "fn"
 
 
 def fate_name(slot: Slot) -> str:
     """A fate without the numbers that differ between experts, for the legend."""
-    if slot.becomes != "stand_in":
-        return {"kept": "kept", "nothing": "gives nothing", "dropped": "dropped"}[slot.becomes]
-    parts = ["shared base"] if slot.base is not None else []
-    parts += ["low-rank adapter"] if slot.rank else []
-    return " + ".join([*parts, *(["constant"] if slot.constant else [])])
+    if not slot.survives:
+        return "dropped"
+    return " + ".join(part.legend for part in slot.parts) or "gives nothing"
 
 
 def fate_grid(plan: Plan) -> str:
@@ -140,11 +134,9 @@ def fate_grid(plan: Plan) -> str:
 
 
 def _order(slot: Slot) -> tuple:
-    return (
-        ("kept", "stand_in", "nothing", "dropped").index(slot.becomes),
-        -1 if slot.base is None else slot.base,
-        -slot.rank,
-    )
+    """Kept experts first, then stand-ins by what they are made of, then those that give nothing, then the dropped."""
+    fate = 0 if slot.is_kept else 3 if not slot.survives else 1 if slot.parts else 2
+    return fate, tuple((part.name, part.order()) for part in slot.parts)
 
 
 def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
@@ -153,7 +145,7 @@ def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
     for place, e in enumerate(grouped):
         slot = layer.slots[e]
         here, own = _place(place, left, y), _place(e, left, y)
-        mark = letter_of(slot)
+        mark = mark_of(slot)
         sign = f'<text x="7" y="11">{mark}</text>' if mark else ""
         told = escape(f"expert {e}: {_detail(slot, layer)}")
         cell = f'<rect width="14" height="14" class="{colour_of(slot)}"/>'
@@ -169,12 +161,13 @@ def _place(index: int, left: float, y: float) -> str:
 
 def _detail(slot: Slot, layer: LayerPlan) -> str:
     told = str(slot)
-    if slot.base is not None:
-        base = layer.bases[slot.base]
-        top = sorted(zip(base.experts, base.weights, strict=True), key=lambda pair: (-pair[1], pair[0]))
-        mixed = ", ".join(f"{e} ({w:.2f})" for e, w in top[:12])
-        told += f"\nbase {letter_of(Slot('stand_in', slot.base))}: mean of {len(top)} experts: {mixed}"
-        told += "\N{HORIZONTAL ELLIPSIS}" if len(top) > 12 else ""
+    for part in slot.parts:
+        if isinstance(part, SharedBase):
+            base = layer.bases[part.base]
+            top = sorted(zip(base.experts, base.weights, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            mixed = ", ".join(f"{e} ({w:.2f})" for e, w in top[:12])
+            told += f"\nbase {part.mark()}: mean of {len(top)} experts: {mixed}"
+            told += "\N{HORIZONTAL ELLIPSIS}" if len(top) > 12 else ""
     return told
 
 
@@ -185,8 +178,8 @@ def fate_legend(plan: Plan) -> str:
     first = {fate_name(slot): slot for slot in sorted(slots, key=_order, reverse=True)}
     keys = []
     for name, slot in sorted(first.items(), key=lambda item: _order(item[1])):
-        based = slot.base is not None
-        sign = "A" if based else letter_of(slot)
+        based = any(isinstance(part, SharedBase) for part in slot.parts)
+        sign = "A" if based else mark_of(slot)
         more = ", one letter and colour per base of its layer" if based else ""
         style = "b0" if based else colour_of(slot)
         keys.append(f'<span><i class="key {style}">{sign}</i>{escape(name)}: {counts[name]}{more}</span>')

@@ -27,7 +27,7 @@ def apply(
     plan: Annotated[Path, Help("the plan file")],
     out: Out,
     statistics: Annotated[
-        Path | None, Help("statistics for a plan with constants or whitened adapters; default: those it was made from")
+        Path | None, Help("statistics for a plan with parts made from them; default: those it was made from")
     ] = None,
     seed: Seed = 0,
     force: Force = False,
@@ -69,7 +69,7 @@ def statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path
     if source is None or isinstance(source, list) or (statistics is None and not Path(source).is_file()):
         gone = f" (made from {source}, which is not there)" if isinstance(source, str) else ""
         raise PlanError(
-            f"the plan has constants or whitened adapters, which are made from statistics ({', '.join(plan.needs)}){gone}; "
+            f"the plan has parts that are made from statistics ({', '.join(plan.needs)}){gone}; "
             f"name them with --statistics"
         )
     loaded = source if isinstance(source, Statistics) else load_statistics(source)

@@ -28,12 +28,15 @@ from ..checkpoints.quantizer import set_module
 from ..containers.build import old_weights, stack_dense
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..containers.rows import adapter_product, row_weights
+from ..containers.rows import row_weights, rows_of_expert, tensors_of
 from ..containers.stack import Stack
 from ..errors import OptionError
+from ..experts.parts.low_rank import LowRank, adapter_product
+from ..experts.parts.own_weights import OwnWeights
 from ..experts.weights import ExpertWeights
-from ..models.families import MoeLayer, canonical_gate, read_expert, write_expert
+from ..models.families import MoeLayer, canonical_activation, read_expert, write_expert
 from ..plans.plan import KEPT, LayerPlan
+from .experts import TrainingExperts
 
 EXHAUSTED = 1e-9  # a beta that only rounding keeps above zero
 
@@ -67,7 +70,7 @@ class OpenLayer:
     plan: LayerPlan
     layout: Layout  # of the checkpoint: what the layer goes back to
     rows: tuple[int, ...]  # dense rows that were given an adapter for training, to be merged into them
-    container: StandInExperts
+    container: TrainingExperts
     stock: nn.Module | None  # the stock experts module, emptied, where the checkpoint has one
     dtype: torch.dtype  # of the checkpoint
     device: torch.device
@@ -86,21 +89,21 @@ def open_layer(
     plan = plan or kept
     if isinstance(experts, StandInExperts):
         stock, layout = None, experts.layout
-        tensors = {name: experts.get_parameter(name).detach() for name in layout.tensor_shapes()}
+        tensors = tensors_of(experts)
     else:
         stock, layout = experts, Layout.of(kept, shape)
         tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
-    apply_gate = canonical_gate(experts)
+    activate = canonical_activation(experts)
     like = next(experts.parameters(), next(layer.router.parameters()))  # a container of mere nothings has no parameter
-    num_kept = sum(slot.becomes == "kept" for slot in plan.slots)
+    num_kept = sum(slot.is_kept for slot in plan.slots)
     rows = rows_to_adapt(layout, num_kept, train_bases)
     training = layout.with_adapters(rows, rank) if rows else layout
     adapters = _adapters(training, tensors, like.device, seed)
-    container = StandInExperts(training, apply_gate, like.dtype, "meta")
+    container = TrainingExperts(training, activate, like.dtype, "meta")
     container.load_state_dict(tensors | adapters, strict=True, assign=True)
     container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     container.requires_grad_(False)
-    _split_bases(container, num_kept)
+    container.split_bases(num_kept)
     set_module(model, shape.name, container)
     device = like.device
     if stock is not None:
@@ -112,7 +115,8 @@ def open_layer(
 
 def rows_to_adapt(layout: Layout, num_kept: int, train_bases: bool) -> tuple[int, ...]:
     """Dense rows that stay frozen themselves and none of whose users has an adapter."""
-    served = {row for row, index in zip(layout.dense_of, layout.rank_of, strict=True) if index >= 0}
+    adapted = [any(stack.rows[e] >= 0 for stack in layout.stacks_of(LowRank)) for e in range(layout.num_experts)]
+    served = {row for row, has_one in zip(layout.dense_of, adapted, strict=True) if has_one}
     frozen = num_kept if train_bases else layout.num_dense
     return tuple(row for row in range(frozen) if row not in served)
 
@@ -121,8 +125,9 @@ def _adapters(training: Layout, tensors: dict[str, Tensor], device: torch.device
     """All adapters in float32: those that are there, then the new ones."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
+    prefixes = tuple(prefix for prefix, stack in training.prefixed() if stack.part == LowRank.name)
     for name, shape in training.tensor_shapes().items():
-        if name.startswith("adapters."):
+        if name.startswith(prefixes):
             there = [tensors[name].float()] if name in tensors else []
             count = shape[0] - (there[0].shape[0] if there else 0)
             new = torch.zeros(count, *shape[1:])
@@ -130,16 +135,6 @@ def _adapters(training: Layout, tensors: dict[str, Tensor], device: torch.device
                 new = torch.randn(new.shape, generator=generator) / shape[-1] ** 0.5
             result[name] = torch.cat([*there, new.to(device)])
     return result
-
-
-def _split_bases(container: StandInExperts, num_kept: int) -> None:
-    """Move the shared bases to a stack of their own: then own rows can stay frozen without optimizer state."""
-    dense = container.dense
-    if dense is None or dense.down_NDF.shape[0] == num_kept:
-        return
-    parameters = dict(dense.named_parameters())
-    container.shared = Stack.holding({n: p.detach()[num_kept:].clone() for n, p in parameters.items()})
-    container.dense = Stack.holding({n: p.detach()[:num_kept] for n, p in parameters.items()}) if num_kept else None
 
 
 def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights]) -> None:
@@ -157,7 +152,7 @@ def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights]) -> None:
                 f"model's are {layout.hidden_size} x {layout.expert_width}; give the model that it was compressed from"
             )
     rest = [_less_adapter(weights, container, e, layer.device) for e, weights in old.items()]
-    tensors = {name.removeprefix("dense."): tensor for name, tensor in stack_dense(rest).items()}
+    tensors = {name.removeprefix(OwnWeights.prefix): tensor for name, tensor in stack_dense(rest).items()}
     container.old = Stack.holding(tensors)
     rows = {e: row for row, e in enumerate(old)}
     container.old_of = tuple(rows.get(e, -1) for e in range(layout.num_experts))
@@ -165,11 +160,12 @@ def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights]) -> None:
 
 
 def _less_adapter(weights: ExpertWeights, container: StandInExperts, e: int, device: torch.device) -> ExpertWeights:
-    layout = container.layout
     weights = weights.map(lambda name, tensor: tensor.detach().to(device))
-    if layout.rank_of[e] < 0:
+    kinds = {prefix: stack.kind for prefix, stack in container.layout.prefixed()}
+    rows = {kinds[prefix]: row for prefix, row in rows_of_expert(container, e, but=OwnWeights).items()}
+    if LowRank not in rows:
         return weights
-    product = adapter_product(container.adapters[layout.rank_of[e]], layout.adapter_of[e])
+    product = adapter_product(rows[LowRank])
     return weights.map(
         lambda name, tensor: (tensor.float() - product[name]).to(tensor.dtype) if name in product else tensor
     )
@@ -199,7 +195,7 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
     for name, shape in layout.tensor_shapes().items():
         tensor = dense[name] if name in dense else layer.container.get_parameter(name).detach()[: shape[0]]
         tensors[name] = tensor.to(layer.dtype, copy=True)
-    container = StandInExperts(layout, layer.container.apply_gate, layer.dtype, "meta")
+    container = StandInExperts(layout, layer.container.activate, layer.dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     container.post_expert_norm = layer.container.post_expert_norm
     set_module(model, layer.name, container)
@@ -208,18 +204,12 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
 def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:
     """The dense rows under the container's names, W + B A where training added an adapter to a row."""
     container = layer.container
-    stacks = [stack for stack in (container.dense, container.shared) if stack is not None]
-    if not stacks:
-        return {}
-    dense = {
-        f"dense.{name}": torch.cat([stack.get_parameter(name).detach() for stack in stacks])
-        for name, _ in stacks[0].named_parameters()
-    }
+    dense = {OwnWeights.prefix + name: tensor for name, tensor in container.dense_tensors().items()}
     training = container.layout
+    prefixes = {prefix for prefix, stack in training.prefixed() if stack.part == LowRank.name}
     for row in layer.rows:
-        e = training.dense_of.index(row)
-        product = adapter_product(container.adapters[training.rank_of[e]], training.adapter_of[e])
-        first = torch.cat([product["gate_FD"], product["up_FD"]]) if "gate_FD" in product else product["up_FD"]
-        for name, change in (("dense.gate_up_NGD", first), ("dense.down_NDF", product["down_DF"])):
+        rows = rows_of_expert(container, training.dense_of.index(row), but=OwnWeights)
+        product = next(LowRank.whole(found) for prefix, found in rows.items() if prefix in prefixes)
+        for name, change in (("dense.gate_up_NGD", product["gate_up_GD"]), ("dense.down_NDF", product["down_DF"])):
             dense[name][row] = (dense[name][row].float() + change).to(dense[name].dtype)
     return dense

@@ -30,6 +30,7 @@ from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..data.tokens import Tokens
 from ..errors import OptionError, PlanError, UnsupportedModel
+from ..experts.parts.low_rank import LowRank
 from ..experts.weights import ExpertWeights
 from ..files import fingerprint, provenance
 from ..models.families import MoeLayer, find_layers
@@ -99,11 +100,8 @@ class Lora(Full):
             # Far from the seeds that `apply` draws the stand-ins' adapters from.
             seed = (1 << 40) + options.seed * 1_000_003 + index
             opened = open_layer(work.model, layer, plan, rank, options.train_bases, seed)
-            container = opened.container
-            bases = (container.shared, container.constant_ND) if options.train_bases else ()
-            for part in (container.adapters, container.offsets_NV, *bases):
-                if part is not None:
-                    part.requires_grad_(True)
+            for parameter in opened.container.trainable(options.train_bases):
+                parameter.requires_grad_(True)
             work.layers.append(opened)
 
     def finish(self, work: Work) -> None:
@@ -217,7 +215,8 @@ def adapter_rank(work: Work, layer: MoeLayer) -> int:
             f"--rank is {work.options.rank}; allowed: at most {limit}, the smaller side of the experts' weights in "
             f"{layer.shape.name}"
         )
-    ranks = Counter(slot.rank for plan in (work.plan.layers if work.plan else ()) for slot in plan.slots if slot.rank)
+    slots = [slot for plan in (work.plan.layers if work.plan else ()) for slot in plan.slots]
+    ranks = Counter(part.rank for slot in slots for part in slot.parts if isinstance(part, LowRank))
     usual = max(ranks, key=lambda rank: (ranks[rank], rank), default=DEFAULT_RANK)
     return work.options.rank or min(usual, limit)
 

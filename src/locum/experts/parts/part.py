@@ -1,0 +1,223 @@
+"""A kind of part: what a stand-in is made of. An expert computes with the sum of its parts (docs/design.md section 1).
+
+    y(x) = W_down [act(W_gate x) * (W_up x)] + c,      W = the sum of what its parts give,  c = the sum of their constants
+
+A kind is one frozen dataclass in one file. Its fields are what the plan's file holds. The class says everything else:
+what it needs, how large it is, how it is built, what it computes, what whole weights it stands for, and its words.
+Plans, layouts, containers, costs, recovery, exports and the report loop over the kinds that are registered.
+
+The tensors of one kind lie side by side in a stack of the container; an expert has a row of it. Parts of one kind that
+cannot lie side by side, such as adapters of different ranks, differ in their `variant`, and have a stack each.
+
+Letters: P pairs (token, expert), S the pairs of one expert, T tokens, D model width, F expert width, G first product's
+width (2F with a gate, gate columns first), R rank.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.products import Products
+from ...registry import Registry
+from ...shapes import LayerShape
+from ...stats.sums import LayerStatistics
+from ..weights import ExpertWeights
+
+
+class Sizes(Protocol):
+    """What a tensor's shape follows from: a layer's shape and a container's layout have it."""
+
+    hidden_size: int
+    expert_width: int
+    has_gate: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part stands in a plan: words for messages, the whole slot, the layer's number of bases, its shape."""
+
+    where: str
+    parts: tuple[Part, ...]
+    num_bases: int
+    shape: LayerShape
+
+
+class Site(Protocol):
+    """What a part is built from: one layer's original experts, its bases, and its statistics."""
+
+    statistics: LayerStatistics | None
+    generator: torch.Generator
+
+    def original(self, e: int) -> ExpertWeights:
+        """The original expert, its hidden units in the order of the base that stands in for it."""
+
+    def base(self, index: int) -> ExpertWeights:
+        """A shared base of the layer."""
+
+    def others(self, e: int) -> ExpertWeights | None:
+        """The whole weights among the expert's parts (own weights or a base), or None where it has none."""
+
+    def input_grams(self, e: int) -> dict[str, Tensor]:
+        """The Gram matrix of each weight's inputs, by the weight's name, in the order of `original`."""
+
+
+class Part(abc.ABC):
+    """The base class of every kind. Fields are the plan's; class attributes and methods are the kind's."""
+
+    name: ClassVar[str]
+    legend: ClassVar[str]  # what a reader of the report calls it
+    plural: ClassVar[str]  # what an export calls experts that have it
+    prefix: ClassVar[str]  # of its tensors' names in the container; "{}" is the number of the variant
+    is_whole: ClassVar[bool] = False  # it has a whole expert's weights, with biases where the family has them
+    changes_weights: ClassVar[bool] = True  # False: it adds to the output alone
+    as_weights: ClassVar[bool] = True  # whether whole weights can say it (`whole`)
+    fades_in: ClassVar[bool] = True  # annealing lets it come in as the old weights fade out (training/layer.py)
+    trains: ClassVar[str] = "always"  # in recovery by adapters: "always", "with bases" or "never"
+    at_once: ClassVar[bool] = False  # whether it has the grouped products below, for all pairs at once
+    has_products: ClassVar[bool] = False  # whether these are products with matrices (biases and constants are not)
+
+    # --- in the plan
+
+    def check(self, place: Place) -> None:
+        """Raise PlanError where the part does not fit its place."""
+
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that building reads."""
+        return ()
+
+    # --- size and layout
+
+    @property
+    def stack(self) -> type[Part]:
+        """The kind in whose stack the row lies: the part's own, but for a base, which lies among own weights."""
+        return type(self)
+
+    def variant(self) -> tuple[int, ...]:
+        """What tells stacks of the kind apart."""
+        return ()
+
+    def row(self, e: int) -> tuple[int, ...]:
+        """The key of the row that expert `e` uses: rows lie in the order of keys, and equal keys are one row."""
+        return (e,)
+
+    @classmethod
+    @abc.abstractmethod
+    def tensors(cls, variant: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of every tensor of a stack, by the tensor's name after the prefix."""
+
+    @classmethod
+    def variant_fault(cls, variant: tuple[int, ...], sizes: Sizes) -> str:
+        """What is wrong with a variant that a checkpoint's config names, if anything."""
+        return "" if variant == () else f"{cls.name} has no variant {list(variant)}"
+
+    # --- building
+
+    @abc.abstractmethod
+    def build(self, e: int, site: Site) -> dict[str, Tensor]:
+        """One row of every tensor."""
+
+    # --- one expert's pairs: any number format, with gradients
+
+    @classmethod
+    def first(cls, row: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """What the part adds to the first product [S, G] of its inputs [S, D]: one for gate and up, or one each."""
+
+    @classmethod
+    def second(cls, row: Mapping[str, Tensor], hidden_SF: Tensor, weight_S1: Tensor) -> Tensor | None:
+        """What it adds to the output [S, D]. The router weights are multiplied into the hidden states already."""
+
+    @classmethod
+    def output(cls, row: Mapping[str, Tensor]) -> Tensor | None:
+        """The constant [D] that it adds to the output, before the router weight."""
+
+    # --- all pairs at once, where `at_once`: a pair's row is row_P, -1 for none
+
+    @classmethod
+    def add_first(
+        cls,
+        way: Products,
+        pre_PG: Tensor,
+        inputs: tuple[Tensor, ...],
+        token_P: Tensor,
+        stack: nn.Module,
+        row_P: Tensor,
+        each_P: Tensor,
+    ) -> None:
+        """Add to the first products. `each_P` counts the pairs."""
+
+    @classmethod
+    def add_first_bias(cls, pre_PG: Tensor, stack: nn.Module, row_P: Tensor) -> None:
+        """Add biases to the first products."""
+
+    @classmethod
+    def add_second(
+        cls,
+        way: Products,
+        total_TD: Tensor,
+        hidden_PF: Tensor,
+        token_P: Tensor,
+        stack: nn.Module,
+        row_P: Tensor,
+        each_P: Tensor,
+    ) -> None:
+        """Add to each token the second products of its pairs."""
+
+    @classmethod
+    def add_second_bias(
+        cls, total_TD: Tensor, token_P: Tensor, weight_P1: Tensor, stack: nn.Module, row_P: Tensor
+    ) -> None:
+        """Add the biases of the second product, times the router weights."""
+
+    @classmethod
+    def add_output(cls, total_TD: Tensor, token_P: Tensor, weight_P1: Tensor, stack: nn.Module, row_P: Tensor) -> None:
+        """Add constants, times the router weights."""
+
+    # --- conversion, costs and words
+
+    @classmethod
+    def whole(cls, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the row adds to whole weights, in float32, by name: gate_up_GD, down_DF, gate_up_bias_G, down_bias_D."""
+        return {}
+
+    @classmethod
+    def multiplied(cls, leaf: str) -> bool:
+        """Whether products are made with this tensor (else it is only added)."""
+        return "bias" not in leaf
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """The part in words, as `locum plan --diff` and the report say it."""
+
+    def mark(self) -> str:
+        """One sign for the report's grid of experts."""
+        return self.name[0]
+
+    def colour(self) -> str:
+        """The class of the report's style sheet."""
+        return "fx"
+
+    def order(self) -> tuple[int, ...]:
+        """Where the report's grid sorts it among parts of its kind."""
+        return self.variant()
+
+
+PARTS: Registry[type[Part]] = Registry("part", entry_points="locum.parts")
+Kind = TypeVar("Kind", bound=type[Part])
+
+
+def part(name: str) -> Callable[[Kind], Kind]:
+    """Register the dataclass below as a kind of part."""
+
+    def register(kind: Kind) -> Kind:
+        kind.name = name
+        PARTS.add(name, kind)
+        return kind
+
+    return register

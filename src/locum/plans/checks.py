@@ -1,0 +1,111 @@
+"""Whether a plan fits a model: everything that can be known without weights. What a part asks for, it checks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import PlanError, unknown
+from ..experts.parts.part import Place
+from ..experts.parts.shared_base import SharedBase
+from ..shapes import LayerShape, ModelShape
+from .layer_plan import Base, LayerPlan, Slot
+
+
+def check_layers(model_type: str, fingerprint: str, layers: Sequence[LayerPlan], shape: ModelShape) -> None:
+    """Raise PlanError for layers that were planned for another model, and for anything that does not fit this one."""
+    if fingerprint != shape.fingerprint:
+        ours = ", ".join(f"{p.layer} with {len(p.slots)} experts" for p in layers[:1]) or "no layers"
+        theirs = ", ".join(f"{s.name} with {s.num_experts}" for s in shape.layers[:1])
+        raise PlanError(
+            f"the plan was made for another model: {model_type} ({len(layers)} layers: {ours} ...), but "
+            f"this one is {shape.model_type} ({len(shape.layers)} layers: {theirs} ...); make a plan from "
+            f"statistics of this model or of one with the same MoE layers"
+        )
+    names = [layer.name for layer in shape.layers]
+    seen = set()
+    for plan in layers:
+        if plan.layer not in names:
+            raise PlanError(unknown("layer in the plan", plan.layer, names))
+        if plan.layer in seen:
+            raise PlanError(f"layer {plan.layer} is in the plan twice; keep one of the two entries")
+        seen.add(plan.layer)
+        _check_layer(plan, shape.layer(plan.layer))
+
+
+def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
+    where = f"plan for layer {plan.layer}"
+    if len(plan.slots) != shape.num_experts:
+        raise PlanError(
+            f"{where} lists {len(plan.slots)} experts, the model has {shape.num_experts} (0 to {shape.num_experts - 1})"
+        )
+    for e, slot in enumerate(plan.slots):
+        _check_slot(f"{where}, expert {e}", slot, plan, shape)
+    for b, base in enumerate(plan.bases):
+        _check_base(f"{where}, base {b}", base, b, plan)
+    if plan.routing is not None:
+        plan.routing.check(f"{where}, routing", shape)
+    _check_survivors(where, plan, shape)
+
+
+def _check_survivors(where: str, plan: LayerPlan, shape: LayerShape) -> None:
+    dropped = [e for e, slot in enumerate(plan.slots) if not slot.survives]
+    if dropped and shape.refuse_dropping:
+        raise PlanError(
+            f"{where} drops expert {dropped[0]}, which this model does not allow: {shape.refuse_dropping}. Give it parts, "
+            f"or an empty list of them: both leave the router as it is"
+        )
+    if len(plan.survivors) < shape.top_k:
+        raise PlanError(
+            f"{where} leaves {len(plan.survivors)} experts, but the router selects top_k={shape.top_k} for every token; "
+            f"keep at least {shape.top_k}"
+        )
+    if shape.num_groups > 1:
+        size = shape.num_experts // shape.num_groups
+        counts = [sum(e // size == g for e in plan.survivors) for g in range(shape.num_groups)]
+        if len(set(counts)) > 1:
+            raise PlanError(
+                f"{where} leaves {counts} experts in the router's {shape.num_groups} groups; a group-limited router "
+                f"needs equally many in each"
+            )
+        if counts[0] < shape.min_per_group:
+            raise PlanError(
+                f"{where} leaves {counts[0]} experts in each of the router's {shape.num_groups} groups; keep at least "
+                f"{shape.min_per_group}, or the router cannot rank its groups and select top_k={shape.top_k} experts"
+            )
+
+
+def _check_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -> None:
+    if slot.parts and not slot.survives:
+        raise PlanError(
+            f"{where} is dropped but has {' + '.join(map(str, slot.parts))}; only an expert that stays has parts"
+        )
+    kinds = [type(part) for part in slot.parts]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise PlanError(
+            f"{where} has two parts of the kind {twice[0].name!r}; an expert has one part of a kind at most"
+        )
+    for part in slot.parts:
+        part.check(Place(where, slot.parts, len(plan.bases), shape))
+
+
+def _check_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
+    if not base.experts or len(base.experts) != len(base.weights):
+        raise PlanError(
+            f"{where} has {len(base.experts)} experts and {len(base.weights)} weights; give one weight for each expert, "
+            f"and at least one"
+        )
+    for e in base.experts:
+        if not _is_whole(e) or not 0 <= e < len(plan.slots):
+            raise PlanError(f"{where} averages unknown expert {e!r}; allowed: 0 to {len(plan.slots) - 1}")
+    if len(set(base.experts)) < len(base.experts):
+        raise PlanError(f"{where} names an expert twice: {list(base.experts)}")
+    numbers = all(type(w) in (int, float) and 0 <= w <= 1 for w in base.weights)
+    if not numbers or abs(sum(base.weights) - 1) > 1e-6:
+        raise PlanError(f"{where} has weights {list(base.weights)}; they must be at least 0 and sum to 1")
+    if not any(SharedBase(index) in slot.parts for slot in plan.slots):
+        raise PlanError(f"{where} is used by no expert; remove it or give it a member")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int

@@ -1,0 +1,140 @@
+"""What becomes of the experts of one layer: a slot for each of them, the bases that they share, a routing policy.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..experts.parts.constant import Constant
+from ..experts.parts.low_rank import LowRank
+from ..experts.parts.own_biases import OwnBiases
+from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.part import Part
+from ..experts.parts.shared_base import SharedBase
+from ..experts.policies.policy import Policy
+from ..shapes import LayerShape
+
+StackKey = tuple[type[Part], tuple[int, ...]]  # a kind of part, and the variant
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What becomes of one expert."""
+
+    parts: tuple[Part, ...] = ()
+    survives: bool = True  # False: its router row goes too
+
+    @property
+    def is_kept(self) -> bool:
+        return self.survives and self.parts == (OwnWeights(),)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else, or nothing, stands in its place."""
+        return self.survives and not self.is_kept
+
+    @property
+    def fate(self) -> str:
+        """What becomes of the expert in one word: kept, stand_in, nothing or dropped."""
+        return "dropped" if not self.survives else "kept" if self.is_kept else "stand_in" if self.parts else "nothing"
+
+    def all_parts(self, has_bias: bool) -> tuple[Part, ...]:
+        """The parts with what no plan names: the own biases of an expert without whole weights."""
+        weights = [part for part in self.parts if part.changes_weights]
+        own = has_bias and weights and not any(part.is_whole for part in weights)
+        return (*self.parts, OwnBiases()) if own else self.parts
+
+    def __str__(self) -> str:
+        return f"{self.fate}: {' + '.join(map(str, self.parts))}" if self.fate == "stand_in" else self.fate
+
+
+KEPT, NOTHING, DROPPED = Slot((OwnWeights(),)), Slot(), Slot(survives=False)
+
+
+def stand_in(
+    base: int | None = None, rank: int = 0, start: str = "gaussian", constant: bool = False, *more: Part
+) -> Slot:
+    """A slot of the parts that come with Locum: a shared base, an adapter, a constant, in this order, and `more`."""
+    based = [] if base is None else [SharedBase(base)]
+    adapted = [LowRank(rank, start)] if rank else []
+    return Slot((*based, *adapted, *([Constant()] if constant else []), *more))
+
+
+@dataclass(frozen=True)
+class Base:
+    """One shared base: the weighted mean of some experts' weights (LightMoE Eq. 4)."""
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]  # at least 0, sum to one
+    align: bool = False  # permute each expert's hidden units to the heaviest one's before averaging
+
+    def __str__(self) -> str:
+        terms = [f"{weight:.6g} x expert {e}" for e, weight in zip(self.experts, self.weights, strict=True)]
+        return " + ".join(terms) + (", aligned" if self.align else "")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: a slot for every expert, in the order of the original indices, and the bases they share."""
+
+    layer: str
+    slots: tuple[Slot, ...]
+    bases: tuple[Base, ...] = ()
+    routing: Policy | None = None  # None: every selected expert runs
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Original indices of the experts that the router can still choose; their position is the new index."""
+        return tuple(e for e, slot in enumerate(self.slots) if slot.survives)
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        return tuple(e for e, slot in enumerate(self.slots) if slot.is_replaced)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that building the layer reads."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.needs()))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every distinct part of the layer."""
+        return tuple(dict.fromkeys(part for slot in self.slots for part in slot.parts))
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keeps_experts and self.routing is None
+
+    @property
+    def keeps_experts(self) -> bool:
+        return all(slot.is_kept for slot in self.slots)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a stock layer can hold it: every survivor keeps its own full weights, and all selected ones run."""
+        return self.routing is None and all(slot.is_kept or not slot.survives for slot in self.slots)
+
+    def rows(self, has_bias: bool) -> dict[StackKey, dict[int, tuple[int, ...]]]:
+        """For every stack that the layer needs, the key of the row that each expert uses. Equal keys are one row."""
+        rows: dict[StackKey, dict[int, tuple[int, ...]]] = {}
+        for e in self.survivors:
+            for part in self.slots[e].all_parts(has_bias):
+                rows.setdefault((part.stack, part.variant()), {})[e] = part.row(e)
+        return rows
+
+    def parameters(self, shape: LayerShape) -> int:
+        """Parameters of the routed experts afterwards, everything that a policy stores included."""
+        total = self.policy_parameters(shape)
+        for (kind, variant), row_of in self.rows(shape.has_bias).items():
+            one = sum(math.prod(size) for size in kind.tensors(variant, shape).values())
+            total += len(set(row_of.values())) * one
+        return total
+
+    def policy_parameters(self, shape: LayerShape) -> int:
+        if self.routing is None:
+            return 0
+        sizes = self.routing.tensors(replace(shape, num_experts=len(self.survivors)))
+        return sum(math.prod(size) for size in sizes.values())
