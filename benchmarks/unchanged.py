@@ -44,7 +44,7 @@ from torch import Tensor
 import locum
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from tiny_models import tiny_model
+from making.tiny_models import tiny_model
 
 REFERENCE = Path(locum.__file__).parent / "reference"
 DATA = [f"code={REFERENCE / 'text' / 'code.txt'}", f"novels={REFERENCE / 'text' / 'novels.txt'}@2"]

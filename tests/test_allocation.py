@@ -9,10 +9,10 @@ import random
 import pytest
 import torch
 
-from handmade import toy_shape
 from locum.budgets.counts import COUNTS, bounded_shares, prune_counts, spare
 from locum.budgets.ranks import allocate_ranks, break_even, rank_bounds, rank_shares, rank_step
 from locum.shapes import ModelShape
+from making.handmade import toy_shape
 
 
 def test_the_published_rule() -> None:

@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from checkpoints import VOCABULARY, write_tokenizer
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import read_headers
@@ -30,8 +29,9 @@ from locum.shapes import ModelShape
 from locum.stages.application import apply
 from locum.stages.inspection import inspect
 from locum.stats.sums import Statistics
-from oracles import random_layer_plan
-from tiny_models import CONFIGS, tiny_ids, tiny_model
+from making.checkpoints import VOCABULARY, write_tokenizer
+from making.oracles import random_layer_plan
+from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
 SRC = Path(__file__).parents[1] / "src"
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}

@@ -1,6 +1,6 @@
 """Every bad input gives one clear line and exit code 2, before heavy work, and leaves nothing behind.
 
-LINES has the command lines; what stands in braces is made by bad_inputs.py. Interrupts and full disks
+LINES has the command lines; what stands in braces is made by making/bad_inputs.py. Interrupts and full disks
 are in test_interrupts.py.
 """
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import locum
-from bad_inputs import Place
-from checkpoints import locum as command
-from checkpoints import tree
+from making.bad_inputs import Place
+from making.checkpoints import locum as command
+from making.checkpoints import tree
 
 SHORT = "--tokens 256 --length 64"
 TARGET = "--method prune --remove 0.25"

@@ -16,8 +16,6 @@ import pytest
 import torch
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.containers.costs import container_work, row_sizes
@@ -31,7 +29,9 @@ from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.speed import page, run
 from locum.speed.bench import KIND, quartiles, results
 from locum.speed.run import STOCK, Subject, bytes_per_second, operations_per_second
-from tiny_models import tiny_ids, tiny_model
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
+from making.tiny_models import tiny_ids, tiny_model
 
 D, F, E, K, L, V = 32, 16, 8, 2, 2, 128
 EXPERT = 3 * D * F

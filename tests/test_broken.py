@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import locum
-from checkpoints import locum as command
-from engines.broken import DAMAGES, change_weights, truncated
 from locum.checkpoints.load import load_model
 from locum.errors import CheckpointError
+from making.broken import DAMAGES, change_weights, truncated
+from making.checkpoints import locum as command
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from handmade import make_statistics, toy_shape
 from locum.budgets.counts import global_counts, lowest, spare, uniform_counts
 from locum.budgets.target import meet_target, parse_size
 from locum.errors import OptionError, PlanError
 from locum.methods import METHODS
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
+from making.handmade import make_statistics, toy_shape
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from locum.measure.calibration import Observer, calibrate
 from locum.models.families import find_layers
 from locum.models.watch import run_experts
 from locum.stats.sums import STATISTICS, Statistics, Sums
-from tiny_models import tiny_ids, tiny_model
+from making.tiny_models import tiny_ids, tiny_model
 
 FAMILIES = ("olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")
 E, K = 8, 2

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints import write_checkpoint
 from locum.checkpoints.load import load_model
 from locum.checkpoints.quantizer import LocumConfig
 from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config, read_headers
@@ -22,7 +21,8 @@ from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot, make_plan
 from locum.stages.application import apply
-from tiny_models import CONFIGS, tiny_ids, tiny_model
+from making.checkpoints import write_checkpoint
+from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
 WEIGHTS = "model.safetensors"
 

@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import HIDDEN, cli
 from locum.methods import METHODS
 from locum.stages.planning import plan
 from locum.training.recovery import Recovery
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint, write_rows, write_text
 
 # Wide enough for the default rank of 16 at half of the parameters. Three steps stand for the 300 of real use.
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 16}

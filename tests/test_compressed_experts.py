@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
@@ -28,11 +26,13 @@ from locum.experts.routing import VECTORS, Routing
 from locum.models.families import canonical_gate, find_layers, read_expert
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan
-from oracles import slow_routed
-from tiny_models import tiny_ids, tiny_model
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
+from making.oracles import slow_routed
+from making.policies import TOP_4, drawn, logits, near, policy_plan
+from making.tiny_models import tiny_ids, tiny_model
 
 SRC = Path(locum.__file__).parents[1]
-TOP_4 = {"num_experts_per_tok": 4}
 FAMILIES = ["olmoe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"]
 FAMILIES += ["muse_spark"] if "muse_spark" in CONFIG_MAPPING else []  # the installed transformers may lack it
 
@@ -41,30 +41,6 @@ def model_of(family):
     if family in ("nemotron_h", "muse_spark"):  # no gate; a norm after each expert
         return tiny(family)
     return tiny_model(family, **({} if family == "deepseek_v3" else TOP_4))
-
-
-def policy_plan(model, make=lambda layer: Routing(layer.top_k // 2)):
-    shape = shape_of(model)
-    return make_plan(shape, [LayerPlan(x.name, (KEPT,) * x.num_experts, routing=make(x)) for x in shape.layers])
-
-
-def drawn(model, seed=0):
-    """The model with vectors as training might leave them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in find_layers(model):
-            if getattr(layer.experts, "offsets_NV", None) is not None:
-                layer.experts.offsets_NV.normal_(0, 0.3, generator=generator)
-    return model
-
-
-@torch.no_grad()
-def logits(model, ids=None):
-    return model(input_ids=tiny_ids(vocab=120) if ids is None else ids, use_cache=False).logits
-
-
-def near(a, b, limit=1e-5):
-    assert float((a - b).abs().max()) <= limit * max(1.0, float(b.abs().max()))
 
 
 # --- what it computes -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint, write_text
 from locum import bundled as package
 from locum.data.tokens import load_tokens
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint, write_text
 
 demo = importlib.import_module("locum.demonstration")
 MODELS = ["original", "lightmoe", "lightmoe recovered", "reap", "replace"]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import cli
 from locum.criteria.criterion import CRITERIA
 from locum.methods import METHODS
 from locum.stats.sums import STATISTICS
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint, write_rows, write_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

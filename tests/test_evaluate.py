@@ -16,7 +16,7 @@ from locum.data.tokens import Tokens
 from locum.errors import DataError, LocumError, OptionError
 from locum.measure.loss import evaluate, resample
 from locum.measure.rows import Row, read_rows, write_rows
-from tiny_models import tiny_model
+from making.tiny_models import tiny_model
 
 module = importlib.import_module("locum.measure.loss")  # locum.evaluate itself is the function
 

@@ -21,8 +21,8 @@ from locum.models.next_token_loss import loss_sum
 from locum.models.router_rules import spread_gates
 from locum.models.watch import run_experts
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
+from making.tiny_models import tiny_ids, tiny_model
 from test_calibrate import make_tokens
-from tiny_models import tiny_ids, tiny_model
 
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe", "lfm2_moe", "gemma4")
 BY_RULE = ("olmoe", "mixtral", "gpt_oss", "qwen3_moe", "lfm2_moe")  # routers whose rule is found

@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import locum
-from checkpoints import locum as command
-from checkpoints import tree, write_checkpoint
 from engines.made import PLANS, cycle, members, statistics
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model, open_model
@@ -27,7 +25,9 @@ from locum.exports.export import stock_faults, to_stock, write_gguf
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
-from tiny_models import CONFIGS, tiny_ids, tiny_model
+from making.checkpoints import locum as command
+from making.checkpoints import tree, write_checkpoint
+from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
 
 @torch.no_grad()

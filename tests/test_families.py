@@ -29,7 +29,7 @@ from locum.models.families import (
 )
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
-from tiny_models import CONFIGS, SIZE, tiny_ids, tiny_model
+from making.tiny_models import CONFIGS, SIZE, tiny_ids, tiny_model
 
 ROUTERS = {  # router kind, gates renormalised
     "olmoe": ("softmax", False),

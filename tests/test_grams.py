@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from handmade import tokens_of
 from locum.checkpoints.application import apply_plan
 from locum.measure.calibration import calibrate
 from locum.methods.decompose import Decompose
@@ -18,8 +17,9 @@ from locum.methods.lightmoe import LightMoE
 from locum.models.families import find_layers, read_expert
 from locum.models.sizes import shape_of
 from locum.plans.plan import make_plan
-from oracles import expert_parts
-from tiny_models import tiny_ids, tiny_model
+from making.handmade import tokens_of
+from making.oracles import expert_parts
+from making.tiny_models import tiny_ids, tiny_model
 
 GRAMS = ("input_gram", "hidden_gram")
 

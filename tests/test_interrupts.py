@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import locum
-from checkpoints import locum as command
-from checkpoints import tree
+from making.checkpoints import locum as command
+from making.checkpoints import tree
 
 CALIBRATE = "calibrate {model} --data {words} --length 32 --batch-size 1 --out out.safetensors"
 SEARCH = (

@@ -13,7 +13,7 @@ from locum.errors import CheckpointError
 from locum.experts.routing import VECTORS, Routing
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
-from oracles import random_layer_plan
+from making.oracles import random_layer_plan
 
 
 def layer_shape(has_gate=True, has_bias=False):

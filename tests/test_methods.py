@@ -9,7 +9,6 @@ import re
 import pytest
 import torch
 
-from handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
 from locum.containers.layout import active_parameters
 from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
@@ -23,7 +22,8 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 from locum.stats.sums import STATISTICS, Statistics, mean_output
-from tiny_models import tiny_ids, tiny_model
+from making.handmade import make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
+from making.tiny_models import tiny_ids, tiny_model
 
 ALL = tuple(METHODS)
 READING = tuple(name for name in ALL if METHODS[name]().needs())  # the others plan from a shape alone

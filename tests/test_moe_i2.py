@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from handmade import make_statistics, toy_shape, with_sums
 from locum.budgets.ranks import rank_bounds, rank_shares
 from locum.budgets.target import meet_target
 from locum.criteria.criterion import CRITERIA
@@ -21,6 +20,7 @@ from locum.methods.moe_i2 import MoEI2
 from locum.plans.plan import DROPPED, KEPT, Plan, make_plan
 from locum.shapes import ModelShape
 from locum.stats.sums import Statistics
+from making.handmade import make_statistics, toy_shape, with_sums
 
 SHAPE = toy_shape(layers=4, experts=8)
 QUICK = {"population": 20, "generations": 5}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from handmade import toy_shape, with_sums
 from locum.checkpoints.application import apply_plan
 from locum.errors import PlanError
 from locum.experts.routing import Routing
@@ -31,7 +30,8 @@ from locum.plans.plan import (
     with_routing,
 )
 from locum.shapes import LayerShape, ModelShape
-from tiny_models import CONFIGS, tiny_model
+from making.handmade import toy_shape, with_sums
+from making.tiny_models import CONFIGS, tiny_model
 
 SHAPE = toy_shape(layers=2, experts=8, d=32, f=16)
 ONE, TWO = (layer.name for layer in SHAPE.layers)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from handmade import tokens_of
 from locum.checkpoints.application import apply_plan
 from locum.criteria.criterion import CRITERIA
 from locum.experts.weights import ExpertWeights, permute_hidden
@@ -22,7 +21,8 @@ from locum.models.families import MoeLayer, find_layers, read_expert, write_expe
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
 from locum.stats.sums import Statistics
-from tiny_models import tiny_ids, tiny_model
+from making.handmade import tokens_of
+from making.tiny_models import tiny_ids, tiny_model
 
 IDS = tiny_ids(6, 32)
 

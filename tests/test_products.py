@@ -18,9 +18,9 @@ from locum.kernels import choice, grouped, native, products
 from locum.models.families import canonical_gate, find_layers
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
-from oracles import random_layer_plan
-from test_container import KINDS, assert_near, filled, relative_error, routing, shared_base_container, slow, swiglu
-from tiny_models import tiny_model
+from making.containers import KINDS, assert_near, filled, relative_error, routing, shared_base_container, slow, swiglu
+from making.oracles import random_layer_plan
+from making.tiny_models import tiny_model
 
 E, D, F = 8, 16, 24
 ROUNDING = 4 * 2**-8  # test_container.test_bfloat16_stays_within_its_rounding

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from handmade import with_sums
 from locum.budgets.ranks import rank_bounds
 from locum.checkpoints.quantizer import place_containers
 from locum.containers.layout import Layout, active_parameters
@@ -26,6 +25,7 @@ from locum.plans.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 from locum.training.options import Recovery
 from locum.training.recovery import count_trainable
+from making.handmade import with_sums
 
 BASES, RANK = 3, 16
 OLMOE = {

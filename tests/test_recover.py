@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from handmade import with_sums
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.quantizer import LocumConfig
@@ -27,7 +26,8 @@ from locum.training.layer import beta_at, set_beta
 from locum.training.options import Recovery, learning_rate_at
 from locum.training.recovery import RECIPES, Work, count_trainable, recover_model
 from locum.training.states import STATE_FILE, forget
-from tiny_models import tiny_ids, tiny_model
+from making.handmade import with_sums
+from making.tiny_models import tiny_ids, tiny_model
 
 QUICK = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "warmup_fraction": 0.0, "checkpoint_every": 0}
 

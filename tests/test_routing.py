@@ -11,8 +11,8 @@ import torch
 from locum.containers.layout import Layout
 from locum.experts.routing import VECTORS, Routing, route
 from locum.plans.plan import KEPT, LayerPlan
-from oracles import expert_parts, random_layer_plan, slow_experts, slow_routed
-from test_container import KINDS, D, E, F, anneal, assert_near, filled, layer_shape, relative_error, routing
+from making.containers import KINDS, D, E, F, anneal, assert_near, filled, layer_shape, relative_error, routing
+from making.oracles import expert_parts, random_layer_plan, slow_experts, slow_routed
 
 TOP_K = 4
 WITH_VECTORS = [kind for kind in VECTORS if kind != "none"]

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 import locum
-from checkpoints import locum as command
-from checkpoints import tree, write_checkpoint, write_tokenizer
 from families.tiny_families import tiny
 from locum.checkpoints.load import load_model, open_model
 from locum.data.tokens import load_tokens
@@ -20,7 +18,9 @@ from locum.measure.removals import ModelExplorer
 from locum.models.families import find_layers, is_stock_experts
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
-from tiny_models import tiny_ids
+from making.checkpoints import locum as command
+from making.checkpoints import tree, write_checkpoint, write_tokenizer
+from making.tiny_models import tiny_ids
 
 REFERENCE = Path(locum.__file__).parent / "reference"
 SHORT = {"tokens": 1024, "length": 64, "batch_size": 4}

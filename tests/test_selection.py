@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from handmade import make_statistics, toy_shape, with_sums
 from locum.budgets.selection import SELECTIONS, count_below, layer_thresholds, mass_weights, select
 from locum.criteria.criterion import CRITERIA
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import ModelShape
 from locum.stats.sums import Statistics
+from making.handmade import make_statistics, toy_shape, with_sums
 
 PAPER = {"selection": "adaptive", "score": "gate", "alpha": 0.3, "clip": 0.2}
 

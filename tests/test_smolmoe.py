@@ -22,8 +22,6 @@ import smolmoe_recovery
 import smolmoe_results
 import smolmoe_text
 import smolmoe_train
-from checkpoints import VOCABULARY, text, write_tokenizer
-from checkpoints import locum as command
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer
@@ -31,6 +29,8 @@ from locum.data.tokens import load_tokens
 from locum.measure.calibration import calibrate
 from locum.models.sizes import shape_of
 from locum.plans.plan import Base, LayerPlan, Slot, make_plan
+from making.checkpoints import VOCABULARY, text, write_tokenizer
+from making.checkpoints import locum as command
 
 IDS = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
 RECIPE = smolmoe.Recipe(domains=("a", "b", "c"), steps=3)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import locum
-from checkpoints import tree, write_checkpoint, write_rows
 from locum.checkpoints.read import fingerprint_checkpoint
-from tiny_models import CONFIGS, tiny_ids
+from making.checkpoints import tree, write_checkpoint, write_rows
+from making.tiny_models import CONFIGS, tiny_ids
 
 SHORT = {"tokens": 2048, "length": 64}
 

@@ -16,7 +16,7 @@ from locum.experts.weights import ExpertWeights, align, mean_expert, permute_hid
 from locum.plans.plan import KEPT, Base, LayerPlan, Slot
 from locum.shapes import LayerShape
 from locum.stats.sums import LayerStatistics
-from oracles import expert_parts, random_layer_plan
+from making.oracles import expert_parts, random_layer_plan
 
 D, F, E = 12, 10, 8
 KINDS = {"gate": (True, False), "gate and bias": (True, True), "no gate": (False, False), "only bias": (False, True)}

@@ -21,8 +21,6 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_tokenizer
 from engines.made import PLANS, cycle, statistics
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
@@ -31,7 +29,9 @@ from locum.checkpoints.read import read_headers
 from locum.errors import CheckpointError, UnsupportedModel
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
-from tiny_models import CONFIGS, tiny_ids, tiny_model
+from making.checkpoints import locum as command
+from making.checkpoints import write_tokenizer
+from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
 CONSTANT = Slot("stand_in", constant=True)
 

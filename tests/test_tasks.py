@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import locum
-from checkpoints import locum as command
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer
 from locum.data.tokens import load_tokens
 from locum.errors import DataError, OptionError
 from locum.measure.rows import read_rows
 from locum.measure.tasks import evaluate_tasks, find_tasks
+from making.checkpoints import locum as command
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "tasks"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import locum
 from locum.containers.container import StandInExperts
-from tiny_models import tiny_ids
+from making.tiny_models import tiny_ids
 
 NEW = 6
 PROMPTS = ("The red fox ran over the hills", "Seven old trees")

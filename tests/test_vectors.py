@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
@@ -30,9 +28,11 @@ from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from locum.training.balance import balanced, load_balance
 from locum.training.options import Recovery
 from locum.training.recovery import count_trainable, recover_model
-from test_compressed_experts import TOP_4, drawn, logits, near, policy_plan
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
+from making.policies import TOP_4, drawn, logits, near, policy_plan
+from making.tiny_models import tiny_ids, tiny_model
 from test_recover import QUICK, compressed, light, opened, tiny_tokens
-from tiny_models import tiny_ids, tiny_model
 
 MAIN_2 = Routing(2)
 

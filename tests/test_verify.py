@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import fisher_exact
 
 import locum
-from checkpoints import locum as command
-from checkpoints import write_checkpoint, write_tokenizer
-from engines.broken import DAMAGES, change_weights
 from locum.checkpoints.load import set_dtype
 from locum.checkpoints.patch import load_adapter
 from locum.engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
@@ -26,7 +23,10 @@ from locum.models.families import find_layers
 from locum.plans.plan import KEPT, NOTHING, LayerPlan
 from locum.verification.folder import FAILED, OK, SKIPPED
 from locum.verification.verify import Promise, check_engine, compare_likeliest, compare_logits, compare_tokens
-from tiny_models import CONFIGS, tiny_model
+from making.broken import DAMAGES, change_weights
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint, write_tokenizer
+from making.tiny_models import CONFIGS, tiny_model
 
 FEW = {"prompts": 2, "new_tokens": 6}
 

@@ -15,7 +15,7 @@ from locum.containers.layout import Layout
 from locum.experts.routing import Routing
 from locum.kernels import choice, triton_grouped
 from locum.plans.plan import KEPT, Base, LayerPlan, Slot
-from test_container import KINDS, assert_near, filled, relative_error, slow, swiglu
+from making.containers import KINDS, assert_near, filled, relative_error, slow, swiglu
 from test_products import ROUNDING, D, container_of, routed_to, shape
 from triton_launches import launches_of, olmoe_layer
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import locum
-from checkpoints import write_checkpoint, write_text, write_tokenizer
+from making.checkpoints import write_checkpoint, write_text, write_tokenizer
 
 
 class Place:

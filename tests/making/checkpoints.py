@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from locum.cli import cli
-from tiny_models import tiny_model
+from making.tiny_models import tiny_model
 
 VOCABULARY = 320
 WORDS = ["the", "red", "fox", "ran", "over", "blue", "hills", "and", "then", "slept", "under", "seven", "old", "trees"]
