@@ -22,7 +22,7 @@ test-families: $(READY)
 # The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_checkpoint.py tests/test_apply.py
+	$(OLDEST)/bin/python -m pytest tests/models/test_families.py tests/checkpoints/test_checkpoint.py tests/checkpoints/test_apply.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks
@@ -68,7 +68,7 @@ smolmoe-quick: $(READY)
 	$(BIN)/python benchmarks/smolmoe.py build --quick
 
 test-smolmoe: smolmoe-quick
-	$(BIN)/python -m pytest -m smolmoe tests/test_smolmoe.py
+	$(BIN)/python -m pytest -m smolmoe tests/programs/test_smolmoe.py
 
 # Every timed benchmark with short settings, for an idle machine; lines with commit, versions and hardware are appended to
 # benchmarks/results. Some 8 minutes on two cores.
@@ -89,13 +89,13 @@ GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_OUT ?= $(TIMED)/gpu.jsonl
 gpu:
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) --out $(GPU_OUT)
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/triton_cases.py
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/kernels/triton_cases.py
 
 # The Triton kernels in Triton's interpreter on the CPU, and compiled for a GPU that need not be there. Triton is 200 MB and
 # comes with CUDA builds of torch only, so it is fetched for this alone; the version is the one of torch 2.13.
 test-triton: $(READY)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet 'triton>=3.7,<3.8'
-	$(BIN)/python -m pytest tests/test_triton.py
+	$(BIN)/python -m pytest tests/kernels/test_triton.py
 
 # The engines that serve Locum's checkpoints, each in an environment of its own, made once.
 ENGINE_PYTHON ?= python3.11

@@ -47,7 +47,7 @@ from locum.models.families import canonical_gate, read_expert
 from locum.plans.plan import LayerPlan
 from timing import publish
 
-# Of bfloat16, what four roundings of 2^-8 in a row may err by (tests/test_container.py); of float16 the same with 2^-11.
+# Of bfloat16, what four roundings of 2^-8 in a row may err by (tests/containers/test_container.py); of float16 the same with 2^-11.
 TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float32: 1e-5}
 OTHER_FORMATS = "lightmoe 50%, uniform"  # the plan that is tried in every format
 PARITY_TOKENS = 2048  # at most

@@ -1,6 +1,6 @@
 """The Triton kernels against float64 and weights written out, for few pairs and for many.
 
-On a CUDA device where there is one (`python -m pytest tests/triton_cases.py`), else in Triton's interpreter, which
+On a CUDA device where there is one (`python -m pytest tests/kernels/triton_cases.py`), else in Triton's interpreter, which
 test_triton.py starts this file in.
 """
 

@@ -12,7 +12,7 @@ import torch
 from locum.kernels import choice, grouped
 from locum.shapes import LayerShape
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

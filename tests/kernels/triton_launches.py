@@ -1,6 +1,6 @@
 """What the products of triton_grouped.py would launch, written down and compiled without a device.
 
-    python tests/triton_launches.py      compiles what a layer of OLMoE's shape launches for sm_90, a line of JSON each
+    python tests/kernels/triton_launches.py      compiles what a layer of OLMoE's shape launches for sm_90, a line of JSON each
 
 Nothing runs: tensors are on the meta device, which has no values to wait for.
 """

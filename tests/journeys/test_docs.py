@@ -16,7 +16,7 @@ from locum.stats.sums import STATISTICS
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_rows, write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)

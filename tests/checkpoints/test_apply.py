@@ -33,7 +33,7 @@ from making.checkpoints import VOCABULARY, write_tokenizer
 from making.oracles import random_layer_plan
 from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(__file__).parents[2] / "src"
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
 families = pytest.mark.parametrize("model_type", CONFIGS)
 

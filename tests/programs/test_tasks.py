@@ -25,7 +25,7 @@ from locum.measure.rows import read_rows
 from locum.measure.tasks import evaluate_tasks, find_tasks
 from making.checkpoints import locum as command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "tasks"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
