@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.speed import gpu as gpu_program
+from benchmarks.speed import gpu_model
+from benchmarks.speed import layer as layer_speed
 from locum.kernels import choice, grouped
 from locum.shapes import LayerShape
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu
-    import gpu_model
-    import layer_speed
-
     sizes = {"E": 8, "K": 3, "D": 32, "F": 16, "REPLACED": 5, "RANKS": (8, 16)}
     for name, value in sizes.items():
         monkeypatch.setattr(layer_speed, name, value)
     shape = LayerShape("experts", 8, 3, 32, 16, "router", "softmax", False)
     monkeypatch.setattr(layer_speed, "SHAPE", shape)
     monkeypatch.setattr(gpu_model, "NEW", 3)
-    return gpu
+    return gpu_program
 
 
 def run(gpu, monkeypatch, *arguments):

@@ -12,16 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import corpora
-import smolmoe
-import smolmoe_dense
-import smolmoe_mixtral
-import smolmoe_recovery
-import smolmoe_results
-import smolmoe_text
-import smolmoe_train
+from benchmarks.corpora import corpora
+from benchmarks.experiments import smolmoe_recovery
+from benchmarks.smolmoe import build as smolmoe
+from benchmarks.smolmoe import dense as smolmoe_dense
+from benchmarks.smolmoe import mixtral as smolmoe_mixtral
+from benchmarks.smolmoe import results as smolmoe_results
+from benchmarks.smolmoe import text as smolmoe_text
+from benchmarks.smolmoe import train as smolmoe_train
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import locum
+from benchmarks.tasks import finetune as finetune_tasks
+from benchmarks.tasks import items as task_data
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer
 from locum.data.tokens import load_tokens
@@ -26,11 +28,7 @@ from locum.measure.tasks import evaluate_tasks, find_tasks
 from making.checkpoints import locum as command
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "benchmarks" / "tasks"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import finetune_tasks  # noqa: E402
-import task_data  # noqa: E402
+FOLDER = ROOT / "benchmarks" / "tasks" / "lm_eval"
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'locum[eval]'"
@@ -51,7 +49,7 @@ SOLUTIONS = [
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """The task files of benchmarks/tasks, with hand-made items in place of those from packages."""
+    """The task files of benchmarks/tasks/lm_eval, with hand-made items in place of those from packages."""
     items = {"humaneval_loss": SOLUTIONS}
     monkeypatch.setattr(task_data, "evaluation_items", lambda name: items.get(name, QUESTIONS))
 
