@@ -22,7 +22,7 @@ test-families: $(READY)
 # The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_checkpoint.py tests/test_apply.py
+	$(OLDEST)/bin/python -m pytest tests/models/test_families.py tests/checkpoints/test_checkpoint.py tests/checkpoints/test_apply.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks
@@ -62,25 +62,25 @@ families-oldest: $(OLDEST)/.ready
 
 # A real MoE language model in the cache, built on two cores from a package (some 30 minutes; the quick one 5).
 smolmoe: $(READY)
-	$(BIN)/python benchmarks/smolmoe.py build
+	$(BIN)/python -m benchmarks.smolmoe.build build
 
 smolmoe-quick: $(READY)
-	$(BIN)/python benchmarks/smolmoe.py build --quick
+	$(BIN)/python -m benchmarks.smolmoe.build build --quick
 
 test-smolmoe: smolmoe-quick
-	$(BIN)/python -m pytest -m smolmoe tests/test_smolmoe.py
+	$(BIN)/python -m pytest -m smolmoe tests/programs/test_smolmoe.py
 
 # Every timed benchmark with short settings, for an idle machine; lines with commit, versions and hardware are appended to
 # benchmarks/results. Some 8 minutes on two cores.
 TIMED := benchmarks/results
 bench: $(READY)
-	$(BIN)/python benchmarks/layer_speed.py --rounds 5 --out $(TIMED)/layer_speed.jsonl
-	$(BIN)/python benchmarks/calibration_cost.py --out $(TIMED)/calibration_cost.jsonl
-	$(BIN)/python benchmarks/calibration_cost.py --model olmoe --blocks 4 --batch-size 4 --length 512 --rounds 3 --out $(TIMED)/calibration_cost.jsonl
-	$(BIN)/python benchmarks/search_speed.py --tokens 512 --generations 10 --naive 1 --out $(TIMED)/search_speed.jsonl
-	$(BIN)/python benchmarks/active_latency.py --rounds 5 --out $(TIMED)/active_latency.jsonl
-	$(BIN)/python benchmarks/reference_speed.py --out $(TIMED)/reference_speed.jsonl
-	$(BIN)/python benchmarks/generate_speed.py --rounds 3 --out $(TIMED)/generate_speed.jsonl
+	$(BIN)/python -m benchmarks.speed.layer --rounds 5 --out $(TIMED)/layer_speed.jsonl
+	$(BIN)/python -m benchmarks.speed.calibration --out $(TIMED)/calibration_cost.jsonl
+	$(BIN)/python -m benchmarks.speed.calibration --model olmoe --blocks 4 --batch-size 4 --length 512 --rounds 3 --out $(TIMED)/calibration_cost.jsonl
+	$(BIN)/python -m benchmarks.speed.search --tokens 512 --generations 10 --naive 1 --out $(TIMED)/search_speed.jsonl
+	$(BIN)/python -m benchmarks.speed.active --rounds 5 --out $(TIMED)/active_latency.jsonl
+	$(BIN)/python -m benchmarks.speed.reference --out $(TIMED)/reference_speed.jsonl
+	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
 
 # On a machine with a CUDA device (without one it says so): whether the container is right there, how fast, what memory it
 # takes, and whole models; then the Triton kernels' own tests. PART=speed runs one part. Where there is no environment, the
@@ -88,14 +88,14 @@ bench: $(READY)
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_OUT ?= $(TIMED)/gpu.jsonl
 gpu:
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) --out $(GPU_OUT)
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/triton_cases.py
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.speed.gpu $(addprefix --part ,$(PART)) --out $(GPU_OUT)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/kernels/triton_cases.py
 
 # The Triton kernels in Triton's interpreter on the CPU, and compiled for a GPU that need not be there. Triton is 200 MB and
 # comes with CUDA builds of torch only, so it is fetched for this alone; the version is the one of torch 2.13.
 test-triton: $(READY)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet 'triton>=3.7,<3.8'
-	$(BIN)/python -m pytest tests/test_triton.py
+	$(BIN)/python -m pytest tests/kernels/test_triton.py
 
 # The engines that serve Locum's checkpoints, each in an environment of its own, made once.
 ENGINE_PYTHON ?= python3.11

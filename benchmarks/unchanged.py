@@ -1,7 +1,7 @@
 """What Locum computes, as hashes: a record before a change of the code and one after it show that nothing changed.
 
-    python benchmarks/unchanged.py record --out FILE.json [--only PATTERN]
-    python benchmarks/unchanged.py compare A.json B.json [--only PATTERN]
+    PYTHONPATH=tests python -m benchmarks.unchanged record --out FILE.json [--only PATTERN]
+    PYTHONPATH=tests python -m benchmarks.unchanged compare A.json B.json [--only PATTERN]
 
 The bundled reference model and three tiny ones go through every method, and two of them through every way to recover.
 Recorded are statistics, plans, sizes, the tensors of what is written, logits and losses; of what Locum refuses, the error.
@@ -27,7 +27,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -42,9 +41,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import locum
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from tiny_models import tiny_model
+from making.tiny_models import tiny_model
 
 REFERENCE = Path(locum.__file__).parent / "reference"
 DATA = [f"code={REFERENCE / 'text' / 'code.txt'}", f"novels={REFERENCE / 'text' / 'novels.txt'}@2"]
@@ -304,7 +301,7 @@ def header(only: str) -> dict[str, Any]:
     names = ("torch", "transformers", "safetensors", "locum")
     return {
         "commit": commit(),
-        "command": "python benchmarks/unchanged.py record" + (f" --only {only!r}" if only else ""),
+        "command": "PYTHONPATH=tests python -m benchmarks.unchanged record" + (f" --only {only!r}" if only else ""),
         "machine": f"{os.cpu_count()} cores, {processor()}",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in names},

@@ -11,9 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-import checkpoints
 import locum
-from tiny_models import tiny_model
+from making import checkpoints
+from making.tiny_models import tiny_model
 
 
 @pytest.fixture(autouse=True, scope="session")

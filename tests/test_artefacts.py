@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import tree
 from locum.errors import OutputError, PlanError, StatisticsError
 from locum.files import NOTES, check_output, fingerprint, provenance, whole, write_text
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
@@ -19,6 +18,7 @@ from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.statistics_file import load_statistics, save_statistics
 from locum.stats.sums import Statistics
+from making.checkpoints import tree
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 

@@ -20,8 +20,8 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics
-from slots import base_of
-from tiny_models import tiny_model
+from making.slots import base_of
+from making.tiny_models import tiny_model
 
 ROOM = {"vocab_size": 320, "max_position_embeddings": 512, "hidden_size": 64, "num_hidden_layers": 3}
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}

@@ -24,12 +24,12 @@ import torch
 import transformers
 
 import locum
-from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original, statistics
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import ENGINES
 from locum.plans.plan import make_plan
 from locum.verification.folder import FAILED, OK, SKIPPED, Check
+from making.checkpoints import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 import locum
-from checkpoints import write_tokenizer
 from engines.made import PLANS, REFERENCE, original
 from locum.bundled import sample_texts
 from locum.checkpoints.read import load_tokenizer
@@ -19,6 +18,7 @@ from locum.engines.engines import ENGINES, ask
 from locum.exports.export import write_gguf
 from locum.plans.plan import make_plan
 from locum.verification.folder import FAILED, OK
+from making.checkpoints import write_tokenizer
 
 pytestmark = [
     pytest.mark.llamacpp,

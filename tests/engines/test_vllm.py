@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import locum
-from engines.broken import DAMAGES
 from engines.made import MIXED, PLANS, REFERENCE, make
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer, read_config
@@ -28,6 +27,7 @@ from locum.engines.engines import ENGINES, ask_all
 from locum.errors import CheckpointError
 from locum.plans.plan import make_plan
 from locum.verification.verify import agreement
+from making.broken import DAMAGES
 
 NEW = 64
 COMPRESSED = tuple(name for name in PLANS if name != "uniform")

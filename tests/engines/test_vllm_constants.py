@@ -9,9 +9,9 @@ import torch
 from packaging.version import Version
 
 import locum
-from checkpoints import write_tokenizer
 from engines.made import make
 from engines.test_vllm import greedy, prompts, serve
+from making.checkpoints import write_tokenizer
 
 NEEDED = Version("0.33")
 

@@ -39,7 +39,7 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics, Sums
-from slots import rows_of
+from making.slots import rows_of
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 

@@ -35,7 +35,7 @@ from locum.models.routers import RouterRule
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from locum.training.layer import close_layer, open_layer
-from tiny_models import CONFIGS
+from making.tiny_models import CONFIGS
 
 SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4", "step3p7")
 ROWS = [name for name in FAMILIES if name in CONFIG_MAPPING]  # the installed transformers may lack some

@@ -1,0 +1,1 @@
+"""Text of several domains from pinned packages."""

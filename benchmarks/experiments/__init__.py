@@ -1,0 +1,1 @@
+"""Comparisons of trained models, by methods, sizes and seeds."""

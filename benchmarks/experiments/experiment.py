@@ -1,0 +1,235 @@
+"""What the comparisons of trained models share: jobs, choices on validation, figures on test, rows that say all of it.
+
+An experiment is a grid: arms (what is done to the model) times settings (how much, or on which text). Learning rates are
+chosen per arm on the validation split with one seed; the chosen ones run with three seeds and are measured on test. All
+arms of a setting see the same batches. Text is the bundled one, which the reference model never saw in training.
+A job that is in the results files already is not run again, so an interrupted experiment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import locum
+from locum import files
+from locum.bundled import MODEL, reference_data
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
+from locum.checkpoints.read import load_tokenizer, read_config
+from locum.checkpoints.skeleton import skeleton
+from locum.data.tokens import load_tokens
+from locum.measure.loss import evaluate
+from locum.models.families import find_layers, read_expert
+from locum.models.sizes import shape_of
+from locum.plans.plan import Plan, make_plan
+from locum.training.options import Recovery
+from locum.training.recovery import count_trainable, recover_model
+
+RESULTS = Path(__file__).parents[1] / "results"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
+SEEDS = (0, 1, 2)
+LENGTH = 256
+MEASURED = {"validation": 32768, "test": 49152}  # tokens
+COLUMNS = ("bits_per_byte", "kl", "top1_agreement")
+
+
+Choices = dict[tuple[str, Any], dict[str, Any]]  # options of recovery by arm and setting
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of jobs. `run(name, setting, seed, split, steps, **options)` does one and returns its rows."""
+
+    name: str
+    arms: tuple[str, ...]
+    run: Callable[..., list[dict[str, Any]]]
+    to_select: Callable[[], Iterable[dict[str, Any]]]
+    to_test: Callable[[Choices], Iterable[dict[str, Any]]]  # given what was chosen on validation
+    table: Callable[[list[dict[str, Any]]], str]
+    varied: tuple[str, ...] = ("learning_rate",)  # options of recovery that are chosen on validation
+    setting: str = "fraction"  # what the rows call a setting
+
+    def file(self, phase: str) -> Path:
+        return RESULTS / f"{self.name}_{'selection' if phase == 'select' else 'test'}.jsonl"
+
+    def key_of_row(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        made = row["provenance"]
+        return (made["method"], made[self.setting], row["seed"], *(made["recovery"][option] for option in self.varied))
+
+    def key_of_job(self, job: dict[str, Any]) -> tuple[Any, ...]:
+        defaults = {item.name: item.default for item in dataclasses.fields(Recovery)}
+        options = ((defaults | job)[option] for option in self.varied)
+        return (job["name"], job[self.setting], job["seed"], *options)
+
+
+def statistics() -> Any:
+    """The one statistics file that every plan is made from."""
+    path = CACHE / "recovery.statistics.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locum.calibrate(MODEL, data=reference_data(), tokens=131072, out=path)
+    return files.load_statistics(path)
+
+
+def trainable(decided: Plan | None, how: str, rank: int) -> int:
+    model = skeleton(read_config(MODEL))
+    if decided is not None:
+        model = _planned_skeleton(model, decided)
+    return count_trainable(model, decided, Recovery(how=how, rank=rank))
+
+
+def _planned_skeleton(model: Any, decided: Plan) -> Any:
+    """Sizes are all that counts here, so the plan is applied to random weights."""
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_()
+    plain = dataclasses.replace(decided, layers=tuple(_without_svd(layer) for layer in decided.layers))
+    return apply_plan(model, plain)
+
+
+def _without_svd(layer: Any) -> Any:
+    slots = tuple(dataclasses.replace(s, start="gaussian") for s in layer.slots)
+    return dataclasses.replace(layer, slots=slots)
+
+
+def train_and_measure(
+    name: str,
+    decided: Plan | None,
+    chosen: Recovery,
+    split: str,
+    extra: dict[str, Any],
+    sources: Sequence[str] = (),
+    plan_statistics: Any = None,
+    keep_original: bool = False,
+) -> list[dict[str, Any]]:
+    """Apply a plan to the reference model, train, measure; the rows of one job.
+
+    On the test split the original is measured beside it, and the model also before training (seed 0). `plan_statistics` are
+    those that building the plan reads; `keep_original` leaves the original's own rows in.
+    """
+    tokenizer, seed = load_tokenizer(MODEL), chosen.seed
+    data = list(sources) or reference_data()
+    blocks = load_tokens(data, tokenizer, split="train", length=LENGTH, seed=seed)
+    measured_on = load_tokens(data, tokenizer, split=split, length=LENGTH, tokens=MEASURED[split], keep_partial=True)
+    model, original = (load_model(MODEL, dtype=torch.float32) for _ in range(2))
+    shape = shape_of(model)
+    if decided is not None:
+        apply_plan(model, decided, plan_statistics, seed=seed)
+    bare = make_plan(shape, []) if decided is None else decided
+    testing = split == "test"
+    before = evaluate(model, measured_on, resamples=200, model_name=f"{name} before") if testing and not seed else []
+    reads = {layer.shape.name: _reader(layer.experts) for layer in find_layers(original)}
+    start = time.perf_counter()
+    model, summary = recover_model(model, decided, blocks, None, chosen, original_read=reads)
+    seconds = time.perf_counter() - start
+    against = original if testing else None
+    rows = evaluate(model, measured_on, against=against, seed=seed, model_name=name, plan=bare.id)
+    size = bare.size(shape)
+    made = files.provenance(
+        split=split,
+        recovery=dataclasses.asdict(chosen),
+        trainable_parameters=summary["trainable_parameters"],
+        training_seconds=seconds,
+        parameters=size.parameters,
+        bytes=size.parameters * 2,
+        expert_parameters=size.expert_parameters,
+        removed=bare.removed(shape),
+        method=name,
+        **extra,
+    )
+    rows = [row for row in [*rows, *before] if row.metric != "perplexity"]
+    rows = [row for row in rows if row.model != "original" or keep_original]
+    return [{**dataclasses.asdict(row), "seed": seed, "provenance": made} for row in rows]
+
+
+def recovery(how: str, steps: int, seed: int, **options: Any) -> Recovery:
+    """Options of recovery that all comparisons have in common."""
+    common = {"batch_size": 4, "length": LENGTH, "schedule": "cosine", "validate_every": 0}
+    return Recovery(how=how, steps=steps, seed=seed, **common, **options)
+
+
+def _reader(experts: Any) -> Any:
+    return lambda e: read_expert(experts, e)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file and of the shards that are not joined yet."""
+    files = sorted(path.parent.glob(f"{path.stem}*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def chosen_options(experiment: Experiment) -> Choices:
+    """For each arm, in each setting that choices were made in, the options with the lowest validation loss."""
+    best: dict[tuple[str, Any], tuple[float, dict[str, Any]]] = {}
+    for row in read(experiment.file("select")):
+        if row["metric"] == "loss" and row["domain"] == "all" and row["model"] in experiment.arms:
+            key = (row["model"], row["provenance"][experiment.setting])
+            options = {name: row["provenance"]["recovery"][name] for name in experiment.varied}
+            if key not in best or row["value"] < best[key][0]:
+                best[key] = (row["value"], options)
+    return {key: options for key, (_, options) in best.items()}
+
+
+def work(experiment: Experiment, phase: str, shard: str, steps: int) -> None:
+    """Run this process's share of the jobs that are not done, a line of rows a job."""
+    jobs = list(experiment.to_select() if phase == "select" else experiment.to_test(chosen_options(experiment)))
+    target, split = experiment.file(phase), "validation" if phase == "select" else "test"
+    index, count = map(int, shard.split("/"))
+    part = target.with_name(f"{target.stem}.{index}.jsonl") if count > 1 else target
+    done = {experiment.key_of_row(row) for row in read(target)}
+    for job in jobs[index::count]:
+        if experiment.key_of_job(job) in done:
+            continue
+        rows = experiment.run(**job, split=split, steps=steps)
+        with part.open("a") as stream:
+            stream.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+        head = next(r for r in rows if r["metric"] == "loss" and r["domain"] == "all" and r["model"] in experiment.arms)
+        seconds = head["provenance"]["training_seconds"]
+        print(head["model"], experiment.key_of_row(head), f"loss {head['value']:.4f}", f"{seconds:.0f}s", flush=True)
+
+
+def join(experiment: Experiment) -> None:
+    """One results file a phase from the shards'."""
+    for phase in ("select", "test"):
+        target = experiment.file(phase)
+        rows = read(target)
+        for part in RESULTS.glob(f"{target.stem}.*.jsonl"):
+            part.unlink()
+        files.write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cell(rows: list[dict[str, Any]]) -> str:
+    """Mean over seeds, and the widest of their bootstrap intervals."""
+    values = np.array([r["value"] for r in rows])
+    low, high = min(r["low"] for r in rows), max(r["high"] for r in rows)
+    return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+
+
+def main(experiment: Experiment, about: str, steps: int = 100) -> None:
+    """The command line of an experiment."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=("select", "test", "join", "table"))
+    parser.add_argument("--shard", default="0/1", help="this process's part of the jobs, such as 0/2")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    RESULTS.mkdir(exist_ok=True)
+    if arguments.phase == "table":
+        print(experiment.table(read(experiment.file("test"))))
+    elif arguments.phase == "join":
+        join(experiment)
+    else:
+        work(experiment, arguments.phase, arguments.shard, arguments.steps)

@@ -1,0 +1,327 @@
+"""The container on a GPU: whether it is right, how fast it is, what memory it takes, and whether whole models run.
+
+    python -m benchmarks.speed.gpu [--part parity speed memory model] [--tokens 1 16 64 512 2048 8192] [--plan NAME ...]
+                                   [--way NAME ...] [--rounds 9] [--device cuda] [--out results/gpu.jsonl]
+
+One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and every stock implementation:
+
+    parity   against float64 on the same numbers, |out - exact| / |exact|; `bfloat16` etc. in TOLERANCE are the limits
+    speed    medians of interleaved rounds, by the device's own events, its cache overwritten before each; at decoding sizes
+             also replayed from a CUDA graph, which cannot be made of anything that waits for the device
+    memory   most that a forward pass holds beyond weights and inputs
+    model    gpu_model.py
+
+`floor` is the bytes of weights that the draws touch over the measured bandwidth, or their operations over the measured
+rate, whichever takes longer. Exit code 1 if anything is not within its limit, 2 without the device.
+
+Letters: T tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from benchmarks.speed import gpu_model
+from benchmarks.speed import layer as layer_speed
+from benchmarks.speed.gpu_tables import layer_table, model_table
+from benchmarks.speed.timing import publish
+from locum.checkpoints.application import make_container
+from locum.containers.container import StandInExperts
+from locum.containers.costs import container_work
+from locum.containers.layout import Layout
+from locum.kernels import choice
+from locum.models.families import canonical_activation, read_expert
+from locum.plans.plan import LayerPlan
+
+# Of bfloat16, what four roundings of 2^-8 in a row may err by (tests/containers/test_container.py); of float16 the same
+# with 2^-11.
+TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float32: 1e-5}
+OTHER_FORMATS = "lightmoe 50%, uniform"  # the plan that is tried in every format
+PARITY_TOKENS = 2048  # at most
+GRAPH_TOKENS = 64  # at most
+WAITING = ("eager", choice.LOOP)  # no graph can be made of those
+CACHE = 2**28  # bytes, several times the cache of any GPU
+COPIED = 2**31  # bytes of weights that may be gathered for pairs
+PARTS = ("parity", "speed", "memory", "model")
+WAYS = (choice.LOOP, "grouped", "gathered", "triton")
+Call = Callable[..., Tensor]
+Draw = tuple[Tensor, Tensor, Tensor]
+
+
+class Layer(NamedTuple):
+    name: str
+    plan: LayerPlan
+    odds: float
+    container: StandInExperts
+    ways: list[str]  # those to try
+
+
+class Clock:
+    """Seconds that a call keeps the device busy, none of what it reads being in its cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.filler = torch.empty(CACHE if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if not self.cuda:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        self.filler.zero_()
+        torch.cuda.synchronize()  # so that a call that waits for its launches is seen to
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def layer_of(name: str, experts: OlmoeExperts, ways: list[str]) -> Layer:
+    """Of a plan by name. Stand-ins have random weights: what an SVD would find takes minutes and the same time to run."""
+    plan, mass = layer_speed.plans()[name]
+    gate, device = canonical_activation(experts), experts.gate_up_proj.device
+    if all(slot.is_kept for slot in plan.slots):
+        container = make_container(plan, layer_speed.SHAPE, lambda e: read_expert(experts, e), gate, None, 0)
+    else:
+        layout = Layout.of(plan, layer_speed.SHAPE)
+        container = StandInExperts(layout, gate, torch.bfloat16, "meta").to_empty(device=device)
+    torch.manual_seed(1)
+    for parameter_name, parameter in container.named_parameters():
+        if not parameter_name.startswith("dense") or len(parameter) < layer_speed.E:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return Layer(name, plan, layer_speed.odds_for(mass), container.requires_grad_(False), ways)
+
+
+def draws_of(layer: Layer, tokens: int, count: int, device: torch.device) -> tuple[list[Draw], list[Draw]]:
+    """Inputs, experts and weights for the original, and the same among the plan's survivors."""
+    drawn = [layer_speed.draw(tokens, layer.odds, seed) for seed in range(count)]
+    dropped = len(layer.plan.survivors) < layer_speed.E
+    own = [(x, layer_speed.renumbered(layer.plan, index) if dropped else index, gate) for x, index, gate in drawn]
+    return [tuple(t.to(device) for t in one) for one in drawn], [tuple(t.to(device) for t in one) for one in own]
+
+
+def way_call(container: StandInExperts, way: str) -> Call:
+    def call(*given: Tensor) -> Tensor:
+        container.way = way
+        return container(*given)
+
+    return call
+
+
+def ways(layer: Layer, tokens: int, dtype: torch.dtype) -> dict[str, Call]:
+    """Those that serve: grouped products want bfloat16, gathered ones copy weights, Triton a GPU."""
+    device = next(layer.container.parameters()).device
+    serves = {
+        choice.LOOP: True,
+        "grouped": dtype == torch.bfloat16,
+        "gathered": tokens * layer_speed.K * 4 * layer_speed.D * layer_speed.F <= COPIED,
+        "triton": device.type == "cuda" and choice.triton_is_there(),
+    }
+    return {name: way_call(layer.container, name) for name in layer.ways if serves[name]}
+
+
+def stock(experts: OlmoeExperts, tokens: int) -> dict[str, Call]:
+    return {name: layer_speed.stock_call(experts, name) for name in layer_speed.stock_names(tokens)}
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def attempted(call: Call, given: Draw, exact_TD: Tensor) -> float:
+    """The error, and NaN, with the reason printed, of what does not run at all: the others are still worth knowing."""
+    try:
+        return error(call(*given), exact_TD)
+    except Exception:
+        traceback.print_exc()
+        return math.nan
+
+
+def exact_of(container: StandInExperts, given: Draw) -> Tensor:
+    """Cluster by cluster in float64, which tests hold against weights written out."""
+    wide = copy.deepcopy(container).double()
+    x_TD, index_TK, gate_TK = given
+    return way_call(wide, choice.LOOP)(x_TD.double(), index_TK, gate_TK.double())
+
+
+def parity(experts: OlmoeExperts, layer: Layer, tokens: int) -> list[dict[str, Any]]:
+    """Errors of one plan at one size, by format; the stock implementations are held against the identity plan."""
+    device, found = experts.gate_up_proj.device, []
+    formats = TOLERANCE if layer.name == OTHER_FORMATS else [torch.bfloat16]
+    for dtype in formats:
+        one = layer._replace(container=copy.deepcopy(layer.container).to(dtype))
+        _, [(x_TD, index_TK, gate_TK)] = draws_of(layer, tokens, 1, device)
+        given = x_TD.to(dtype), index_TK, gate_TK.to(dtype)
+        exact_TD = exact_of(one.container, given)
+        calls = ways(one, tokens, dtype)
+        if layer.name == "identity":
+            calls |= stock(experts, tokens)
+        errors = {name: attempted(call, given, exact_TD) for name, call in calls.items()}
+        beyond = [name for name, size in errors.items() if not size < TOLERANCE[dtype]]  # NaN is not smaller either
+        named = str(dtype).removeprefix("torch.")
+        wrong = [f"{layer.name}, {tokens} tokens, {named}: {name}" for name in beyond]
+        about = {"plan": layer.name, "tokens": tokens, "dtype": named, "limit": TOLERANCE[dtype]}
+        found.append(about | {"error": errors, "wrong": wrong})
+    return found
+
+
+def limits(clock: Clock, device: torch.device) -> tuple[float, float]:
+    """Bytes per second, of a copy or of reading, and operations per second of a bfloat16 product of random numbers."""
+    size, side = (2**29, 8192) if clock.cuda else (2**22, 512)
+    x_N, square = torch.randn(size, device=device), torch.randn(side, side, device=device).bfloat16()
+    y_N = torch.empty_like(x_N)
+    seconds = [min(clock(run) for _ in range(12)) for run in (lambda: y_N.copy_(x_N), x_N.sum, lambda: square @ square)]
+    return max(2 * x_N.nbytes / seconds[0], x_N.nbytes / seconds[1]), 2 * side**3 / seconds[2]
+
+
+def replays(call: Call, draws: list[Draw]) -> tuple[Callable[[], object], float] | None:
+    """CUDA graphs of the draws, replayed in turn, and the first one's error; None where a call waits for the device, as no
+    graph can hold that."""
+    graphs, off, expected_TD = [], 0.0, call(*draws[0])
+    for given in draws:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                out_TD = call(*given)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        graphs.append(graph)
+        if len(graphs) == 1:
+            out_TD.fill_(float("nan"))
+            graph.replay()
+            off = error(out_TD, expected_TD.double())
+    turn = itertools.cycle(graphs)
+    return lambda: next(turn).replay(), off
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
+    """Of rounds that interleave the runs; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            taken = clock(runs[name])
+            if number:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def speed(
+    experts: OlmoeExperts, layer: Layer, tokens: int, rounds: int, clock: Clock, machine: tuple[float, float]
+) -> dict[str, Any]:
+    """`speedup` is over the fastest stock implementation without a graph; a graph's time is beside it."""
+    drawn, own = draws_of(layer, tokens, layer_speed.DRAWS, experts.gate_up_proj.device)
+    originals = {name: (call, drawn) for name, call in stock(experts, tokens).items()}
+    given = originals | {name: (call, own) for name, call in ways(layer, tokens, torch.bfloat16).items()}
+    found = medians({name: layer_speed.runs_of(*one) for name, one in given.items()}, rounds, clock)
+    graphs: dict[str, float] = {}
+    wrong: list[str] = []
+    if clock.cuda and tokens <= GRAPH_TOKENS:
+        made = {name: replays(*one) for name, one in given.items() if name not in WAITING}
+        graphs = medians({name: one[0] for name, one in made.items() if one is not None}, rounds, clock)
+        off = [name for name, one in made.items() if one is not None and not one[1] < TOLERANCE[torch.bfloat16]]
+        off += [f"{name} (none can be made)" for name, one in made.items() if one is None and name not in originals]
+        wrong = [f"{layer.name}, {tokens} tokens, graph: {name}" for name in off]
+    works = [container_work(layer.container, *one) for one in own]
+    size, count = (statistics.median(numbers) for numbers in list(zip(*works, strict=True))[:2])
+    floor, best = max(2 * size / machine[0], count / machine[1]), min(found[name] for name in originals)
+    contenders: dict[str, dict[str, float]] = {}
+    for name, seconds in found.items():
+        contenders[name] = {"ms": round(seconds * 1e3, 4), "speedup": round(best / seconds, 3)}
+        if name in graphs:
+            contenders[name]["graph_ms"] = round(graphs[name] * 1e3, 4)
+        if name not in originals:  # which have more to read and to do
+            least = min(seconds, graphs.get(name, seconds))
+            reached = {"gb_s": 2 * size / least / 1e9, "tflop_s": count / least / 1e12, "reached": floor / least}
+            contenders[name] |= {key: float(f"{value:.3g}") for key, value in reached.items()}
+    measured = {"bandwidth_gb_s": round(machine[0] / 1e9, 1), "rate_tflop_s": round(machine[1] / 1e12, 1)}
+    about = {"plan": layer.name, "tokens": tokens, "rounds": rounds, "floor_ms": round(floor * 1e3, 4)}
+    return about | {"contenders": contenders, "wrong": wrong} | measured
+
+
+def memory(experts: OlmoeExperts, layer: Layer, tokens: int) -> dict[str, Any]:
+    """Most MiB that a forward pass holds beyond what was there before."""
+    device = experts.gate_up_proj.device
+    [drawn], [own] = draws_of(layer, tokens, 1, device)
+    calls = {name: (call, drawn) for name, call in stock(experts, tokens).items()}
+    calls |= {name: (call, own) for name, call in ways(layer, tokens, torch.bfloat16).items()}
+    beyond = {}
+    for name, (call, given) in calls.items():
+        call(*given)  # tables, handles and kernels
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(*given)
+        beyond[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    weights = {
+        name: round(sum(p.nbytes for p in one.parameters()) / 2**20, 1)
+        for name, one in {"original": experts, "container": layer.container}.items()
+    }
+    return {"plan": layer.name, "tokens": tokens, "beyond_mib": beyond, "weights_mib": weights}
+
+
+def layers(options: argparse.Namespace, part: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One part's results over plans and sizes."""
+    experts, clock = layer_speed.stock_layer(options.device), Clock(device)
+    machine = limits(clock, device) if part == "speed" else (0.0, 0.0)
+    for name in options.plan:
+        layer = layer_of(name, experts, options.way)
+        for tokens in options.tokens:
+            if part == "parity":
+                yield from parity(experts, layer, tokens) if tokens <= PARITY_TOKENS else []
+            elif part == "speed":
+                yield speed(experts, layer, tokens, options.rounds, clock, machine)
+            else:
+                yield memory(experts, layer, tokens)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 2048, 8192])
+    parser.add_argument("--plan", nargs="+", choices=list(layer_speed.plans()), default=list(layer_speed.plans()))
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), help="ways through the container")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program out")
+    parser.add_argument("--out", type=Path, help="append the results to this file")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured", file=sys.stderr)
+        return 2
+    device, wrong = torch.device(options.device), []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+    with torch.no_grad():
+        for part in options.part:
+            if part == "memory" and device.type != "cuda":
+                continue
+            rows = []
+            for row in gpu_model.measure(device, options.rounds) if part == "model" else layers(options, part, device):
+                rows.append(row)
+                publish({"benchmark": f"gpu_{part}", "gpu": name} | row, torch.get_num_threads(), options.out)
+                wrong += row.get("wrong", ())
+            table = model_table(rows) if part == "model" else layer_table(rows)
+            print(f"\n## {part}, {name}\n\n{table}\n", flush=True)
+    for what in wrong:
+        print(f"not within its limit: {what}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""Training vectors and routers, alone or with the rest, the load-balance loss, and adapters over an untouched base."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import locum
+from families.tiny_families import tiny
+from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
+from locum.checkpoints.notes import plan_of
+from locum.checkpoints.patch import load_adapter, vectors_and_routers
+from locum.checkpoints.read import ADAPTER
+from locum.checkpoints.skeleton import read_shape
+from locum.errors import CheckpointError, OptionError, UnsupportedModel
+from locum.experts.policies.main_with_vectors import VECTORS, MainWithVectors
+from locum.models.families import find_layers
+from locum.models.sizes import shape_of
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
+from locum.training.balance import balanced, load_balance
+from locum.training.options import Recovery
+from locum.training.recovery import count_trainable, recover_model
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
+from making.policies import TOP_4, drawn, logits, near, policy_plan
+from making.tiny_models import tiny_ids, tiny_model
+from test_recover import QUICK, compressed, light, opened, tiny_tokens
+
+MAIN_2 = MainWithVectors(2)
+
+
+def recovered(model, plan, how, **options):
+    return recover_model(model, plan, tiny_tokens(), None, Recovery(how=how, **{**QUICK, **options}))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before, model):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def routed(plan, policy=MAIN_2):
+    return dataclasses.replace(plan, layers=tuple(dataclasses.replace(x, routing=policy) for x in plan.layers))
+
+
+# --- recovery ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_vectors_and_routers_alone_leave_every_weight_as_it_was(family, vectors):
+    original = tiny_model(family, **TOP_4)
+    plan = policy_plan(original, lambda _: MainWithVectors(2, vectors))
+    model = apply_plan(original, plan)
+    before, layouts = state(model), [x.experts.layout for x in find_layers(model)]
+    model, summary = recovered(model, plan, "vectors")
+    expected = set(vectors_and_routers(model))
+    assert changed(before, model) == expected
+    assert sum(name.endswith("offsets_NV") for name in expected) == (0 if vectors == "none" else 2)
+    assert summary["trainable_parameters"] == sum(p.numel() for p in vectors_and_routers(model).values())
+    assert [x.experts.layout for x in find_layers(model)] == layouts
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_vectors_are_trained_with_the_rest(how):
+    original = tiny_model("olmoe", **TOP_4)
+    plan = policy_plan(original)
+    model = apply_plan(original, plan)
+    before, layouts = state(model), [x.experts.layout for x in find_layers(model)]
+    model, _ = recovered(model, plan, how)
+    assert {x.experts.layout for x in find_layers(model)} == set(layouts)
+    names = {name.split(".")[-1] for name in changed(before, model)}
+    assert {"offsets_NV", "gate_up_NGD", "down_NDF"} <= names
+    assert ("embed_tokens.weight" in " ".join(changed(before, model))) == (how == "full")
+    near(logits(copy.deepcopy(model)), logits(model), 0)
+
+
+def test_more_is_learnt_with_vectors_than_with_routers_alone():
+    """Teaching half of the experts to write what all of them wrote."""
+    original = tiny_model("olmoe", **TOP_4)
+    ids, losses = tiny_ids(6, 16), {}
+    tokens = tiny_tokens()
+    for vectors in ("none", "static", "projections"):
+        plan = policy_plan(original, lambda _, vectors=vectors: MainWithVectors(1, vectors))
+        model = apply_plan(copy.deepcopy(original), plan)
+        options = Recovery(how="vectors", **{**QUICK, "steps": 30, "batch_size": 6, "learning_rate": 0.02})
+        _, summary = recover_model(model, plan, tokens, tokens, options)
+        losses[vectors] = summary["validation_loss"]
+        assert losses[vectors] < summary["validation_loss_before"]
+    assert losses["projections"] < losses["none"] and ids.shape == (6, 16)
+
+
+def test_annealing_begins_at_the_original_under_the_same_policy():
+    original = tiny_model("olmoe", **TOP_4)
+    plan = routed(light(original, start="svd"))
+    model = compressed(original, plan)
+    policy_only = apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: MAIN_2))
+    assert float((logits(model) - logits(policy_only)).abs().max()) > 1e-2
+    opened(model, plan, original)
+    near(logits(model), logits(policy_only))
+    model, _ = recovered(compressed(original, plan), plan, "annealed", end_fraction=0.0)
+    assert {x.experts.layout.routing for x in find_layers(model)} == {MAIN_2}
+    assert all(bool(x.experts.offsets_NV.any()) for x in find_layers(model))
+
+
+def test_an_interrupted_run_ends_as_one_in_a_piece(tmp_path):
+    original = tiny_model("olmoe", **TOP_4)
+    plan = policy_plan(original)
+    whole, _ = recovered(apply_plan(copy.deepcopy(original), plan), plan, "vectors", balance=0.1, checkpoint_every=2)
+    model = apply_plan(copy.deepcopy(original), plan)
+    options = Recovery(how="vectors", balance=0.1, **{**QUICK, "checkpoint_every": 2})
+
+    def stop(done, total, loss):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover_model(copy.deepcopy(model), plan, tiny_tokens(), None, options, workdir=tmp_path, progress=stop)
+    model, _ = recover_model(model, plan, tiny_tokens(), None, options, workdir=tmp_path)
+    assert changed(state(whole), model) == set()
+
+
+def test_bfloat16_training_keeps_float32_vectors_until_the_end():
+    original = tiny_model("olmoe", **TOP_4).bfloat16()
+    plan = policy_plan(original)
+    model, _ = recovered(apply_plan(original, plan), plan, "vectors", precision="bf16", learning_rate=1e-4)
+    offsets = [x.experts.offsets_NV for x in find_layers(model)]
+    assert {t.dtype for t in offsets} == {torch.bfloat16}
+    assert all(
+        0 < float(t.detach().abs().max()) < 2**-9 for t in offsets
+    )  # as vectors in bfloat16, all of it would be gone
+
+
+def test_vectors_need_a_policy(olmoe):
+    with pytest.raises(OptionError, match="compressed-experts"):
+        recovered(olmoe, make_plan(shape_of(olmoe), []), "vectors")
+
+
+def test_what_would_be_trained_is_counted_without_weights():
+    original = tiny_model("olmoe", **TOP_4)
+    model = apply_plan(original, policy_plan(original))
+    assert count_trainable(model, policy_plan(original), Recovery(how="vectors")) == 2 * (8 * 80 + 8 * 32)
+
+
+# --- the load-balance loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_layer_has_the_loss_that_transformers_gives_it(padded):
+    logits_TE = torch.randn(24, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 7:] = 0 if padded else 1
+    index = logits_TE.topk(3).indices
+    ours = load_balance(logits_TE, index, mask.flatten())
+    theirs = load_balancing_loss_func((logits_TE,), 8, 3, mask if padded else None)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_even_use_gives_k_and_collapse_gives_more():
+    even = torch.arange(8).roll(0).repeat(2)[:, None].add(torch.arange(2)).remainder(8)
+    assert float(load_balance(torch.zeros(16, 8), even, torch.ones(16))) == pytest.approx(2)
+    collapsed = torch.zeros(16, 8)
+    collapsed[:, :2] = 20
+    index = torch.tensor([[0, 1]] * 16)
+    assert float(load_balance(collapsed, index, torch.ones(16))) == pytest.approx(8)
+    assert float(load_balance(collapsed, index, torch.ones(16), sigmoid=True)) == pytest.approx(16 / 5, rel=1e-3)
+
+
+def slow_balance(scores_TE, index_TK, keep_T):
+    """Switch Eq. 5 and 6 with counting."""
+    rows = [t for t in range(len(scores_TE)) if keep_T[t]]
+    experts, total = scores_TE.shape[1], 0.0
+    for e in range(experts):
+        f = sum(e in index_TK[t].tolist() for t in rows) / len(rows)
+        p = sum(float(scores_TE[t, e] / scores_TE[t].sum()) for t in rows) / len(rows)
+        total += experts * f * p
+    return total
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_on_a_model_it_is_that_of_what_its_own_routers_select(family):
+    """Sigmoid routers: their scores, normalised; and whatever biases and groups had a say in the selection."""
+    original = tiny_model(family)
+    model = apply_plan(original, policy_plan(original))
+    layers, seen = find_layers(model), {}
+    for layer in layers:
+        router = lambda _m, _i, out, name=layer.shape.name: seen.update({f"{name} logits": out[0]})  # noqa: E731
+        experts = lambda _m, given, name=layer.shape.name: seen.update({name: given[1]})  # noqa: E731
+        layer.router.register_forward_hook(router)
+        layer.experts.register_forward_pre_hook(experts)
+    mask = torch.ones(3, 24, dtype=torch.int64)
+    mask[0, 20:] = 0
+    with balanced(model) as balance:
+        model(input_ids=tiny_ids(), attention_mask=mask)
+        loss = balance.loss(mask)
+    expected = []
+    for layer in layers:
+        raw = seen[f"{layer.shape.name} logits"].reshape(-1, 8).detach()
+        scores = raw.sigmoid() if family == "deepseek_v3" else raw.softmax(-1)
+        expected.append(slow_balance(scores, seen[layer.shape.name], mask.flatten()))
+    assert float(loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    loss.backward()
+    assert all(bool(layer.router.weight.grad.any()) for layer in layers)
+
+
+def test_training_with_it_evens_the_routing_out(tmp_path):
+    original = tiny_model("olmoe", **TOP_4)
+    plan = policy_plan(original)
+    tokens, found = tiny_tokens(), {}
+    for balance in (0.0, 1.0):
+        model = apply_plan(copy.deepcopy(original), plan)
+        options = Recovery(how="vectors", balance=balance, **{**QUICK, "steps": 25, "learning_rate": 0.01})
+        log = tmp_path / f"{balance}.jsonl"
+        model, _ = recover_model(model, plan, tokens, None, options, log=log)
+        with balanced(model) as watched, torch.no_grad():
+            model(input_ids=tokens.ids_BS)
+            found[balance] = float(watched.loss(tokens.attention_BS))
+        steps = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+        assert all(("balance_loss" in step) == (balance > 0) for step in steps)
+    assert 4 <= found[1.0] < found[0.0] - 0.02
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def top_4(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("top-4") / "original", **TOP_4)
+
+
+@pytest.fixture(scope="module")
+def both(top_4, words, tmp_path_factory):
+    """One training twice: merged into a checkpoint, and as an adapter over the original."""
+    root = tmp_path_factory.mktemp("vectors")
+    small = locum.compress(top_4, method="compressed-experts", out=root / "small")
+    options = {"how": "vectors", "data": [str(words)], "steps": 3, "length": 32, "learning_rate": 0.01}
+    locum.recover(small, out=root / "merged", **options)
+    locum.recover(small, out=root / "adapter", adapter_only=True, **options)
+    return root
+
+
+def realigned(model):
+    return copy.deepcopy(model)
+
+
+def test_an_adapter_over_its_base_is_the_merged_checkpoint_to_the_bit(top_4, both):
+    expected = logits(realigned(load_model(both / "merged")))
+    by_folder = load_model(both / "adapter")
+    assert torch.equal(logits(realigned(by_folder)), expected)
+    for base in (top_4, both / "small"):  # live, stock or with the policy in it already
+        assert torch.equal(logits(realigned(load_adapter(load_model(base), both / "adapter"))), expected)
+    merged = load_model(both / "merged")
+    assert {k: v.tolist() for k, v in by_folder.state_dict().items()} == {
+        k: v.tolist() for k, v in merged.state_dict().items()
+    }
+    assert read_shape(both / "adapter") == read_shape(both / "merged")
+    assert not torch.equal(logits(realigned(load_model(both / "small"))), expected)
+
+
+def test_an_adapter_file_holds_vectors_and_routers_and_nothing_else(both):
+    tensors = load_file(both / "adapter" / ADAPTER)
+    assert sorted(tensors) == sorted(vectors_and_routers(load_model(both / "merged")))
+    assert sum(t.numel() for t in tensors.values()) == 2 * (8 * 80 + 8 * 32)
+    assert list((both / "adapter").glob("*.safetensors")) == [both / "adapter" / ADAPTER]
+    notes = json.loads((both / "adapter" / "locum.json").read_text())["adapter"]
+    assert notes["base"].endswith("original")
+    card = (both / "adapter" / "README.md").read_text()
+    assert 'load_model("adapter")' in card and "routers and the vectors of experts alone" in card
+    assert "import locum  #" in (both / "merged" / "README.md").read_text()
+
+
+def test_every_stage_takes_an_adapter_for_the_checkpoint_it_makes(both, words, tmp_path):
+    rows = {}
+    for name in ("merged", "adapter"):
+        rows[name] = locum.evaluate(both / name, data=[str(words)], length=64, tokens=512, name="m")
+    same = [(row.metric, row.model, row.value) for row in rows["merged"]]
+    assert same == [(row.metric, row.model, row.value) for row in rows["adapter"]]
+    sizes = ("parameters", "bytes", "active_parameters")
+    assert [[rows[n][0].provenance[key] for key in sizes] for n in ("merged",)] == [
+        [rows["adapter"][0].provenance[key] for key in sizes]
+    ]
+    said = command("inspect", both / "adapter", "--json")
+    assert json.loads(said.stdout)["parameters"] == read_shape(both / "merged").parameters
+    options = {"data": [str(words)], "steps": 1, "length": 32}
+    again = locum.recover(both / "adapter", how="vectors", adapter_only=True, out=tmp_path / "again", **options)
+    notes = json.loads((tmp_path / "again" / "locum.json").read_text())["adapter"]
+    assert notes["base"].endswith("original") and again["steps"] == 1
+    locum.recover(both / "adapter", how="full", out=tmp_path / "whole", **options)
+    assert "adapter" not in json.loads((tmp_path / "whole" / "locum.json").read_text())
+    assert load_model(tmp_path / "whole") is not None and plan_of(tmp_path / "whole") == plan_of(both / "merged")
+
+
+def test_over_weights_that_were_trained_the_base_is_the_trained_checkpoint(both, words, tmp_path):
+    options = {"data": [str(words)], "steps": 1, "length": 32}
+    locum.recover(both / "small", how="full", out=tmp_path / "full", **options)
+    locum.recover(tmp_path / "full", how="vectors", adapter_only=True, out=tmp_path / "over", **options)
+    assert json.loads((tmp_path / "over" / "locum.json").read_text())["adapter"]["base"] == str(tmp_path / "full")
+    load_model(tmp_path / "over")
+    with pytest.raises(CheckpointError, match="other weights"):
+        load_adapter(load_model(both / "small"), tmp_path / "over")
+
+
+def test_a_base_in_another_precision_is_still_the_base(top_4, both):
+    model = load_adapter(load_model(top_4, dtype=torch.bfloat16), both / "adapter")
+    assert {p.dtype for p in vectors_and_routers(model).values()} == {torch.bfloat16}
+
+
+def test_another_base_is_refused_and_left_alone(both, checkpoint):
+    for other, words in (
+        (drawn(tiny_model("olmoe", seed=3, vocab_size=320, max_position_embeddings=512, **TOP_4)), "other weights"),
+        (tiny_model("mixtral", **TOP_4), "another model"),
+    ):
+        before = state(other)
+        with pytest.raises((CheckpointError, locum.LocumError), match=words):
+            load_adapter(other, both / "adapter")
+        assert changed(before, other) == set()
+
+
+def copied(both, tmp_path):
+    return shutil.copytree(both / "adapter", tmp_path / "adapter")
+
+
+def test_a_base_that_is_gone_or_has_changed_is_named(both, top_4, tmp_path):
+    folder = copied(both, tmp_path)
+    notes = json.loads((folder / "locum.json").read_text())
+    base = shutil.copytree(top_4, tmp_path / "base")
+    notes["adapter"]["base"] = str(base)
+    (folder / "locum.json").write_text(json.dumps(notes))
+    load_model(folder)
+    tensors = load_file(base / "model.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="has changed since"):
+        load_model(folder)
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match=r"which is not there.*load_adapter"):
+        load_model(folder)
+    made = command("eval", folder, "--data", str(top_4))
+    assert made.exit_code == 2
+
+
+@pytest.mark.parametrize("change", ["missing", "reshaped", "more", "truncated", "no notes"])
+def test_a_damaged_adapter_is_refused(both, top_4, tmp_path, change):
+    folder = copied(both, tmp_path)
+    tensors = load_file(folder / ADAPTER)
+    name = min(tensors)
+    if change == "truncated":
+        (folder / ADAPTER).write_bytes((folder / ADAPTER).read_bytes()[:-5])
+    elif change == "no notes":
+        (folder / "locum.json").unlink()
+    else:
+        other = {"missing": {}, "reshaped": {name: tensors[name][:-1].clone()}, "more": {"x": torch.ones(1)}}[change]
+        kept = tensors if change == "more" else {k: v for k, v in tensors.items() if k != name}
+        save_file(kept | other, folder / ADAPTER, {"format": "pt"})
+    model = load_model(top_4)
+    before = state(model)
+    with pytest.raises(CheckpointError):
+        load_adapter(model, folder)
+    assert changed(before, model) == set()
+    with pytest.raises(CheckpointError):
+        load_model(folder)
+
+
+def test_only_recipes_that_leave_the_weights_alone_make_adapters(both, words, tmp_path):
+    with pytest.raises(OptionError, match="--how vectors"):
+        locum.recover(both / "small", how="full", adapter_only=True, data=[str(words)], out=tmp_path / "x")
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_pruning_then_compressed_experts_then_an_adapter(top_4, words, tmp_path, even):
+    """Pruned to unequal numbers, the base is saved in containers, which open for the policy."""
+    shape = read_shape(top_4)
+    gone = [(1, 6), (1, 6)] if even else [(1,), (1, 5, 6)]
+    slots = [tuple(DROPPED if e in drop else KEPT for e in range(8)) for drop in gone]
+    pruned = make_plan(shape, [LayerPlan(x.name, s) for x, s in zip(shape.layers, slots, strict=True)])
+    locum.apply(top_4, plan=pruned, out=tmp_path / "pruned")
+    small = locum.compress(tmp_path / "pruned", method="compressed-experts", out=tmp_path / "small")
+    options = {"how": "vectors", "data": [str(words)], "steps": 2, "length": 32, "learning_rate": 0.01}
+    locum.recover(small, out=tmp_path / "merged", **options)
+    locum.recover(small, out=tmp_path / "adapter", adapter_only=True, **options)
+    notes = json.loads((tmp_path / "adapter" / "locum.json").read_text())["adapter"]
+    assert notes["base"] == str(tmp_path / "pruned")
+    expected = logits(realigned(load_model(tmp_path / "merged")))
+    assert torch.equal(logits(realigned(load_model(tmp_path / "adapter"))), expected)
+
+
+def test_over_stand_ins_the_compressed_checkpoint_is_the_base(top_4, words, tmp_path):
+    """Its plan changes more than routing, so the stock model cannot be its base."""
+    plan = routed(light(load_model(top_4), start="svd"))
+    locum.apply(top_4, plan=plan, out=tmp_path / "small")
+    options = {"how": "vectors", "data": [str(words)], "steps": 1, "length": 32}
+    locum.recover(tmp_path / "small", adapter_only=True, out=tmp_path / "adapter", **options)
+    locum.recover(tmp_path / "small", out=tmp_path / "merged", **options)
+    assert json.loads((tmp_path / "adapter" / "locum.json").read_text())["adapter"]["base"] == str(tmp_path / "small")
+    expected = logits(realigned(load_model(tmp_path / "merged")))
+    assert torch.equal(logits(realigned(load_model(tmp_path / "adapter"))), expected)
+    with pytest.raises(CheckpointError, match="not what the adapter was made for"):
+        load_adapter(load_model(top_4), tmp_path / "adapter")
+
+
+def test_a_model_that_predicts_no_tokens_is_refused():
+    """A token classifier is compressed like others, but next-token recovery has nothing to train it by."""
+    with pytest.raises(UnsupportedModel, match="does not predict tokens"):
+        recover_model(tiny("openai_privacy_filter"), None, tiny_tokens(), None, Recovery(how="full", steps=1))
