@@ -35,13 +35,15 @@ from .errors import CheckpointError
 from .families import find_layers, read_expert
 from .layout import Layout
 from .opening import only_kept, open_containers
+from .stored import stored_tensors
 
 SAMPLES = 64  # values of each tensor that tell one base from another
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     """The adapter's tensors, and the config of the whole model."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in vectors_and_routers(model).items()}
+    own = vectors_and_routers(model)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items() if name in own}
     save_file(tensors, folder / ADAPTER, {"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype

@@ -29,6 +29,7 @@ from .plan import LayerPlan, Plan
 from .shapes import LayerShape
 from .stand_ins import ExpertWeights, build_layer, check_statistics
 from .statistics import LayerStatistics, Statistics
+from .stored import write_model
 
 KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
@@ -122,7 +123,7 @@ def save_checkpoint(
     source: Path,
     notes: dict[str, Any],
     extra: Iterable[Path] = (),
-    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained,
+    write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
 

@@ -41,11 +41,11 @@ from .families import (
 )
 from .layout import Layout
 from .shapes import LayerShape, ModelShape
+from .stored import DTYPES, note_stored, stored_dtype
 
 FORMAT_VERSION = 1
 SUBSTITUTED = "approximate_experts"  # a config entry of the form that is for vLLM alone (substitution.py)
 ADAPTER = "vectors.safetensors"  # instead of weights, in a folder that needs a base (adapter.py)
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WRONG_KEYS = {
     "missing_keys": "tensors are missing",
     "unexpected_keys": "tensors have no place in the model that config.json describes",
@@ -289,9 +289,13 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 def read_headers(path: str | Path) -> dict[str, dict[str, Any]]:
     """Tensor entries of a whole checkpoint folder by name."""
     headers: dict[str, dict[str, Any]] = {}
-    for file in shard_files(Path(path)):
-        headers |= read_header(file)
+    for header in _file_headers(path).values():
+        headers |= header
     return headers
+
+
+def _file_headers(path: str | Path) -> dict[Path, dict[str, dict[str, Any]]]:
+    return {file: read_header(file) for file in shard_files(Path(path))}
 
 
 def fingerprint_checkpoint(path: str | Path) -> str:
@@ -351,7 +355,12 @@ def read_shape(path: str | Path) -> ModelShape:
         config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
     model, layers = _layers_of(path, config)
     if is_adapter(path):  # as large as what base and adapter make together
+        from .adapter import base_of
+
+        if ((base := base_of(Path(path))) / "config.json").is_file():
+            note_stored(model, _file_headers(base) | _file_headers(path))
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
+    note_stored(model, _file_headers(path))
     unread = unread_tensors(model, headers)
     again = {tied for tied, source in model.all_tied_weights_keys.items() if source in headers}  # the same, twice
     headers = {name: entry for name, entry in headers.items() if name not in unread | again}
@@ -360,8 +369,8 @@ def read_shape(path: str | Path) -> ModelShape:
     expert_sizes = {
         ITEMSIZE[e["dtype"]] for name, e in headers.items() if ".experts." in name and e["dtype"] in ITEMSIZE
     }
-    itemsize = max(expert_sizes, default=next(layers[0].experts.parameters()).element_size())
-    shapes, notes = tuple(x.shape for x in layers), notes_on(model, layers, unread)
+    itemsize = max(expert_sizes, default=_expert_itemsize(model, layers[0]))
+    shapes, notes = _stored_shapes(model, layers), notes_on(model, layers, unread)
     return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
 
 
@@ -400,14 +409,31 @@ def active_parameters(path: str | Path, shape: ModelShape) -> int:
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The shape of a live model, counted from its tensors (tied ones once), as `save_pretrained` would write them."""
+    """The shape of a live model, counted from its tensors (tied ones once), as `write_model` would write them."""
     layers = find_layers(model)
-    tensors = {t.data_ptr() if t.device.type != "meta" else id(t): t for t in model.state_dict(keep_vars=True).values()}
-    itemsize = next(layers[0].experts.parameters()).element_size()
-    total, size = (
-        sum(f(t) for t in tensors.values()) for f in (torch.Tensor.numel, lambda t: t.numel() * t.element_size())
-    )
-    return ModelShape(model.config.model_type, tuple(x.shape for x in layers), total, size, itemsize)
+    tensors = {
+        t.data_ptr() if t.device.type != "meta" else id(t): (t.numel(), stored_dtype(model, name, t).itemsize)
+        for name, t in model.state_dict(keep_vars=True).items()
+    }
+    total, size = sum(numel for numel, _ in tensors.values()), sum(math.prod(x) for x in tensors.values())
+    itemsize = _expert_itemsize(model, layers[0])
+    return ModelShape(model.config.model_type, _stored_shapes(model, layers), total, size, itemsize)
+
+
+def _expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:
+    name, parameter = next(layer.experts.named_parameters())
+    return stored_dtype(model, f"{layer.shape.name}.{name}", parameter).itemsize
+
+
+def _stored_shapes(model: PreTrainedModel, layers: tuple[MoeLayer, ...]) -> tuple[LayerShape, ...]:
+    """The shapes of layers, with routers as large as their files have them."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def size(layer: MoeLayer) -> int:
+        tensors = ((part.numel, part.tensor) for part in layer.per_expert)
+        return sum(numel * stored_dtype(model, names[id(tensor)], tensor).itemsize for numel, tensor in tensors)
+
+    return tuple(replace(layer.shape, router_bytes=size(layer)) for layer in layers)
 
 
 def _numel(entry: dict[str, Any]) -> int:
@@ -421,7 +447,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
     """A checkpoint as a live model in eval mode. Every tensor must be there and have its place."""
     config = read_config(path)
     _layers_of(path, config)  # refuse what is unsupported before reading gigabytes
-    read_headers(path)
+    headers = _file_headers(path)
     if is_adapter(path):
         from .adapter import load_adapted  # which loads the base through this very function
 
@@ -433,6 +459,8 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
         if info.get(what):
             first = min(map(str, info[what]))
             raise CheckpointError(f"{path}: {len(info[what])} {words} (first: {first}); fetch the checkpoint again")
+    if dtype == "auto":
+        note_stored(model, headers)
     return model.to(device).eval()
 
 

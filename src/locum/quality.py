@@ -37,6 +37,7 @@ from .stages import (
     _needed,
     _silent,
 )
+from .stored import write_model
 from .tasks import evaluate_tasks, find_tasks
 from .train import STATE_FILE, Recovery, forget
 
@@ -170,7 +171,7 @@ def _save(
     if base is not None:
         notes["adapter"] = adapter_notes(live, base)
     card = model_card(plan, before, out.name, notes)
-    write = type(live).save_pretrained if base is None else write_adapter
+    write = write_model if base is None else write_adapter
     kept = plan if plan_of(model) is not None else None
     save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
 

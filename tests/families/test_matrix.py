@@ -6,6 +6,7 @@ Without `-m families` only a sample runs; `make families` runs everything and wr
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -14,8 +15,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import locum.families
+from checkpoints import write_tokenizer
 from families import matrix
-from families.checks import CHECKS, Case, NotApplicable, low_rank, near
+from families.checks import CHECKS, Case, NotApplicable, low_rank, near, stored, tokens_of
 from families.tiny_families import (
     adapted_families,
     all_families,
@@ -29,11 +31,13 @@ from families.tiny_families import (
     tiny_config,
 )
 from locum.anneal import close_layer, open_layer
-from locum.checkpoint import read_shape, shape_of
+from locum.calibrate import calibrate
+from locum.checkpoint import load_model, read_headers, read_shape, shape_of
 from locum.errors import LocumError, PlanError, UnsupportedModel
 from locum.families import FAMILIES, Family, family_of, find_layers, model_class
 from locum.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan
 from locum.routers import RouterRule
+from locum.stored import write_model
 from tiny_models import CONFIGS
 
 SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4", "step3p7")
@@ -69,6 +73,21 @@ def test_family(family, check):
         assert stated and stated in str(error)
     else:
         assert not rule.refuse
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", [marked(f) for f in all_families() if not family_of(main_type(f)).refuse])
+def test_files_in_bfloat16_stay_what_they_are(family, said, tmp_path):
+    """Whatever the config calls them, and whatever transformers makes of them in memory."""
+    tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    (tmp_path / "original" / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    model, shape = load_model(tmp_path / "original"), read_shape(tmp_path / "original")
+    assert replace(shape, notes=()) == shape_of(model)
+    write_model(model, tmp_path / "again")
+    headers = [read_headers(tmp_path / which) for which in ("original", "again")]
+    assert headers[0].keys() == headers[1].keys()
+    assert {n: e["dtype"] for n, e in headers[0].items()} == {n: e["dtype"] for n, e in headers[1].items()}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -107,6 +126,26 @@ def test_what_follows_the_rule_is_refused_by_its_row_alone(model_type, monkeypat
         find_layers(empty(model_type))
     monkeypatch.delitem(FAMILIES, model_type.removesuffix("_text"))
     assert len(find_layers(empty(model_type))) == 3
+
+
+def test_a_head_that_is_padded_in_the_file_is_counted_as_the_file_has_it(tmp_path):
+    """Inkling 2 pads its output head in the file to the size of the vocabulary, and drops the rows as it loads."""
+    if "inkling2" not in decorated_families() or "unpadded_vocab_size" not in tiny_config("inkling2_text").to_dict():
+        pytest.skip("this transformers has no such head")
+    tiny("inkling2", text_config={"unpadded_vocab_size": 120}).save_pretrained(tmp_path / "original")
+    write_tokenizer(tmp_path / "original")
+    shape = read_shape(tmp_path / "original")
+    assert (shape.parameters, shape.bytes) == stored(tmp_path / "original")
+    observed = calibrate(
+        load_model(tmp_path / "original"), tokens_of(Case("inkling2").ids_BS), provenance={"shape": shape.to_json()}
+    )
+    assert observed.shape == shape
+    locum.apply(
+        tmp_path / "original",
+        plan=(plan := make_plan(shape, [LayerPlan(x.name, tuple(low_rank(x)[0])) for x in shape.layers])),
+        out=tmp_path / "out",
+    )
+    assert stored(tmp_path / "out") == (plan.size(observed.shape).parameters, plan.size(observed.shape).bytes)
 
 
 def test_few_families_need_a_row():
