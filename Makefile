@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
+.PHONY: demo test lock newest test-newest versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -34,13 +34,52 @@ fix: $(READY)
 
 install: $(READY)
 
+# The versions that were tested, exactly. They were resolved for one Python; any other takes what pyproject.toml allows.
+LOCK := constraints.txt
+LOCKED_PYTHON := 3.11
+LOCKED = $(if $(filter $(LOCKED_PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),--constraint $(LOCK))
+
 # torch first and by its exact version: asked for any other way, pip would fetch gigabytes of CUDA.
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
+	@$(if $(LOCKED),,echo "make: $(PYTHON) is not Python $(LOCKED_PYTHON), which $(LOCK) is for: the newest versions that pyproject.toml allows are installed")
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(LOCKED)
 	touch $@
+
+# Writes constraints.txt anew, from the newest versions that pyproject.toml allows, in an environment that is then removed.
+LOCKING := .venv-lock
+lock:
+	python$(LOCKED_PYTHON) -m venv --clear $(LOCKING)
+	$(LOCKING)/bin/python -m pip install --quiet --upgrade pip
+	$(LOCKING)/bin/python -m pip install --quiet $(TORCH)
+	$(LOCKING)/bin/python -m pip install --quiet '.[dev]'
+	echo "# What make demo and make test install on Python $(LOCKED_PYTHON). Made by make lock; do not edit." > $(LOCK).new
+	$(LOCKING)/bin/python -m pip freeze --exclude locum --exclude pip --exclude setuptools | sed 's/+cpu$$//' >> $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+	rm -rf $(LOCKING)
+
+# The newest release of everything that pyproject.toml allows, looked up every time; torch stays.
+NEWEST := .venv-newest
+newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet $(TORCH)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]' $(TORCH)
+
+# The suite and every family on them.
+test-newest: versions-newest
+	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest -m families tests/families
+
+# The packages on which it matters what runs, in the environment of `make test` and in that of `make test-newest`.
+WATCHED := accelerate|datasets|lm[_-]eval|peft|safetensors|torch|transformers|trl
+versions: $(READY)
+	@$(BIN)/python -m pip freeze | grep -E '^($(WATCHED))=='
+
+versions-newest: newest
+	@$(NEWEST)/bin/python -m pip freeze | grep -E '^($(WATCHED))=='
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -50,7 +89,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) $(LLAMACPP) build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) $(LLAMACPP) build dist
 
 # Every check on every model family of the installed transformers; writes docs/families.md and says what changed.
 families: $(READY)

@@ -28,6 +28,7 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
+    "unpadded_vocab_size": 128,
     "hidden_size": 32,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
@@ -145,6 +146,19 @@ CHANGES: dict[str, dict[str, Any]] = {  # by model type
     },
     "hy_v3": SPARSE,
     "hy_v4": SPARSE,
+    "hy_v4_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        **SPARSE,
+    },
+    "inkling2_loop": {"vision_config": {"model_type": "inkling2_vision"}},
+    "inkling2_loop_text": {  # of three layers the second is run twice
+        "num_hidden_layers": 3,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 4,
+    },
     "jamba": {
         "expert_layer_period": 1,
         "expert_layer_offset": 0,

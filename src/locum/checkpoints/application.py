@@ -27,6 +27,7 @@ from ..models.families import (
     slice_router,
 )
 from ..models.sizes import shape_of
+from ..models.stored import write_model
 from ..plans.plan import LayerPlan, Plan
 from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
@@ -125,7 +126,7 @@ def save_checkpoint(
     source: Path,
     notes: dict[str, Any],
     extra: Iterable[Path] = (),
-    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained,
+    write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..models.families import model_class
+from ..models.stored import note_stored
 from .convert import check_openable, open_containers
 from .patch import load_adapted
-from .read import is_adapter, read_config, read_headers
+from .read import file_headers, is_adapter, read_config
 from .skeleton import layers_of, layouts_of, skeleton
 
 WRONG_KEYS = {
@@ -27,7 +28,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
     """A checkpoint as a live model in eval mode. Every tensor must be there and have its place."""
     config = read_config(path)
     layers_of(path, config)  # refuse what is unsupported before reading gigabytes
-    read_headers(path)
+    headers = file_headers(path)
     if is_adapter(path):
         return load_adapted(Path(path), lambda base: load_model(base, dtype, device))
     model, info = model_class(config).from_pretrained(
@@ -37,6 +38,8 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
         if info.get(what):
             first = min(map(str, info[what]))
             raise CheckpointError(f"{path}: {len(info[what])} {words} (first: {first}); fetch the checkpoint again")
+    if dtype == "auto":
+        note_stored(model, headers)
     return model.to(device).eval()
 
 

@@ -24,13 +24,14 @@ from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError
 from ..experts.parts.own_weights import OwnWeights
-from ..files import NOTES, fingerprint
+from ..files import fingerprint
 from ..models.families import find_layers, read_expert
 from ..models.sizes import shape_of
+from ..models.stored import stored_tensors
 from ..plans.plan_file import load_plan
 from .application import apply_plan
 from .convert import open_containers
-from .read import ADAPTER, fingerprint_checkpoint, read_json
+from .read import ADAPTER, about_adapter, fingerprint_checkpoint
 from .skeleton import layouts_of
 
 SAMPLES = 64  # values of each tensor that tell one base from another
@@ -38,7 +39,8 @@ SAMPLES = 64  # values of each tensor that tell one base from another
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     """The adapter's tensors, and the config of the whole model."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in vectors_and_routers(model).items()}
+    own = vectors_and_routers(model)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items() if name in own}
     save_file(tensors, folder / ADAPTER, {"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
@@ -83,7 +85,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     for another base, and for an adapter whose tensors are not those that its config asks for.
     """
     folder = Path(folder)
-    about, layouts, plan = _about(folder), layouts_of(folder), load_plan(folder / "plan.json")
+    about, layouts, plan = about_adapter(folder), layouts_of(folder), load_plan(folder / "plan.json")
     if plan.keeps_experts:
         plan.validate(shape_of(model))
     if weights_of(model) != about.get("weights_fingerprint"):
@@ -127,7 +129,7 @@ def _whole(experts: nn.Module) -> bool:
 
 def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """The base that an adapter names, opened by `load`, with the adapter in it."""
-    about = _about(folder)
+    about = about_adapter(folder)
     base = Path(str(about.get("base")))
     if not (base / "config.json").is_file():
         raise CheckpointError(
@@ -140,17 +142,6 @@ def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTr
             f"{about.get('base_fingerprint')}); put the right one there"
         )
     return load_adapter(load(base), folder).eval()
-
-
-def base_of(folder: Path) -> Path:
-    return Path(str(_about(folder).get("base")))
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    about = read_json(folder / NOTES).get("adapter") if (folder / NOTES).is_file() else None
-    if not isinstance(about, dict):
-        raise CheckpointError(f"{folder} is not an adapter: its {NOTES} names no base; fetch it again")
-    return about
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError, LocumError, UnsupportedModel
-from ..files import fingerprint
+from ..files import NOTES, fingerprint
 
 SUBSTITUTED = "approximate_experts"  # a config entry of the form that is for vLLM alone (substitution.py)
 ADAPTER = "vectors.safetensors"  # instead of weights, in a folder that needs a base (adapter.py)
@@ -110,9 +110,27 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 def read_headers(path: str | Path) -> dict[str, dict[str, Any]]:
     """Tensor entries of a whole checkpoint folder by name."""
     headers: dict[str, dict[str, Any]] = {}
-    for file in shard_files(Path(path)):
-        headers |= read_header(file)
+    for header in file_headers(path).values():
+        headers |= header
     return headers
+
+
+def file_headers(path: str | Path) -> dict[Path, dict[str, dict[str, Any]]]:
+    """The same by file."""
+    return {file: read_header(file) for file in shard_files(Path(path))}
+
+
+def base_of(folder: Path) -> Path:
+    """The base that an adapter folder names. Raises CheckpointError where it names none."""
+    return Path(str(about_adapter(folder).get("base")))
+
+
+def about_adapter(folder: Path) -> dict[str, Any]:
+    """What an adapter folder says of itself."""
+    about = read_json(folder / NOTES).get("adapter") if (folder / NOTES).is_file() else None
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder} is not an adapter: its {NOTES} names no base; fetch it again")
+    return about
 
 
 def fingerprint_checkpoint(path: str | Path) -> str:

@@ -15,10 +15,11 @@ from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
 from ..formats.dtypes import DTYPES, ITEMSIZE
 from ..models.families import MoeLayer, find_layers, model_class, notes_on, unread_tensors
-from ..models.sizes import shape_of
+from ..models.sizes import expert_itemsize, shape_of, stored_shapes
+from ..models.stored import note_stored
 from ..shapes import ModelShape
 from .quantizer import LocumConfig, place_containers
-from .read import is_adapter, read_config, read_headers
+from .read import base_of, file_headers, is_adapter, read_config, read_headers
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -61,17 +62,20 @@ def read_shape(path: str | Path) -> ModelShape:
         config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
     model, layers = layers_of(path, config)
     if is_adapter(path):  # as large as what base and adapter make together
+        if ((base := base_of(Path(path))) / "config.json").is_file():
+            note_stored(model, file_headers(base) | file_headers(path))
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
+    note_stored(model, file_headers(path))
     unread = unread_tensors(model, headers)
     again = {tied for tied, source in model.all_tied_weights_keys.items() if source in headers}  # the same, twice
     headers = {name: entry for name, entry in headers.items() if name not in unread | again}
-    counts = [_numel(entry) for entry in headers.values()]
+    counts = [math.prod(entry["shape"]) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
     expert_sizes = {
         ITEMSIZE[e["dtype"]] for name, e in headers.items() if ".experts." in name and e["dtype"] in ITEMSIZE
     }
-    itemsize = max(expert_sizes, default=next(layers[0].experts.parameters()).element_size())
-    shapes, notes = tuple(x.shape for x in layers), notes_on(model, layers, unread)
+    itemsize = max(expert_sizes, default=expert_itemsize(model, layers[0]))
+    shapes, notes = stored_shapes(model, layers), notes_on(model, layers, unread)
     return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
 
 
@@ -106,13 +110,6 @@ def active_parameters_in(path: str | Path, shape: ModelShape) -> int:
     for layer in shape.layers:
         there = containers.get(layer.name)
         count += there.active_parameters(layer.top_k) if there else layer.top_k * layer.parameters()
-    return count
-
-
-def _numel(entry: dict[str, Any]) -> int:
-    count = 1
-    for side in entry["shape"]:
-        count *= side
     return count
 
 

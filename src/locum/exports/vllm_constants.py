@@ -38,6 +38,7 @@ from ..experts.parts.shared_base import SharedBase
 from ..models.families import MoeLayer, find_layers, set_expert_count, slice_experts, slice_router, write_expert
 from ..models.router_rules import spread_gates
 from ..models.routers import router_tensors
+from ..models.stored import stored_dtype, stored_tensors
 
 NEVER = -1e4  # a selection bias: scores are of the order of one. Not infinite: kernels take that for "no expert here"
 VALUE = "approx_value"
@@ -244,13 +245,13 @@ def substitute(model: PreTrainedModel) -> dict[str, Tensor]:
     for layer in layers:
         numbers = renumber(layer, total)
         number, values, files = _layer_files(model, layer, numbers, stock)
-        tensors |= files
+        tensors |= {n: tensor.to(stored_dtype(model, layer.shape.name, tensor)) for n, tensor in files.items()}
         if values:
             listed[str(number)] = sorted(values)
         if numbers.dead:
             widen_router(layer, numbers)
     experts = tuple(f"{layer.shape.name}." for layer in layers)
-    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(experts)}
+    rest = {name: tensor for name, tensor in stored_tensors(model).items() if not name.startswith(experts)}
     tensors |= revert_weight_conversion(model, rest)
     del model.config.quantization_config
     for config in (model.config, model.config.get_text_config()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ITEMSIZE = {
     "F64": 8,
     "I64": 8,

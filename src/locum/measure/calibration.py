@@ -118,9 +118,13 @@ def _check_tokens(model: PreTrainedModel, tokens: Tokens) -> None:
 
 
 def _origin(model: PreTrainedModel, tokens: Tokens, known: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = {"model_fingerprint": None, "tokenizer_fingerprint": None, "seed": None}
-    shape = shape_of(model).to_json()
-    return make_provenance(**{**unknown, **known, "shape": shape, "data_fingerprint": tokens.fingerprint, "tokens": 0})
+    unknown = {
+        "model_fingerprint": None,
+        "tokenizer_fingerprint": None,
+        "seed": None,
+        "shape": shape_of(model).to_json(),
+    }
+    return make_provenance(**{**unknown, **known, "data_fingerprint": tokens.fingerprint, "tokens": 0})
 
 
 def _checked_start(

@@ -83,6 +83,11 @@ FAMILIES: dict[str, Family] = {
         refuse="it writes text by diffusion: the same experts serve its encoder and its decoder, which reads noise, so "
         "next-token calibration, recovery and evaluation do not describe what its experts do"
     ),
+    "inkling2_loop": Family(
+        refuse="its files hold experts in NVFP4 and MXFP8, which transformers turns into the model's dtype as it loads them, "
+        "so no size that is counted from the files holds for what would be written; and some of its layers run several "
+        "times for a token, so no such layer can be rerun alone to try a removal"
+    ),
     "zaya": Family(
         refuse="its router has a skip class beside the experts and reports skipped tokens as expert 0 with gate 0, so "
         "what is counted for expert 0 is not its own"

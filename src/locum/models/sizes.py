@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
-from ..shapes import ModelShape
-from .families import find_layers
+from ..shapes import LayerShape, ModelShape
+from .families import MoeLayer, find_layers
+from .stored import stored_dtype
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The shape of a live model, counted from its tensors (tied ones once), as `save_pretrained` would write them."""
+    """The shape of a live model, counted from its tensors (tied ones once), as `write_model` would write them."""
     layers = find_layers(model)
-    tensors = {t.data_ptr() if t.device.type != "meta" else id(t): t for t in model.state_dict(keep_vars=True).values()}
-    itemsize = next(layers[0].experts.parameters()).element_size()
-    total, size = (
-        sum(f(t) for t in tensors.values()) for f in (torch.Tensor.numel, lambda t: t.numel() * t.element_size())
-    )
-    return ModelShape(model.config.model_type, tuple(x.shape for x in layers), total, size, itemsize)
+    tensors = {
+        t.data_ptr() if t.device.type != "meta" else id(t): (t.numel(), stored_dtype(model, name, t).itemsize)
+        for name, t in model.state_dict(keep_vars=True).items()
+    }
+    total, size = sum(numel for numel, _ in tensors.values()), sum(math.prod(x) for x in tensors.values())
+    itemsize = expert_itemsize(model, layers[0])
+    return ModelShape(model.config.model_type, stored_shapes(model, layers), total, size, itemsize)
+
+
+def expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:
+    """Bytes of one expert parameter in the files."""
+    name, parameter = next(layer.experts.named_parameters())
+    return stored_dtype(model, f"{layer.shape.name}.{name}", parameter).itemsize
+
+
+def stored_shapes(model: PreTrainedModel, layers: tuple[MoeLayer, ...]) -> tuple[LayerShape, ...]:
+    """The shapes of layers, with routers as large as their files have them."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def size(layer: MoeLayer) -> int:
+        tensors = ((part.numel, part.tensor) for part in layer.per_expert)
+        return sum(numel * stored_dtype(model, names[id(tensor)], tensor).itemsize for numel, tensor in tensors)
+
+    return tuple(replace(layer.shape, router_bytes=size(layer)) for layer in layers)

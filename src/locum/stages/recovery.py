@@ -10,14 +10,15 @@ from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import original_of, plan_of, read_notes
-from ..checkpoints.patch import adapter_notes, base_of, write_adapter
-from ..checkpoints.read import fingerprint_checkpoint, is_adapter, load_tokenizer, read_config
+from ..checkpoints.patch import adapter_notes, write_adapter
+from ..checkpoints.read import base_of, fingerprint_checkpoint, is_adapter, load_tokenizer, read_config
 from ..checkpoints.skeleton import is_compressed, read_shape
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import CheckpointError, OptionError, PlanError
 from ..files import check_output, provenance
 from ..models.families import find_layers, read_expert
+from ..models.stored import write_model
 from ..options import make_options
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
 from ..shapes import ModelShape
@@ -129,7 +130,7 @@ def _save(
     if base is not None:
         notes["adapter"] = adapter_notes(live, base)
     card = model_card(plan, before, out.name, notes)
-    write = type(live).save_pretrained if base is None else write_adapter
+    write = write_model if base is None else write_adapter
     kept = plan if plan_of(model) is not None else None
     save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
 
