@@ -10,6 +10,9 @@ from torch import Tensor
 
 from locum.budgets.counts import lowest
 from locum.data.tokens import Tokens
+from locum.experts.weights import ExpertWeights
+from locum.methods import Method, Weights
+from locum.plans.plan import LayerPlan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
 
@@ -113,6 +116,24 @@ def relabel(statistics: Statistics, order: list[int]) -> Statistics:
                 if letter == "E":
                     layers[layer][name] = layers[layer][name].index_select(axis, torch.tensor(order))
     return Statistics(statistics.domains, layers, statistics.provenance)
+
+
+def layers_of(method: Method, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
+    """What a method plans for an amount; one that reads weights gets random ones."""
+    weights = random_weights(shape) if method.reads_weights else None
+    return method.plan(method.score_experts(statistics, shape, weights), shape, amount)
+
+
+def random_weights(shape: ModelShape) -> Weights:
+    """Experts of normal numbers, the same ones whenever they are read."""
+    numbers = {layer.name: index for index, layer in enumerate(shape.layers)}
+
+    def read(name: str, e: int) -> ExpertWeights:
+        layer, generator = shape.layer(name), torch.Generator().manual_seed(1000 * numbers[name] + e)
+        sides = [(layer.expert_width, layer.hidden_size)] * 2 + [(layer.hidden_size, layer.expert_width)]
+        return ExpertWeights(*(torch.randn(*side, generator=generator) for side in sides))
+
+    return lambda name: lambda e: read(name, e)
 
 
 def tokens_of(ids_BS: Tensor) -> Tokens:

@@ -18,6 +18,7 @@ import torch
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint
+from handmade import layers_of
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.containers.costs import container_work, row_sizes
@@ -111,7 +112,7 @@ def test_adapters_alone_and_nothing_at_all_are_counted(olmoe):
 )
 def test_a_routing_policy_runs_its_main_experts_alone(olmoe, vectors, numbers, products):
     shape = shape_of(olmoe)
-    apply_plan(olmoe, make_plan(shape, METHODS["compressed-experts"](vectors=vectors).plan(None, shape, 1.0)))
+    apply_plan(olmoe, make_plan(shape, layers_of(METHODS["compressed-experts"](vectors=vectors), None, shape, 1.0)))
     container = find_layers(olmoe)[0].experts
     index_TK, weight_TK = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0.6, 0.4], [0.6, 0.4]])
     found = container_work(container, torch.zeros(2, D), index_TK, weight_TK)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from handmade import tokens_of
+from handmade import layers_of, tokens_of
 from locum.checkpoints.application import apply_plan
 from locum.measure.calibration import calibrate
 from locum.methods.decompose import Decompose
@@ -86,7 +86,7 @@ def test_whitened_experts_are_nearer_on_what_they_were_given(method: object) -> 
         model = tiny_model("olmoe")
         old = {e: read_expert(find_layers(model)[0].experts, e).map(lambda _, t: t.clone()) for e in range(8)}
         chosen = dataclasses.replace(method, start=start)
-        plan = make_plan(shape_of(model), chosen.plan(statistics, shape_of(model), 0.6))
+        plan = make_plan(shape_of(model), layers_of(chosen, statistics, shape_of(model), 0.6))
         assert ("input_gram" in plan.needs) == (start == "whitened")
         container = apply_plan(model, plan, statistics).get_submodule(plan.layers[0].layer)
         gram_EDD = statistics.layer(plan.layers[0].layer)["input_gram"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budgets.selection import SELECTIONS, mass_weights, select
+from ..budgets.selection import SELECTIONS, SelectionScores, mass_weights, select, selection_scores
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import KEPT, START_NEEDS, STARTS, Base, LayerPlan, Slot
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
 @method("replace", paper="arXiv 2603.12645, section 4.1 (its baselines)")
@@ -41,19 +41,17 @@ class Replace:
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *START_NEEDS.get(self.start, ()))
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        selected = select(
-            statistics,
-            shape,
-            amount,
-            selection=self.selection,
-            score=self.score,
-            alpha=self.alpha,
-            clip=self.clip,
-        )
+    def score_experts(
+        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
+    ) -> SelectionScores:
+        return selection_scores(statistics, shape, self.score)
+
+    def plan(self, scored: SelectionScores, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        how = {"selection": self.selection, "alpha": self.alpha, "clip": self.clip}
+        selected = select(scored, shape, amount, **how)
         start = self.start if self.start != "default" else "gaussian" if self.shared else "svd"
         plans = []
-        for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True):
+        for layer, candidates, scores_E in zip(shape.layers, selected, scored.scores_LE, strict=True):
             rank = min(self.rank, layer.hidden_size, layer.expert_width)
             stand_in = Slot("stand_in", base=0 if self.shared else None, rank=rank, start=start)
             chosen = sorted(candidates)

@@ -11,6 +11,7 @@ from ..data.documents import parse_sources
 from ..errors import PlanError
 from ..files import check_output
 from ..measure.removals import SAMPLE
+from ..methods import SearchingMethod
 from ..options import make_options
 from ..plans.plan import Plan, with_provenance
 from ..stats.statistics_file import load_statistics
@@ -79,8 +80,14 @@ def compress(
     if recover is not None:
         check_number("recover-steps", recover_steps, 1)
         check_recovery(make_options(Recovery, recovery))
-    check_target(remove, fit, read_shape(model), chosen)
-    asked = {"method": method, "remove": remove, "fit": fit, **options}
+    check_target(remove, fit, method=chosen, shape=read_shape(model))
+    asked = {
+        "method": method,
+        "remove": remove,
+        "fit": fit,
+        "model": model if chosen.reads_weights else None,
+        **options,
+    }
     shared = {"seed": seed, "force": force, "progress": progress}
     training = None if recover is None else {"data": data, "device": device, **recovery}
     if not chosen.needs():
@@ -89,7 +96,7 @@ def compress(
     if not Path(keep).is_file():
         observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
         observed |= {"data": data, "out": Path(keep), "progress": progress}
-        if hasattr(chosen, "explore"):
+        if isinstance(chosen, SearchingMethod):
             search(model, method=method, sample=sample, **observed, **options)
         else:
             calibrate(model, also=to_collect(chosen), **observed)

@@ -16,6 +16,7 @@ from ..errors import LocumError, OptionError, UnsupportedModel
 from ..files import check_output, provenance
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
+from ..methods import Method, SearchingMethod
 from ..shapes import ModelShape
 from ..stats.events import SearchEvent
 from ..stats.statistics_file import load_statistics, save_statistics
@@ -68,15 +69,14 @@ def search(
     """
     model = Path(model)
     chosen = chosen_method(method, options)
-    if not hasattr(chosen, "explore"):
+    if not isinstance(chosen, SearchingMethod):
         raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     for name, value in (("batch-size", batch_size), ("sample", sample)):
         check_number(name, value, 1)
     check_number("seed", seed, 0, MOST_SEED)
-    if "seed" in (field.name for field in dataclasses.fields(chosen)):
-        chosen = dataclasses.replace(chosen, seed=seed)
+    chosen = dataclasses.replace(chosen, seed=seed)
     device = device_of(device)
     _check_droppable(model, read_shape(model))
     tokenizer = load_tokenizer(model)
@@ -129,7 +129,7 @@ def _check_droppable(model: Path, shape: ModelShape) -> None:
             raise UnsupportedModel(f"{model}: removals cannot be tried on this model: {layer.refuse_dropping}")
 
 
-def to_collect(chosen: Any) -> tuple[str, ...]:
+def to_collect(chosen: Method) -> tuple[str, ...]:
     """Those of a method's needs that calibration gives."""
     return tuple(name for name in chosen.needs() if not STATISTICS[name].searched)
 
