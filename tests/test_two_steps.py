@@ -137,8 +137,8 @@ def lowest_first(layer, score_E: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(METHODS, "_items", dict(METHODS._items))
-    method("clusters", paper="arXiv 0000.00000", reads_weights=True)(Clusters)
-    method("knapsack", paper="arXiv 0000.00000")(Knapsack)
+    method("clusters", paper="no paper (for a test)", reads_weights=True)(Clusters)
+    method("knapsack", paper="no paper (for a test)")(Knapsack)
     yield
 
 
@@ -172,7 +172,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return layer["count"].clone()
 
     monkeypatch.setattr(CRITERIA, "_items", dict(CRITERIA._items))
-    CRITERIA.add("counted", Criterion("counted", "none", ("count",), score))
+    CRITERIA.add("counted", Criterion("counted", "no paper (for a test)", ("count",), score))
     return asked
 
 

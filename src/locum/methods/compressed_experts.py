@@ -13,7 +13,7 @@ from ..stats.sums import Statistics
 from . import Weights, method
 
 
-@method("compressed-experts", paper="arXiv 2503.00634", saves="active")
+@method("compressed-experts", paper="arXiv 2503.00634 (Compressed Experts)", saves="active")
 @dataclass(frozen=True)
 class CompressedExperts:
     """Run only the main experts of those that the router selects; the others modulate what these read.

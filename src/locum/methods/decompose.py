@@ -36,7 +36,7 @@ class LowRank:
         return [KEPT if rank == dense else Slot("stand_in", rank=rank, start=self.start) for rank in ranks]
 
 
-@method("decompose", paper="arXiv 2411.01016 (its second stage alone)")
+@method("decompose", paper="arXiv 2411.01016 (MoE-I2)")
 @dataclass(frozen=True)
 class Decompose(LowRank):
     """Decompose every expert into low-rank factors, with more rank for experts that matter more.

@@ -32,7 +32,7 @@ class Scores:
     alike_L: Sequence[Tensor]  # of every layer, what its experts are grouped by
 
 
-@method("lightmoe", paper="arXiv 2603.12645")
+@method("lightmoe", paper="arXiv 2603.12645 (LightMoE)")
 @dataclass(frozen=True)
 class LightMoE:
     """Replace the experts that carry little gate mass by M shared bases per layer plus a rank-r adapter each.

@@ -15,7 +15,7 @@ from ..stats.sums import Statistics
 from . import Weights, method
 
 
-@method("mone", paper="arXiv 2507.00390")
+@method("mone", paper="arXiv 2507.00390 (MoNE)")
 @dataclass(frozen=True)
 class MoNE:
     """Replace the least variable, least used experts by their mean output on the calibration tokens.

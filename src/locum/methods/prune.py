@@ -15,7 +15,7 @@ from ..stats.sums import Statistics
 from . import Weights, method
 
 
-@method("prune", paper="arXiv 2510.13999 (REAP) and the papers of its criteria")
+@method("prune", paper="arXiv 2510.13999 (REAP)")
 @dataclass(frozen=True)
 class Prune:
     """Drop the lowest-scored experts of every layer.

@@ -13,7 +13,7 @@ from ..stats.sums import Statistics
 from . import Weights, method
 
 
-@method("replace", paper="arXiv 2603.12645, section 4.1 (its baselines)")
+@method("replace", paper="arXiv 2603.12645 (LightMoE)")
 @dataclass(frozen=True)
 class Replace:
     """Put a rank-r adapter in place of each less important expert, over one shared base per layer or over nothing.
