@@ -269,3 +269,5 @@ def test_weights_that_are_missing_needless_or_of_another_model_are_refused(place
         locum.plan(place / "stats", method="clusters", remove=0.4)
     with pytest.raises(OptionError, match="method prune reads no weights; leave --model out"):
         locum.plan(place / "stats", method="prune", remove=0.4, model=place / "model")
+    with pytest.raises(OptionError, match="model is a folder; give the checkpoint once"):
+        locum.plan(place / "model", method="clusters", remove=0.4, model=place / "model")

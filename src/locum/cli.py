@@ -259,7 +259,7 @@ def _alike(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _show_statistics(result: Any, as_json: bool) -> None:
-    data = {"tokens": result.provenance["tokens"], "domains": list(result.domains), "layers": len(result.layers)}
+    data = {"tokens": result.tokens, "domains": list(result.domains), "layers": len(result.layers)}
     _print(
         data,
         as_json,

@@ -29,13 +29,13 @@ from .options import Fit, Force, Help, Out, Remove
 
 
 def plan(
-    statistics: Sequence[Path],
+    statistics: Sequence[Path | Statistics] | Path | Statistics,
     *,
     method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
     remove: Remove = None,
     fit: Fit = None,
     model: Annotated[Path | None, Help("the checkpoint, for methods that read its weights")] = None,
-    onto: Annotated[Path | None, Help("add the method's routing policy to the plan in this file")] = None,
+    onto: Annotated[Path | Plan | None, Help("add the method's routing policy to the plan in this file")] = None,
     out: Out = None,
     force: Force = False,
     **options: Any,
@@ -89,12 +89,13 @@ def decide(
 
 def read_weights(model: Path, statistics: Statistics | None) -> Weights:
     """A reader of a checkpoint's experts. Raises StatisticsError where the statistics are of another model."""
-    theirs, here = statistics and statistics.provenance["model_fingerprint"], fingerprint_checkpoint(model)
-    if statistics is not None and theirs != here:
-        raise StatisticsError(
-            f"the statistics belong to another model (fingerprint {theirs}) than {model} ({here}), and the method reads "
-            f"both; name the checkpoint that was calibrated"
-        )
+    if statistics is not None:
+        theirs, here = statistics.origin.model_fingerprint, fingerprint_checkpoint(model)
+        if theirs != here:
+            raise StatisticsError(
+                f"the statistics belong to another model (fingerprint {theirs}) than {model} ({here}), and the method "
+                f"reads both; name the checkpoint that was calibrated"
+            )
     experts = {layer.shape.name: layer.experts for layer in find_layers(open_model(model))}
     return lambda layer: lambda e: read_expert(experts[layer], e)
 
@@ -104,6 +105,10 @@ def _folder_of(files: Sequence[Path | Statistics], chosen: Method, model: Path |
     folders = [Path(f) for f in files if not isinstance(f, Statistics) and Path(f).is_dir()]
     if model is not None and not chosen.reads_weights:
         raise OptionError(f"method {chosen.name} reads no weights; leave --model out")
+    if model is not None and folders:
+        raise OptionError(
+            f"{folders[0]} is a folder; give the checkpoint once, alone or with --model beside statistics"
+        )
     if model is None and chosen.reads_weights and not folders:
         raise OptionError(f"method {chosen.name} reads the experts' weights; name their checkpoint with --model")
     return Path(model) if model is not None else next(iter(folders), None)
@@ -127,7 +132,8 @@ def _planned_from(
         for more in loaded[1:]:
             total = total + more
         named = [str(s) for s in files if not isinstance(s, Statistics)]
-        known = {key: total.provenance[key] for key in ("model_fingerprint", "data_fingerprint")}
+        words = total.origin.words()
+        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")}
         return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
     if chosen.needs() or len(files) > 1:
         made_by = "search" if isinstance(chosen, SearchingMethod) else "calibrate"
@@ -143,14 +149,14 @@ def _planned_from(
 
 def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics | None) -> Method:
     """A searching method with the options that its statistics were searched with; others cannot be given any more."""
-    search = None if statistics is None else statistics.provenance.get("search")
+    search = None if statistics is None else statistics.searched
     if not isinstance(chosen, SearchingMethod) or search is None:
         return chosen
-    if search["method"] != chosen.name:
+    if search.method != chosen.name:
         raise StatisticsError(
-            f"the statistics were searched for method {search['method']}, not {chosen.name}; search again"
+            f"the statistics were searched for method {search.method}, not {chosen.name}; search again"
         )
-    searched = {name: search["options"][name] for name in chosen.searched_with}
+    searched = {name: search.options[name] for name in chosen.searched_with}
     for name, value in searched.items():
         if name in given and given[name] != value:
             raise StatisticsError(
@@ -205,11 +211,8 @@ def check_target(
 def check_statistics_of(statistics: Statistics, model: Path, path: Path) -> None:
     """Statistics that are named for a model must be of that model and tokenizer."""
     ours = {
-        "model": (statistics.provenance["model_fingerprint"], fingerprint_checkpoint(model)),
-        "tokenizer": (
-            statistics.provenance["tokenizer_fingerprint"],
-            fingerprint_tokenizer(load_tokenizer(model)),
-        ),
+        "model": (statistics.origin.model_fingerprint, fingerprint_checkpoint(model)),
+        "tokenizer": (statistics.origin.tokenizer_fingerprint, fingerprint_tokenizer(load_tokenizer(model))),
     }
     for what, (theirs, here) in ours.items():
         if theirs != here:
