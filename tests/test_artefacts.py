@@ -17,7 +17,7 @@ from locum.files import NOTES, check_output, fingerprint, provenance, whole, wri
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
-from locum.stats.origin import Origin, SearchedFor
+from locum.stats.origin import Origin, SearchedBy
 from locum.stats.statistics_file import load_statistics, save_statistics
 from locum.stats.sums import Statistics
 
@@ -227,7 +227,7 @@ def statistics(**more):
         Origin(shape, "ä", "t", ("d", "e")),
         15,
         known,
-        SearchedFor("moe-i2", {"seed": 3, "pruned": 0.5}),
+        SearchedBy("moe-i2", {"seed": 3, "pruned": 0.5}),
         7,
     )
 
@@ -259,7 +259,7 @@ def test_statistics_files_of_version_1_are_read(tmp_path, partial):
     save_file(tensors, tmp_path / "old", {"locum-statistics": json.dumps(notes)})
     old = load_statistics(tmp_path / "old")
     assert (old.domains, old.origin, old.tokens, old.provenance) == (new.domains, new.origin, 15, new.provenance)
-    assert (old.searched, old.next_block) == (SearchedFor("moe-i2", {"seed": 3}), 7 if partial else None)
+    assert (old.searched, old.next_block) == (SearchedBy("moe-i2", {"seed": 3}), 7 if partial else None)
     assert all(
         torch.equal(tensor, old.layers["a.b.experts"][name]) for name, tensor in new.layers["a.b.experts"].items()
     )

@@ -61,7 +61,7 @@ def test_search_writes_what_calibration_and_the_method_find(checkpoint, words, s
             assert torch.equal(values[key], expected[name][key])
         assert values["dropped"].sum() > 0
     about = locum.load_statistics(searched)
-    assert (about.searched.method, about.searched.options["population"]) == ("moe-i2", 6)
+    assert (about.searched.name, about.searched.options["population"]) == ("moe-i2", 6)
     assert about.provenance["sample"] == 128
     assert {p.name for p in searched.parent.iterdir()} == {"stats"}
 

@@ -152,10 +152,8 @@ def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics |
     search = None if statistics is None else statistics.searched
     if not isinstance(chosen, SearchingMethod) or search is None:
         return chosen
-    if search.method != chosen.name:
-        raise StatisticsError(
-            f"the statistics were searched for method {search.method}, not {chosen.name}; search again"
-        )
+    if search.name != chosen.name:
+        raise StatisticsError(f"the statistics were searched for method {search.name}, not {chosen.name}; search again")
     searched = {name: search.options[name] for name in chosen.searched_with}
     for name, value in searched.items():
         if name in given and given[name] != value:

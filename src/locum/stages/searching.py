@@ -17,7 +17,7 @@ from ..methods import Method, SearchingMethod
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
 from ..stats.events import SearchEvent
-from ..stats.origin import Origin, SearchedFor
+from ..stats.origin import Origin, SearchedBy
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics
 from .calibration import observe, partial_of, prepare, with_defaults
@@ -103,7 +103,7 @@ def search(
         raise
     result = dataclasses.replace(
         with_found(statistics, found),
-        searched=SearchedFor(chosen.name, identity["options"]),
+        searched=SearchedBy(chosen.name, identity["options"]),
         provenance={**statistics.provenance, **provenance(sample=sample)},
     )
     save_statistics(result, out)

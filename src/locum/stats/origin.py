@@ -53,8 +53,8 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class SearchedFor:
+class SearchedBy:
     """The method that searched, with its options. Plans take what the search read from here."""
 
-    method: str
+    name: str
     options: Mapping[str, Any]

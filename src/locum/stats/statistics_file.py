@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import StatisticsError
 from ..files import whole
 from ..shapes import ModelShape
-from .origin import Origin, SearchedFor
+from .origin import Origin, SearchedBy
 from .sums import Statistics
 
 STATISTICS_VERSION = 2
@@ -69,7 +69,7 @@ def load_statistics(path: str | Path) -> Statistics:
         data, found = notes["origin"], notes["searched"]
         shape, fingerprints = ModelShape.from_json(data["shape"]), tuple(data["data_fingerprints"])
         origin = Origin(shape, data["model_fingerprint"], data["tokenizer_fingerprint"], fingerprints)
-        searched = None if found is None else SearchedFor(found["method"], found["options"])
+        searched = None if found is None else SearchedBy(found["name"], found["options"])
         domains, tokens = tuple(notes["domains"]), int(notes["tokens"])
         words, next_block = dict(notes["provenance"]), notes["next_block"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -85,12 +85,13 @@ def _from_version_1(notes: dict[str, Any]) -> dict[str, Any]:
     """The notes of a file of version 1 as those of version 2."""
     words = dict(notes["provenance"])
     data = words.pop("data_fingerprint")
+    search = words.pop("search", None)
     origin = {key: words.pop(key) for key in ("shape", "model_fingerprint", "tokenizer_fingerprint")}
     return {
         "domains": notes["domains"],
         "origin": origin | {"data_fingerprints": data if isinstance(data, list) else [data]},
         "tokens": words.pop("tokens"),
-        "searched": words.pop("search", None),
+        "searched": None if search is None else {"name": search["method"], "options": search["options"]},
         "next_block": words.pop("next_block", None),
         "provenance": words,
     }

@@ -25,7 +25,7 @@ from ..errors import OptionError, StatisticsError, unknown
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event
-from .origin import Origin, SearchedFor
+from .origin import Origin, SearchedBy
 
 # --- what to collect --------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class Statistics:
     origin: Origin
     tokens: int
     provenance: dict[str, Any] = field(default_factory=dict)
-    searched: SearchedFor | None = None  # where a search added what it found
+    searched: SearchedBy | None = None  # where a search added what it found
     next_block: int | None = None  # where an interrupted pass over the data goes on
 
     def __post_init__(self) -> None:
