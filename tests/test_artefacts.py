@@ -16,6 +16,7 @@ from locum.files import NOTES, check_output, fingerprint, provenance, whole, wri
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
+from locum.stats.origin import Origin, SearchedBy
 from locum.stats.statistics_file import load_statistics, save_statistics
 from locum.stats.sums import Statistics
 from making.checkpoints import tree
@@ -219,9 +220,16 @@ def statistics(**more):
         "output_sum": torch.randn(2, 4, 3, dtype=torch.float64, generator=generator),
         "tokens": torch.tensor([7.0, 8.0], dtype=torch.float64),
     }
-    known = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "command"), "ä")
-    known |= {"shape": shape.to_json(), "tokens": 15, "seed": 0, "versions": {"torch": "2"}, **more}
-    return Statistics(("code", "prose"), {"a.b.experts": sums}, known)
+    known = {"command": "ä", "seed": 0, "versions": {"torch": "2"}, **more}
+    return Statistics(
+        ("code", "prose"),
+        {"a.b.experts": sums},
+        Origin(shape, "ä", "t", ("d", "e")),
+        15,
+        known,
+        SearchedBy("moe-i2", {"seed": 3, "pruned": 0.5}),
+        7,
+    )
 
 
 def test_statistics_come_back_as_they_were(tmp_path):
@@ -229,12 +237,32 @@ def test_statistics_come_back_as_they_were(tmp_path):
     save_statistics(before, tmp_path / "s.safetensors")
     after = load_statistics(tmp_path / "s.safetensors")
     assert (after.domains, after.provenance) == (before.domains, json.loads(json.dumps(before.provenance)))
+    for field in ("origin", "tokens", "searched", "next_block"):
+        assert getattr(after, field) == getattr(before, field)
     assert after.layers.keys() == before.layers.keys()
     for name, named in before.layers.items():
         assert after.layers[name].keys() == named.keys()
         for key, tensor in named.items():
             assert torch.equal(after.layers[name][key], tensor) and after.layers[name][key].dtype == tensor.dtype
     assert after.shape == before.shape
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_statistics_files_of_version_1_are_read(tmp_path, partial):
+    """There everything was in the provenance."""
+    new = statistics()
+    words = dict(new.provenance, shape=new.shape.to_json(), tokens=15, model_fingerprint="ä", tokenizer_fingerprint="t")
+    words |= {"data_fingerprint": ["d", "e"], "search": {"method": "moe-i2", "options": {"seed": 3}, "sample": 9}}
+    words |= {"next_block": 7} if partial else {}
+    notes = {"format_version": 1, "domains": list(new.domains), "provenance": words}
+    tensors = {f"{layer}|{name}": tensor for layer, named in new.layers.items() for name, tensor in named.items()}
+    save_file(tensors, tmp_path / "old", {"locum-statistics": json.dumps(notes)})
+    old = load_statistics(tmp_path / "old")
+    assert (old.domains, old.origin, old.tokens, old.provenance) == (new.domains, new.origin, 15, new.provenance)
+    assert (old.searched, old.next_block) == (SearchedBy("moe-i2", {"seed": 3}), 7 if partial else None)
+    assert all(
+        torch.equal(tensor, old.layers["a.b.experts"][name]) for name, tensor in new.layers["a.b.experts"].items()
+    )
 
 
 def test_the_same_statistics_give_the_same_bytes(tmp_path):

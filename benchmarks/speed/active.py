@@ -71,7 +71,8 @@ def main() -> None:
             own.set_experts_implementation(implementation)
             runs[f"{name}, stock {implementation}"] = generating(own, ids_BS)
     for name, given in ARMS.items():
-        plan = make_plan(shape, METHODS["compressed-experts"](**given).plan(None, shape, 1.0))
+        method = METHODS["compressed-experts"](**given)
+        plan = make_plan(shape, method.plan(method.score_experts(None, shape), shape, 1.0))
         active[name] = active_parameters(shape, plan)
         runs[f"{name}, container"] = generating(apply_plan(copy.deepcopy(full), plan), ids_BS)
     wall, cpu = measure(runs, options.rounds)

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from benchmarks.speed.timing import publish, random_olmoe, random_tokens
-from locum.budgets.target import meet_target
+from locum.budgets.target import Target, meet_target
 from locum.bundled import MODEL, sample_texts
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
@@ -70,12 +70,13 @@ def observe(model: transformers.PreTrainedModel) -> Statistics:
 
 def plan_of(name: str, options: dict[str, Any], observed: Statistics, shape: ModelShape) -> Plan:
     method = METHODS[name](**options)
+    scored = method.score_experts(observed, shape)
 
     def build(amount: float) -> Plan:
-        layers = method.plan(observed, shape, amount)
+        layers = method.plan(scored, shape, amount)
         return make_plan(shape, [_random_starts(layer) for layer in layers], method=name)
 
-    return build(1.0) if method.saves == "active" else meet_target(build, shape, REMOVE, None)
+    return build(1.0) if method.saves == "active" else meet_target(build, shape, Target(REMOVE))
 
 
 def _random_starts(layer: LayerPlan) -> LayerPlan:

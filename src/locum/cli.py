@@ -29,7 +29,7 @@ from .checkpoints.card import describe_size
 from .demonstration import demo
 from .errors import LocumError, unknown
 from .exports.export import export, larger
-from .methods import METHODS
+from .methods import METHODS, SearchingMethod
 from .speed import page
 from .speed.bench import bench
 from .stages.application import apply
@@ -259,7 +259,7 @@ def _alike(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _show_statistics(result: Any, as_json: bool) -> None:
-    data = {"tokens": result.provenance["tokens"], "domains": list(result.domains), "layers": len(result.layers)}
+    data = {"tokens": result.tokens, "domains": list(result.domains), "layers": len(result.layers)}
     _print(
         data,
         as_json,
@@ -382,7 +382,7 @@ def _register() -> None:
     _command("calibrate", calibrate, _show_statistics)
     _command("plan", _like(plan, _plan_or_diff), _show_plan, methods)
     _command("apply", apply, _show_path)
-    searching = {name: cls for name, cls in methods.items() if hasattr(cls, "explore")}
+    searching = {name: cls for name, cls in methods.items() if isinstance(cls(), SearchingMethod)}
     _command("search", search, _show_statistics, searching)
     _command("compress", compress, _show_path, methods)
     _command("recover", recover, _show_recovery, {"": Recovery})

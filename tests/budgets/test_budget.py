@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from locum.budgets.counts import global_counts, lowest, spare, uniform_counts
-from locum.budgets.target import meet_target, parse_size
+from locum.budgets.target import Target, check_met, meet_target, parse_size
 from locum.errors import OptionError, PlanError
 from locum.methods import METHODS
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
+from locum.stages.planning import decide
 from making.handmade import make_statistics, toy_shape
 
 
@@ -68,47 +69,64 @@ def uniform(shape: ModelShape):
 @pytest.mark.parametrize("remove", [0.01, 0.06, 0.07, 0.2, 0.25, 0.3, 0.32, 0.5, 0.55, 0.62, 0.7, 0.75, 0.78])
 def test_remove_takes_the_nearest_step(remove: float) -> None:
     """8 experts with top-2: 0 to 6 of 8 can go from every layer at once."""
-    removed = meet_target(uniform(SHAPE), SHAPE, remove=remove).removed(SHAPE)
+    removed = meet_target(uniform(SHAPE), SHAPE, Target(remove=remove)).removed(SHAPE)
     assert abs(removed - remove) == pytest.approx(min(abs(n / 8 - remove) for n in range(7)), abs=1e-9)
 
 
 def test_fit_takes_the_largest_that_fits() -> None:
     sizes = [dropping(SHAPE, [n] * 3).size(SHAPE).bytes for n in range(7)]
     for limit in [*sizes, *(size + 1 for size in sizes), *(size - 1 for size in sizes[:-1])]:
-        size = meet_target(uniform(SHAPE), SHAPE, fit=limit).size(SHAPE).bytes
+        size = meet_target(uniform(SHAPE), SHAPE, Target(fit=limit)).size(SHAPE).bytes
         assert size == max(s for s in sizes if s <= limit)
 
 
 def test_a_model_that_fits_stays_whole() -> None:
-    assert meet_target(uniform(SHAPE), SHAPE, fit=SHAPE.bytes).removed(SHAPE) == 0
+    assert meet_target(uniform(SHAPE), SHAPE, Target(fit=SHAPE.bytes)).removed(SHAPE) == 0
 
 
 @pytest.mark.parametrize("remove", [0, 1, -0.5, 1.5, 50, math.nan, math.inf])
 def test_remove_out_of_range(remove: float) -> None:
     with pytest.raises(OptionError, match=r"--remove is .*above 0, below 1"):
-        meet_target(uniform(SHAPE), SHAPE, remove=remove)
+        meet_target(uniform(SHAPE), SHAPE, Target(remove=remove))
 
 
 @pytest.mark.parametrize("target", [{}, {"remove": 0.5, "fit": 10}])
 def test_exactly_one_target(target: dict) -> None:
     with pytest.raises(OptionError, match="exactly one of --remove"):
-        meet_target(uniform(SHAPE), SHAPE, **target)
+        Target(**target)
 
 
 def test_out_of_reach_says_the_best_there_is() -> None:
     with pytest.raises(PlanError, match=r"--remove 0\.9 is out of reach: .* remove 0\.7500 of the expert parameters"):
-        meet_target(uniform(SHAPE), SHAPE, remove=0.9)
+        meet_target(uniform(SHAPE), SHAPE, Target(remove=0.9))
     smallest = dropping(SHAPE, [6] * 3).size(SHAPE).bytes
-    assert meet_target(uniform(SHAPE), SHAPE, fit=smallest).size(SHAPE).bytes == smallest
+    assert meet_target(uniform(SHAPE), SHAPE, Target(fit=smallest)).size(SHAPE).bytes == smallest
     with pytest.raises(PlanError, match=rf"--fit {smallest - 1:,} bytes is out of reach: .*{smallest:,} bytes .*GiB"):
-        meet_target(uniform(SHAPE), SHAPE, fit=smallest - 1)
+        meet_target(uniform(SHAPE), SHAPE, Target(fit=smallest - 1))
+
+
+def test_a_plan_made_for_a_target_is_checked_as_one_that_was_searched() -> None:
+    half = dropping(SHAPE, [4] * 3)
+    for target in (Target(0.5), Target(0.55), Target(0.45), Target(fit=half.size(SHAPE).bytes)):
+        assert check_met(half, SHAPE, target) is half
+    with pytest.raises(PlanError, match=r"--remove 0\.6 is out of reach: .* remove 0\.5000 of the expert parameters"):
+        check_met(half, SHAPE, Target(0.6))
+    with pytest.raises(PlanError, match=r"--remove 0\.4 is too little for this method: the least .* 0\.5000"):
+        check_met(half, SHAPE, Target(0.4))
+    with pytest.raises(PlanError, match=r"--fit [0-9,]+ bytes is out of reach"):
+        check_met(half, SHAPE, Target(fit=half.size(SHAPE).bytes - 1))
+
+
+def test_what_a_target_saves() -> None:
+    assert Target(0.25).saving(SHAPE) == 0.25 * SHAPE.expert_parameters * SHAPE.expert_itemsize
+    assert (Target(fit=SHAPE.bytes - 7).saving(SHAPE), Target(fit=2 * SHAPE.bytes).saving(SHAPE)) == (7, 0)
 
 
 def test_just_beyond_the_best_gives_the_best() -> None:
     """Half a step of one expert is as near as a step can be."""
-    assert meet_target(uniform(SHAPE), SHAPE, remove=0.75 + 0.06).removed(SHAPE) == 0.75
+    assert meet_target(uniform(SHAPE), SHAPE, Target(remove=0.75 + 0.06)).removed(SHAPE) == 0.75
     with pytest.raises(PlanError, match="out of reach"):
-        meet_target(uniform(SHAPE), SHAPE, remove=0.75 + 0.07)
+        meet_target(uniform(SHAPE), SHAPE, Target(remove=0.75 + 0.07))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].saves == "stored"])
@@ -117,14 +135,11 @@ def test_methods_hit_targets(method: str) -> None:
     shape = toy_shape()
     statistics = make_statistics(shape)
     chosen = METHODS[method]()
-
-    def build(amount: float) -> Plan:
-        return make_plan(shape, chosen.plan(statistics, shape, amount))
-
     for remove in (0.15, 0.3, 0.5):
-        assert abs(meet_target(build, shape, remove=remove).removed(shape) - remove) <= 0.5 / 16 + 1e-9
+        removed = decide(chosen, statistics, shape, Target(remove)).removed(shape)
+        assert abs(removed - remove) <= 0.5 / 16 + 1e-9
     limit = int(0.7 * shape.bytes)
-    size = meet_target(build, shape, fit=limit).size(shape).bytes
+    size = decide(chosen, statistics, shape, Target(fit=limit)).size(shape).bytes
     assert limit - 3 * 2 * shape.layers[0].parameters() <= size <= limit
 
 

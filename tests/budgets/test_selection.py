@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from locum.budgets.selection import SELECTIONS, count_below, layer_thresholds, mass_weights, select
+from locum.budgets.selection import SELECTIONS, count_below, layer_thresholds, mass_weights, select, selection_scores
 from locum.criteria.criterion import CRITERIA
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import ModelShape
@@ -16,6 +17,14 @@ from locum.stats.sums import Statistics
 from making.handmade import make_statistics, toy_shape, with_sums
 
 PAPER = {"selection": "adaptive", "score": "gate", "alpha": 0.3, "clip": 0.2}
+
+
+def selected(
+    statistics: Statistics, shape: ModelShape, amount: float, *, score: str, **options: object
+) -> list[tuple[list[int], Tensor]]:
+    """For every layer, the experts to replace and all scores."""
+    scored = selection_scores(statistics, shape, score)
+    return list(zip(select(scored, shape, amount, **options), scored.scores_LE, strict=True))
 
 
 def test_eq_2_gate_shares_by_hand() -> None:
@@ -98,7 +107,7 @@ def test_select_equals_a_slow_loop(selection: str, seed: int) -> None:
     shape = toy_shape(layers=4, experts=12)
     statistics = make_statistics(shape, seed, never=(5,))
     for amount in (0, 0.013, 0.05, 0.11, 0.2, 0.37, 0.5, 0.8, 0.97):
-        chosen = select(statistics, shape, amount, **{**PAPER, "selection": selection})
+        chosen = selected(statistics, shape, amount, **{**PAPER, "selection": selection})
         assert [len(experts) for experts, _ in chosen] == slow_counts(statistics, shape, amount, selection, 0.2)
         for (experts, scores_E), layer in zip(chosen, shape.layers, strict=True):
             gates = statistics.layer(layer.name)["gate_sum"].tolist()
@@ -111,7 +120,7 @@ def test_more_amount_never_takes_fewer(selection: str) -> None:
     """As in Table 9: a larger threshold, a higher count; and what was taken stays taken."""
     shape = toy_shape(layers=4, experts=12)
     statistics = make_statistics(shape, 3)
-    taken = [select(statistics, shape, a / 40, **{**PAPER, "selection": selection}) for a in range(41)]
+    taken = [selected(statistics, shape, a / 40, **{**PAPER, "selection": selection}) for a in range(41)]
     for before, after in itertools.pairwise(taken):
         assert all(b[0] == a[0][: len(b[0])] for b, a in zip(before, after, strict=True))
     assert not any(experts for experts, _ in taken[0])
@@ -126,7 +135,7 @@ def test_sparse_routing_gives_more_experts_for_the_same_threshold() -> None:
     for steepness in (0.02, 0.05, 0.1, 0.2):
         mass = [math.exp(steepness * e) for e in range(64)]
         statistics = with_sums(shape, gate_sum=[mass], logit_norm=[1.0], tokens=[1.0])
-        counts.append(len(select(statistics, shape, 0.1, **PAPER)[0][0]))
+        counts.append(len(selected(statistics, shape, 0.1, **PAPER)[0][0]))
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
@@ -134,11 +143,11 @@ def test_loud_routers_protect_their_layer() -> None:
     """The same gates in every layer: the larger the router's output norm, the fewer experts go."""
     shape = toy_shape(layers=3, experts=64, top_k=8)
     statistics = with_sums(shape, gate_sum=[[1.0] * 64] * 3, logit_norm=[100.0, 200.0, 300.0], tokens=[10.0] * 3)
-    adaptive = [len(experts) for experts, _ in select(statistics, shape, 0.5, **PAPER)]
+    adaptive = [len(experts) for experts, _ in selected(statistics, shape, 0.5, **PAPER)]
     assert adaptive == [38, 33, 28]  # 64 * 0.5 * (1.1618, 1, 0.8607) = 37.2, 32, 27.5 and one that exceeds
-    uniform = [len(experts) for experts, _ in select(statistics, shape, 0.5, **{**PAPER, "selection": "uniform"})]
+    uniform = [len(experts) for experts, _ in selected(statistics, shape, 0.5, **{**PAPER, "selection": "uniform"})]
     assert uniform == [33, 33, 33]
-    average = [len(experts) for experts, _ in select(statistics, shape, 0.5, **{**PAPER, "selection": "average"})]
+    average = [len(experts) for experts, _ in selected(statistics, shape, 0.5, **{**PAPER, "selection": "average"})]
     assert average == [32, 32, 32]
 
 
@@ -147,24 +156,24 @@ def test_norm_is_a_mean_over_tokens() -> None:
     gates = [[1.0] * 8] * 2
     one = with_sums(shape, gate_sum=gates, logit_norm=[100.0, 300.0], tokens=[10.0, 10.0])
     two = with_sums(shape, gate_sum=gates, logit_norm=[1000.0, 300.0], tokens=[100.0, 10.0])
-    first, second = ([len(e) for e, _ in select(s, shape, 0.5, **PAPER)] for s in (one, two))
+    first, second = ([len(e) for e, _ in selected(s, shape, 0.5, **PAPER)] for s in (one, two))
     assert first == second
 
 
 def test_other_scores_rank_instead() -> None:
     shape = toy_shape(layers=1, experts=4)
     statistics = with_sums(shape, gate_sum=[[1, 2, 3, 4]], count=[[4, 3, 2, 1]], logit_norm=[1], tokens=[1])
-    assert select(statistics, shape, 0.5, **{**PAPER, "selection": "average"})[0][0] == [0, 1]
-    assert select(statistics, shape, 0.5, **{**PAPER, "selection": "average", "score": "frequency"})[0][0] == [3, 2]
+    assert selected(statistics, shape, 0.5, **{**PAPER, "selection": "average"})[0][0] == [0, 1]
+    assert selected(statistics, shape, 0.5, **{**PAPER, "selection": "average", "score": "frequency"})[0][0] == [3, 2]
 
 
 def test_what_cannot_be_selected_by() -> None:
     shape = toy_shape(layers=1, experts=4)
     statistics = with_sums(shape, count=[[4, 3, 2, 1]])
     with pytest.raises(StatisticsError, match="has no statistic 'gate_sum'"):
-        select(statistics, shape, 0.5, **PAPER)
+        selected(statistics, shape, 0.5, **PAPER)
     with pytest.raises(OptionError, match="unknown criterion 'gates': did you mean 'gate'"):
-        select(statistics, shape, 0.5, **{**PAPER, "score": "gates"})
+        selected(statistics, shape, 0.5, **{**PAPER, "score": "gates"})
 
 
 def test_eq_4_weights_by_hand() -> None:

@@ -28,6 +28,7 @@ from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan,
 from locum.shapes import ModelShape
 from locum.stages.application import apply
 from locum.stages.inspection import inspect
+from locum.stats.origin import Origin
 from locum.stats.sums import Statistics
 from making.checkpoints import VOCABULARY, write_tokenizer
 from making.oracles import random_layer_plan
@@ -113,8 +114,7 @@ def statistics(shape: ModelShape) -> Statistics:
         name: {"output_sum": 2 * mean[None], "count": torch.full((1, 8), 2.0, dtype=torch.float64)}
         for name, mean in mean_outputs(shape).items()
     }
-    known = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "command"), "t")
-    return Statistics(("a",), layers, known | {"shape": shape.to_json(), "tokens": 9, "seed": 0, "versions": {}})
+    return Statistics(("a",), layers, Origin(shape, "t", "t", ("t",)), 9)
 
 
 # --- in memory --------------------------------------------------------------------------------------------------

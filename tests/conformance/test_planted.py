@@ -21,7 +21,7 @@ from locum.models.families import MoeLayer, find_layers, read_expert, write_expe
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
 from locum.stats.sums import Statistics
-from making.handmade import tokens_of
+from making.handmade import layers_of, tokens_of
 from making.tiny_models import tiny_ids, tiny_model
 
 IDS = tiny_ids(6, 32)
@@ -85,7 +85,7 @@ def with_twins(permuted: bool) -> PreTrainedModel:
 def test_duplicates_are_grouped_and_merging_them_changes_nothing() -> None:
     model = with_twins(permuted=False)
     before, shape = logits(model), shape_of(model)
-    layers = LightMoE(selection="average", bases=2, rank=0).plan(measured(model), shape, 6 / 8)
+    layers = layers_of(LightMoE(selection="average", bases=2, rank=0), measured(model), shape, 6 / 8)
     for layer in layers:
         assert sorted(base.experts for base in layer.bases) == sorted(TWINS.values())
     assert make_plan(shape, layers).removed(shape) == 0.5
@@ -95,7 +95,7 @@ def test_duplicates_are_grouped_and_merging_them_changes_nothing() -> None:
 def test_merging_what_differs_does_change_something() -> None:
     model = with_twins(permuted=False)
     before, shape = logits(model), shape_of(model)
-    layers = LightMoE(selection="average", bases=1, rank=0).plan(measured(model), shape, 6 / 8)
+    layers = layers_of(LightMoE(selection="average", bases=1, rank=0), measured(model), shape, 6 / 8)
     assert not close(compressed(model, layers), before, 1e-2)
 
 
@@ -104,7 +104,7 @@ def test_shuffled_duplicates_merge_exactly_when_aligned(align: bool, exact: bool
     """With weights that are near each other: by gate mass the first of three copies has nearly all of it."""
     model = with_twins(permuted=True)
     before, shape = logits(model), shape_of(model)
-    layers = LightMoE(selection="average", bases=2, rank=0, align=align).plan(measured(model), shape, 6 / 8)
+    layers = layers_of(LightMoE(selection="average", bases=2, rank=0, align=align), measured(model), shape, 6 / 8)
     even = [
         dataclasses.replace(
             layer, bases=tuple(dataclasses.replace(base, weights=(0.4, 0.3, 0.3)) for base in layer.bases)
@@ -139,7 +139,7 @@ def test_a_dead_expert_goes_first_and_is_not_missed(model_type: str) -> None:
     for name in statistics.layers:
         assert statistics.layer(name)["count"][DEAD] == 0
     for score in ("reap", "frequency", "gate", "ean", "ean_dims", "mone"):
-        layers = Prune(score=score).plan(statistics, shape, 1 / 6)
+        layers = layers_of(Prune(score=score), statistics, shape, 1 / 6)
         assert [tuple(e for e, s in enumerate(layer.slots) if s == DROPPED) for layer in layers] == [(DEAD,)] * 2
     assert close(compressed(model, layers), before)
 
@@ -194,12 +194,12 @@ def test_experts_of_low_rank_are_replaced_exactly(model_type: str) -> None:
     before, shape = logits(model), shape_of(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     statistics = measured(model)
-    layers = Replace(shared=False, selection="average", rank=3).plan(statistics, shape, 1.0)
+    layers = layers_of(Replace(shared=False, selection="average", rank=3), statistics, shape, 1.0)
     assert all(len(layer.replaced) == 8 for layer in layers) and make_plan(shape, layers).removed(shape) > 0.6
     assert close(compressed(model, layers), before)
     again = tiny_model(model_type)
     again.load_state_dict(state)
-    layers = Replace(shared=False, selection="average", rank=2).plan(statistics, shape, 1.0)
+    layers = layers_of(Replace(shared=False, selection="average", rank=2), statistics, shape, 1.0)
     assert not close(compressed(again, layers), before, 1e-2)
 
 
@@ -223,7 +223,7 @@ def test_experts_at_low_rank_from_each_other_are_rebuilt_from_their_mean(rank: i
         edit(layer, {e: common.map(own) for e in range(8)})
     before, shape = logits(model), shape_of(model)
     method = LightMoE(selection="average", bases=1, rank=rank, start=start)
-    layers = method.plan(measured(model), shape, 1.0)
+    layers = layers_of(method, measured(model), shape, 1.0)
     assert all(len(layer.replaced) == 8 for layer in layers)
     after = compressed(model, layers)
     assert close(after, before, 1e-4) if exact else not close(after, before, 1e-2)
@@ -243,7 +243,7 @@ def test_constant_experts_are_found_and_replaced_exactly() -> None:
             edits[e] = dataclasses.replace(weights, down_DF=torch.zeros_like(weights.down_DF))
         edit(layer, edits)
     before, shape, statistics = logits(model), shape_of(model), measured(model)
-    layers = MoNE().plan(statistics, shape, 0.5)
+    layers = layers_of(MoNE(), statistics, shape, 0.5)
     assert [layer.replaced for layer in layers] == [constant] * 2
     assert close(compressed(model, layers, statistics), before)
 
@@ -251,7 +251,7 @@ def test_constant_experts_are_found_and_replaced_exactly() -> None:
 def test_replacing_a_changing_expert_by_a_constant_is_not_exact() -> None:
     model = tiny_model("gpt_oss")
     before, shape, statistics = logits(model), shape_of(model), measured(model)
-    assert not close(compressed(model, MoNE().plan(statistics, shape, 0.5), statistics), before, 1e-2)
+    assert not close(compressed(model, layers_of(MoNE(), statistics, shape, 0.5), statistics), before, 1e-2)
 
 
 # --- vital ------------------------------------------------------------------------------------------------------
@@ -290,5 +290,5 @@ def test_dropping_the_vital_expert_is_worst_and_every_criterion_knows() -> None:
         LightMoE(rank=2, selection="average"),
         Replace(rank=2, selection="average"),
     ):
-        plan: Plan = make_plan(shape, method.plan(statistics, shape, 0.5))
+        plan: Plan = make_plan(shape, layers_of(method, statistics, shape, 0.5))
         assert plan.layer(name).slots[VITAL] == KEPT, method

@@ -19,6 +19,7 @@ from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
+from locum.stats.origin import Origin
 from locum.stats.sums import Statistics
 from making.slots import base_of
 from making.tiny_models import tiny_model
@@ -127,8 +128,7 @@ def statistics(shape: ModelShape, generator: torch.Generator) -> Statistics:
         }
         for x in shape.layers
     }
-    known = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "command"), "by hand")
-    return Statistics(("all",), layers, known | {"shape": shape.to_json(), "tokens": 1, "seed": 0, "versions": {}})
+    return Statistics(("all",), layers, Origin(shape, "by hand", "by hand", ("by hand",)), 1)
 
 
 def make(folder: Path, family: str, plan_name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, int]:

@@ -30,7 +30,7 @@ from locum.cli import cli
 from locum.containers.container import StandInExperts
 from locum.data.tokens import Tokens
 from locum.experts.policies.main_with_vectors import MainWithVectors
-from locum.measure.calibration import calibrate, observed
+from locum.measure.calibration import CurrentBatch, Observer, calibrate, observed
 from locum.measure.removals import ModelExplorer
 from locum.models.families import MoeLayer, find_layers
 from locum.models.replay import Recording
@@ -174,8 +174,9 @@ def check_observed(case: Case) -> None:
     """Looking changes nothing: logits equal those of the eager experts."""
     model = case.model()
     needs = ("count", "gate_sum", "tokens")
-    with observed(model, find_layers(model), needs) as observer:
-        observer.begin_batch(Sums("text", needs), torch.ones_like(case.ids_BS, dtype=torch.bool), model.device)
+    observer, mask_BS = Observer(model, needs), torch.ones_like(case.ids_BS, dtype=torch.bool)
+    observer.batch = CurrentBatch.of(Sums("text", needs), mask_BS, model.device)
+    with observed(observer):
         near(case.logits_of(model), case.logits)
 
 

@@ -62,7 +62,7 @@ COMMANDS = {
     "export": "MODEL --force --json --out --pre-tokenizer --to --type",
     "inspect": "MODEL --json",
     "list": "--json",
-    "plan": f"STATISTICS... --diff --fit --force --json --method --onto --out --remove --seed {METHOD}",
+    "plan": f"STATISTICS... --diff --fit --force --json --method --model --onto --out --remove --seed {METHOD}",
     "recover": "MODEL --accumulate --adapter-only --annealing --balance --batch-size --checkpoint-every --clip --data "
     "--device --end-fraction --force --how --json --learning-rate --length --original --out --precision --rank "
     "--restart --schedule --seed "

@@ -142,12 +142,12 @@ def test_ctrl_c(patch, line, kept, fill, tmp_path):
 
 
 def _goes_on_to_the_same_statistics(arguments, folder):
-    assert locum.load_statistics(folder / PARTIAL).provenance["next_block"] == 50
+    assert locum.load_statistics(folder / PARTIAL).next_block == 50
     whole = locum.calibrate(arguments[1], data=[arguments[3]], length=32, batch_size=1, out=folder / "whole")
     assert command(*arguments).exit_code == 0
     resumed = locum.load_statistics(folder / "out.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == ["out.safetensors", "whole"]
-    assert resumed.provenance["tokens"] == whole.provenance["tokens"]
+    assert resumed.tokens == whole.tokens
     for layer, named in whole.layers.items():
         for name, tensor in named.items():
             # float64 sums added up in two parts: the same numbers in another order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -59,9 +60,25 @@ def test_search_writes_what_calibration_and_the_method_find(checkpoint, words, s
         for key in ("dropped", "pruned_importance"):
             assert torch.equal(values[key], expected[name][key])
         assert values["dropped"].sum() > 0
-    about = locum.load_statistics(searched).provenance
-    assert about["search"]["options"]["population"] == 6 and about["search"]["sample"] == 128
+    about = locum.load_statistics(searched)
+    assert (about.searched.name, about.searched.options["population"]) == ("moe-i2", 6)
+    assert about.provenance["sample"] == 128
     assert {p.name for p in searched.parent.iterdir()} == {"stats"}
+
+
+def test_a_search_tokenises_once_and_loads_the_model_once(checkpoint, words, monkeypatch, tmp_path):
+    calls = Counter()
+    for name in ("load_tokens", "open_model"):
+        real = getattr(locum.stages.calibration, name)
+
+        def count(*given, _real=real, _name=name, **more):
+            calls[_name] += 1
+            return _real(*given, **more)
+
+        for module in ("calibration", "searching"):
+            monkeypatch.setattr(f"locum.stages.{module}.{name}", count, raising=False)
+    locum.search(checkpoint, data=str(words), out=tmp_path / "stats", **SHORT, **QUICK)
+    assert calls == {"load_tokens": 1, "open_model": 1}
 
 
 def test_a_plan_takes_the_options_of_its_search_and_refuses_others(searched, tmp_path):
@@ -103,8 +120,7 @@ def without_search(path):
         layer: {name: t for name, t in named.items() if name not in ("dropped", "pruned_importance")}
         for layer, named in statistics.layers.items()
     }
-    provenance = {key: value for key, value in statistics.provenance.items() if key != "search"}
-    return locum.Statistics(statistics.domains, layers, provenance)
+    return dataclasses.replace(statistics, layers=layers, searched=None)
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(checkpoint, words, searched, monkeypatch, tmp_path):
@@ -122,7 +138,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(checkpoint, words, searc
     with pytest.raises(KeyboardInterrupt):
         locum.search(checkpoint, **asked)
     assert not (tmp_path / "stats").exists()
-    monkeypatch.setattr("locum.stages.searching.calibrate", None)  # done already
+    monkeypatch.setattr("locum.stages.searching.observe", None)  # done already
     run = "the rest"
     locum.search(checkpoint, **asked)
     run = "whole"

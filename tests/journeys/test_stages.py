@@ -119,8 +119,9 @@ def test_outputs_carry_their_provenance(small, plan_file, statistics_file, check
     assert notes["original_fingerprint"] == print_of_model
     assert notes["plan"] == plan.id == locum.load_plan(small / "plan.json").id
     assert plan.provenance["model_fingerprint"] == print_of_model
-    known = locum.load_statistics(statistics_file).provenance
-    assert known["model_fingerprint"] == print_of_model
+    statistics = locum.load_statistics(statistics_file)
+    known = statistics.provenance
+    assert statistics.origin.model_fingerprint == print_of_model
     for made in (notes, plan.provenance, known):
         assert {"versions", "command", "time"} <= set(made)
     card = (small / "README.md").read_text()

@@ -5,13 +5,21 @@ Letters: T tokens, K top-k, E experts, D model width, F expert width, L layers.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from locum.budgets.counts import lowest
 from locum.data.tokens import Tokens
+from locum.experts.weights import ExpertWeights
+from locum.methods import Method, Weights
+from locum.plans.plan import LayerPlan
 from locum.shapes import LayerShape, ModelShape
-from locum.stats.sums import STATISTICS, RoutedEvent, RouterEvent, Statistics, Sums
+from locum.stats.definitions import STATISTICS
+from locum.stats.events import RoutedEvent, RouterEvent
+from locum.stats.origin import Origin
+from locum.stats.sums import Statistics, Sums
 
 SAMPLES = (20, 30, 14)
 
@@ -31,8 +39,7 @@ def toy_shape(
 
 
 def statistics_of(sums: list[Sums], shape: ModelShape) -> Statistics:
-    origin = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command"))
-    parts = [s.statistics({**origin, "seed": 0, "shape": shape.to_json()}) for s in sums]
+    parts = [s.statistics(Origin(shape)) for s in sums]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -81,7 +88,7 @@ def with_search(statistics: Statistics) -> Statistics:
         rest_CE = torch.zeros(len(statistics.domains) - 1, layer.num_experts, dtype=torch.float64)
         found_CE = {name: torch.cat([value_E[None], rest_CE]) for name, value_E in found.items()}
         layers[layer.name] = {**statistics.layers[layer.name], **found_CE}
-    return Statistics(statistics.domains, layers, statistics.provenance)
+    return dataclasses.replace(statistics, layers=layers)
 
 
 def with_sums(shape: ModelShape, **layers_by_name: list[object]) -> Statistics:
@@ -93,14 +100,13 @@ def with_sums(shape: ModelShape, **layers_by_name: list[object]) -> Statistics:
         }
         for i, layer in enumerate(shape.layers)
     }
-    origin = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command"))
-    return Statistics(("all",), layers, {**origin, "seed": 0, "tokens": 1, "shape": shape.to_json()})
+    return Statistics(("all",), layers, Origin(shape), 1)
 
 
 def restrict(statistics: Statistics, names: tuple[str, ...]) -> Statistics:
     """Only these statistics."""
     layers = {layer: {n: named[n] for n in dict.fromkeys(names)} for layer, named in statistics.layers.items()}
-    return Statistics(statistics.domains, layers, statistics.provenance)
+    return dataclasses.replace(statistics, layers=layers)
 
 
 def relabel(statistics: Statistics, order: list[int]) -> Statistics:
@@ -112,7 +118,25 @@ def relabel(statistics: Statistics, order: list[int]) -> Statistics:
             for axis, letter in enumerate(STATISTICS[name].axes, start=1):
                 if letter == "E":
                     layers[layer][name] = layers[layer][name].index_select(axis, torch.tensor(order))
-    return Statistics(statistics.domains, layers, statistics.provenance)
+    return dataclasses.replace(statistics, layers=layers)
+
+
+def layers_of(method: Method, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
+    """What a method plans for an amount; one that reads weights gets random ones."""
+    weights = random_weights(shape) if method.reads_weights else None
+    return method.plan(method.score_experts(statistics, shape, weights), shape, amount)
+
+
+def random_weights(shape: ModelShape) -> Weights:
+    """Experts of normal numbers, the same ones whenever they are read."""
+    numbers = {layer.name: index for index, layer in enumerate(shape.layers)}
+
+    def read(name: str, e: int) -> ExpertWeights:
+        layer, generator = shape.layer(name), torch.Generator().manual_seed(1000 * numbers[name] + e)
+        sides = [(layer.expert_width, layer.hidden_size)] * 2 + [(layer.hidden_size, layer.expert_width)]
+        return ExpertWeights(*(torch.randn(*side, generator=generator) for side in sides))
+
+    return lambda name: lambda e: read(name, e)
 
 
 def tokens_of(ids_BS: Tensor) -> Tokens:

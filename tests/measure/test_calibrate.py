@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from locum.data.tokens import Tokens
 from locum.errors import DataError, OptionError, StatisticsError, UnsupportedModel
-from locum.measure.calibration import Observer, calibrate
-from locum.models.families import find_layers
+from locum.measure.calibration import WATCHERS, CurrentBatch, Observer, calibrate, origin_of
+from locum.models.families import MoeLayer, find_layers
+from locum.models.sizes import shape_of
 from locum.models.watch import run_experts
-from locum.stats.sums import STATISTICS, Statistics, Sums
+from locum.stats.definitions import STATISTICS, statistic
+from locum.stats.events import Event
+from locum.stats.origin import Origin
+from locum.stats.sums import Statistics, Sums
 from making.tiny_models import tiny_ids, tiny_model
 
 FAMILIES = ("olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")
@@ -120,7 +126,7 @@ def test_every_statistic_equals_a_loop_over_tokens_and_experts(model_type: str) 
     ids_BS = tiny_ids(3, 8)
     expected = watch(model, ids_BS)
     statistics = calibrate(model, make_tokens(ids_BS), batch_size=3)
-    assert statistics.domains == ("prose",) and statistics.provenance["tokens"] == 24
+    assert statistics.domains == ("prose",) and statistics.tokens == 24
     for layer in find_layers(model):
         named = slow_statistics(layer.experts, expected[layer.shape.name], num_samples=3)
         assert named.keys() == {name for name, item in STATISTICS.items() if not item.on_demand}
@@ -176,7 +182,7 @@ def test_padded_batch_equals_its_sequences_one_by_one(model_type: str) -> None:
     padded = calibrate(model, make_tokens(ids_BS * attention_BS, attention_BS=attention_BS), batch_size=4)
     alone = [calibrate(model, make_tokens(ids_BS[b : b + 1, :n])) for b, n in enumerate(lengths) if n]
     assert_same(padded, alone[0] + alone[1] + alone[2], tolerance=2e-5)
-    assert padded.provenance["tokens"] == 21 and float(padded.layer("model.layers.1.mlp.experts")["samples"]) == 3
+    assert padded.tokens == 21 and float(padded.layer("model.layers.1.mlp.experts")["samples"]) == 3
 
 
 def test_padding_inside_left_of_the_text_is_left_out_too() -> None:
@@ -194,7 +200,7 @@ def test_domains_are_counted_apart_and_equal_separate_runs() -> None:
     assert both.domains == ("prose", "code") and prose.domains == ("prose",)
     assert_same(both, prose + code, tolerance=2e-5)
     name = find_layers(model)[0].shape.name
-    assert float(both.layer(name, {"code": 1})["tokens"]) == 24 and float(both.layer(name)["tokens"]) == 42
+    assert both.layers[name]["tokens"].tolist() == [18, 24] and float(both.layer(name)["tokens"]) == 42
 
 
 def test_halves_and_batch_sizes_give_the_same_sums() -> None:
@@ -210,22 +216,26 @@ def test_halves_and_batch_sizes_give_the_same_sums() -> None:
 def test_going_on_from_a_saved_point_gives_the_same_as_one_pass() -> None:
     model = tiny_model("olmoe")
     tokens = make_tokens(tiny_ids(7, 6), domain_B=(1, 0, 1, 0, 0, 1, 1))
-    saved: list[tuple[Statistics, int]] = []
+    saved: list[Statistics] = []
     seen: list[tuple[int, int]] = []
     whole = calibrate(
         model,
         tokens,
         batch_size=2,
         save_every=1,
-        on_batch=lambda *now: saved.append(now),
+        on_batch=saved.append,
         progress=lambda *now: seen.append(now),
     )
-    assert [block for _, block in saved] == [2, 3, 5, 7] and seen == [(2, 7), (3, 7), (5, 7), (7, 7)]
+    assert (
+        [point.next_block for point in saved] == [2, 3, 5, 7]
+        and whole.next_block is None
+        and seen == [(2, 7), (3, 7), (5, 7), (7, 7)]
+    )
     for point in saved:
         again = calibrate(model, tokens, batch_size=2, start=point)
         assert_same(again, whole, tolerance=1e-12)
-        assert again.provenance["tokens"] == 42
-    assert float(saved[0][0].layer("model.layers.0.mlp.experts")["tokens"]) == 12  # not moved by later batches
+        assert again.tokens == 42
+    assert float(saved[0].layer("model.layers.0.mlp.experts")["tokens"]) == 12  # not moved by later batches
     seen.clear()
     calibrate(model, tokens, batch_size=2, start=saved[2], progress=lambda *now: seen.append(now))
     assert seen == [(7, 7)]
@@ -245,10 +255,10 @@ def test_only_needs_are_collected_and_agree_with_a_full_pass() -> None:
 
 def test_provenance_says_what_was_calibrated() -> None:
     model = tiny_model("olmoe")
-    known = {"model_fingerprint": "m", "tokenizer_fingerprint": "t", "seed": 3, "note": "kept"}
-    made = calibrate(model, make_tokens(tiny_ids(2, 6)), provenance=known)
-    assert known.items() <= made.provenance.items()
-    assert made.provenance["data_fingerprint"] == "data" and "torch" in made.provenance["versions"]
+    known, tokens = {"seed": 3, "note": "kept"}, make_tokens(tiny_ids(2, 6))
+    made = calibrate(model, tokens, origin=origin_of(model, tokens, "m", "t"), provenance=known)
+    assert known.items() <= made.provenance.items() and "torch" in made.provenance["versions"]
+    assert made.origin == Origin(shape_of(model), "m", "t", ("data",))
     assert [layer.num_experts for layer in made.shape.layers] == [E, E]
 
 
@@ -346,13 +356,13 @@ def test_router_without_logits_is_refused_by_name() -> None:
 def test_plain_linear_router_gives_its_output() -> None:
     model = tiny_model("olmoe")
     layer = find_layers(model)[0]
-    observer, sums = Observer((layer,)), Sums("a", ("tokens", "logit_norm"))
-    observer.begin_batch(sums, torch.ones(1, 3, dtype=torch.bool), torch.device("cpu"))
+    needs = ("tokens", "logit_norm")
+    observer, sums = Observer(model, needs), Sums("a", needs)
+    observer.batch = CurrentBatch.of(sums, torch.ones(1, 3, dtype=torch.bool), torch.device("cpu"))
     logits_TE = torch.randn(1, 3, E)
     observer.saw_router(layer, logits_TE)
-    shape = replace(calibrate(model, make_tokens(tiny_ids(1, 4))).shape, layers=(layer.shape,))
-    known = dict.fromkeys(("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "seed"))
-    made = sums.statistics({**known, "shape": shape.to_json(), "versions": {}, "command": ""})
+    shape = replace(shape_of(model), layers=(layer.shape,))
+    made = sums.statistics(Origin(shape))
     assert float(made.layer(layer.shape.name)["logit_norm"]) == pytest.approx(
         float(logits_TE.norm(dim=-1).sum()), rel=1e-6
     )
@@ -372,16 +382,68 @@ def test_bad_tokens_and_options_are_refused_before_anything_runs() -> None:
 
 def test_partial_statistics_of_something_else_are_refused() -> None:
     model, tokens = tiny_model("olmoe"), make_tokens(tiny_ids(2, 4))
-    done = calibrate(model, tokens, needs=("count",), provenance={"model_fingerprint": "m"})
-    again = {"needs": ("count",), "provenance": {"model_fingerprint": "m"}}
-    with pytest.raises(StatisticsError, match="data 'data', but these tokens are 'other'"):
-        calibrate(model, replace(tokens, fingerprint="other"), start=(done, 1), **again)
+    mine, another = (origin_of(model, tokens, name) for name in "mn")
+    start = replace(calibrate(model, tokens, needs=("count",), origin=mine), next_block=1)
+    again = {"needs": ("count",), "origin": mine, "start": start}
+    other = replace(tokens, fingerprint="other")
+    with pytest.raises(StatisticsError, match="of data data, but these tokens are other"):
+        calibrate(model, other, **again | {"origin": origin_of(model, other, "m")})
     with pytest.raises(StatisticsError, match="model_fingerprint is 'm' on one side and 'n'"):
-        calibrate(model, tokens, start=(done, 1), needs=("count",), provenance={"model_fingerprint": "n"})
+        calibrate(model, tokens, **again | {"origin": another})
     with pytest.raises(StatisticsError, match="hold count, but gate_sum"):
-        calibrate(model, tokens, start=(done, 1), needs=("gate_sum",), provenance={"model_fingerprint": "m"})
-    with pytest.raises(StatisticsError, match="next_block is 9; allowed: 0 to 2"):
-        calibrate(model, tokens, start=(done, 9), **again)
+        calibrate(model, tokens, **again | {"needs": ("gate_sum",)})
+    for block in (9, None):
+        with pytest.raises(StatisticsError, match=f"next_block is {block}; allowed: 0 to 2"):
+            calibrate(model, tokens, **again | {"start": replace(start, next_block=block)})
+
+
+def test_every_event_that_calibration_makes_has_a_watcher() -> None:
+    made = {item.event: item.event.made_by for _, item in STATISTICS.items()}
+    assert set(made.values()) <= {"calibration", "search"} and all(issubclass(event, Event) for event in made)
+    assert set(WATCHERS) == {event for event, maker in made.items() if maker == "calibration"}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockEvent(Event):
+    """An event of somebody else's: the hidden state before a layer's block."""
+
+    x_TD: Tensor
+
+
+@contextlib.contextmanager
+def watch_blocks(observer: Observer) -> Iterator[None]:
+    def hook_of(layer: MoeLayer):
+        def hook(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            event = BlockEvent(observer.batch.text(inputs[0].flatten(0, 1)))
+            observer.batch.sums.add(layer.shape.name, event)
+
+        return hook
+
+    hooks = [layer.block.register_forward_pre_hook(hook_of(layer)) for layer in observer.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_an_event_of_others_needs_a_class_and_a_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of what blocks get, against a forward pass with hooks of its own; padding is left out."""
+    monkeypatch.setattr(STATISTICS, "_items", dict(STATISTICS._items))
+    monkeypatch.setitem(WATCHERS, BlockEvent, watch_blocks)
+    statistic("block_sum", axes="D", event=BlockEvent, on_demand=True)(lambda event: event.x_TD.double().sum(dim=0))
+    model, ids_BS = tiny_model("olmoe"), tiny_ids(3, 6)
+    attention_BS = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6])
+    made = calibrate(model, make_tokens(ids_BS, attention_BS=attention_BS), needs=("block_sum", "count"))
+    seen: list[Tensor] = []
+    for layer in find_layers(model):
+        layer.block.register_forward_pre_hook(lambda _block, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(ids_BS, attention_mask=attention_BS)
+    for layer, x_BSD in zip(find_layers(model), seen, strict=True):
+        expected_D = x_BSD.double()[attention_BS.bool()].sum(dim=0)
+        torch.testing.assert_close(made.layer(layer.shape.name)["block_sum"], expected_D, rtol=1e-4, atol=1e-4)
+    assert set(made.names) == {"block_sum", "count"}
 
 
 def test_planted_dead_expert_is_found() -> None:

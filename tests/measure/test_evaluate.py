@@ -211,7 +211,7 @@ def test_modes_and_forward_are_restored(models):
 
 
 def test_what_does_not_fit_is_refused(models):
-    with pytest.raises(OptionError, match=r"token id .* vocabulary of 8"):
+    with pytest.raises(DataError, match=r"token id .* embeds ids 0 to 7; tokenise it with the model's own tokenizer"):
         evaluate(make_model(0, 8), make_tokens())
     with pytest.raises(OptionError, match="96 and the original one of 128"):
         evaluate(models[0], make_tokens(), against=make_model(0, 128))

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from locum.budgets.ranks import rank_bounds, rank_shares
-from locum.budgets.target import meet_target
+from locum.budgets.target import Target
 from locum.criteria.criterion import CRITERIA
 from locum.errors import PlanError, StatisticsError
 from locum.methods import METHODS
 from locum.methods.decompose import Decompose
 from locum.methods.moe_i2 import MoEI2
-from locum.plans.plan import DROPPED, KEPT, Plan, make_plan
+from locum.plans.plan import DROPPED, KEPT, Plan
 from locum.shapes import ModelShape
+from locum.stages.planning import decide
 from locum.stats.sums import Statistics
-from making.handmade import make_statistics, toy_shape, with_sums
+from making.handmade import layers_of, make_statistics, toy_shape, with_sums
 from making.slots import rank_of
 
 SHAPE = toy_shape(layers=4, experts=8)
@@ -161,7 +162,7 @@ def test_groups_floors_and_refusals_hold() -> None:
     explorer = Explorer(full)
     found = explored(explorer)
     assert found_sets(found) == [(), ()] and explorer.asked == []
-    assert MoEI2().plan(statistics_of(full, found), full, 0.5)[0].replaced == tuple(range(8))
+    assert layers_of(MoEI2(), statistics_of(full, found), full, 0.5)[0].replaced == tuple(range(8))
     layers = tuple(dataclasses.replace(layer, refuse_dropping="it says so") for layer in SHAPE.layers)
     refusing = dataclasses.replace(SHAPE, layers=layers)
     assert found_sets(explored(Explorer(refusing))) == [()] * 4
@@ -195,7 +196,7 @@ def statistics_of(shape: ModelShape, found: dict[str, dict[str, Tensor]]) -> Sta
 
 
 def plans(method: object, statistics: Statistics, shape: ModelShape, **target: float) -> Plan:
-    return meet_target(lambda amount: make_plan(shape, method.plan(statistics, shape, amount)), shape, **target)
+    return decide(method, statistics, shape, Target(**target))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,7 @@ def test_needs_follow_the_options() -> None:
 
 @pytest.mark.parametrize("options", [{"score": "none"}, {"exponent": 0.0}])
 def test_decomposing_without_statistics_gives_all_experts_one_rank(options: dict) -> None:
-    layers = Decompose(**options).plan(None, SHAPE, 0.8)
+    layers = layers_of(Decompose(**options), None, SHAPE, 0.8)
     ranks = {rank_of(slot) for layer in layers for slot in layer.slots}
     assert max(ranks) - min(ranks) <= 16 and min(ranks) >= 16
 
@@ -272,7 +273,7 @@ def test_decompose_follows_its_criterion() -> None:
     shape = toy_shape()
     statistics = make_statistics(shape)
     for score in ("reap", "frequency"):
-        for layer in Decompose(score=score, multiple=1).plan(statistics, shape, 0.5):
+        for layer in layers_of(Decompose(score=score, multiple=1), statistics, shape, 0.5):
             score_E = CRITERIA[score](statistics.layer(layer.layer))
             _, dense, _ = rank_bounds(shape.layers[0], 1, 1)
             ranks = [rank_of(slot) or dense for slot in layer.slots]

@@ -31,6 +31,7 @@ from locum.speed.bench import KIND, quartiles, results
 from locum.speed.run import STOCK, Subject, bytes_per_second, operations_per_second
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint
+from making.handmade import layers_of
 from making.tiny_models import tiny_ids, tiny_model
 
 D, F, E, K, L, V = 32, 16, 8, 2, 2, 128
@@ -111,7 +112,7 @@ def test_adapters_alone_and_nothing_at_all_are_counted(olmoe):
 )
 def test_a_routing_policy_runs_its_main_experts_alone(olmoe, vectors, numbers, products):
     shape = shape_of(olmoe)
-    apply_plan(olmoe, make_plan(shape, METHODS["compressed-experts"](vectors=vectors).plan(None, shape, 1.0)))
+    apply_plan(olmoe, make_plan(shape, layers_of(METHODS["compressed-experts"](vectors=vectors), None, shape, 1.0)))
     container = find_layers(olmoe)[0].experts
     index_TK, weight_TK = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0.6, 0.4], [0.6, 0.4]])
     found = container_work(container, torch.zeros(2, D), index_TK, weight_TK)

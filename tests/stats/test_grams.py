@@ -17,7 +17,7 @@ from locum.methods.lightmoe import LightMoE
 from locum.models.families import find_layers, read_expert
 from locum.models.sizes import shape_of
 from locum.plans.plan import make_plan
-from making.handmade import tokens_of
+from making.handmade import layers_of, tokens_of
 from making.oracles import expert_parts
 from making.tiny_models import tiny_ids, tiny_model
 
@@ -86,7 +86,7 @@ def test_whitened_experts_are_nearer_on_what_they_were_given(method: object) -> 
         model = tiny_model("olmoe")
         old = {e: read_expert(find_layers(model)[0].experts, e).map(lambda _, t: t.clone()) for e in range(8)}
         chosen = dataclasses.replace(method, start=start)
-        plan = make_plan(shape_of(model), chosen.plan(statistics, shape_of(model), 0.6))
+        plan = make_plan(shape_of(model), layers_of(chosen, statistics, shape_of(model), 0.6))
         assert ("input_gram" in plan.needs) == (start == "whitened")
         container = apply_plan(model, plan, statistics).get_submodule(plan.layers[0].layer)
         gram_EDD = statistics.layer(plan.layers[0].layer)["input_gram"]

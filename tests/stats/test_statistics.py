@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import dataclasses
 import math
 
 import pytest
@@ -11,17 +11,10 @@ import torch
 
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape, ModelShape
-from locum.stats.sums import (
-    STATISTICS,
-    RoutedEvent,
-    RouterEvent,
-    SearchEvent,
-    Statistics,
-    Sums,
-    check_needs,
-    mean_output,
-    output_variance,
-)
+from locum.stats.definitions import STATISTICS
+from locum.stats.events import RoutedEvent, RouterEvent, SearchEvent
+from locum.stats.origin import Origin
+from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
 E, D, F, K = 5, 4, 3, 2
 HEADINGS = ("Needs:", "Shapes:", "Units:", "Edges:", "Cost:", "Source:")
@@ -34,14 +27,12 @@ def model_shape(experts: int = E, layers: int = 2) -> ModelShape:
     return ModelShape("toy", tuple(shapes), 1000, 4000, 4)
 
 
-def origin(**changes: object) -> dict:
-    known = {
-        "model_fingerprint": "m",
-        "tokenizer_fingerprint": "t",
-        "data_fingerprint": "d",
-        "versions": {"torch": "2"},
-    }
-    return {**known, "shape": model_shape().to_json(), "tokens": 0, "command": "test", "seed": 0, **changes}
+ORIGIN = Origin(model_shape(), "m", "t", ("d",))
+WORDS = {"versions": {"torch": "2"}, "command": "test", "seed": 0}
+
+
+def statistics(layers: dict, **changes: object) -> Statistics:
+    return Statistics(**{"domains": ("a",), "layers": layers, "origin": ORIGIN, "tokens": 9} | changes)
 
 
 def draw(lengths: tuple[int, ...], seed: int = 0, experts: int = E) -> tuple[RouterEvent, RoutedEvent]:
@@ -76,7 +67,7 @@ def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), *
             for event in draw(lengths, seed):
                 sums.add(layer, event)
         sums.num_tokens += sum(lengths)
-    return sums.statistics(origin(**changes))
+    return sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS)
 
 
 def slow_router(event: RouterEvent) -> dict[str, object]:
@@ -187,7 +178,7 @@ def test_halves_add_up_to_the_whole() -> None:
     for layer in whole.layers:
         for name in SUMMED:
             torch.testing.assert_close(sum_.layers[layer][name], whole.layers[layer][name], rtol=1e-12, atol=1e-12)
-    assert sum_.domains == ("a",) and sum_.provenance == whole.provenance and sum_.provenance["tokens"] == 27
+    assert sum_.domains == ("a",) and sum_.provenance == whole.provenance and sum_.tokens == 27
 
 
 def test_adding_unites_domains_and_leaves_both_sides_alone() -> None:
@@ -203,9 +194,17 @@ def test_adding_unites_domains_and_leaves_both_sides_alone() -> None:
 
 
 def test_provenance_keeps_what_agrees_and_lists_what_does_not() -> None:
-    one, two = collect(1, data_fingerprint="x"), collect(2, data_fingerprint="y")
-    merged = (one + two + one).provenance
-    assert merged["data_fingerprint"] == ["x", "y"] and merged["model_fingerprint"] == "m" and merged["tokens"] == 27
+    one, two = (
+        dataclasses.replace(
+            collect(seed, data_fingerprints=(data,)), provenance={**WORDS, "seed": seed, **more}, next_block=3
+        )
+        for seed, data, more in ((1, "x", {}), (2, "y", {"note": None}))
+    )
+    merged = one + two + one
+    assert merged.origin == dataclasses.replace(ORIGIN, data_fingerprints=("x", "y"))
+    assert merged.provenance == {**WORDS, "seed": [1, 2], "note": [None]}
+    assert (merged.tokens, merged.next_block, merged.searched) == (27, None, None)
+    assert merged.words()["data_fingerprint"] == ["x", "y"] and one.words()["data_fingerprint"] == "x"
 
 
 @pytest.mark.parametrize(
@@ -223,51 +222,25 @@ def test_statistics_of_something_else_are_refused(changes: dict, words: tuple[st
 
 def test_statistics_of_another_shape_or_selection_are_refused() -> None:
     one = collect(1)
-    other = Statistics(("a",), one.layers, origin(shape=model_shape(layers=3).to_json()))
+    other = statistics(one.layers, origin=dataclasses.replace(ORIGIN, shape=model_shape(layers=3)))
     with pytest.raises(StatisticsError, match="shape is"):
         one + other
-    fewer = Statistics(("a",), {n: {"count": s["count"]} for n, s in one.layers.items()}, origin())
+    fewer = statistics({n: {"count": s["count"]} for n, s in one.layers.items()})
     with pytest.raises(StatisticsError, match=r"layer\.0 has .*gate_sum.* and count on the other"):
         one + fewer
 
 
-def test_shape_that_went_through_json_is_still_the_same() -> None:
-    one = collect(1)
-    read = Statistics(("a",), one.layers, json.loads(json.dumps(one.provenance)))
-    assert (one + read).provenance["model_fingerprint"] == "m" and read.shape == one.shape
-
-
-def test_layer_sums_domains_with_weights() -> None:
+def test_a_layer_is_summed_over_domains() -> None:
     both = collect(1, domain="a") + collect(2, domain="b")
-    named = both.layers["layer.0"]
-    assert torch.equal(both.layer("layer.0")["count"], named["count"].sum(0))
-    torch.testing.assert_close(
-        both.layer("layer.0", {"a": 0.5, "b": 2})["output_sum"],
-        0.5 * named["output_sum"][0] + 2 * named["output_sum"][1],
-    )
-    assert torch.equal(both.layer("layer.0", {"b": 1})["logit_norm"], named["logit_norm"][1])
-    layer = both.layer("layer.0")
+    layer, named = both.layer("layer.0"), both.layers["layer.0"]
+    for name in SUMMED:
+        torch.testing.assert_close(layer[name], named[name][0] + named[name][1], rtol=0, atol=0)
     assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer
-
-
-@pytest.mark.parametrize(
-    ("error", "weights", "words"),
-    [
-        (StatisticsError, {"aa": 1}, ("'aa'", "did you mean 'a'")),
-        (OptionError, {"a": -1}, ("'a'", "-1")),
-        (OptionError, {"a": math.nan}, ("'a'", "nan")),
-        (OptionError, {"a": 0}, ("all domain weights are 0",)),
-    ],
-)
-def test_bad_weights_are_refused(error: type[Exception], weights: dict, words: tuple[str, ...]) -> None:
-    with pytest.raises(error) as caught:
-        collect(1).layer("layer.0", weights)
-    assert all(word in str(caught.value) for word in words)
 
 
 def test_missing_statistic_says_what_there_is_and_how_to_get_it() -> None:
     one = collect(1)
-    few = Statistics(("a",), {n: {"count": s["count"]} for n, s in one.layers.items()}, origin())
+    few = statistics({n: {"count": s["count"]} for n, s in one.layers.items()})
     with pytest.raises(StatisticsError, match=r"layer layer\.0 has no statistic 'gate_sum'; it has: count\. Calibrate"):
         few.layer("layer.0")["gate_sum"]
     with pytest.raises(StatisticsError, match=r"layer\.7.*did you mean"):
@@ -277,11 +250,9 @@ def test_missing_statistic_says_what_there_is_and_how_to_get_it() -> None:
 def test_malformed_statistics_are_refused() -> None:
     one = collect(1)
     with pytest.raises(StatisticsError, match="2 domains"):
-        Statistics(("a", "b"), one.layers, origin())
+        statistics(one.layers, domains=("a", "b"))
     with pytest.raises(StatisticsError, match="float32"):
-        Statistics(("a",), {"layer.0": {"count": torch.ones(1, E)}}, origin())
-    with pytest.raises(StatisticsError, match="seed"):
-        Statistics(("a",), one.layers, {k: v for k, v in origin().items() if k != "seed"})
+        statistics({"layer.0": {"count": torch.ones(1, E)}})
 
 
 def test_layer_without_events_is_refused() -> None:
@@ -289,16 +260,15 @@ def test_layer_without_events_is_refused() -> None:
     for event in draw((4,)):
         sums.add("layer.0", event)
     with pytest.raises(StatisticsError, match=r"layer layer\.1 never gave what .*count"):
-        sums.statistics(origin())
+        sums.statistics(ORIGIN)
 
 
 def test_only_needed_statistics_are_collected() -> None:
     sums = Sums("a", check_needs(("count",)))
-    assert sums.wants(RoutedEvent) and not sums.wants(RouterEvent)
     for layer in ("layer.0", "layer.1"):
         for event in draw((4,)):
             sums.add(layer, event)
-    assert sums.statistics(origin()).names == ("count",)
+    assert sums.statistics(ORIGIN).names == ("count",)
     assert check_needs(None) == tuple(n for n in ALL if not STATISTICS[n].on_demand)
     assert check_needs(("count", "count")) == ("count",)
     with pytest.raises(OptionError, match="did you mean 'count'"):
@@ -309,10 +279,10 @@ def test_only_needed_statistics_are_collected() -> None:
 
 def test_grams_are_collected_on_demand_only() -> None:
     assert {name for name in ALL if STATISTICS[name].on_demand} == {"input_gram", "hidden_gram", *FOUND.found}
-    assert not Sums("a", check_needs(None)).wants_inside
-    assert check_needs(("input_gram",)) == ("input_gram",) and Sums("a", ("input_gram",)).wants_inside
+    assert {name for name in ALL if STATISTICS[name].inside} == {"input_gram", "hidden_gram"}
+    assert check_needs(("input_gram",)) == ("input_gram",)
     with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*on demand only"):
-        Statistics(("a",), {"layer.0": {}}, origin()).layer("layer.0")["input_gram"]
+        statistics({"layer.0": {}}).layer("layer.0")["input_gram"]
 
 
 def test_what_a_search_finds_is_no_sum() -> None:
@@ -322,7 +292,7 @@ def test_what_a_search_finds_is_no_sum() -> None:
     with pytest.raises(StatisticsError, match=r"no statistic 'dropped'; .* Run `locum search`"):
         one.layer("layer.0")["dropped"]
     found = {n: {**s, "dropped": FOUND.found["dropped"][None]} for n, s in one.layers.items()}
-    searched = Statistics(("a",), found, origin())
+    searched = statistics(found)
     assert torch.equal(searched.layer("layer.1")["dropped"], FOUND.found["dropped"])
     with pytest.raises(StatisticsError, match="cannot be added: dropped are what one search found"):
         searched + searched
@@ -338,7 +308,7 @@ def test_nothing_is_summed_over_domains_that_nobody_reads() -> None:
             return super().__getitem__(name)
 
     layers = {name: Unreadable(named) for name, named in one.layers.items()}
-    layer = Statistics(("a",), layers, origin()).layer("layer.0")
+    layer = statistics(layers).layer("layer.0")
     assert "input_gram" in layer and torch.equal(layer["count"], one.layer("layer.0")["count"])
 
 
@@ -346,7 +316,7 @@ def test_running_sums_are_copied_out() -> None:
     sums = Sums("a", ("count",))
     for layer in ("layer.0", "layer.1"):
         sums.add(layer, draw((4,))[1])
-    first = sums.statistics(origin())
+    first = sums.statistics(ORIGIN)
     kept = first.layers["layer.0"]["count"].clone()
     sums.add("layer.0", draw((4,))[1])
     assert torch.equal(first.layers["layer.0"]["count"], kept)
@@ -371,7 +341,7 @@ def test_variance_edges() -> None:
     sums = Sums("a", ("count", "output_sum", "output_square"))
     for layer in ("layer.0", "layer.1"):
         sums.add(layer, event)
-    variance_ED = output_variance(sums.statistics(origin()).layer("layer.0"))
+    variance_ED = output_variance(sums.statistics(ORIGIN).layer("layer.0"))
     assert variance_ED[1:].count_nonzero() == 0  # a single token, and none
     # A constant output is constant down to the rounding of its float32 squares.
     assert bool((variance_ED[0] >= 0).all()) and bool((variance_ED[0].sqrt() <= 3e-4 * out_PD[0]).all())

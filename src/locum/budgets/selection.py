@@ -6,6 +6,8 @@ Letters: E experts, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ SELECTIONS = ("adaptive", "uniform", "average")
 BUDGETS = ("uniform", "global")
 
 
-def layer_thresholds(norms_L: list[float], base: float, alpha: float, clip: float) -> list[float]:
+def layer_thresholds(norms_L: Sequence[float], base: float, alpha: float, clip: float) -> list[float]:
     """The cumulative score that may be replaced in each layer (Eq. 3, 8).
 
     threshold_j = clip(base * exp(-alpha (norm_j - 1)), (1 - clip) base, (1 + clip) base), norm_j being the mean router
@@ -36,34 +38,49 @@ def count_below(scores_E: Tensor, threshold: float) -> int:
     return min(1 + int((share_E.cumsum(0) <= threshold).sum()), scores_E.shape[0])
 
 
+def layer_scores(statistics: Statistics, shape: ModelShape, score: str) -> tuple[Tensor, ...]:
+    """[E] of every layer: what a criterion says of its experts."""
+    return tuple(CRITERIA[score](statistics.layer(layer.name)) for layer in shape.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionScores:
+    """What `select` reads of a model."""
+
+    scores_LE: Sequence[Tensor]
+    norms_L: Sequence[float]  # mean norm of a token's router logits
+
+
+def selection_scores(statistics: Statistics, shape: ModelShape, score: str) -> SelectionScores:
+    """Scores by a criterion, and how strongly every layer's router speaks. Needs logit_norm and tokens."""
+    scores_LE = layer_scores(statistics, shape, score)
+    layers = [statistics.layer(layer.name) for layer in shape.layers]
+    norms_L = tuple(float(layer["logit_norm"] / layer["tokens"].clamp(min=1)) for layer in layers)
+    return SelectionScores(scores_LE, norms_L)
+
+
 def select(
-    statistics: Statistics, shape: ModelShape, amount: float, *, selection: str, score: str, alpha: float, clip: float
-) -> list[tuple[list[int], Tensor]]:
-    """For every layer, the experts to replace (lowest score first) and all scores.
+    scored: SelectionScores, shape: ModelShape, amount: float, *, selection: str, alpha: float, clip: float
+) -> list[list[int]]:
+    """For every layer, the experts to replace, lowest score first.
 
     selection: "adaptive" (a threshold per layer), "uniform" (one threshold, clip 0), "average" (one count for all).
     `amount` is the base threshold of the paper, or the share of experts for "average".
     """
-    layers = [statistics.layer(layer.name) for layer in shape.layers]
-    scores_LE = [CRITERIA[score](layer) for layer in layers]
     if selection == "average":
         counts = [round(amount * layer.num_experts) for layer in shape.layers]
     else:
-        norms_L = [float(layer["logit_norm"] / layer["tokens"].clamp(min=1)) for layer in layers]
-        thresholds = layer_thresholds(norms_L, amount, alpha, 0.0 if selection == "uniform" else clip)
+        thresholds = layer_thresholds(scored.norms_L, amount, alpha, 0.0 if selection == "uniform" else clip)
         counts = [
             0 if amount == 0 else count_below(scores_E, threshold)
-            for scores_E, threshold in zip(scores_LE, thresholds, strict=True)
+            for scores_E, threshold in zip(scored.scores_LE, thresholds, strict=True)
         ]
-    orders = [torch.sort(scores_E, stable=True).indices.tolist() for scores_E in scores_LE]
-    return [(order[:n], scores) for order, n, scores in zip(orders, counts, scores_LE, strict=True)]
+    orders = [torch.sort(scores_E, stable=True).indices.tolist() for scores_E in scored.scores_LE]
+    return [order[:n] for order, n in zip(orders, counts, strict=True)]
 
 
-def select_lowest(
-    statistics: Statistics, shape: ModelShape, amount: float, *, score: str, budget: str
-) -> list[set[int]]:
+def select_lowest(scores_LE: Sequence[Tensor], shape: ModelShape, amount: float, budget: str) -> list[set[int]]:
     """For every layer, the lowest-scored experts: the same share of each ("uniform"), or all ranked together ("global")."""
-    scores_LE = [CRITERIA[score](statistics.layer(layer.name)) for layer in shape.layers]
     counts = uniform_counts(shape, amount) if budget == "uniform" else global_counts(scores_LE, shape, amount)
     layers = zip(scores_LE, counts, shape.layers, strict=True)
     return [set(lowest(scores_E, count, layer.num_groups)) for scores_E, count, layer in layers]

@@ -1,12 +1,10 @@
-"""How much: turning `--remove` or `--fit` into the one plan that meets it, and scores into counts per layer.
-
-Letters: E experts, L layers.
-"""
+"""How much: turning `--remove` or `--fit` into the one plan that meets it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..errors import OptionError, PlanError
 from ..plans.plan import Plan
@@ -25,41 +23,84 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def meet_target(
-    build: Callable[[float], Plan], shape: ModelShape, remove: float | None = None, fit: int | None = None
-) -> Plan:
-    """The plan that removes the fraction `remove` of the routed experts' parameters, or that fits `fit` bytes.
+@dataclass(frozen=True)
+class Target:
+    """How small: the fraction of the routed experts' parameters to remove, or the bytes that the checkpoint has to fit.
+
+    Raises OptionError unless exactly one of the two is given, and for a fraction out of range.
+    """
+
+    remove: float | None = None
+    fit: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.remove is None) == (self.fit is None):
+            raise OptionError(
+                "give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)"
+            )
+        if self.remove is not None and not 0 < self.remove < 1:
+            raise OptionError(
+                f"--remove is {self.remove:g}; it is the fraction of expert parameters to remove: above 0, below 1"
+            )
+
+    def saving(self, shape: ModelShape) -> float:
+        """Bytes that have to go: of the routed experts for `remove`, of the whole checkpoint for `fit`."""
+        if self.fit is not None:
+            return max(0, shape.bytes - self.fit)
+        return self.remove * shape.expert_parameters * shape.expert_itemsize
+
+    def excess(self, plan: Plan, shape: ModelShape) -> float:
+        """What a plan leaves too much: bytes for `fit`, a fraction for `remove`. Below 0 where it does more than asked."""
+        return plan.size(shape).bytes - self.fit if self.fit is not None else self.remove - plan.removed(shape)
+
+    def check_reached(self, plan: Plan, shape: ModelShape) -> None:
+        """Raise PlanError where the most that a method can do, this plan, is too little."""
+        if self.fit is not None and self.excess(plan, shape) > 0:
+            smallest = plan.size(shape).bytes
+            raise PlanError(
+                f"--fit {self.fit:,} bytes is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
+                f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}; allow more, or choose another method or a lower rank"
+            )
+        if self.remove is not None and self.excess(plan, shape) > 0.5 / max(s.num_experts for s in shape.layers):
+            raise PlanError(
+                f"--remove {self.remove:g} is out of reach: this method can remove {plan.removed(shape):.4f} of the expert "
+                f"parameters at best here; ask for less, or choose another method, a lower rank or fewer bases"
+            )
+
+    def check_not_passed(self, plan: Plan, shape: ModelShape) -> None:
+        """Raise PlanError where the least that a method does, this plan, removes far more than asked."""
+        if self.remove is not None and -self.excess(plan, shape) > _half_step(shape):
+            raise PlanError(
+                f"--remove {self.remove:g} is too little for this method: the least it removes here is "
+                f"{plan.removed(shape):.4f} of the expert parameters, and below that nothing at all; ask for that or more, "
+                f"or search again for fewer experts to drop"
+            )
+
+
+def check_met(plan: Plan, shape: ModelShape, target: Target) -> Plan:
+    """A plan that was made for a target. Raises PlanError, as `meet_target` does, where it does not meet it."""
+    target.check_reached(plan, shape)
+    target.check_not_passed(plan, shape)
+    return plan
+
+
+def meet_target(build: Callable[[float], Plan], shape: ModelShape, target: Target) -> Plan:
+    """The plan that meets a target, by bisection.
 
     `build(amount)` makes a plan for an amount from 0 to 1, more amount meaning less left. Plans change in steps of
     whole experts: for `remove` the nearest step is taken (as LightMoE, App. D), for `fit` the largest that fits. Where the
     first step removes much at once (the experts that a search dropped), a target far below it is refused.
-    Raises OptionError for a target out of range and PlanError, with the best that can be had, for one out of reach.
+    Raises PlanError, with the best that can be had, for a target out of reach.
     """
-    if (remove is None) == (fit is None):
-        raise OptionError("give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)")
-    if remove is not None and not 0 < remove < 1:
-        raise OptionError(
-            f"--remove is {remove:g}; it is the fraction of expert parameters to remove: above 0, below 1"
-        )
 
     def excess(plan: Plan) -> float:
-        return plan.size(shape).bytes - fit if fit is not None else remove - plan.removed(shape)
+        return target.excess(plan, shape)
 
     low, high = build(0.0), build(1.0)
-    if fit is not None and excess(low) <= 0:
+    if target.fit is not None and excess(low) <= 0:
         return low
     if excess(high) > 0:
-        if fit is not None:
-            smallest = high.size(shape).bytes
-            raise PlanError(
-                f"--fit {fit:,} bytes is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
-                f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}; allow more, or choose another method or a lower rank"
-            )
-        if excess(high) > 0.5 / max(layer.num_experts for layer in shape.layers):
-            raise PlanError(
-                f"--remove {remove:g} is out of reach: this method can remove {high.removed(shape):.4f} of the expert "
-                f"parameters at best here; ask for less, or choose another method, a lower rank or fewer bases"
-            )
+        target.check_reached(high, shape)
         return high
     a, b = 0.0, 1.0
     for _ in range(48):
@@ -69,14 +110,10 @@ def meet_target(
             a, low = middle, plan
         else:
             b, high = middle, plan
-    if fit is not None:
+    if target.fit is not None:
         return high
-    if a == 0 and min(abs(excess(low)), abs(excess(high))) > _half_step(shape):
-        raise PlanError(
-            f"--remove {remove:g} is too little for this method: the least it removes here is {high.removed(shape):.4f} of "
-            f"the expert parameters, and below that nothing at all; ask for that or more, or search again for fewer experts "
-            f"to drop"
-        )
+    if a == 0 and abs(excess(low)) > _half_step(shape):
+        target.check_not_passed(high, shape)
     return low if abs(excess(low)) < abs(excess(high)) else high
 
 

@@ -1,24 +1,36 @@
-"""Criteria: one number per expert of a layer, higher means keep. Each is one function beside its formula.
+"""Criteria: one number per expert of a layer. Each is one function beside its formula.
 
-    @criterion("my_score", paper="arXiv:NNNN.NNNNN", needs=("count", "output_norm"))
+    @criterion("my_score", paper="arXiv NNNN.NNNNN (Name)", needs=("count", "output_norm"))
     def my_score(layer: LayerStatistics) -> Tensor: ...
 
-is all it takes to add one: calibration then knows what to collect, and the conformance tests run over it.
+is all it takes to add one: calibration then knows what to collect, and the conformance tests run over it. The decorator
+says the name, the paper and the statistics. What holds for every criterion is said here, and nowhere else:
 
-In the formulas: t is a token, e an expert, T_e the tokens that selected e, n_e = |T_e|, g_t,e the gate that the model
-multiplies the output with, f_e(x_t) the output before the gate. Letters: E experts, D model width.
+    Shapes    it returns (E,) float64, all finite.
+    Order     higher means keep; equal values tie, and plans break ties by the lower index.
+    Edges     a never-routed expert gets 0, the lowest value; a layer without tokens gets 0 everywhere.
+    Units     values are comparable within a layer.
+    Raises    StatisticsError where a needed statistic was not collected, or a value is not finite.
+    Cost      its statistics; E numbers per layer and one pass over what they read.
+
+A docstring has one sentence, the formula S_e = ..., its Units, and under Edges, Cost and Differs (from the paper) what is
+special.
+
+In the formulas: t is a token, e an expert, T_e the tokens that selected e, n_e = |T_e|, g_t,e the router weight that the
+model multiplies the output with, f_e(x_t) the output before it. Letters: E experts, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import StatisticsError
 from ..registry import Registry
-from ..stats.sums import STATISTICS, LayerStatistics
+from ..stats.definitions import STATISTICS
+from ..stats.sums import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Criterion:
     """A named score. Calling it gives [E] float64, all finite; higher means keep."""
 
     name: str
-    paper: str  # where its formula is from: an arXiv id, or a word on its origin
+    paper: str  # where its formula is from: "arXiv NNNN.NNNNN (Name)", or "no paper (why)"
     needs: tuple[str, ...]  # names of statistics
     score: Callable[[LayerStatistics], Tensor]
 
@@ -53,8 +65,3 @@ def criterion(name: str, paper: str, needs: tuple[str, ...]) -> Callable[[Callab
         return score
 
     return register
-
-
-def needs_of(names: Iterable[str]) -> tuple[str, ...]:
-    """The statistics that these criteria read, each once."""
-    return tuple(dict.fromkeys(need for name in names for need in CRITERIA[name].needs))

@@ -9,61 +9,45 @@ from ..stats.sums import LayerStatistics
 from .criterion import criterion
 
 
-@criterion("frequency", paper="arXiv:2404.05089", needs=("count",))
+@criterion("frequency", paper="arXiv 2404.05089 (SEER-MoE)", needs=("count",))
 def frequency(layer: LayerStatistics) -> Tensor:
     """How often an expert is selected: the baseline that every other criterion has to beat.
 
     S_e = n_e
 
-    Needs:    count; routed tokens.
-    Shapes:   returns (E,) float64.
-    Units:    tokens; comparable within a layer, and across layers with equal top-k and number of experts.
-    Order:    higher means keep.
-    Edges:    a never-routed expert gets 0, the lowest value; equal counts tie.
-    Raises:   StatisticsError if count was not collected.
-    Cost:     E numbers per layer.
-    Source:   SEER-MoE ("actual" heavy hitters), arXiv 2404.05089; the same as EUF of MC-Suite, arXiv 2504.05586.
-              Differs: SEER-MoE also ranks over all layers at once; here a plan decides over which experts to rank.
+    Units:    tokens; comparable across layers too where top-k and the number of experts are equal.
+    Differs:  SEER-MoE ("actual" heavy hitters) also ranks over all layers at once; here a plan decides over which
+              experts to rank. EUF of MC-Suite, arXiv 2504.05586, is the same.
     """
     return layer["count"].clone()
 
 
-@criterion("gate", paper="arXiv:2603.12645", needs=("gate_sum",))
+@criterion("gate", paper="arXiv 2603.12645 (LightMoE)", needs=("gate_sum",))
 def gate(layer: LayerStatistics) -> Tensor:
-    """The share of the layer's gate weight that went to an expert: LightMoE's importance score.
+    """The share of the layer's router weight that went to an expert: LightMoE's importance score (Eq. 2).
 
     S_e = G_e / sum_i G_i,  G_e = sum_{t in T_e} g_t,e
 
-    Needs:    gate_sum; routed tokens.
-    Shapes:   returns (E,) float64, at least 0, with sum 1 (all 0 without tokens).
-    Units:    a fraction of the layer; comparable within a layer.
-    Order:    higher means keep.
-    Edges:    a never-routed expert gets 0, the lowest value; equal sums tie.
-    Raises:   StatisticsError if gate_sum was not collected.
-    Cost:     E numbers per layer.
-    Source:   LightMoE, arXiv 2603.12645, Eq. 2. Differs: the paper does not say whether G(x) is masked to the selected
-              experts. Here it is, as in the paper's Eq. 1; `gate_softmax` is the other reading. Without the division it
-              is the soft frequency of REAP's code (weighted_expert_frequency_sum), with the same order.
+    Units:    a fraction of the layer: at least 0, with sum 1 (all 0 without tokens).
+    Differs:  the paper does not say whether G(x) is masked to the selected experts. Here it is, as in the paper's Eq. 1;
+              `gate_softmax` is the other reading. Without the division it is the soft frequency of REAP's code
+              (weighted_expert_frequency_sum), with the same order.
     """
     return _share(layer["gate_sum"])
 
 
-@criterion("gate_softmax", paper="arXiv:2404.05089", needs=("softmax_sum",))
+@criterion("gate_softmax", paper="arXiv 2404.05089 (SEER-MoE)", needs=("softmax_sum",))
 def gate_softmax(layer: LayerStatistics) -> Tensor:
     """The share of the router's probability that went to an expert, whether it was selected or not.
 
     S_e = P_e / sum_i P_i,  P_e = sum_t softmax(logits_t)_e
 
-    Needs:    softmax_sum; router logits of all tokens.
-    Shapes:   returns (E,) float64, at least 0, with sum 1 (all 0 without tokens).
-    Units:    a fraction of the layer; comparable within a layer.
-    Order:    higher means keep.
-    Edges:    a never-routed expert gets a positive value and can rank above a routed one; equal sums tie. For a sigmoid
-              router this is not what the model computes; prefer `gate` there.
-    Raises:   StatisticsError if softmax_sum was not collected.
-    Cost:     E numbers per layer, one softmax over all experts per token.
-    Source:   SEER-MoE ("soft" heavy hitters), arXiv 2404.05089; Expert Drop, arXiv 2406.02500; the unmasked reading of
-              LightMoE's Eq. 2, arXiv 2603.12645. Differs: Expert Drop takes masked gates for DeepSeek.
+    Units:    a fraction of the layer: at least 0, with sum 1 (all 0 without tokens).
+    Edges:    a never-routed expert gets a positive value and can rank above a routed one. For a sigmoid router this is
+              not what the model computes; prefer `gate` there.
+    Cost:     one softmax over all experts per token.
+    Differs:  SEER-MoE calls it "soft" heavy hitters. Expert Drop, arXiv 2406.02500, has it too, with masked weights for
+              DeepSeek; it is the unmasked reading of LightMoE's Eq. 2, arXiv 2603.12645.
     """
     return _share(layer["softmax_sum"])
 

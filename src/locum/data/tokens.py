@@ -268,6 +268,16 @@ def _fingerprint(batch: Batch, domains: tuple[str, ...]) -> str:
     return fingerprint(json.dumps([*domains, *batch.ids_BS.shape]), *(tensor.numpy().tobytes() for tensor in tensors))
 
 
+def check_vocabulary(tokens: Batch, vocabulary: int) -> None:
+    """Raise DataError for a token id that a model with so many does not embed."""
+    largest = int(tokens.ids_BS.max())
+    if largest >= vocabulary:
+        raise DataError(
+            f"the data has token id {largest}, but the model embeds ids 0 to {vocabulary - 1}; tokenise it with the model's "
+            f"own tokenizer"
+        )
+
+
 def take(tokens: Batch, index_B: torch.Tensor) -> Batch:
     """The blocks with these indices."""
     return Batch(**{field.name: getattr(tokens, field.name)[index_B] for field in fields(Batch)})

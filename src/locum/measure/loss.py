@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.tokens import Batch, Tokens, batches
+from ..data.tokens import Batch, Tokens, batches, check_vocabulary
 from ..errors import LocumError, OptionError, UnsupportedModel
 from .memory import peak_bytes
 from .rows import Row
@@ -96,11 +96,8 @@ def _vocabulary(model: Any) -> int:
 def _check(model: Any, against: Any, tokens: Tokens, batch_size: int, resamples: int) -> None:
     if batch_size < 1 or resamples < 1:
         raise OptionError(f"batch_size is {batch_size} and resamples {resamples}; both must be 1 or more")
-    largest, size = int(tokens.ids_BS.max()), _vocabulary(model)
-    if largest >= size:
-        raise OptionError(
-            f"token id {largest} is outside the model's vocabulary of {size}; use the tokenizer that belongs to it"
-        )
+    size = _vocabulary(model)
+    check_vocabulary(tokens, size)
     if against is not None and _vocabulary(against) != size:
         raise OptionError(
             f"the model has a vocabulary of {size} and the original one of {_vocabulary(against)}; "

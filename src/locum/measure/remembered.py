@@ -29,7 +29,7 @@ KEY_BYTES = 16
 
 
 class RememberedAnswers:
-    """The questions of `explorer`, each put to it once. `identity` says what the answers depend on.
+    """Caches an explorer's results. `identity` says what they depend on.
 
     With a `path`, answers found there are used if they were given under the same identity, and new ones are written
     there every `SAVE_EVERY` seconds and by `save`.

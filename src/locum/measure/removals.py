@@ -62,12 +62,22 @@ def draw_sample(tokens: Tokens, sample: int, seed: int) -> Batch:
         of_it_B = tokens.domain_B[order_B] == domain
         ranks_B[of_it_B] = torch.arange(int(of_it_B.sum()))
     chosen_B = order_B[torch.argsort(ranks_B, stable=True)][: max(1, sample // width)]
-    return Batch(**{k: v if k == "domain_B" else v[:, :width] for k, v in vars(take(tokens, chosen_B)).items()})
+    blocks = take(tokens, chosen_B)
+    return Batch(
+        ids_BS=blocks.ids_BS[:, :width],
+        loss_mask_BS=blocks.loss_mask_BS[:, :width],
+        attention_BS=blocks.attention_BS[:, :width],
+        bytes_BS=blocks.bytes_BS[:, :width],
+        domain_B=blocks.domain_B,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's sample: what tells a candidate's error without running an expert. With a rule, in its order."""
+    """Gram matrices of expert outputs on one layer's sample, so that no expert runs for a candidate.
+
+    Where a rule of the router was found, experts are in each token's order of preference.
+    """
 
     calls: tuple[Call, ...]  # of the block that holds the layer, one for every batch
     gram_TEE: Tensor  # float64
@@ -177,8 +187,7 @@ class ModelExplorer:
 
         Raises PlanError where the model could not be made without them (see `Plan.validate`).
         """
-        gone = {name: set(range(layer.num_experts)) for name, layer in ((x.name, x) for x in self.shape.layers)}
-        gone = {name: gone[name] - set(self.alive[name].tolist()) for name in gone}
+        gone = {x.name: set(range(x.num_experts)) - set(self.alive[x.name].tolist()) for x in self.shape.layers}
         for name, removed_E in removed.items():
             self._checked(name, removed_E[None])
             gone[name] |= set(removed_E.nonzero().squeeze(1).tolist())

@@ -1,48 +1,90 @@
-"""Compression methods: each file registers one, as a frozen dataclass of options with `needs()` and `plan(...)`.
+"""Compression methods: each file registers one, as a frozen dataclass of options that decides in two steps.
 
-    plan(statistics, shape, amount) -> list[LayerPlan]      numbers in, slots out; amount from 0 (nothing) to 1 (most)
+    score_experts(statistics, shape, weights) -> scored     once: reads statistics, and weights where the method declares it
+    plan(scored, shape, amount) -> [LayerPlan]              for any amount from 0 (nothing) to 1 (most): cheap, reads nothing else
 
-A method that has to try removals on the model itself also has `explore(explorer, progress)`, which finds statistics
-that its `plan` then reads; `locum search` runs it and writes them to a file, so one search serves any target. Its
-`searched_with` names the options that the search reads; plans take them from the file.
+The search for a target calls `plan` some fifty times and `score_experts` once. What `scored` is, is the method's own. Every
+method has `score_experts` and `plan`, and may have more:
+
+    reads_weights    `score_experts` gets a reader of the experts' weights, one layer at a time (least squares, clustering)
+    plan_for         a `TargetMethod` plans for a target itself: an integer program, a dynamic programme over bytes
+    explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
+                     which `score_experts` then reads: one search serves any target
 
 A method `saves` "stored" parameters, so that --remove or --fit says how many, or "active" ones, which its own options
 say. One that needs no statistics plans from a checkpoint's shape alone.
 
-What a plan's slots mean in weights is in `stand_ins.py`, the same for all methods. Other packages offer methods under
-the entry-point group "locum.methods".
+What a plan's slots mean in weights is the same for all methods. Other packages offer methods under the entry-point
+group "locum.methods".
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from ..budgets.target import Target
+from ..experts.weights import ExpertWeights
 from ..plans.plan import LayerPlan
 from ..registry import Registry, import_modules
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
 
+Scored = TypeVar("Scored")
+Weights = Callable[[str], Callable[[int], ExpertWeights]]  # weights(layer)(e): expert e of one layer
 
-class Method(Protocol):
-    """What the rest of Locum needs of a method."""
 
+class Method(Protocol[Scored]):
+    """What the rest of Locum needs of a method. The decorator `method` sets the first four."""
+
+    name: str
+    paper: str
     saves: str
+    reads_weights: bool
 
     def needs(self) -> tuple[str, ...]:
-        """Statistics that planning and building read."""
+        """Statistics that scoring and building read."""
         ...
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        """`statistics` is None where the method needs none and none are there."""
+    def score_experts(self, statistics: Statistics | None, shape: ModelShape, weights: Weights | None = None) -> Scored:
+        """Everything that plans are made from, whatever the amount. Called once.
+
+        `statistics` is None where the method needs none and none are there, `weights` where it does not read them.
+        """
+        ...
+
+    def plan(self, scored: Scored, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        """A plan for every layer. The same arguments give the same plan; `scored` is not changed."""
+        ...
+
+
+@runtime_checkable
+class TargetMethod(Method[Scored], Protocol[Scored]):
+    """A method that plans for a target itself; its `plan` then is for amounts that people ask for, not for a search."""
+
+    def plan_for(self, scored: Scored, shape: ModelShape, target: Target) -> list[LayerPlan]:
+        """The plan for a target (budgets/target.py). What it gives is checked against the target."""
+        ...
+
+
+@runtime_checkable
+class SearchingMethod(Method[Scored], Protocol[Scored]):
+    """A method that tries removals on the model."""
+
+    searched_with: tuple[str, ...]  # options that the search reads; plans take them from what was searched
+    seed: int  # of the search
+
+    def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:
+        """By layer and name, the values of the statistics that the search finds. The model may end up pruned."""
         ...
 
 
 class Explorer(Protocol):
-    """A live model on which removals can be tried; `explore.py` has the real one. Letters: C candidates, E experts."""
+    """A live model on which removals can be tried; measure/removals.py has the real one. Letters: C candidates, E
+    experts."""
 
     shape: ModelShape  # of the original model
 
@@ -68,14 +110,19 @@ class Explorer(Protocol):
         ...
 
 
-METHODS: Registry[type[Any]] = Registry("method", "locum.methods")
+METHODS: Registry[type[Method]] = Registry("method", "locum.methods")
 
 
-def method(name: str, paper: str, saves: str = "stored") -> Callable[[type], type]:
-    """Register a method under the name its paper gives it, and say what it saves: "stored" or "active" parameters."""
+def method(
+    name: str, paper: str, saves: str = "stored", reads_weights: bool = False
+) -> Callable[[type[Method]], type[Method]]:
+    """Register a method under the name its paper gives it.
 
-    def register(cls: type) -> type:
-        cls.name, cls.paper, cls.saves = name, paper, saves
+    It `saves` "stored" or "active" parameters. One that `reads_weights` plans only where the checkpoint is at hand.
+    """
+
+    def register(cls: type[Method]) -> type[Method]:
+        cls.name, cls.paper, cls.saves, cls.reads_weights = name, paper, saves, reads_weights
         return METHODS.add(name, cls)
 
     return register

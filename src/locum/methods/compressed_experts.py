@@ -10,10 +10,10 @@ from ..options import option
 from ..plans.plan import KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
-@method("compressed-experts", paper="arXiv 2503.00634", saves="active")
+@method("compressed-experts", paper="arXiv 2503.00634 (Compressed Experts)", saves="active")
 @dataclass(frozen=True)
 class CompressedExperts:
     """Run only the main experts of those that the router selects; the others modulate what these read.
@@ -37,7 +37,10 @@ class CompressedExperts:
     def needs(self) -> tuple[str, ...]:
         return ()
 
-    def plan(self, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
+    def score_experts(self, statistics: Statistics | None, shape: ModelShape, weights: Weights | None = None) -> None:
+        return None  # no expert is better than another
+
+    def plan(self, scored: None, shape: ModelShape, amount: float) -> list[LayerPlan]:
         return [
             LayerPlan(layer.name, (KEPT,) * layer.num_experts, routing=self._routing(layer)) for layer in shape.layers
         ]

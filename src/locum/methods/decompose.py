@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..budgets.ranks import allocate_ranks, rank_bounds, rank_shares
+from ..budgets.selection import layer_scores
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option
 from ..plans.plan import KEPT, LayerPlan, Slot, stand_in
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LowRank:
         return [KEPT if rank == dense else stand_in(rank=rank, start=self.start) for rank in ranks]
 
 
-@method("decompose", paper="arXiv 2411.01016 (its second stage alone)")
+@method("decompose", paper="arXiv 2411.01016 (MoE-I2)")
 @dataclass(frozen=True)
 class Decompose(LowRank):
     """Decompose every expert into low-rank factors, with more rank for experts that matter more.
@@ -63,13 +64,15 @@ class Decompose(LowRank):
         scored = self.score != "none" and self.exponent > 0
         return (*(CRITERIA[self.score].needs if scored else ()), *STARTS[self.start].needs)
 
-    def plan(self, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        return [
-            LayerPlan(layer.name, tuple(self.low_rank_slots(self._importance(statistics, layer), layer, amount)))
-            for layer in shape.layers
-        ]
-
-    def _importance(self, statistics: Statistics | None, layer: LayerShape) -> Tensor:
+    def score_experts(
+        self, statistics: Statistics | None, shape: ModelShape, weights: Weights | None = None
+    ) -> tuple[Tensor, ...]:
         if self.score == "none" or self.exponent == 0:
-            return torch.ones(layer.num_experts, dtype=torch.float64)
-        return CRITERIA[self.score](statistics.layer(layer.name))
+            return tuple(torch.ones(layer.num_experts, dtype=torch.float64) for layer in shape.layers)
+        return layer_scores(statistics, shape, self.score)
+
+    def plan(self, scored: tuple[Tensor, ...], shape: ModelShape, amount: float) -> list[LayerPlan]:
+        return [
+            LayerPlan(layer.name, tuple(self.low_rank_slots(importance_E, layer, amount)))
+            for layer, importance_E in zip(shape.layers, scored, strict=True)
+        ]

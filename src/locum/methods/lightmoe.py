@@ -6,25 +6,34 @@ Letters: E experts, D model width.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from ..budgets.selection import SELECTIONS, mass_weights, select
+from ..budgets.selection import SELECTIONS, SelectionScores, mass_weights, select, selection_scores
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option
 from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import LayerStatistics, Statistics, mean_output
-from . import method
+from . import Weights, method
 
 GROUPINGS = ("dominant", "kmeans")
 
 
-@method("lightmoe", paper="arXiv 2603.12645")
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What selection and grouping read."""
+
+    ranking: SelectionScores
+    alike_L: Sequence[Tensor]  # of every layer, what its experts are grouped by
+
+
+@method("lightmoe", paper="arXiv 2603.12645 (LightMoE)")
 @dataclass(frozen=True)
 class LightMoE:
     """Replace the experts that carry little gate mass by M shared bases per layer plus a rank-r adapter each.
@@ -57,28 +66,24 @@ class LightMoE:
         similarity = ("output_sum", "count") if self.grouping == "kmeans" else ("logit_cosine", "samples")
         return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity, *STARTS[self.start].needs)
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        selected = select(
-            statistics,
-            shape,
-            amount,
-            selection=self.selection,
-            score=self.score,
-            alpha=self.alpha,
-            clip=self.clip,
-        )
-        return [
-            self._layer(layer, statistics.layer(layer.name), candidates, scores_E)
-            for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True)
-        ]
+    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
+        alike = routing_likeness if self.grouping == "dominant" else mean_output
+        alike_L = tuple(alike(statistics.layer(layer.name)) for layer in shape.layers)
+        return Scores(selection_scores(statistics, shape, self.score), alike_L)
 
-    def _layer(self, shape: LayerShape, layer: LayerStatistics, candidates: list[int], scores_E: Tensor) -> LayerPlan:
+    def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        how = {"selection": self.selection, "alpha": self.alpha, "clip": self.clip}
+        selected = select(scored.ranking, shape, amount, **how)
+        layers = zip(shape.layers, scored.alike_L, selected, scored.ranking.scores_LE, strict=True)
+        return [self._layer(*layer) for layer in layers]
+
+    def _layer(self, shape: LayerShape, alike: Tensor, candidates: list[int], scores_E: Tensor) -> LayerPlan:
         whole = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
         num_bases = min(self.bases, len(candidates) - 1)
         if num_bases < 1:
             return whole
         group = group_by_dominance if self.grouping == "dominant" else group_by_kmeans
-        groups = [sorted(members) for members in group(layer, candidates, scores_E, num_bases) if members]
+        groups = [sorted(members) for members in group(alike, candidates, scores_E, num_bases) if members]
         rank = min(self.rank, shape.hidden_size, shape.expert_width)
         start = self.start if rank else "gaussian"
         slots = [KEPT] * shape.num_experts
@@ -90,21 +95,25 @@ class LightMoE:
         return plan if plan.parameters(shape) < whole.parameters(shape) else whole
 
 
+def routing_likeness(layer: LayerStatistics) -> Tensor:
+    """[E, E] mean over samples of the cosine of two experts' router logits."""
+    return layer["logit_cosine"] / layer["samples"].clamp(min=1)
+
+
 def group_by_dominance(
-    layer: LayerStatistics, candidates: list[int], scores_E: Tensor, num_bases: int
+    similarity_EE: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int
 ) -> list[list[int]]:
     """One group per dominant expert (the highest-scored candidates); the others join the one most alike in routing."""
     dominant = candidates[-num_bases:][::-1]  # candidates come lowest score first
-    similarity_EE = layer["logit_cosine"] / layer["samples"].clamp(min=1)
     groups = {d: [d] for d in dominant}
     for e in candidates[:-num_bases]:
         groups[max(dominant, key=lambda d: (float(similarity_EE[e, d]), -dominant.index(d)))].append(e)
     return list(groups.values())
 
 
-def group_by_kmeans(layer: LayerStatistics, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
+def group_by_kmeans(mean_ED: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
     """Groups by k-means (fixed seed) on the experts' mean outputs, as HC-SMoE's k-means variant (arXiv 2410.08589)."""
-    points, point_of = np.unique(mean_output(layer)[candidates].numpy(), axis=0, return_inverse=True)
+    points, point_of = np.unique(mean_ED[candidates].numpy(), axis=0, return_inverse=True)
     with warnings.catch_warnings(action="ignore"):  # a cluster that became empty is one base fewer
         _, labels = kmeans2(points, min(num_bases, len(points)), minit="++", rng=0)
     return [[e for e, p in zip(candidates, point_of, strict=True) if labels[p] == b] for b in range(num_bases)]

@@ -5,7 +5,7 @@ Letters: C candidates, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,13 +19,21 @@ from ..options import option
 from ..plans.plan import DROPPED, KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
 from ..stats.sums import Statistics
-from . import Explorer, method
+from . import Explorer, Weights, method
 from .decompose import LowRank
 
 IMPORTANCE = ("output", "loss")
 
 
-@method("moe-i2", paper="arXiv 2411.01016")
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What the search found of every layer."""
+
+    left_L: Sequence[list[int]]  # the experts that it did not drop
+    importance_L: Sequence[Tensor]  # what each of these is worth; all alike where nobody asks
+
+
+@method("moe-i2", paper="arXiv 2411.01016 (MoE-I2)")
 @dataclass(frozen=True)
 class MoEI2(LowRank):
     """Prune the experts that a search misses least, then decompose the others, with more rank for what matters more.
@@ -130,13 +138,18 @@ class MoEI2(LowRank):
         )
         return [members for members, _ in sets]
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        return [self._layer(statistics, layer, amount) for layer in shape.layers]
+    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Found:
+        layers = [statistics.layer(layer.name) for layer in shape.layers]
+        left_L = [(layer["dropped"] == 0).nonzero().flatten().tolist() for layer in layers]
+        if not self.decompose:
+            return Found(left_L, [torch.ones(len(left)) for left in left_L])
+        return Found(left_L, [layer["pruned_importance"][left] for layer, left in zip(layers, left_L, strict=True)])
 
-    def _layer(self, statistics: Statistics, shape: LayerShape, amount: float) -> LayerPlan:
-        layer = statistics.layer(shape.name)
-        left = (layer["dropped"] == 0).nonzero().flatten().tolist()
-        importance_E = layer["pruned_importance"][left] if self.decompose else None
+    def plan(self, scored: Found, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        layers = zip(shape.layers, scored.left_L, scored.importance_L, strict=True)
+        return [self._layer(*layer, amount) for layer in layers]
+
+    def _layer(self, shape: LayerShape, left: list[int], importance_E: Tensor, amount: float) -> LayerPlan:
         if amount == 0:
             return LayerPlan(shape.name, (KEPT,) * shape.num_experts)
         slots = self.low_rank_slots(importance_E, shape, amount) if self.decompose else [KEPT] * len(left)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budgets.selection import BUDGETS, select_lowest
+from torch import Tensor
+
+from ..budgets.selection import BUDGETS, layer_scores, select_lowest
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import KEPT, LayerPlan, stand_in
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
-@method("mone", paper="arXiv 2507.00390")
+@method("mone", paper="arXiv 2507.00390 (MoNE)")
 @dataclass(frozen=True)
 class MoNE:
     """Replace the least variable, least used experts by their mean output on the calibration tokens.
@@ -31,8 +33,13 @@ class MoNE:
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, "output_sum", "count")
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        taken = select_lowest(statistics, shape, amount, score=self.score, budget=self.budget)
+    def score_experts(
+        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
+    ) -> tuple[Tensor, ...]:
+        return layer_scores(statistics, shape, self.score)
+
+    def plan(self, scored: tuple[Tensor, ...], shape: ModelShape, amount: float) -> list[LayerPlan]:
+        taken = select_lowest(scored, shape, amount, self.budget)
         return [
             LayerPlan(
                 layer.name,

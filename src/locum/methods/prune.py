@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budgets.selection import BUDGETS, select_lowest
+from torch import Tensor
+
+from ..budgets.selection import BUDGETS, layer_scores, select_lowest
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import DROPPED, KEPT, LayerPlan
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
-@method("prune", paper="arXiv 2510.13999 (REAP) and the papers of its criteria")
+@method("prune", paper="arXiv 2510.13999 (REAP)")
 @dataclass(frozen=True)
 class Prune:
     """Drop the lowest-scored experts of every layer.
@@ -34,8 +36,13 @@ class Prune:
     def needs(self) -> tuple[str, ...]:
         return CRITERIA[self.score].needs
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        taken = select_lowest(statistics, shape, amount, score=self.score, budget=self.budget)
+    def score_experts(
+        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
+    ) -> tuple[Tensor, ...]:
+        return layer_scores(statistics, shape, self.score)
+
+    def plan(self, scored: tuple[Tensor, ...], shape: ModelShape, amount: float) -> list[LayerPlan]:
+        taken = select_lowest(scored, shape, amount, self.budget)
         return [
             LayerPlan(layer.name, tuple(DROPPED if e in chosen else KEPT for e in range(layer.num_experts)))
             for layer, chosen in zip(shape.layers, taken, strict=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budgets.selection import SELECTIONS, mass_weights, select
+from ..budgets.selection import SELECTIONS, SelectionScores, mass_weights, select, selection_scores
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option
 from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from . import method
+from . import Weights, method
 
 
-@method("replace", paper="arXiv 2603.12645, section 4.1 (its baselines)")
+@method("replace", paper="arXiv 2603.12645 (LightMoE)")
 @dataclass(frozen=True)
 class Replace:
     """Put a rank-r adapter in place of each less important expert, over one shared base per layer or over nothing.
@@ -47,19 +47,17 @@ class Replace:
             *(STARTS[self.start].needs if self.start in STARTS else ()),
         )
 
-    def plan(self, statistics: Statistics, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        selected = select(
-            statistics,
-            shape,
-            amount,
-            selection=self.selection,
-            score=self.score,
-            alpha=self.alpha,
-            clip=self.clip,
-        )
+    def score_experts(
+        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
+    ) -> SelectionScores:
+        return selection_scores(statistics, shape, self.score)
+
+    def plan(self, scored: SelectionScores, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        how = {"selection": self.selection, "alpha": self.alpha, "clip": self.clip}
+        selected = select(scored, shape, amount, **how)
         start = self.start if self.start != "default" else "gaussian" if self.shared else "svd"
         plans = []
-        for layer, (candidates, scores_E) in zip(shape.layers, selected, strict=True):
+        for layer, candidates, scores_E in zip(shape.layers, selected, scored.scores_LE, strict=True):
             rank = min(self.rank, layer.hidden_size, layer.expert_width)
             slot = stand_in(base=0 if self.shared else None, rank=rank, start=start)
             chosen = sorted(candidates)

@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import UnsupportedModel
 from ..kernels.grouped import grouped_linear
-from ..stats.sums import RoutedEvent
+from ..stats.events import RoutedEvent
 from .families import MoeLayer, find_layers, is_stock_experts
 
 if TYPE_CHECKING:

@@ -384,7 +384,7 @@ def _origin_section(found: Inputs) -> str:
         if plan.provenance:
             parts += [f"<h3>Plan {escape(identity)}</h3>", _fact_table(_facts(_distinct([plan.provenance])))]
     for statistics in found.statistics.values():
-        parts += ["<h3>Statistics</h3>", _fact_table(_facts(_distinct([statistics.provenance])))]
+        parts += ["<h3>Statistics</h3>", _fact_table(_facts(_distinct([statistics.words()])))]
     for log in found.logs.values():
         if log.start:
             parts += [f"<h3>Recovery of {escape(log.name)}</h3>", _fact_table(_facts(_distinct([log.start])))]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
+
+from transformers import PreTrainedModel
 
 from ..checkpoints.convert import check_openable
 from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
-from ..data.tokens import fingerprint_tokenizer, load_tokens
+from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import StatisticsError
 from ..files import check_output
 from ..measure.calibration import calibrate as calibrate_model
+from ..measure.calibration import check_start, origin_of
+from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
-from ..stats.sums import Statistics, check_needs, check_same_origin
+from ..stats.sums import Statistics, check_needs
 from .options import (
     BatchSize,
     Data,
@@ -60,53 +64,71 @@ def calibrate(
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     check_number("batch-size", batch_size, 1)
-    needs = check_needs((*check_needs(None), *([also] if isinstance(also, str) else also)))
+    needs = with_defaults([also] if isinstance(also, str) else also)
     device = device_of(device)
-    shape = read_shape(model)
+    read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
-    tokenizer = load_tokenizer(model)
-    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
-    origin = {
-        "model_fingerprint": fingerprint_checkpoint(model),
-        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
-        "shape": shape.to_json(),
-        "model": str(model),
-        "sources": list(blocks.sources),
-        "seed": seed,
-    }
-    partial = out.with_name(f".{out.name}.partial")
-    statistics = calibrate_model(
-        open_model(model, device=device),
-        blocks,
-        batch_size=batch_size,
-        needs=needs,
-        provenance=origin,
-        progress=lambda done, total: progress("calibrate", done, total),
-        on_batch=lambda so_far, block: _save_partial(so_far, block, partial),
-        start=_load_partial(partial, origin, blocks.fingerprint, needs),
-    )
+    subject = prepare(model, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
+    statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
-    partial.unlink(missing_ok=True)
+    partial_of(out).unlink(missing_ok=True)
     return statistics
 
 
-def _save_partial(statistics: Statistics, next_block: int, path: Path) -> None:
-    marked = dataclasses.replace(statistics, provenance={**statistics.provenance, "next_block": next_block})
-    save_statistics(marked, path)
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and the text that it is looked at with, for calibration and for search."""
+
+    live: PreTrainedModel
+    blocks: Tokens
+    origin: Origin
+    words: dict[str, object]  # for provenance
 
 
-def _load_partial(
-    path: Path, origin: dict[str, Any], data_fingerprint: str, needs: tuple[str, ...]
-) -> tuple[Statistics, int] | None:
-    """What an interrupted run with the same model, data and needs left behind, if anything."""
+def prepare(
+    model: Path, data: Sequence[str], *, split: str, length: int, tokens: int, seed: int, device: str
+) -> Subject:
+    """Tokenise the text, then load the model."""
+    tokenizer = load_tokenizer(model)
+    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
+    words = {"model": str(model), "sources": list(blocks.sources), "seed": seed}
+    fingerprints = fingerprint_checkpoint(model), fingerprint_tokenizer(tokenizer)
+    live = open_model(model, device=device)
+    return Subject(live, blocks, origin_of(live, blocks, *fingerprints), words)
+
+
+def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: int, progress: Progress) -> Statistics:
+    """The pass. What it has now and then is in a file beside `out`, from which it goes on."""
+    partial = partial_of(out)
+    return calibrate_model(
+        subject.live,
+        subject.blocks,
+        batch_size=batch_size,
+        needs=needs,
+        origin=subject.origin,
+        provenance=subject.words,
+        progress=lambda done, total: progress("calibrate", done, total),
+        on_batch=lambda so_far: save_statistics(so_far, partial),
+        start=_left_behind(partial, subject, needs),
+    )
+
+
+def with_defaults(also: Sequence[str]) -> tuple[str, ...]:
+    """The statistics that calibration collects anyway, and these."""
+    return check_needs((*check_needs(None), *also))
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _left_behind(path: Path, subject: Subject, needs: tuple[str, ...]) -> Statistics | None:
+    """What an interrupted pass with the same model, data and needs left behind, if anything."""
     if not path.is_file():
         return None
-    statistics = load_statistics(path)
     try:
-        check_same_origin(statistics.provenance, origin)
+        start = load_statistics(path)
+        check_start(start, subject.origin, needs, len(subject.blocks))
     except StatisticsError:
         return None
-    if statistics.provenance["data_fingerprint"] != data_fingerprint or set(statistics.names) != set(needs):
-        return None
-    provenance = {k: v for k, v in statistics.provenance.items() if k != "next_block"}
-    return dataclasses.replace(statistics, provenance=provenance), statistics.provenance["next_block"]
+    return start

@@ -11,6 +11,7 @@ from ..data.documents import parse_sources
 from ..errors import PlanError
 from ..files import check_output
 from ..measure.removals import SAMPLE
+from ..methods import SearchingMethod
 from ..options import make_options
 from ..plans.plan import Plan, with_provenance
 from ..stats.statistics_file import load_statistics
@@ -79,24 +80,24 @@ def compress(
     if recover is not None:
         check_number("recover-steps", recover_steps, 1)
         check_recovery(make_options(Recovery, recovery))
-    check_target(remove, fit, read_shape(model), chosen)
+    check_target(remove, fit, method=chosen, shape=read_shape(model))
     asked = {"method": method, "remove": remove, "fit": fit, **options}
     shared = {"seed": seed, "force": force, "progress": progress}
     training = None if recover is None else {"data": data, "device": device, **recovery}
     if not chosen.needs():
         return _finish(model, plan([model], **asked), None, out, training, **shared)
     keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
-    if not Path(keep).is_file():
-        observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
-        observed |= {"data": data, "out": Path(keep), "progress": progress}
-        if hasattr(chosen, "explore"):
-            search(model, method=method, sample=sample, **observed, **options)
-        else:
-            calibrate(model, also=to_collect(chosen), **observed)
+    observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
+    observed |= {"data": data, "out": Path(keep), "progress": progress}
     try:
-        loaded = load_statistics(keep)
-        check_statistics_of(loaded, model, keep)
-        decided = plan([loaded], **asked)
+        if Path(keep).is_file():
+            loaded = load_statistics(keep)
+            check_statistics_of(loaded, model, keep)
+        elif isinstance(chosen, SearchingMethod):
+            loaded = search(model, method=method, sample=sample, **observed, **options)
+        else:
+            loaded = calibrate(model, also=to_collect(chosen), **observed)
+        decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
         if statistics is not None:
             decided = with_provenance(decided, statistics_file=str(statistics))
         return _finish(model, decided, loaded, out, training, **shared)

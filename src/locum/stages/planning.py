@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..budgets.target import meet_target, parse_size
+from ..budgets.target import Target, check_met, meet_target, parse_size
 from ..checkpoints.convert import check_openable
+from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters
 from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError
 from ..files import check_output, provenance
-from ..methods import METHODS
+from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
+from ..models.families import find_layers, read_expert
 from ..options import make_options
 from ..plans.plan import Plan, make_plan, with_provenance, with_routing
 from ..plans.plan import diff as diff_plans
@@ -27,38 +29,33 @@ from .options import Fit, Force, Help, Out, Remove
 
 
 def plan(
-    statistics: Sequence[Path],
+    statistics: Sequence[Path | Statistics] | Path | Statistics,
     *,
     method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
     remove: Remove = None,
     fit: Fit = None,
-    onto: Annotated[Path | None, Help("add the method's routing policy to the plan in this file")] = None,
+    model: Annotated[Path | None, Help("the checkpoint, for methods that read its weights")] = None,
+    onto: Annotated[Path | Plan | None, Help("add the method's routing policy to the plan in this file")] = None,
     out: Out = None,
     force: Force = False,
     **options: Any,
 ) -> Plan:
     """Decide what becomes of every expert, from statistics alone. Several statistics files are added up.
 
-    A method that needs no statistics takes a checkpoint folder as well.
+    A method that needs no statistics takes a checkpoint folder as well, one that reads weights needs the checkpoint too.
     """
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
-    out = None if out is None else check_output(out, force, inputs=[*files, onto])
+    out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
     chosen = chosen_method(method, options)
-    check_target(remove, fit, method=chosen)
+    target = check_target(remove, fit, method=chosen)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
     if base is not None and chosen.saves != "active":
         raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
+    folder = _folder_of(files, chosen, model)
     shape, total, origin = _planned_from(files, chosen)
     chosen = _as_searched(chosen, options, total)
-    made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
-
-    def build(amount: float) -> Plan:
-        return make_plan(shape, chosen.plan(total, shape, amount), **made)
-
-    if chosen.saves == "active":
-        result = build(1.0)
-    else:
-        result = meet_target(build, shape, remove, None if fit is None else parse_size(fit))
+    weights = read_weights(folder, total) if chosen.reads_weights else None
+    result = decide(chosen, total, shape, target, weights)
     origin["target"] = {"remove": remove, "fit": fit}
     if base is not None:
         result = _joined(base, result, shape)
@@ -69,6 +66,54 @@ def plan(
     return result
 
 
+def decide(
+    chosen: Method,
+    statistics: Statistics | None,
+    shape: ModelShape,
+    target: Target | None,
+    weights: Weights | None = None,
+) -> Plan:
+    """A method's plan for a target; None for a method whose own options say how much. It scores once."""
+    scored = chosen.score_experts(statistics, shape, weights)
+    made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
+
+    def build(amount: float) -> Plan:
+        return make_plan(shape, chosen.plan(scored, shape, amount), **made)
+
+    if target is None:
+        return build(1.0)
+    if isinstance(chosen, TargetMethod):
+        return check_met(make_plan(shape, chosen.plan_for(scored, shape, target), **made), shape, target)
+    return meet_target(build, shape, target)
+
+
+def read_weights(model: Path, statistics: Statistics | None) -> Weights:
+    """A reader of a checkpoint's experts. Raises StatisticsError where the statistics are of another model."""
+    if statistics is not None:
+        theirs, here = statistics.origin.model_fingerprint, fingerprint_checkpoint(model)
+        if theirs != here:
+            raise StatisticsError(
+                f"the statistics belong to another model (fingerprint {theirs}) than {model} ({here}), and the method "
+                f"reads both; name the checkpoint that was calibrated"
+            )
+    experts = {layer.shape.name: layer.experts for layer in find_layers(open_model(model))}
+    return lambda layer: lambda e: read_expert(experts[layer], e)
+
+
+def _folder_of(files: Sequence[Path | Statistics], chosen: Method, model: Path | None) -> Path | None:
+    """The checkpoint whose weights a method reads, before anything is opened."""
+    folders = [Path(f) for f in files if not isinstance(f, Statistics) and Path(f).is_dir()]
+    if model is not None and not chosen.reads_weights:
+        raise OptionError(f"method {chosen.name} reads no weights; leave --model out")
+    if model is not None and folders:
+        raise OptionError(
+            f"{folders[0]} is a folder; give the checkpoint once, alone or with --model beside statistics"
+        )
+    if model is None and chosen.reads_weights and not folders:
+        raise OptionError(f"method {chosen.name} reads the experts' weights; name their checkpoint with --model")
+    return Path(model) if model is not None else next(iter(folders), None)
+
+
 def _joined(base: Plan, policy: Plan, shape: ModelShape) -> Plan:
     """The base plan with the policy's routing."""
     joined = with_routing(base.validate(shape), {layer.layer: layer.routing for layer in policy.layers}, shape)
@@ -77,7 +122,7 @@ def _joined(base: Plan, policy: Plan, shape: ModelShape) -> Plan:
 
 
 def _planned_from(
-    files: Sequence[Path | Statistics], chosen: Any
+    files: Sequence[Path | Statistics], chosen: Method
 ) -> tuple[ModelShape, Statistics | None, dict[str, Any]]:
     """Shape and statistics to plan from, and what the plan's provenance says of them."""
     folder = next((f for f in files if not isinstance(f, Statistics) and Path(f).is_dir()), None)
@@ -87,10 +132,11 @@ def _planned_from(
         for more in loaded[1:]:
             total = total + more
         named = [str(s) for s in files if not isinstance(s, Statistics)]
-        known = {key: total.provenance[key] for key in ("model_fingerprint", "data_fingerprint")}
+        words = total.origin.words()
+        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")}
         return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
     if chosen.needs() or len(files) > 1:
-        made_by = "search" if hasattr(chosen, "explore") else "calibrate"
+        made_by = "search" if isinstance(chosen, SearchingMethod) else "calibrate"
         raise OptionError(
             f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum {made_by}"
             if chosen.needs()
@@ -101,16 +147,14 @@ def _planned_from(
     return shape, None, {"model_fingerprint": fingerprint_checkpoint(folder)}
 
 
-def _as_searched(chosen: Any, given: dict[str, Any], statistics: Statistics | None) -> Any:
+def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics | None) -> Method:
     """A searching method with the options that its statistics were searched with; others cannot be given any more."""
-    meet_target = None if statistics is None else statistics.provenance.get("search")
-    if not hasattr(chosen, "explore") or meet_target is None:
+    search = None if statistics is None else statistics.searched
+    if not isinstance(chosen, SearchingMethod) or search is None:
         return chosen
-    if meet_target["method"] != chosen.name:
-        raise StatisticsError(
-            f"the statistics were searched for method {meet_target['method']}, not {chosen.name}; search again"
-        )
-    searched = {name: meet_target["options"][name] for name in chosen.searched_with}
+    if search.name != chosen.name:
+        raise StatisticsError(f"the statistics were searched for method {search.name}, not {chosen.name}; search again")
+    searched = {name: search.options[name] for name in chosen.searched_with}
     for name, value in searched.items():
         if name in given and given[name] != value:
             raise StatisticsError(
@@ -130,45 +174,43 @@ def diff(a: Path, b: Path) -> list[str]:
     return diff_plans(load_plan(a), load_plan(b))
 
 
-def chosen_method(method: str, options: dict[str, Any]) -> Any:
+def chosen_method(method: str, options: dict[str, Any]) -> Method:
     """A method with its options. Raises OptionError for an unknown method, option or criterion."""
     chosen = make_options(METHODS[method], options)
     chosen.needs()  # knows the criterion
     return chosen
 
 
-def check_target(remove: float | None, fit: str | None, shape: ModelShape | None = None, method: Any = None) -> None:
-    """Fail on a target that can never be met before an hour of calibration, not after."""
-    if method is not None and method.saves == "active":
+def check_target(
+    remove: float | None, fit: str | None, *, method: Method, shape: ModelShape | None = None
+) -> Target | None:
+    """The target, None for a method that saves active parameters.
+
+    One that can never be met fails before an hour of calibration, not after.
+    """
+    if method.saves == "active":
         if (remove, fit) != (None, None):
             raise OptionError(
                 f"method {method.name} saves active parameters, not stored ones: every expert stays in the checkpoint, so "
                 f"there is nothing to --remove or to --fit; its own options say how much it saves (locum list)"
             )
-        return
-    if (remove is None) == (fit is None):
-        raise OptionError("give exactly one of --remove (a fraction, such as 0.5) and --fit (a size, such as 16GiB)")
-    if remove is not None and not 0 < remove < 1:
-        raise OptionError(
-            f"--remove is {remove:g}; it is the fraction of expert parameters to remove: above 0, below 1"
-        )
-    if fit is not None and shape is not None:
+        return None
+    target = Target(remove, None if fit is None else parse_size(fit))
+    if target.fit is not None and shape is not None:
         rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize
-        if parse_size(fit) < rest:
+        if target.fit < rest:
             raise OptionError(
                 f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "
                 f"that, up to {shape.bytes:,}, the size as it is"
             )
+    return target
 
 
 def check_statistics_of(statistics: Statistics, model: Path, path: Path) -> None:
     """Statistics that are named for a model must be of that model and tokenizer."""
     ours = {
-        "model": (statistics.provenance["model_fingerprint"], fingerprint_checkpoint(model)),
-        "tokenizer": (
-            statistics.provenance["tokenizer_fingerprint"],
-            fingerprint_tokenizer(load_tokenizer(model)),
-        ),
+        "model": (statistics.origin.model_fingerprint, fingerprint_checkpoint(model)),
+        "tokenizer": (statistics.origin.tokenizer_fingerprint, fingerprint_tokenizer(load_tokenizer(model))),
     }
     for what, (theirs, here) in ours.items():
         if theirs != here:

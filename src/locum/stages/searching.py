@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoints.convert import check_openable
-from ..checkpoints.load import open_model
-from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
-from ..data.tokens import fingerprint_tokenizer, load_tokens
 from ..errors import LocumError, OptionError, UnsupportedModel
 from ..files import check_output, provenance
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
+from ..methods import Method, SearchingMethod
 from ..shapes import ModelShape
+from ..stats.definitions import STATISTICS
 from ..stats.events import SearchEvent
+from ..stats.origin import Origin, SearchedBy
 from ..stats.statistics_file import load_statistics, save_statistics
-from ..stats.sums import STATISTICS, Statistics
-from .calibration import calibrate
+from ..stats.sums import Statistics
+from .calibration import observe, partial_of, prepare, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -68,23 +68,19 @@ def search(
     """
     model = Path(model)
     chosen = chosen_method(method, options)
-    if not hasattr(chosen, "explore"):
+    if not isinstance(chosen, SearchingMethod):
         raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     for name, value in (("batch-size", batch_size), ("sample", sample)):
         check_number(name, value, 1)
     check_number("seed", seed, 0, MOST_SEED)
-    if "seed" in (field.name for field in dataclasses.fields(chosen)):
-        chosen = dataclasses.replace(chosen, seed=seed)
+    chosen = dataclasses.replace(chosen, seed=seed)
     device = device_of(device)
     _check_droppable(model, read_shape(model))
-    tokenizer = load_tokenizer(model)
-    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
+    subject = prepare(model, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     identity = {
-        "model_fingerprint": fingerprint_checkpoint(model),
-        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
-        "data_fingerprint": blocks.fingerprint,
+        **subject.origin.words(),
         "method": chosen.name,
         "options": dataclasses.asdict(chosen),
         "sample": sample,
@@ -92,30 +88,24 @@ def search(
         "seed": seed,
     }
     calibrated = out.with_name(f".{out.name}.calibrated")
-    statistics = _reusable(calibrated, identity, to_collect(chosen)) or calibrate(
-        model,
-        data=data,
-        out=calibrated,
-        tokens=tokens,
-        length=length,
-        batch_size=batch_size,
-        split=split,
-        also=to_collect(chosen),
-        seed=seed,
-        device=device,
-        force=True,
-        progress=progress,
-    )
-    explorer = ModelExplorer(open_model(model, device), blocks, sample=sample, batch_size=batch_size, seed=seed)
+    needs = with_defaults(to_collect(chosen))
+    statistics = _reusable(calibrated, subject.origin, needs)
+    if statistics is None:
+        statistics = observe(subject, needs, calibrated, batch_size=batch_size, progress=progress)
+        save_statistics(statistics, calibrated)
+        partial_of(calibrated).unlink(missing_ok=True)
+    explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
     answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), identity)
     try:
         found = chosen.explore(answers, timed(progress))
     except BaseException:
         answers.save()
         raise
-    result = with_found(statistics, found)
-    made = provenance(search={key: identity[key] for key in ("method", "options", "sample", "seed")})
-    result = dataclasses.replace(result, provenance={**statistics.provenance, **made})
+    result = dataclasses.replace(
+        with_found(statistics, found),
+        searched=SearchedBy(chosen.name, identity["options"]),
+        provenance={**statistics.provenance, **provenance(sample=sample)},
+    )
     save_statistics(result, out)
     for left in (calibrated, answers.path):
         left.unlink(missing_ok=True)
@@ -129,20 +119,19 @@ def _check_droppable(model: Path, shape: ModelShape) -> None:
             raise UnsupportedModel(f"{model}: removals cannot be tried on this model: {layer.refuse_dropping}")
 
 
-def to_collect(chosen: Any) -> tuple[str, ...]:
+def to_collect(chosen: Method) -> tuple[str, ...]:
     """Those of a method's needs that calibration gives."""
     return tuple(name for name in chosen.needs() if not STATISTICS[name].searched)
 
 
-def _reusable(path: Path, identity: dict[str, Any], needs: tuple[str, ...]) -> Statistics | None:
+def _reusable(path: Path, origin: Origin, needs: tuple[str, ...]) -> Statistics | None:
     """The calibration that an interrupted search left behind, if it is what this one needs."""
     try:
         statistics = load_statistics(path)
     except LocumError:
         return None
-    keys = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
-    same = all(statistics.provenance[key] == identity[key] for key in keys)
-    return statistics if same and set(needs) <= set(statistics.names) else None
+    fits = statistics.origin == origin and set(needs) <= set(statistics.names)
+    return statistics if fits else None
 
 
 def with_found(statistics: Statistics, found: dict[str, dict[str, Any]]) -> Statistics:

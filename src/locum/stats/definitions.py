@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Registry
-from .events import RoutedEvent, RouterEvent, SearchEvent
-
-# --- definitions ------------------------------------------------------------------------------------------------
+from .events import Event, RoutedEvent, RouterEvent, SearchEvent
 
 
 @dataclass(frozen=True)
@@ -28,26 +26,29 @@ class StatisticDefinition:
 
     name: str
     axes: str  # one letter per axis, "" for a single number
-    event: type
+    event: type[Event]
     increment: Callable[[Any], Tensor]
     on_demand: bool = False  # collected only when a method's needs name it
+    inside: bool = (
+        False  # reads the experts' inputs and hidden states, which calibration keeps for such statistics alone
+    )
 
     @property
     def searched(self) -> bool:
         """Whether it is found by trying removals on the model: calibration cannot give it, and it does not add up."""
-        return self.event is SearchEvent
+        return self.event.made_by == "search"
 
 
 STATISTICS: Registry[StatisticDefinition] = Registry("statistic", entry_points="locum.statistics")
 
 
 def statistic(
-    name: str, axes: str, event: type, on_demand: bool = False
+    name: str, axes: str, event: type[Event], on_demand: bool = False, inside: bool = False
 ) -> Callable[[Callable[[Any], Tensor]], Callable[[Any], Tensor]]:
     """Register the function below as the definition of a statistic."""
 
     def register(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, on_demand))
+        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, on_demand, inside))
         return function
 
     return register
@@ -239,7 +240,7 @@ def output_square(event: RoutedEvent) -> Tensor:
     return event.moments[1]
 
 
-@statistic("input_gram", axes="EDD", event=RoutedEvent, on_demand=True)
+@statistic("input_gram", axes="EDD", event=RoutedEvent, on_demand=True, inside=True)
 def input_gram(event: RoutedEvent) -> Tensor:
     """The second moments of what an expert is given, for adapters of gate and up that fit its inputs best.
 
@@ -255,7 +256,7 @@ def input_gram(event: RoutedEvent) -> Tensor:
     return event.gram(event.in_PD)
 
 
-@statistic("hidden_gram", axes="EFF", event=RoutedEvent, on_demand=True)
+@statistic("hidden_gram", axes="EFF", event=RoutedEvent, on_demand=True, inside=True)
 def hidden_gram(event: RoutedEvent) -> Tensor:
     """The second moments of an expert's hidden state, for adapters of down that fit its inputs best.
 

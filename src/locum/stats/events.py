@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-# --- events -----------------------------------------------------------------------------------------------------
+
+class Event:
+    """What happened in one layer. `made_by` says who makes events of a class: "calibration" or "search"."""
+
+    made_by: ClassVar[str] = "calibration"
 
 
 @dataclass(frozen=True, eq=False)
-class RouterEvent:
+class RouterEvent(Event):
     """What a layer's router said about one batch: raw logits, samples one after the other, padding left out."""
 
     logits_TE: Tensor
@@ -29,15 +34,15 @@ class RouterEvent:
 
 
 @dataclass(frozen=True, eq=False)
-class RoutedEvent:
+class RoutedEvent(Event):
     """What a layer's experts did with one batch: its selected pairs sorted by expert, padding left out."""
 
     expert_P: Tensor
     gate_P: Tensor  # the weights that the model multiplies the outputs with
     out_PD: Tensor  # outputs before the gate
     counts: tuple[int, ...]  # pairs of each of the E experts; on the host, because they cut tensors
-    in_PD: Tensor | None = None  # what went in and the input of the last product, only where on-demand statistics
-    hidden_PF: Tensor | None = None  # are collected
+    in_PD: Tensor | None = None  # what went in and the input of the last product: only where a statistic that is
+    hidden_PF: Tensor | None = None  # declared with inside=True is collected
 
     @property
     def norm_P(self) -> Tensor:
@@ -71,14 +76,15 @@ class RoutedEvent:
 
     def gram(self, x_PI: Tensor) -> Tensor:
         """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
-        wide = (wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
-        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in wide])
+        by_expert = (wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
+        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in by_expert])
 
 
 @dataclass(frozen=True, eq=False)
-class SearchEvent:
-    """What a method's search found out about one layer, by statistic name; calibration makes no such event."""
+class SearchEvent(Event):
+    """What a method's search found out about one layer, by statistic name."""
 
+    made_by: ClassVar[str] = "search"
     found: Mapping[str, Tensor]
 
 

@@ -1,19 +1,26 @@
-"""Statistics files on disk: one safetensors file, notes in its metadata."""
+"""Statistics files on disk: one safetensors file, notes in its metadata.
+
+Version 2 has an entry for everything that decides something. Version 1 kept that in the provenance; it is still read.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import StatisticsError
 from ..files import whole
+from ..shapes import ModelShape
+from .origin import Origin, SearchedBy
 from .sums import Statistics
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
@@ -26,6 +33,10 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     notes = {
         "format_version": STATISTICS_VERSION,
         "domains": list(statistics.domains),
+        "origin": asdict(statistics.origin),
+        "tokens": statistics.tokens,
+        "searched": None if statistics.searched is None else asdict(statistics.searched),
+        "next_block": statistics.next_block,
         "provenance": statistics.provenance,
     }
     with whole(path) as scratch:  # one entry of metadata: safetensors writes several in a random order
@@ -49,16 +60,38 @@ def load_statistics(path: str | Path) -> Statistics:
         ) from error
     try:
         notes = json.loads(header.get("locum-statistics", "{}"))
-        if notes.get("format_version") != STATISTICS_VERSION:
+        if notes.get("format_version") not in (1, STATISTICS_VERSION):
             raise StatisticsError(
-                f"{path} is not a Locum statistics file of version {STATISTICS_VERSION} "
+                f"{path} is not a Locum statistics file of version 1 or {STATISTICS_VERSION} "
                 f"(found {notes.get('format_version')!r}); make one with: locum calibrate"
             )
-        layers: dict[str, dict[str, Any]] = {layer["name"]: {} for layer in notes["provenance"]["shape"]["layers"]}
-        domains, origin = tuple(notes["domains"]), notes["provenance"]
+        notes = _from_version_1(notes) if notes["format_version"] == 1 else notes
+        data, found = notes["origin"], notes["searched"]
+        shape, fingerprints = ModelShape.from_json(data["shape"]), tuple(data["data_fingerprints"])
+        origin = Origin(shape, data["model_fingerprint"], data["tokenizer_fingerprint"], fingerprints)
+        searched = None if found is None else SearchedBy(found["name"], found["options"])
+        domains, tokens = tuple(notes["domains"]), int(notes["tokens"])
+        words, next_block = dict(notes["provenance"]), notes["next_block"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StatisticsError(f"statistics {path} have damaged notes ({error!r}); calibrate again") from error
+    layers: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}
     for key, tensor in tensors.items():
         layer, _, name = key.partition("|")
         layers.setdefault(layer, {})[name] = tensor
-    return Statistics(domains, layers, origin)
+    return Statistics(domains, layers, origin, tokens, words, searched, next_block)
+
+
+def _from_version_1(notes: dict[str, Any]) -> dict[str, Any]:
+    """The notes of a file of version 1 as those of version 2."""
+    words = dict(notes["provenance"])
+    data = words.pop("data_fingerprint")
+    search = words.pop("search", None)
+    origin = {key: words.pop(key) for key in ("shape", "model_fingerprint", "tokenizer_fingerprint")}
+    return {
+        "domains": notes["domains"],
+        "origin": origin | {"data_fingerprints": data if isinstance(data, list) else [data]},
+        "tokens": words.pop("tokens"),
+        "searched": None if search is None else {"name": search["method"], "options": search["options"]},
+        "next_block": words.pop("next_block", None),
+        "provenance": words,
+    }

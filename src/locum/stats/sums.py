@@ -2,9 +2,8 @@
 
     events of one layer --Sums.add--> sums --Sums.statistics--> Statistics --layer(name)--> LayerStatistics
 
-What is counted is defined in definitions.py. Because all statistics are sums, shards and files add up, domains can be
-reweighted afterwards, and one file serves every criterion that reads them; only what a search finds does not add up.
-Padding never reaches an event.
+What is counted is defined in definitions.py. Because all statistics are sums, shards and files add up, and one file serves
+every criterion that reads them; only what a search finds does not add up. Padding never reaches an event.
 
 Precision: what comes from routers (probabilities, norms) and the products of Gram matrices are float32 or the model's own
 wider type, which leaves a relative error near 1e-7 in each; what comes from experts' outputs (norms, squares) and every
@@ -15,9 +14,8 @@ Letters: E experts, D model width, C domains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +24,8 @@ from torch import Tensor
 from ..errors import OptionError, StatisticsError, unknown
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
-from .events import RoutedEvent, RouterEvent, SearchEvent
-
-ORIGIN = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "shape", "tokens")
-PROVENANCE = (*ORIGIN, "versions", "command", "seed")  # what every statistics file must say of itself
-
+from .events import Event
+from .origin import Origin, SearchedBy
 
 # --- what to collect --------------------------------------------------------------------------------------------
 
@@ -56,34 +51,25 @@ def check_needs(needs: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 class Sums:
-    """Running sums of one domain. Where a layer's events come from (a live model, a stream from disk) is not its business."""
+    """Running sums of one domain. A layer's events may come from anywhere: a live model, a stream from disk."""
 
     def __init__(self, domain: str, needs: tuple[str, ...]) -> None:
         self.domain = domain
         self.definitions = tuple(STATISTICS[name] for name in needs)
-        self.num_tokens = 0  # counted by whoever feeds the events, for the provenance
+        self.num_tokens = 0  # counted by the caller that feeds the events
         self._layers: dict[str, dict[str, Tensor]] = {}
 
-    def wants(self, event: type) -> bool:
-        return any(definition.event is event for definition in self.definitions)
-
-    @property
-    def wants_inside(self) -> bool:
-        """Whether events must carry the experts' inputs and hidden states, which only on-demand statistics read."""
-        return any(definition.event is RoutedEvent and definition.on_demand for definition in self.definitions)
-
-    def add(self, layer: str, event: RouterEvent | RoutedEvent | SearchEvent) -> None:
+    def add(self, layer: str, event: Event) -> None:
         sums = self._layers.setdefault(layer, {})
         for definition in self.definitions:
             if definition.event is type(event):
                 name, increment = definition.name, definition.increment(event)
                 sums[name] = sums[name].add_(increment) if name in sums else increment.clone()
 
-    def statistics(self, provenance: dict[str, Any]) -> Statistics:
+    def statistics(self, origin: Origin, provenance: Mapping[str, Any] | None = None) -> Statistics:
         """A copy of the sums so far. Raises StatisticsError for a layer of the shape that an event is missing from."""
-        shape = ModelShape.from_json(provenance["shape"])
         layers: dict[str, dict[str, Tensor]] = {}
-        for name in (layer.name for layer in shape.layers):
+        for name in (layer.name for layer in origin.shape.layers):
             sums = self._layers.get(name, {})
             missing = [d.name for d in self.definitions if d.name not in sums]
             if missing:
@@ -92,7 +78,7 @@ class Sums:
                     f"during calibration; a layer that the model skips cannot be calibrated"
                 )
             layers[name] = {d.name: sums[d.name].cpu().clone().unsqueeze(0) for d in self.definitions}
-        return Statistics((self.domain,), layers, {**provenance, "tokens": self.num_tokens})
+        return Statistics((self.domain,), layers, origin, self.num_tokens, dict(provenance or {}))
 
 
 # --- the result -------------------------------------------------------------------------------------------------
@@ -133,13 +119,12 @@ def _how_to_get(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _OverDomains(Mapping[str, Tensor]):
-    """Sums over domains, made when they are asked for: nobody waits for Grams that nobody reads."""
+    """Sums over domains, made when they are asked for: Grams that nothing reads take no time."""
 
     by_domain: Mapping[str, Tensor]
-    weight_C: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.einsum("c,c...->...", self.weight_C, self.by_domain[name])
+        return self.by_domain[name].sum(dim=0)
 
     def __contains__(self, name: object) -> bool:
         return name in self.by_domain
@@ -153,15 +138,20 @@ class _OverDomains(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sums of every layer, with a first axis for the domain, and where they come from. `a + b` merges two of them."""
+    """Sums of every layer, with a first axis for the domain, and where they come from. `a + b` merges two of them.
+
+    `provenance` is words for people: versions, command, time, sources. Nothing is decided by it.
+    """
 
     domains: tuple[str, ...]
     layers: Mapping[str, Mapping[str, Tensor]]  # [C, ...] float64
+    origin: Origin
+    tokens: int
     provenance: dict[str, Any] = field(default_factory=dict)
+    searched: SearchedBy | None = None  # where a search added what it found
+    next_block: int | None = None  # where an interrupted pass over the data goes on
 
     def __post_init__(self) -> None:
-        if missing := [key for key in PROVENANCE if key not in self.provenance]:
-            raise StatisticsError(f"statistics lack {', '.join(missing)} in their provenance; calibrate again")
         for layer, named in self.layers.items():
             for name, tensor in named.items():
                 if tensor.shape[:1] != (len(self.domains),) or tensor.dtype != torch.float64:
@@ -172,39 +162,28 @@ class Statistics:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape.from_json(self.provenance["shape"])
+        return self.origin.shape
 
     @property
     def names(self) -> tuple[str, ...]:
         """Statistics that every layer has."""
         return tuple(sorted(set.intersection(*(set(named) for named in self.layers.values()))))
 
-    def layer(self, name: str, weights: Mapping[str, float] | None = None) -> LayerStatistics:
-        """One layer summed over domains; with `weights`, each domain's sums times its weight (0 if it is not named).
+    def words(self) -> dict[str, Any]:
+        """All that is to be said of the statistics, for people."""
+        searched = {} if self.searched is None else {"search": asdict(self.searched)}
+        return {**self.provenance, **self.origin.words(), "tokens": self.tokens, **searched}
 
-        Raises StatisticsError for an unknown layer or domain and OptionError for weights that cannot weigh.
-        """
+    def layer(self, name: str) -> LayerStatistics:
+        """One layer summed over domains. Raises StatisticsError for an unknown layer."""
         if name not in self.layers:
             raise StatisticsError(unknown("layer in the statistics", name, self.layers))
-        weight_C = self._weights(weights)
-        return LayerStatistics(self.shape.layer(name), _OverDomains(self.layers[name], weight_C))
-
-    def _weights(self, weights: Mapping[str, float] | None) -> Tensor:
-        if weights is None:
-            return torch.ones(len(self.domains), dtype=torch.float64)
-        for domain, weight in weights.items():
-            if domain not in self.domains:
-                raise StatisticsError(unknown("domain in the statistics", domain, self.domains))
-            if not math.isfinite(weight) or weight < 0:
-                raise OptionError(f"domain {domain!r} has weight {weight!r}; allowed: finite numbers from 0")
-        if not any(weights.values()):
-            raise OptionError(f"all domain weights are 0; give a positive one to at least one of {list(self.domains)}")
-        return torch.tensor([float(weights.get(d, 0)) for d in self.domains], dtype=torch.float64)
+        return LayerStatistics(self.shape.layer(name), _OverDomains(self.layers[name]))
 
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
-        check_same_origin(self.provenance, other.provenance)
+        origin = self.origin + other.origin
         _check_same_names(self, other)
         if searched := [name for name in self.names if name in STATISTICS and STATISTICS[name].searched]:
             raise StatisticsError(
@@ -220,21 +199,8 @@ class Statistics:
                 for part, part_tensor in ((self, tensor), (other, other.layers[layer][name])):
                     total.index_add_(0, torch.tensor([domains.index(d) for d in part.domains]), part_tensor)
                 layers[layer][name] = total
-        return Statistics(domains, layers, _merge_provenance(self.provenance, other.provenance))
-
-
-def check_same_origin(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
-    """Raise StatisticsError unless two provenances name the same model, tokenizer and shape of MoE layers."""
-    sides = [
-        {**{key: p[key] for key in ORIGIN[:2]}, "shape": ModelShape.from_json(p["shape"]).fingerprint}
-        for p in (one, two)
-    ]
-    for key, first in sides[0].items():
-        if first != sides[1][key]:
-            raise StatisticsError(
-                f"statistics cannot be added: {key} is {first!r} on one side and {sides[1][key]!r} on the other; only "
-                f"statistics of the same model and tokenizer add up: calibrate both with them"
-            )
+        words = _merge_provenance(self.provenance, other.provenance)
+        return Statistics(domains, layers, origin, self.tokens + other.tokens, words)
 
 
 def _check_same_names(one: Statistics, two: Statistics) -> None:
@@ -248,12 +214,10 @@ def _check_same_names(one: Statistics, two: Statistics) -> None:
 
 
 def _merge_provenance(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """What both agree on stays; tokens add up; where they differ, a list of all values in order."""
+    """What both agree on stays; where they differ, a list of all values in order."""
     merged: dict[str, Any] = {}
     for key in dict.fromkeys((*one, *two)):
-        if key == "tokens":
-            merged[key] = one[key] + two[key]
-        elif key == "shape" or one.get(key) == two.get(key):
+        if key in one and key in two and one[key] == two[key]:
             merged[key] = one[key]
         else:
             values: list[Any] = []
@@ -268,21 +232,16 @@ def _merge_provenance(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any
 
 def mean_output(layer: LayerStatistics) -> Tensor:
     """[E, D] mean ungated output over routed tokens; 0 for a never-routed expert. Needs count and output_sum."""
-    return layer["output_sum"] / _at_least_one(layer["count"])[:, None]
+    return layer["output_sum"] / layer["count"].clamp(min=1)[:, None]
 
 
 def output_variance(layer: LayerStatistics) -> Tensor:
     """[E, D] unbiased variance of the ungated output; 0 with fewer than two tokens.
 
-    (sum f^2 - n mean^2) / (n - 1), with n = count. Needs count, output_sum, output_square. Domain weights act as if
-    every token had been seen that many times. Rounding can push a constant output below 0; it is held at 0.
+    (sum f^2 - n mean^2) / (n - 1), with n = count. Needs count, output_sum, output_square. Rounding can push a constant
+    output below 0; it is held at 0.
     """
     count_E1 = layer["count"][:, None]
     spread_ED = layer["output_square"] - count_E1 * mean_output(layer).square()
     variance_ED = spread_ED.clamp(min=0) / torch.where(count_E1 > 1, count_E1 - 1, 1.0)
     return torch.where(count_E1 > 1, variance_ED, 0.0)
-
-
-def _at_least_one(count_E: Tensor) -> Tensor:
-    """Counts to divide by. Weighted counts may lie between 0 and 1, so only 0 itself is replaced."""
-    return torch.where(count_E > 0, count_E, 1.0)

@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.tokens import Batch, Tokens, batches, training_batches
+from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
 from ..files import whole
 from ..models.next_token_loss import loss_sum
@@ -263,12 +263,7 @@ def write_log(log: Path | None, entry: dict[str, Any]) -> None:
 
 
 def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:
-    largest, vocabulary = int(tokens.ids_BS.max()), model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise DataError(
-            f"the data has token id {largest}, the model's vocabulary ends at {vocabulary - 1}; tokenise it with the "
-            f"model's own tokenizer"
-        )
+    check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0])
     if not bool(tokens.loss_mask_BS[:, 1:].any()):
         raise DataError("no token of the training data has loss; give text, or prompts with completions")
 
