@@ -17,14 +17,15 @@ import pytest
 import torch
 
 import locum
-from locum import files
 from locum.errors import DataError, LocumError, PlanError
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, stand_in
+from locum.plans.plan_file import save_plan
 from locum.reports import expert_maps
 from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.origin import Origin
+from locum.stats.statistics_file import save_statistics
 from locum.stats.sums import Statistics
 
 DOMAINS = ("code", "fiction", "maths", "news")
@@ -87,7 +88,7 @@ def make_statistics(path: Path, domains=DOMAINS, layers=LAYERS, experts=EXPERTS)
     shapes = tuple(LayerShape(layer, experts, 8, 64, 32, layer + ".gate", "softmax", False) for layer in layers)
     origin = Origin(ModelShape("olmoe", shapes, 1, 2, 2), "m", "t", ("d",))
     about = {"versions": {"torch": "2.11"}, "command": "c", "seed": 0}
-    files.save_statistics(Statistics(tuple(domains), sums, origin, 32000, about), path)
+    save_statistics(Statistics(tuple(domains), sums, origin, 32000, about), path)
     return path
 
 
@@ -109,7 +110,7 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         "olmoe", "f", tuple(made), method, {"remove": 0.5}, {"command": "locum plan s.safetensors --remove 0.5"}
     )
     if path is not None:
-        files.save_plan(plan, path)
+        save_plan(plan, path)
     return plan
 
 
