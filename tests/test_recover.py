@@ -23,7 +23,7 @@ from locum.errors import OptionError, PlanError
 from locum.models.families import canonical_gate, find_layers, is_stock_experts, read_expert
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
-from locum.training.layer import beta_at, set_beta
+from locum.training.layer import beta_at, open_layer, set_beta
 from locum.training.options import Recovery, learning_rate_at
 from locum.training.recovery import RECIPES, Work, count_trainable, recover_model
 from locum.training.states import STATE_FILE, forget
@@ -360,6 +360,19 @@ def test_a_killed_run_goes_on_bit_for_bit(olmoe, tmp_path, stop):
     run(compressed(olmoe, plan), plan, olmoe, **{**given, "steps": 1, "restart": True})
     forget(given["workdir"])
     assert not (given["workdir"] / STATE_FILE).exists()
+
+
+def test_a_stock_layer_of_merged_experts_gets_an_adapter_on_every_expert(olmoe):
+    """Its rows are the layer's own, whatever the plan says of them: no whole expert is trained."""
+    merged = tuple(Slot("stand_in", base=b) for b in range(8))
+    layer = find_layers(olmoe)[0]
+    plan = LayerPlan(layer.shape.name, merged, tuple(Base((b,), (1.0,)) for b in range(8)))
+    opened_layer = open_layer(olmoe, layer, plan, 2, True, 0)
+    container = opened_layer.container
+    assert container.shared is None and opened_layer.rows == tuple(range(8))
+    assert sum(p.numel() for p in container.adapters.parameters()) == 8 * 3 * 2 * (
+        32 + 16
+    )  # 2,304; 12,288 are the experts
 
 
 def test_a_base_less_stand_in_has_gradients_from_the_start(olmoe):
