@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import locum
-from locum import files
 from locum.errors import DataError, LocumError, PlanError
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot
 from locum.reports import expert_maps
@@ -25,6 +24,7 @@ from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, s
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics
+from training_logs import make_log
 
 DOMAINS = ("code", "fiction", "maths", "news")
 LAYERS = tuple(f"model.layers.{n}.mlp.experts" for n in range(6))
@@ -91,7 +91,7 @@ def make_statistics(path: Path, domains=DOMAINS, layers=LAYERS, experts=EXPERTS)
         "command": "c",
         "seed": 0,
     }
-    files.save_statistics(Statistics(tuple(domains), sums, about), path)
+    locum.save_statistics(Statistics(tuple(domains), sums, about), path)
     return path
 
 
@@ -113,21 +113,8 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         "olmoe", "f", tuple(made), method, {"remove": 0.5}, {"command": "locum plan s.safetensors --remove 0.5"}
     )
     if path is not None:
-        files.save_plan(plan, path)
+        locum.save_plan(plan, path)
     return plan
-
-
-def make_log(path: Path, steps=400) -> Path:
-    chance = random.Random(2)
-    lines = [{"event": "start", "how": "annealed", "learning_rate": 1e-3, "versions": {"torch": "2.11"}}]
-    for step in range(steps):
-        loss = 2.2 + 1.6 * math.exp(-step / 80) + chance.gauss(0, 0.08)
-        lines.append({"step": step, "loss": loss, "beta": max(0.0, 1 - step / (0.7 * steps)), "learning_rate": 1e-3})
-        if step % 80 == 79:
-            lines.append({"step": step, "validation_loss": 2.25 + 1.5 * math.exp(-step / 80)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    return path
 
 
 @pytest.fixture
@@ -277,6 +264,15 @@ def test_damaged_discovered_files_are_listed_and_given_ones_raise(tmp_path):
     assert "cannot be used" in Balanced(make_report([results])).text
     with pytest.raises(PlanError):
         make_report([results], plans=[tmp_path / "plan.json"])
+
+
+def test_a_recovery_says_how_it_was_done(tmp_path):
+    results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
+    log = make_log(tmp_path / "small" / "recovery.jsonl")
+    start = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
+    facts = Balanced(make_report([results], logs=[log])).text.partition("Recovery of small ")[2]
+    assert facts.startswith(f"trainable parameters {start['trainable_parameters']} how annealed steps 40")
+    assert f"plan {start['provenance']['identity']['plan']}" in facts and "versions torch" in facts
 
 
 def test_given_files_make_their_sections(tmp_path):

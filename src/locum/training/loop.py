@@ -6,6 +6,14 @@ once after the last) and returns what the log should say about it.
 The model runs in eval mode with gradients on. Training mode would switch on the jitter noise in the routers of Mixtral
 and PhiMoE and load-balancing side effects of others: what is recovered is the model as it is used.
 
+The log is a file of JSON lines. The `event` of a line says what it holds:
+
+    start        options, provenance, trainable_parameters
+    resume       the same, of a run that goes on, and resumed_at: the steps done before
+    step         step (how many are done), loss, learning_rate, seconds, tokens, balance_loss where there is one, and
+                 what the way to recover says of the step
+    validation   step, validation_loss
+
 Letters: B blocks of a batch, S tokens of a block, M positions with loss, V vocabulary.
 """
 
@@ -214,7 +222,7 @@ def _run(loop: Loop, hooks: Hooks) -> None:
     while loop.step < options.steps:
         rate = learning_rate_at(loop.step, options)
         loop.one_step(list(islice(stream, options.accumulate)))
-        done = {"step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
+        done = {"event": "step", "step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
         if loop.balance is not None:
             done["balance_loss"] = loop.balance_loss
         write_log(hooks.log, done | {"seconds": round(loop.seconds, 3), "tokens": loop.tokens_seen})
@@ -232,7 +240,8 @@ def _run(loop: Loop, hooks: Hooks) -> None:
 def _validate(loop: Loop, hooks: Hooks) -> None:
     if loop.validation_tokens is not None:
         loop.validation.append((loop.step, loop.validate()))
-        write_log(hooks.log, {"step": loop.step, "validation_loss": loop.validation[-1][1]})
+        loss = loop.validation[-1][1]
+        write_log(hooks.log, {"event": "validation", "step": loop.step, "validation_loss": loss})
 
 
 def open_log(hooks: Hooks, step: int, trainable: int) -> None:
@@ -245,7 +254,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
         kept = [line for line in lines if _logged_step(line) <= step]
     hooks.log.parent.mkdir(parents=True, exist_ok=True)
     hooks.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    first = {"resumed_at": step} if step else {}
+    first = {"event": "resume", "resumed_at": step} if step else {"event": "start"}
     write_log(hooks.log, first | hooks.header | {"trainable_parameters": trainable})
 
 
