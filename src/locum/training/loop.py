@@ -1,7 +1,8 @@
-"""The training loop: next-token loss, AdamW on whatever is trainable, a log, and states from which it resumes exactly.
+"""The training loop: AdamW on whatever is trainable, a log, and states from which it resumes exactly.
 
-What is trained and what happens to it at each step is the caller's: `at_step(step)` is called before every step (and
-once after the last) and returns what the log should say about it.
+The caller says what is trained, which loss is lowered, and what happens at each step: `at_step(step)` is called before
+every step (and once after the last) and returns what the log should say about it. Validation always measures the
+cross entropy of the next token, so that runs with different losses can be compared.
 
 The model runs in eval mode with gradients on. Training mode would switch on the jitter noise in the routers of Mixtral
 and PhiMoE and load-balancing side effects of others: what is recovered is the model as it is used.
@@ -72,6 +73,9 @@ def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContex
     return balanced(model) if options.balance else contextlib.nullcontext()
 
 
+Loss = Callable[[Batch], tuple[Tensor, int]]  # of a batch: summed over its positions with loss, and their number
+
+
 class Loop:
     """One run. Its state between steps is `State`; everything else is fixed by the options, the data and the model."""
 
@@ -82,9 +86,10 @@ class Loop:
         validation: Tokens | None,
         options: Recovery,
         accelerator: Accelerator,
+        objective: Loss,
         balance: Balance | None = None,
     ) -> None:
-        self.balance, self.balance_loss = balance, 0.0
+        self.objective, self.balance, self.balance_loss = objective, balance, 0.0
         self.model = model.eval()
         self.tokens, self.validation_tokens, self.options, self.accelerator = tokens, validation, options, accelerator
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -146,7 +151,7 @@ class Loop:
         total = self.balance_loss = 0.0
         for part in parts:
             with self.accelerator.autocast():
-                summed, positions = loss_sum(self.model, part, self.device)
+                summed, positions = self.objective(part)
             loss = summed / count
             total += float(loss.detach())
             if self.balance is not None:
@@ -181,6 +186,7 @@ class Hooks:
     """What a run tells and asks others."""
 
     at_step: Callable[[int], dict[str, float]]
+    loss: Loss
     workdir: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     log: Path | None = None
@@ -197,7 +203,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with accelerated(options.precision, device) as accelerator, _observing(model, options) as balance:
-        loop = Loop(model, tokens, validation, options, accelerator, balance)
+        loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, balance)
         loop.resume(state)
         open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
