@@ -71,8 +71,8 @@ class RoutedEvent:
 
     def gram(self, x_PI: Tensor) -> Tensor:
         """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
-        wide = (wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
-        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in wide])
+        by_expert = (wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
+        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in by_expert])
 
 
 @dataclass(frozen=True, eq=False)
