@@ -248,7 +248,7 @@ print(json.dumps([(result.exit_code, result.output) for result in said]))
 
 def test_the_command_line_has_the_foreign_way(foreign, small, words, tmp_path):
     """Options are made when the command line is imported, so this needs a new process."""
-    given = ["--how", "distilled", "--temperature", "2", "--steps", "1", "--validation-tokens", "64"]
+    given = ["--how", "distilled", "--temperature", "2", "--steps", "1", "--length", "32", "--validation-tokens", "64"]
     trained = ["recover", str(small), "--data", str(words), "--out", str(tmp_path / "out"), *given]
     lines = json.dumps([trained, ["compress", "--help"], ["list", "--json"]])
     paths = os.pathsep.join([str(foreign), os.environ.get("PYTHONPATH", "")])
