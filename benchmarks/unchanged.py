@@ -58,14 +58,15 @@ LOW_RANK = {"start": "svd", "exponent": 0.15, "minimum": 1, "multiple": 16}
 SELECT = {"selection": "adaptive", "score": "gate", "alpha": 0.3, "clip": 0.2}
 
 RECOVER = {"steps": 6, "learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.2, "batch_size": 2}
-RECOVER |= {"length": 64, "accumulate": 1, "weight_decay": 0.01, "clip": 1.0, "rank": 2, "train_bases": True}
-RECOVER |= {"end_fraction": 0.5, "annealing": "linear", "steepness": 3.0, "balance": 0.0, "precision": "fp32"}
+RECOVER |= {"length": 64, "accumulate": 1, "weight_decay": 0.01, "clip": 1.0, "balance": 0.0, "precision": "fp32"}
 RECOVER |= {"seed": 0, "checkpoint_every": 0, "validate_every": 1, "validation_tokens": 512, "adapter_only": False}
 RECOVER |= {"device": "cpu", "force": False, "restart": False}
+ADAPTED = {"rank": 2, "train_bases": True}
+ANNEALED = {"how": "annealed", **ADAPTED, "end_fraction": 0.5, "annealing": "linear", "steepness": 3.0}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what is recovered, its options)
-    "annealed": ("lightmoe gaussian", {"how": "annealed"}),
-    "annealed exponential": ("lightmoe svd", {"how": "annealed", "annealing": "exponential", "train_bases": False}),
-    "lora": ("lightmoe gaussian", {"how": "lora"}),
+    "annealed": ("lightmoe gaussian", ANNEALED),
+    "annealed exponential": ("lightmoe svd", ANNEALED | {"annealing": "exponential", "train_bases": False}),
+    "lora": ("lightmoe gaussian", {"how": "lora", **ADAPTED}),
     "vectors": ("compressed-experts projections", {"how": "vectors"}),
     "vectors hidden": ("compressed-experts hidden", {"how": "vectors"}),
     "vectors static": ("compressed-experts static", {"how": "vectors"}),

@@ -10,8 +10,9 @@ import pytest
 
 from locum.errors import OptionError
 from locum.methods import METHODS
-from locum.options import check_options, make_options, option
-from locum.training.options import Recovery
+from locum.options import check_options, make_options, option, option_fields
+from locum.training.options import make_recovery
+from locum.training.ways import WAYS
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,16 @@ def test_refused(given: dict, words: tuple[str, ...]) -> None:
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("cls", [*(METHODS[name] for name in METHODS), Recovery], ids=lambda cls: cls.__name__)
-def test_every_registered_option_has_help_and_an_allowed_default(cls: type) -> None:
-    fields = dataclasses.fields(cls)
-    assert fields
-    for item in fields:
+OWNERS = [*(METHODS[name]() for name in METHODS), *(WAYS[name]() for name in WAYS), make_recovery({})]
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: type(owner).__name__)
+def test_every_registered_option_has_help_and_an_allowed_default(owner: object) -> None:
+    for item in option_fields(owner):
         assert item.metadata["help"] and item.metadata["help"][0] != " ", item.name
-    check_options(cls())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(cls(), fields[0].name, None)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(owner, item.name, None)
+    check_options(owner)
 
 
 @pytest.mark.parametrize(

@@ -30,17 +30,22 @@ from locum.checkpoints.read import load_tokenizer, read_config
 from locum.checkpoints.skeleton import skeleton
 from locum.data.tokens import load_tokens
 from locum.measure.loss import evaluate
-from locum.models.families import find_layers, read_expert
 from locum.models.sizes import shape_of
+from locum.options import option_fields
 from locum.plans.plan import Plan, make_plan
-from locum.training.options import Recovery
+from locum.training.context import Original
+from locum.training.options import Recovery, make_recovery
 from locum.training.recovery import count_trainable, recover_model
+from locum.training.ways import WAYS
 
 RESULTS = Path(__file__).parents[1] / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
 SEEDS = (0, 1, 2)
 LENGTH = 256
 MEASURED = {"validation": 32768, "test": 49152}  # tokens
+OF_WAYS = {name: {item.name: item.default for item in option_fields(cls)} for name, cls in WAYS.items()}
+OF_ALL = {option: default for options in OF_WAYS.values() for option, default in options.items()}
+DEFAULTS = {item.name: item.default for item in option_fields(Recovery)} | OF_ALL
 COLUMNS = ("bits_per_byte", "kl", "top1_agreement")
 
 
@@ -65,11 +70,15 @@ class Experiment:
 
     def key_of_row(self, row: dict[str, Any]) -> tuple[Any, ...]:
         made = row["provenance"]
-        return (made["method"], made[self.setting], row["seed"], *(made["recovery"][option] for option in self.varied))
+        return (
+            made["method"],
+            made[self.setting],
+            row["seed"],
+            *(made["recovery"].get(option, DEFAULTS.get(option)) for option in self.varied),
+        )
 
     def key_of_job(self, job: dict[str, Any]) -> tuple[Any, ...]:
-        defaults = {item.name: item.default for item in dataclasses.fields(Recovery)}
-        options = ((defaults | job)[option] for option in self.varied)
+        options = ((DEFAULTS | job)[option] for option in self.varied)
         return (job["name"], job[self.setting], job["seed"], *options)
 
 
@@ -86,7 +95,7 @@ def trainable(decided: Plan | None, how: str, rank: int) -> int:
     model = skeleton(read_config(MODEL))
     if decided is not None:
         model = _planned_skeleton(model, decided)
-    return count_trainable(model, decided, Recovery(how=how, rank=rank))
+    return count_trainable(model, decided, make_recovery({"how": how, "rank": rank}))
 
 
 def _planned_skeleton(model: Any, decided: Plan) -> Any:
@@ -130,16 +139,15 @@ def train_and_measure(
     bare = make_plan(shape, []) if decided is None else decided
     testing = split == "test"
     before = evaluate(model, measured_on, resamples=200, model_name=f"{name} before") if testing and not seed else []
-    reads = {layer.shape.name: _reader(layer.experts) for layer in find_layers(original)}
     start = time.perf_counter()
-    model, summary = recover_model(model, decided, blocks, None, chosen, original_read=reads)
+    model, summary = recover_model(model, decided, blocks, None, chosen, Original.of(original))
     seconds = time.perf_counter() - start
     against = original if testing else None
     rows = evaluate(model, measured_on, against=against, seed=seed, model_name=name, plan=bare.id)
     size = bare.size(shape)
     made = files.provenance(
         split=split,
-        recovery=dataclasses.asdict(chosen),
+        recovery=chosen.to_json(),
         trainable_parameters=summary["trainable_parameters"],
         training_seconds=seconds,
         parameters=size.parameters,
@@ -157,11 +165,9 @@ def train_and_measure(
 def recovery(how: str, steps: int, seed: int, **options: Any) -> Recovery:
     """Options of recovery that all comparisons have in common."""
     common = {"batch_size": 4, "length": LENGTH, "schedule": "cosine", "validate_every": 0}
-    return Recovery(how=how, steps=steps, seed=seed, **common, **options)
-
-
-def _reader(experts: Any) -> Any:
-    return lambda e: read_expert(experts, e)
+    # Rows of older runs name the options of all ways.
+    own = {name: value for name, value in options.items() if name not in OF_ALL or name in OF_WAYS[how]}
+    return make_recovery({"how": how, "steps": steps, "seed": seed, **common, **own})
 
 
 def read(path: Path) -> list[dict[str, Any]]:

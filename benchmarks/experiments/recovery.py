@@ -28,7 +28,7 @@ from benchmarks.experiments.experiment import (
     trainable,
 )
 from locum.plans.plan import Plan
-from locum.training.options import Recovery
+from locum.training.ways.annealed import Annealed
 
 FRACTIONS = (0.3, 0.5)
 RATES = (1e-3, 3e-3, 1e-2)
@@ -76,7 +76,7 @@ def run(name: str, fraction: float, seed: int, split: str, steps: int, **options
 def jobs_to_select() -> list[dict[str, Any]]:
     """Every method at every learning rate, one seed, half removed; LightMoE also at other end fractions."""
     jobs = [{"name": name, "fraction": 0.5, "seed": 0, "learning_rate": rate} for name in METHODS for rate in RATES]
-    others = [end for end in END_FRACTIONS if end != Recovery.end_fraction]
+    others = [end for end in END_FRACTIONS if end != Annealed.end_fraction]
     middle = {"name": "LightMoE", "fraction": 0.5, "seed": 0, "learning_rate": RATES[1]}
     return jobs + [{**middle, "end_fraction": end} for end in others]
 

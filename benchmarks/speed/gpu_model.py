@@ -22,7 +22,7 @@ from locum.containers.container import StandInExperts
 from locum.kernels import choice
 from locum.measure.calibration import calibrate
 from locum.models.sizes import shape_of
-from locum.training.options import Recovery
+from locum.training.options import make_recovery
 from locum.training.recovery import recover_model
 
 METHODS = ("lightmoe", "decompose", "mone")
@@ -61,7 +61,9 @@ def one_step(model: PreTrainedModel, observed: Any, device: torch.device) -> dic
     plan = generate.plan_of("lightmoe", {"rank": 4}, observed, shape_of(model))
     compressed = apply_plan(copy.deepcopy(model), plan, observed).to(device)
     tokens = random_tokens(model.config.vocab_size, 4, 64)
-    options = Recovery(how="lora", steps=1, batch_size=2, length=64, warmup_fraction=0.0, checkpoint_every=0)
+    options = make_recovery(
+        {"how": "lora", "steps": 1, "batch_size": 2, "length": 64, "warmup_fraction": 0.0, "checkpoint_every": 0}
+    )
     losses: list[float] = []
     with torch.enable_grad():
         recover_model(compressed, plan, tokens, None, options, progress=lambda step, steps, loss: losses.append(loss))

@@ -29,12 +29,13 @@ from .checkpoints.card import describe_size
 from .demonstration import demo
 from .errors import LocumError, unknown
 from .exports.export import export, larger
-from .methods import METHODS, SearchingMethod
+from .methods import METHODS
+from .options import option_fields
 from .speed import page
 from .speed.bench import bench
 from .stages.application import apply
 from .stages.calibration import calibrate
-from .stages.compression import compress
+from .stages.compression import PREFIX, compress
 from .stages.evaluation import evaluate
 from .stages.inspection import catalogue, inspect
 from .stages.options import Help
@@ -43,7 +44,8 @@ from .stages.planning import plan, plan_summary, shape_behind
 from .stages.recovery import recover
 from .stages.reporting import report
 from .stages.searching import search
-from .training.recovery import Recovery
+from .training.options import Recovery
+from .training.ways import WAYS
 from .verification.folder import FAILED, Check
 from .verification.verify import verify
 
@@ -148,26 +150,25 @@ def _option(
     return click.Option([flag, name], type=kind, help=help_text, multiple=several, **given)
 
 
-def _field_options(classes: dict[str, type]) -> list[click.Parameter]:
+def _field_options(classes: dict[str, type], prefix: str = "") -> list[click.Parameter]:
     """Options for the fields of option dataclasses. One field name shared by several of them is one option."""
     found: dict[str, tuple[Any, str, list[str]]] = {}
     for label, cls in classes.items():
         hints = typing.get_type_hints(cls)
-        for item in dataclasses.fields(cls):
+        for item in option_fields(cls):
             _, _, defaults = found.setdefault(item.name, (hints[item.name], item.metadata["help"], []))
             defaults.append(f"{label}: {item.default}" if label else str(item.default))
     return [
-        _option(name, kind, None, f"{help_text}  [{', '.join(defaults)}]")
+        _option(prefix + name, kind, None, f"{help_text}  [{', '.join(defaults)}]")
         for name, (kind, help_text, defaults) in found.items()
     ]
 
 
 def _command(
-    name: str, function: Callable[..., Any], show: Callable[..., None], fields: dict[str, type] | None = None
+    name: str, function: Callable[..., Any], show: Callable[..., None], field_options: Sequence[click.Parameter] = ()
 ) -> None:
     """Register a command that calls `function` and hands the result to `show`, with --json for machines."""
     accepts_progress = "progress" in introspection.signature(function).parameters
-    field_options = _field_options(fields or {})
     field_names = {option.name for option in field_options}
 
     def run(**given: Any) -> None:
@@ -290,6 +291,10 @@ def _show_catalogue(result: dict[str, Any], as_json: bool) -> None:
             click.echo(f"method {name}: {item['summary']} ({item['paper']})")
             for option, about in item["options"].items():
                 click.echo(f"    --{option.replace('_', '-')} [{about['default']}]  {about['help']}")
+        for name, item in d["ways"].items():
+            click.echo(f"way to recover {name}: {item['summary']} ({item['source']})")
+            for option, about in item["options"].items():
+                click.echo(f"    --{option.replace('_', '-')} [{about['default']}]  {about['help']}")
         for name, item in d["criteria"].items():
             click.echo(f"criterion {name} ({item['paper']})")
         click.echo(f"statistics: {', '.join(d['statistics'])}")
@@ -377,15 +382,16 @@ def _plan_or_diff(
 
 
 def _register() -> None:
-    methods = dict(METHODS.items())
+    methods = _field_options(dict(METHODS.items()))
+    ways = {"": Recovery, **dict(WAYS.items())}
     _command("inspect", inspect, _show_inspect)
     _command("calibrate", calibrate, _show_statistics)
     _command("plan", _like(plan, _plan_or_diff), _show_plan, methods)
     _command("apply", apply, _show_path)
-    searching = {name: cls for name, cls in methods.items() if isinstance(cls(), SearchingMethod)}
-    _command("search", search, _show_statistics, searching)
-    _command("compress", compress, _show_path, methods)
-    _command("recover", recover, _show_recovery, {"": Recovery})
+    searching = {name: cls for name, cls in METHODS.items() if hasattr(cls, "explore")}
+    _command("search", search, _show_statistics, _field_options(searching))
+    _command("compress", compress, _show_path, [*methods, *_field_options(ways, PREFIX)])
+    _command("recover", recover, _show_recovery, _field_options(ways))
     _command("eval", evaluate, _show_rows)
     _command("report", report, _show_path)
     _command("bench", bench, _show_bench)

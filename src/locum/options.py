@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from .errors import OptionError, unknown
@@ -26,11 +26,16 @@ def option(
     return dataclasses.field(default=default, metadata=allowed)
 
 
-def check_options(options: Any) -> None:
-    """Check every field of an options dataclass against what it allows: first its type, that of its default. Raises
-    OptionError."""
-    for item in dataclasses.fields(options):
-        value, allowed, name = getattr(options, item.name), item.metadata, item.name.replace("_", "-")
+def option_fields(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options."""
+    return [item for item in dataclasses.fields(cls) if "help" in item.metadata]
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Check every option of a dataclass against what it allows: first its type, that of its default. Raises
+    OptionError, which names flags with the prefix."""
+    for item in option_fields(options):
+        value, allowed, name = getattr(options, item.name), item.metadata, (prefix + item.name).replace("_", "-")
         kind = type(item.default)
         if kind in KINDS and not (type(value) is kind or (kind is float and type(value) is int)):
             raise OptionError(f"--{name} is {value!r}; it takes {KINDS[kind]}")
@@ -47,15 +52,18 @@ def check_options(options: Any) -> None:
             raise OptionError(f"--{name} is {value:g}; allowed: {' and '.join(bounds) or 'finite numbers'}")
 
 
-def make_options(cls: type, given: dict[str, Any]) -> Any:
-    """An options dataclass from names and values; an unknown name is an OptionError with what is allowed."""
-    allowed = [item.name for item in dataclasses.fields(cls)]
+def check_names(given: Iterable[str], allowed: Collection[str], owner: str, prefix: str = "") -> None:
+    """Refuse names that are not allowed. Raises OptionError: close names first, then all."""
     for name in given:
         if name not in allowed:
-            owner = f"method {cls.name}" if hasattr(cls, "name") else cls.__name__.lower()
-            flags = ["--" + a.replace("_", "-") for a in allowed]
-            flag = "--" + name.replace("_", "-")
+            flag, *flags = ("--" + (prefix + a).replace("_", "-") for a in (name, *allowed))
             raise OptionError(unknown("option", flag, flags).replace("unknown option", f"{owner} has no option", 1))
+
+
+def make_options(cls: type, given: dict[str, Any]) -> Any:
+    """An options dataclass from names and values; an unknown name is an OptionError with what is allowed."""
+    owner = f"method {cls.name}" if hasattr(cls, "name") else cls.__name__.lower()
+    check_names(given, [item.name for item in option_fields(cls)], owner)
     options = cls(**given)
     check_options(options)
     return options

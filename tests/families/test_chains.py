@@ -23,7 +23,8 @@ from locum.methods import METHODS
 from locum.models.families import family_of
 from locum.plans.plan import make_plan
 from locum.stages.searching import to_collect, with_found
-from locum.training.recovery import Recovery, recover_model
+from locum.training.options import make_recovery
+from locum.training.recovery import recover_model
 
 CHAINS = {
     "moe-i2": ({"population": 4, "generations": 1, "seed": 0, "start": "whitened"}, "lora"),
@@ -61,7 +62,9 @@ def chain(case, name, folder):
     plan = make_plan(case.shape, method.plan(statistics, case.shape, amount))
     model = apply_plan(case.model(), plan, statistics if plan.needs else None)
     untrained = case.logits_of(model)
-    training = Recovery(how=how, steps=1, batch_size=1, length=case.ids_BS.shape[1], learning_rate=1e-2)
+    training = make_recovery(
+        {"how": how, "steps": 1, "batch_size": 1, "length": case.ids_BS.shape[1], "learning_rate": 1e-2}
+    )
     model, _ = recover_model(model, plan, replace(tokens, split="train"), None, training)
     after = case.logits_of(model.eval())
     assert torch.isfinite(after).all() and not torch.equal(after, untrained)

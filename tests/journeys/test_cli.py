@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import math
@@ -19,8 +18,11 @@ from safetensors import safe_open
 import locum
 from locum.cli import HIDDEN, cli
 from locum.methods import METHODS
+from locum.options import option_fields
+from locum.stages.compression import PREFIX
 from locum.stages.planning import plan
-from locum.training.recovery import Recovery
+from locum.training.options import Recovery
+from locum.training.ways import WAYS
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_rows, write_text
 
@@ -49,24 +51,25 @@ METHOD = (
     "--align --alpha --bases --budget --clip --grouping --main --rank --renormalise --score --selection --shared "
     f"--vectors {SEARCH}"
 )
+TRAINING = (
+    "--accumulate --annealing --balance --batch-size --checkpoint-every --clip --end-fraction --learning-rate --length "
+    "--precision --rank --schedule --seed --steepness --steps --train-bases --validate-every --warmup-fraction --weight-decay"
+)
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
-    f"--recover-learning-rate --recover-steps --remove --sample --seed --statistics --tokens {METHOD}",
+    f"--remove --sample --seed --statistics --tokens {METHOD} {TRAINING.replace('--', '--recover-')}",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
     "--task-path --tasks --tokens",
     "export": "MODEL --force --json --out --pre-tokenizer --to --type",
     "inspect": "MODEL --json",
     "list": "--json",
-    "plan": f"STATISTICS... --diff --fit --force --json --method --model --onto --out --remove --seed {METHOD}",
-    "recover": "MODEL --accumulate --adapter-only --annealing --balance --batch-size --checkpoint-every --clip --data "
-    "--device --end-fraction --force --how --json --learning-rate --length --original --out --precision --rank "
-    "--restart --schedule --seed "
-    "--steepness --steps --train-bases --validate-every --validation-tokens --warmup-fraction --weight-decay",
+    "plan": f"STATISTICS... --diff --fit --force --json --method --onto --out --remove --seed {METHOD}",
+    "recover": f"MODEL --adapter-only --data --device --force --how --json --original --out --restart --validation-tokens {TRAINING}",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens "
     + SEARCH,
@@ -88,7 +91,8 @@ FUNCTIONS = {
     "search": locum.search,
     "verify": locum.verify,
 }
-FIELDS = {"compress": METHODS, "plan": METHODS, "recover": {"": Recovery}}
+WAYS_OF = {"": Recovery, **dict(WAYS.items())}
+FIELDS = [("compress", METHODS, ""), ("compress", WAYS_OF, PREFIX), ("plan", METHODS, ""), ("recover", WAYS_OF, "")]
 
 
 @pytest.fixture(scope="module")
@@ -302,14 +306,14 @@ def test_defaults_are_those_of_python():
         assert not missing, f"{name} lacks {missing}"
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_options_of_methods_and_recovery_say_their_defaults(name):
+@pytest.mark.parametrize(("name", "classes", "prefix"), FIELDS)
+def test_options_of_methods_and_recovery_say_their_defaults(name, classes, prefix):
     parameters = inspect.signature(FUNCTIONS[name]).parameters
     options = {option.name: option for option in cli.commands[name].params}
-    for label, cls in dict(FIELDS[name].items()).items():
-        for item in dataclasses.fields(cls):
-            option = options[item.name]
-            if item.name in parameters:
+    for label, cls in dict(classes.items()).items():
+        for item in option_fields(cls):
+            option = options[prefix + item.name]
+            if option.name in parameters:
                 continue  # the command's own, checked above
             assert option.get_default(click.Context(cli.commands[name])) is None  # the dataclass has the default
             assert (f"{label}: {item.default}" if label else f"[{item.default}]") in option.help

@@ -165,7 +165,7 @@ def _goes_on_to_the_same_weights(arguments, folder):
     for name, tensor in uninterrupted.items():
         assert torch.equal(resumed[name], tensor), name
     log = (folder / "recovered" / "recovery.jsonl").read_text()
-    assert '"resumed_at": 6' in log
+    assert '"event": "resume", "resumed_at": 6' in log
 
 
 @pytest.mark.parametrize(

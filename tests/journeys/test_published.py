@@ -23,7 +23,7 @@ from locum.methods.moe_i2 import MoEI2
 from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, Base, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
-from locum.training.options import Recovery
+from locum.training.options import make_recovery
 from locum.training.recovery import count_trainable
 from making.handmade import with_sums
 from making.slots import rank_of
@@ -236,7 +236,7 @@ def test_recovery_trains_what_the_paper_trains(olmoe: ModelShape, replaced: int)
     layouts = {layer.layer: Layout.of(layer, olmoe.layer(layer.layer)).to_json() for layer in plan.layers}
     place_containers(model, layouts)
     assert sum(t.numel() for t in model.state_dict().values()) == plan.size(olmoe).parameters
-    assert f"{count_trainable(model, plan, Recovery(how='annealed', rank=RANK)) / 1e9:.3f}" == "0.453"
+    assert f"{count_trainable(model, plan, make_recovery({'how': 'annealed', 'rank': RANK})) / 1e9:.3f}" == "0.453"
 
 
 # --- MoE-I2 -----------------------------------------------------------------------------------------------------

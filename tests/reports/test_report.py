@@ -19,14 +19,12 @@ import torch
 import locum
 from locum.errors import DataError, LocumError, PlanError
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, stand_in
-from locum.plans.plan_file import save_plan
 from locum.reports import expert_maps
 from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
-from locum.stats.origin import Origin
-from locum.stats.statistics_file import save_statistics
 from locum.stats.sums import Statistics
+from making.training_logs import make_log
 
 DOMAINS = ("code", "fiction", "maths", "news")
 LAYERS = tuple(f"model.layers.{n}.mlp.experts" for n in range(6))
@@ -86,9 +84,14 @@ def make_statistics(path: Path, domains=DOMAINS, layers=LAYERS, experts=EXPERTS)
         count[:, -3:] = 0
         sums[layer] = {"count": count.round().double(), "gate_sum": (count * 0.2).double()}
     shapes = tuple(LayerShape(layer, experts, 8, 64, 32, layer + ".gate", "softmax", False) for layer in layers)
-    origin = Origin(ModelShape("olmoe", shapes, 1, 2, 2), "m", "t", ("d",))
-    about = {"versions": {"torch": "2.11"}, "command": "c", "seed": 0}
-    save_statistics(Statistics(tuple(domains), sums, origin, 32000, about), path)
+    about = {"model_fingerprint": "m", "tokenizer_fingerprint": "t", "data_fingerprint": "d", "tokens": 32000}
+    about |= {
+        "shape": ModelShape("olmoe", shapes, 1, 2, 2).to_json(),
+        "versions": {"torch": "2.11"},
+        "command": "c",
+        "seed": 0,
+    }
+    locum.save_statistics(Statistics(tuple(domains), sums, about), path)
     return path
 
 
@@ -110,21 +113,8 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         "olmoe", "f", tuple(made), method, {"remove": 0.5}, {"command": "locum plan s.safetensors --remove 0.5"}
     )
     if path is not None:
-        save_plan(plan, path)
+        locum.save_plan(plan, path)
     return plan
-
-
-def make_log(path: Path, steps=400) -> Path:
-    chance = random.Random(2)
-    lines = [{"event": "start", "how": "annealed", "learning_rate": 1e-3, "versions": {"torch": "2.11"}}]
-    for step in range(steps):
-        loss = 2.2 + 1.6 * math.exp(-step / 80) + chance.gauss(0, 0.08)
-        lines.append({"step": step, "loss": loss, "beta": max(0.0, 1 - step / (0.7 * steps)), "learning_rate": 1e-3})
-        if step % 80 == 79:
-            lines.append({"step": step, "validation_loss": 2.25 + 1.5 * math.exp(-step / 80)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    return path
 
 
 @pytest.fixture
@@ -274,6 +264,15 @@ def test_damaged_discovered_files_are_listed_and_given_ones_raise(tmp_path):
     assert "cannot be used" in Balanced(make_report([results])).text
     with pytest.raises(PlanError):
         make_report([results], plans=[tmp_path / "plan.json"])
+
+
+def test_a_recovery_says_how_it_was_done(tmp_path):
+    results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
+    log = make_log(tmp_path / "small" / "recovery.jsonl")
+    start = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
+    facts = Balanced(make_report([results], logs=[log])).text.partition("Recovery of small ")[2]
+    assert facts.startswith(f"trainable parameters {start['trainable_parameters']} how annealed steps 40")
+    assert f"plan {start['provenance']['identity']['plan']}" in facts and "versions torch" in facts
 
 
 def test_given_files_make_their_sections(tmp_path):

@@ -17,66 +17,28 @@ from locum.checkpoints.skeleton import skeleton
 from locum.containers.build import old_weights
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
-from locum.data.tokens import Batch, Tokens
 from locum.errors import OptionError, PlanError
 from locum.models.families import canonical_activation, find_layers, is_stock_experts, read_expert
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
-from locum.training.layer import beta_at, set_beta
-from locum.training.options import Recovery, learning_rate_at
-from locum.training.recovery import RECIPES, Work, count_trainable, recover_model
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
+from locum.training.context import Context, Original
+from locum.training.layer import beta_at, open_layer, set_beta
+from locum.training.options import learning_rate_at, make_recovery
+from locum.training.recovery import count_trainable, recover_model
 from locum.training.states import STATE_FILE, forget
-from making.handmade import with_sums
 from making.slots import rows_of
 from making.tiny_models import tiny_ids, tiny_model
-
-QUICK = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "warmup_fraction": 0.0, "checkpoint_every": 0}
-
-
-def tiny_tokens(blocks=6, length=16, seed=1) -> Tokens:
-    ids = tiny_ids(blocks, length, seed=seed)
-    loss = torch.ones_like(ids, dtype=torch.bool)
-    loss[:, 0] = False
-    loss[0, :5] = False  # a prompt
-    batch = Batch(ids, loss, torch.ones_like(ids), torch.ones_like(ids), torch.zeros(blocks, dtype=torch.int64))
-    return Tokens(
-        **vars(batch), domains=("a",), weights=(1.0,), fingerprint=f"{seed}", sources=(), split="train", length=length
-    )
-
-
-def light(model, *, rank=3, start="gaussian", align=False, bases=True, constant=False, rest=KEPT):
-    """Per layer: experts 0-3 kept, 4-7 stand-ins on two bases (or none)."""
-    layers = []
-    for layer in shape_of(model).layers:
-        slots = [
-            stand_in(
-                base=(e // 6 if bases else None),
-                rank=rank,
-                start=start if rank else "gaussian",
-                constant=constant,
-            )
-            for e in range(4, 8)
-        ]
-        made = (Base((4, 5), (0.3, 0.7), align), Base((6, 7), (0.5, 0.5), align)) if bases else ()
-        layers.append(LayerPlan(layer.name, (KEPT, KEPT, KEPT, rest, *slots), made))
-    return make_plan(shape_of(model), layers)
-
-
-def compressed(model, plan):
-    means = [torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) for _ in shape_of(model).layers]
-    statistics = with_sums(shape_of(model), output_sum=means, count=[torch.ones(8)] * len(means))
-    return apply_plan(copy.deepcopy(model), plan, statistics)
-
-
-def readers(model):
-    return {x.shape.name: (lambda e, experts=x.experts: read_expert(experts, e)) for x in find_layers(model)}
+from making.training import QUICK, Killed, compressed, light, run, tiny_tokens
 
 
 def opened(model, plan, original=None, how="annealed", **options):
-    work = Work(model, plan, Recovery(how=how, **{**QUICK, **options}), readers(original) if original else {})
-    RECIPES[how].check(work)
-    RECIPES[how].prepare(work, 0)
-    return work
+    """The context and the way, as before the first step."""
+    chosen = make_recovery({"how": how, **QUICK, **options})
+    known = None if original is None else Original.of(original)
+    context = Context(model, plan, chosen.steps, chosen.seed, known)
+    chosen.way.check(context)
+    chosen.way.prepare(context, 0)
+    return context, chosen.way
 
 
 @torch.no_grad()
@@ -147,8 +109,8 @@ def naive(layer, original, start, x_TD, index_TK, gate_TK, beta):
 @pytest.mark.parametrize("beta", [1.0, 0.6, 0.0])
 def test_annealing_equals_the_written_out_weights(olmoe, beta, start):
     plan = light(olmoe, align=True, start=start)
-    work = opened(compressed(olmoe, plan), plan, olmoe)
-    layer = work.layers[0]
+    context, _ = opened(compressed(olmoe, plan), plan, olmoe)
+    layer = context.layers[0]
     container, generator = layer.container, torch.Generator().manual_seed(5)
     at_start = copy.deepcopy(container.adapters)
     with torch.no_grad():
@@ -170,7 +132,7 @@ def test_schedules_at_points_computed_by_hand():
         assert beta_at(0, 100, 0.2, "exponential", g) == pytest.approx(1)
         assert beta_at(10, 100, 0.2, "exponential", g) == pytest.approx(half, abs=1e-7)
         assert beta_at(20, 100, 0.2, "exponential", g) == 0
-    options = Recovery(steps=100, learning_rate=1.0, warmup_fraction=0.04, schedule="cosine")
+    options = make_recovery({"steps": 100, "learning_rate": 1.0, "warmup_fraction": 0.04, "schedule": "cosine"})
     assert [learning_rate_at(t, options) for t in (0, 3, 4, 52)] == pytest.approx([0.25, 1, 1, 0.5])
 
 
@@ -178,23 +140,16 @@ def test_schedules_at_points_computed_by_hand():
 def test_letting_the_old_weights_go_changes_nothing(olmoe, kind):
     plan = light(olmoe, **kind)
     model = compressed(olmoe, plan)
-    work = opened(model, plan, olmoe)
-    for layer in work.layers:
+    context, _ = opened(model, plan, olmoe)
+    for layer in context.layers:
         layer.container.beta = 0.0
     before = logits(model)
-    for layer in work.layers:
+    for layer in context.layers:
         assert layer.container.old is not None
         set_beta(layer, 0.0)
         assert layer.container.old is None
     assert torch.equal(logits(model), before)
     close(logits(model), logits(compressed(olmoe, plan)))
-
-
-def run(model, plan, original=None, validation=None, **options):
-    kwargs = {k: options.pop(k) for k in ("workdir", "log", "progress", "restart") if k in options}
-    options = Recovery(**{**QUICK, **options})
-    read = readers(original) if original is not None else None
-    return recover_model(model, plan, tiny_tokens(), validation, options, read, **kwargs)
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
@@ -232,12 +187,13 @@ def test_trained_are_bases_and_an_adapter_on_every_expert(olmoe):
         ({"how": "lora", "rank": 5}, 2 * (2 * expert + 4 * adapter + 4 * (adapter // 3) * 5)),
         ({"how": "lora", "train_bases": False}, 2 * 8 * adapter),
     ):
-        assert count_trainable(compressed(olmoe, plan), plan, Recovery(**options)) == count
+        assert count_trainable(compressed(olmoe, plan), plan, make_recovery(options)) == count
     merged = light(olmoe, rank=0)  # stand-ins without adapters: a frozen base gets one, for all of its users
     at_16 = 3 * 16 * (32 + 16)
-    assert count_trainable(compressed(olmoe, merged), merged, Recovery(how="lora", train_bases=False)) == 2 * 6 * at_16
+    adapters_alone = make_recovery({"how": "lora", "train_bases": False})
+    assert count_trainable(compressed(olmoe, merged), merged, adapters_alone) == 2 * 6 * at_16
     full = compressed(olmoe, plan)
-    assert count_trainable(full, plan, Recovery(how="full")) == sum(p.numel() for p in full.parameters())
+    assert count_trainable(full, plan, make_recovery({"how": "full"})) == sum(p.numel() for p in full.parameters())
 
 
 def test_the_papers_count_for_olmoe_1b_7b():
@@ -251,7 +207,7 @@ def test_the_papers_count_for_olmoe_1b_7b():
     slots = (KEPT,) * 26 + tuple(stand_in(base=(e - 26) % 3, rank=16) for e in range(26, 64))
     plan = make_plan(shape, [LayerPlan(layer.name, slots, bases) for layer in shape.layers])
     config.quantization_config = LocumConfig({x.name: Layout.of(plan.layer(x.name), x).to_json() for x in shape.layers})
-    count = count_trainable(skeleton(config), plan, Recovery())
+    count = count_trainable(skeleton(config), plan, make_recovery({}))
     assert count == 3 * 16 * 6_291_456 + 64 * 16 * 147_456 and round(count / 1e9, 3) == 0.453
 
 
@@ -259,13 +215,13 @@ def test_the_papers_count_for_olmoe_1b_7b():
 def test_the_exported_model_is_the_trained_one(olmoe, how):
     plan = light(olmoe)
     model = compressed(olmoe, plan)
-    work = opened(model, plan, olmoe, how=how, rank=5, train_bases=how == "annealed")
+    context, way = opened(model, plan, olmoe, how=how, rank=5, train_bases=how == "annealed")
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
-    RECIPES[how].at_step(work, work.options.steps)
+    way.at_step(context, context.steps)
     trained = logits(model)
-    RECIPES[how].finish(work)
+    way.finish(context)
     close(logits(model), trained)
     assert all(x.experts.layout == Layout.of(plan.layer(x.shape.name), x.shape) for x in find_layers(model))
 
@@ -277,14 +233,14 @@ def test_a_uniformly_pruned_model_stays_stock(model_type):
     plan = make_plan(shape_of(original), [LayerPlan(x.name, slots) for x in shape_of(original).layers])
     model = apply_plan(copy.deepcopy(original), plan)
     keys, before = list(model.state_dict()), logits(model)
-    work = opened(model, plan, how="lora")
+    context, way = opened(model, plan, how="lora")
     close(logits(model), before)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     trained = logits(model)
     assert float((trained - before).abs().max()) > 1e-2
-    RECIPES["lora"].finish(work)
+    way.finish(context)
     close(logits(model), trained)
     assert list(model.state_dict()) == keys and all(is_stock_experts(x.experts) for x in find_layers(model))
     assert not any(p.is_meta for p in model.parameters())
@@ -301,7 +257,8 @@ def test_the_loss_falls_on_what_is_trained(olmoe, how, tmp_path):
     assert summary["tokens"] == 25 * 2 * 2 * 16 and summary["peak_bytes"] > 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines[0]["options"]["how"] == how and lines[0]["trainable_parameters"] == summary["trainable_parameters"]
-    steps = [line for line in lines if "loss" in line]
+    assert [line["event"] for line in lines] == ["start", "validation", *["step"] * 25, "validation"]
+    steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 26)) and steps[-1]["loss"] == summary["loss"]
     assert ("beta" in steps[0]) == (how == "annealed")
 
@@ -309,7 +266,7 @@ def test_the_loss_falls_on_what_is_trained(olmoe, how, tmp_path):
 def test_the_first_loss_is_the_mean_over_positions_with_loss(olmoe):
     tokens, model = tiny_tokens(blocks=2), copy.deepcopy(olmoe)
     seen = []
-    options = Recovery(**{**QUICK, "how": "full", "steps": 1, "batch_size": 1, "accumulate": 2})
+    options = make_recovery({**QUICK, "how": "full", "steps": 1, "batch_size": 1, "accumulate": 2})
     recover_model(model, None, tokens, None, options, progress=lambda step, steps, loss: seen.append(loss))
     with torch.no_grad():
         logits_BSV = olmoe(tokens.ids_BS).logits
@@ -325,10 +282,6 @@ def test_what_was_recovered_can_be_saved_and_loaded(olmoe, tmp_path, kind):
     model, _ = run(compressed(olmoe, plan), plan, olmoe, how="annealed" if kind == "container" else "lora")
     model.save_pretrained(tmp_path / "out")
     close(logits(load_model(tmp_path / "out")), logits(model))
-
-
-class Killed(Exception):
-    pass
 
 
 def curve(log):
@@ -367,12 +320,25 @@ def test_a_killed_run_goes_on_bit_for_bit(olmoe, tmp_path, stop):
     assert not (given["workdir"] / STATE_FILE).exists()
 
 
+def test_a_stock_layer_of_merged_experts_gets_an_adapter_on_every_expert(olmoe):
+    """Its rows are the layer's own, whatever the plan says of them: no whole expert is trained."""
+    merged = tuple(Slot("stand_in", base=b) for b in range(8))
+    layer = find_layers(olmoe)[0]
+    plan = LayerPlan(layer.shape.name, merged, tuple(Base((b,), (1.0,)) for b in range(8)))
+    opened_layer = open_layer(olmoe, layer, plan, 2, True, 0)
+    container = opened_layer.container
+    assert container.shared is None and opened_layer.rows == tuple(range(8))
+    assert sum(p.numel() for p in container.adapters.parameters()) == 8 * 3 * 2 * (
+        32 + 16
+    )  # 2,304; 12,288 are the experts
+
+
 def test_a_base_less_stand_in_has_gradients_from_the_start(olmoe):
     plan = light(olmoe, bases=False)
     model = compressed(olmoe, plan)
-    work = opened(model, plan, how="lora")
+    context, _ = opened(model, plan, how="lora")
     model(tiny_ids()).logits.logsumexp(-1).sum().backward()
-    for name, parameter in work.layers[0].container.adapters.named_parameters():
+    for name, parameter in context.layers[0].container.adapters.named_parameters():
         assert float(parameter.grad[:4].abs().max()) > 0, name  # the stand-ins' rows come first
 
 
@@ -396,9 +362,11 @@ def test_bf16_keeps_masters_of_what_is_trained_and_gives_bf16_back(olmoe):
         ({"end_fraction": 1.5}, "--end-fraction is 1.5"),
         ({"how": "annealing"}, "did you mean 'annealed'"),
         ({"precision": "fp8"}, "fp8"),
-        ({"rank": 17}, "--rank is 17; allowed: at most 16"),
+        ({"how": "lora", "rank": 17}, "--rank is 17; allowed: at most 16"),
         ({"learning_rate": math.nan}, "--learning-rate"),
-        ({}, "needs the original experts"),
+        ({}, "--how annealed needs the original model; give it with --original"),
+        ({"how": "lora", "end_fraction": 0.5}, "'lora' has no option --end-fraction; ways that have it: annealed"),
+        ({"how": "lora", "learning_rat": 0.5}, "no option '--learning-rat': did you mean '--learning-rate'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_done(olmoe, options, message):
@@ -415,6 +383,6 @@ def test_plans_that_do_not_fit_are_refused(olmoe):
         run(compressed(olmoe, plan), None, how="lora")
     with pytest.raises(PlanError, match="was not made by this plan"):
         run(compressed(olmoe, plan), light(olmoe, rank=4), how="lora")
-    with pytest.raises(OptionError, match="replaces none"):
+    with pytest.raises(OptionError, match="a model without a plan has none; use --how full or --how lora"):
         run(copy.deepcopy(olmoe), None, how="annealed")
     assert not any(isinstance(m, StandInExperts) for m in olmoe.modules())

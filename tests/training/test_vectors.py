@@ -26,19 +26,20 @@ from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from locum.training.balance import balanced, load_balance
-from locum.training.options import Recovery
+from locum.training.options import make_recovery
 from locum.training.recovery import count_trainable, recover_model
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint
 from making.policies import TOP_4, drawn, logits, near, policy_plan
 from making.tiny_models import tiny_ids, tiny_model
-from test_recover import QUICK, compressed, light, opened, tiny_tokens
+from making.training import QUICK, compressed, light, tiny_tokens
+from test_recover import opened
 
 MAIN_2 = MainWithVectors(2)
 
 
 def recovered(model, plan, how, **options):
-    return recover_model(model, plan, tiny_tokens(), None, Recovery(how=how, **{**QUICK, **options}))
+    return recover_model(model, plan, tiny_tokens(), None, make_recovery({"how": how, **QUICK, **options}))
 
 
 def state(model):
@@ -93,7 +94,7 @@ def test_more_is_learnt_with_vectors_than_with_routers_alone():
     for vectors in ("none", "static", "projections"):
         plan = policy_plan(original, lambda _, vectors=vectors: MainWithVectors(1, vectors))
         model = apply_plan(copy.deepcopy(original), plan)
-        options = Recovery(how="vectors", **{**QUICK, "steps": 30, "batch_size": 6, "learning_rate": 0.02})
+        options = make_recovery({**QUICK, "how": "vectors", "steps": 30, "batch_size": 6, "learning_rate": 0.02})
         _, summary = recover_model(model, plan, tokens, tokens, options)
         losses[vectors] = summary["validation_loss"]
         assert losses[vectors] < summary["validation_loss_before"]
@@ -118,7 +119,7 @@ def test_an_interrupted_run_ends_as_one_in_a_piece(tmp_path):
     plan = policy_plan(original)
     whole, _ = recovered(apply_plan(copy.deepcopy(original), plan), plan, "vectors", balance=0.1, checkpoint_every=2)
     model = apply_plan(copy.deepcopy(original), plan)
-    options = Recovery(how="vectors", balance=0.1, **{**QUICK, "checkpoint_every": 2})
+    options = make_recovery({**QUICK, "how": "vectors", "balance": 0.1, "checkpoint_every": 2})
 
     def stop(done, total, loss):
         if done == 5:
@@ -149,7 +150,7 @@ def test_vectors_need_a_policy(olmoe):
 def test_what_would_be_trained_is_counted_without_weights():
     original = tiny_model("olmoe", **TOP_4)
     model = apply_plan(original, policy_plan(original))
-    assert count_trainable(model, policy_plan(original), Recovery(how="vectors")) == 2 * (8 * 80 + 8 * 32)
+    assert count_trainable(model, policy_plan(original), make_recovery({"how": "vectors"})) == 2 * (8 * 80 + 8 * 32)
 
 
 # --- the load-balance loss --------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_training_with_it_evens_the_routing_out(tmp_path):
     tokens, found = tiny_tokens(), {}
     for balance in (0.0, 1.0):
         model = apply_plan(copy.deepcopy(original), plan)
-        options = Recovery(how="vectors", balance=balance, **{**QUICK, "steps": 25, "learning_rate": 0.01})
+        options = make_recovery({**QUICK, "how": "vectors", "balance": balance, "steps": 25, "learning_rate": 0.01})
         log = tmp_path / f"{balance}.jsonl"
         model, _ = recover_model(model, plan, tokens, None, options, log=log)
         with balanced(model) as watched, torch.no_grad():
@@ -412,4 +413,6 @@ def test_over_stand_ins_the_compressed_checkpoint_is_the_base(top_4, words, tmp_
 def test_a_model_that_predicts_no_tokens_is_refused():
     """A token classifier is compressed like others, but next-token recovery has nothing to train it by."""
     with pytest.raises(UnsupportedModel, match="does not predict tokens"):
-        recover_model(tiny("openai_privacy_filter"), None, tiny_tokens(), None, Recovery(how="full", steps=1))
+        recover_model(
+            tiny("openai_privacy_filter"), None, tiny_tokens(), None, make_recovery({"how": "full", "steps": 1})
+        )

@@ -27,7 +27,7 @@ CHECKPOINT_PARTS = {"plan_file": "plan.json", "recovery_log": "recovery.jsonl"} 
 @dataclass(frozen=True)
 class RecoveryLog:
     name: str
-    start: dict[str, Any]
+    start: dict[str, Any]  # options and provenance of the run, by name
     training: tuple[dict[str, Any], ...]  # lines with "step" and "loss"
     validation: tuple[dict[str, Any], ...]  # lines with "step" and "validation_loss"
 
@@ -90,11 +90,21 @@ def read_log(path: Path) -> RecoveryLog:
         if not isinstance(entry, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object, found {type(entry).__name__}")
         entries.append(entry)
-    start = next((e for e in entries if e.get("event") == "start"), {})
+    start = _said_at_start(next((e for e in entries if e.get("event") == "start"), {}))
     lines_of = {
         key: tuple(e for e in entries if _finite(e, "step") and _finite(e, key)) for key in ("loss", "validation_loss")
     }
     return RecoveryLog(log_name(path), start, lines_of["loss"], lines_of["validation_loss"])
+
+
+def _said_at_start(line: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a log's first line by name. What identifies the run repeats its options, so each is said once."""
+    parts = {key: value for key, value in line.items() if isinstance(value, dict)}
+    made = parts.get("provenance", {})
+    identity = made.get("identity")
+    facts = {key: value for key, value in line.items() if key not in ("event", *parts)}
+    facts |= parts.get("options", {}) | (identity if isinstance(identity, dict) else {})
+    return facts | {key: value for key, value in made.items() if key != "identity"}
 
 
 def log_name(path: Path) -> str:

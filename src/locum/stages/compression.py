@@ -8,16 +8,15 @@ from typing import Annotated, Any
 
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
-from ..errors import PlanError
+from ..errors import OptionError
 from ..files import check_output
 from ..measure.removals import SAMPLE
 from ..methods import SearchingMethod
-from ..options import make_options
 from ..plans.plan import Plan, with_provenance
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
-from ..training.options import Recovery
-from ..training.recovery import check_recovery
+from ..training.options import Recovery, make_recovery
+from ..training.recovery import check_fits
 from .application import apply
 from .calibration import calibrate
 from .options import (
@@ -42,6 +41,8 @@ from .planning import check_statistics_of, check_target, chosen_method, plan
 from .recovery import recover as recover_stage
 from .searching import Sample, search, to_collect
 
+PREFIX = "recover_"  # of an option of the training, beside those of the method
+
 
 def compress(
     model: Path,
@@ -61,31 +62,28 @@ def compress(
         Path | None, Help("use this statistics file, or write it there when it does not exist")
     ] = None,
     recover: Annotated[str | None, Help("train the result back, as locum recover --how; default: do not")] = None,
-    recover_steps: Annotated[int, Help("optimizer steps of that training")] = Recovery.steps,
-    recover_learning_rate: Annotated[float, Help("highest learning rate of that training")] = Recovery.learning_rate,
     force: Force = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Path:
     """Calibrate (or search, for a method that searches), plan and apply in one, and recover if asked to.
 
-    A method that needs no statistics needs no data.
+    A method that needs no statistics needs no data. Every option of recover has the prefix recover_ here, as in
+    --recover-steps 100. The seed of that training is --seed unless --recover-seed is given.
     """
     model = Path(model)
+    of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
+    options = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
     chosen = chosen_method(method, options)
     paths = [source.path for source in parse_sources(data)] if data or chosen.needs() or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
-    recovery = {"how": recover, "steps": recover_steps, "learning_rate": recover_learning_rate, "seed": seed}
-    if recover is not None:
-        check_number("recover-steps", recover_steps, 1)
-        check_recovery(make_options(Recovery, recovery))
+    recovery = _recovery(recover, of_training, seed)
     check_target(remove, fit, method=chosen, shape=read_shape(model))
     asked = {"method": method, "remove": remove, "fit": fit, **options}
-    shared = {"seed": seed, "force": force, "progress": progress}
-    training = None if recover is None else {"data": data, "device": device, **recovery}
+    shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not chosen.needs():
-        return _finish(model, plan([model], **asked), None, out, training, **shared)
+        return _finish(model, plan([model], **asked), None, out, recovery, **shared)
     keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
     observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
     observed |= {"data": data, "out": Path(keep), "progress": progress}
@@ -100,10 +98,20 @@ def compress(
         decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
         if statistics is not None:
             decided = with_provenance(decided, statistics_file=str(statistics))
-        return _finish(model, decided, loaded, out, training, **shared)
+        return _finish(model, decided, loaded, out, recovery, **shared)
     finally:
         if statistics is None:
             Path(keep).unlink(missing_ok=True)
+
+
+def _recovery(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
+    """How the result is trained back; None if that was not asked for."""
+    if how is not None:
+        return make_recovery({"seed": seed, **options, "how": how}, PREFIX)
+    for name in options:
+        flag = f"--{PREFIX}{name}".replace("_", "-")
+        raise OptionError(f"{flag} is about training the result back; say how with --recover, or leave {flag} out")
+    return None
 
 
 def _finish(
@@ -111,23 +119,24 @@ def _finish(
     decided: Plan,
     statistics: Statistics | None,
     out: Path,
-    training: dict[str, Any] | None,
+    recovery: Recovery | None,
     *,
+    data: Data,
+    device: str,
     seed: int,
     force: bool,
     progress: Progress,
 ) -> Path:
     """Apply a plan and train the result if asked to; `out` appears when both are done."""
-    if training is None:
+    if recovery is None:
         return apply(model, plan=decided, out=out, statistics=statistics, seed=seed, force=force, progress=progress)
-    if training["how"] == "annealed" and not any(layer.replaced for layer in decided.layers):
-        raise PlanError(
-            "the plan only drops or keeps experts, so there is nothing to anneal; use --recover lora or full"
-        )
-    draft = out.with_name(f".{out.name}.unrecovered")
+    check_fits(recovery.way, decided, "--recover")
+    draft, options = out.with_name(f".{out.name}.unrecovered"), recovery.to_json()
     try:
         apply(model, plan=decided, out=draft, statistics=statistics, seed=seed, force=True, progress=progress)
-        recover_stage(draft, out=out, original=model, force=force, progress=progress, **training)
+        recover_stage(
+            draft, data=data, out=out, original=model, device=device, force=force, progress=progress, **options
+        )
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return out

@@ -10,7 +10,9 @@ from ..checkpoints.read import fingerprint_checkpoint, read_config
 from ..checkpoints.skeleton import active_parameters_in, expert_parameters_in, is_compressed, layouts_of, read_shape
 from ..criteria.criterion import CRITERIA
 from ..methods import METHODS
+from ..options import option_fields
 from ..stats.sums import STATISTICS
+from ..training.ways import WAYS
 
 
 def inspect(model: Path) -> dict[str, Any]:
@@ -37,17 +39,20 @@ def inspect(model: Path) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, Any]:
-    """Everything that is registered: methods with their options, criteria, statistics."""
+    """Everything that is registered: methods and ways to recover with their options, criteria, statistics."""
     methods = {
-        name: {
-            "summary": _summary(cls),
-            "paper": cls.paper,
-            "options": {f.name: {"default": f.default, "help": f.metadata["help"]} for f in dataclasses.fields(cls)},
-        }
-        for name, cls in METHODS.items()
+        name: {"summary": _summary(cls), "paper": cls.paper, "options": _options(cls)} for name, cls in METHODS.items()
+    }
+    ways = {
+        name: {"summary": _summary(cls), "source": cls.source, "options": _options(cls)} for name, cls in WAYS.items()
     }
     criteria = {name: {"paper": item.paper, "needs": list(item.needs)} for name, item in CRITERIA.items()}
-    return {"methods": methods, "criteria": criteria, "statistics": sorted(STATISTICS)}
+    return {"methods": methods, "ways": ways, "criteria": criteria, "statistics": sorted(STATISTICS)}
+
+
+def _options(cls: type) -> dict[str, Any]:
+    """Options of a method or way by name."""
+    return {item.name: {"default": item.default, "help": item.metadata["help"]} for item in option_fields(cls)}
 
 
 def _summary(cls: type) -> str:

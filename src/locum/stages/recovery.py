@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,32 +14,19 @@ from ..checkpoints.read import base_of, fingerprint_checkpoint, is_adapter, load
 from ..checkpoints.skeleton import is_compressed, read_shape
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
-from ..errors import CheckpointError, OptionError, PlanError
+from ..errors import CheckpointError, OptionError
 from ..files import check_output, provenance
-from ..models.families import find_layers, read_expert
 from ..models.stored import write_model
-from ..options import make_options
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
 from ..shapes import ModelShape
-from ..training.options import Recovery
-from ..training.recovery import RECIPES, check_recovery, recover_model
+from ..training.context import Original
+from ..training.options import DEFAULT_WAY, make_recovery
+from ..training.recovery import check_fits, recover_model
 from ..training.states import STATE_FILE, forget
+from ..training.ways import WAYS
 from .options import Data, Device, Force, Help, Out, Progress, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
-
-
-def _old_weights(model: Path, original: Path | None, decided: Plan | None, chosen: Recovery) -> Path | None:
-    """Where the weights are that annealing fades out; None where none are needed."""
-    if chosen.how != "annealed":
-        return None
-    if decided is None or not any(layer.replaced for layer in decided.layers):
-        raise PlanError(f"{model} has no replaced experts, so there is nothing to anneal; use --how lora or --how full")
-    if chosen.end_fraction == 0:
-        return None
-    source = original_of(model, original, "annealing needs the old weights")
-    decided.validate(read_shape(source))
-    return source
 
 
 def recover(
@@ -48,24 +34,30 @@ def recover(
     *,
     data: Data,
     out: Out,
+    how: Annotated[str, Help("way to recover: what is trained, and how; see locum list")] = DEFAULT_WAY,
     original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
     device: Device = "auto",
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
-    adapter_only: Annotated[bool, Help("write vectors and routers alone, over the base (--how vectors)")] = False,
+    adapter_only: Annotated[
+        bool, Help("write vectors and routers alone, over the base; for ways that train nothing else")
+    ] = False,
     validation_tokens: Annotated[int, Help("most tokens that a validation reads, shared over domains")] = 65536,
     progress: Progress = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a compressed checkpoint back to strength. An interrupted run goes on where it stopped."""
+    """Train a compressed checkpoint back to strength. An interrupted run goes on where it stopped.
+
+    `options` are those of every run (training/options.py) and those of the way (training/ways/).
+    """
     model = Path(model)
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, original, *paths])
-    chosen: Recovery = make_options(Recovery, options)
-    check_recovery(chosen)
-    if adapter_only and RECIPES[chosen.how].changes_weights:
+    chosen = make_recovery({"how": how, **options})
+    if adapter_only and chosen.way.changes_weights:
+        others = [f"--how {name}" for name, cls in WAYS.items() if not cls.changes_weights]
         raise OptionError(
-            f"--adapter-only keeps the base's weights, and --how {chosen.how} trains them; use --how vectors"
+            f"--adapter-only keeps the base's weights, and --how {how} trains them; use {' or '.join(others)}"
         )
     check_number("validation-tokens", validation_tokens, 1)
     device = device_of(device)
@@ -76,17 +68,19 @@ def recover(
         raise CheckpointError(
             f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
         )
-    source = _old_weights(model, original, decided, chosen)
+    check_fits(chosen.way, decided)
+    source = None
+    if chosen.way.needs_original(decided):
+        source = original_of(model, original, f"--how {how} needs the original")
+        if decided is not None:
+            decided.validate(read_shape(source))
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
     live = load_model(model, device=device)
-    reads = None
-    if source is not None:
-        old = load_model(source, dtype=live.dtype, device=device)
-        reads = {layer.shape.name: _reader(layer.experts) for layer in find_layers(old)}
+    unchanged = None if source is None else Original.of(load_model(source, dtype=live.dtype, device=device))
     workdir = out.with_name(f".{out.name}.recover")
     try:
         live, summary = recover_model(
@@ -95,7 +89,7 @@ def recover(
             blocks,
             validation,
             chosen,
-            original_read=reads,
+            original=unchanged,
             workdir=workdir,
             log=workdir / LOG,
             progress=lambda done, total, loss: progress(f"recover: loss {loss:.3f}", done, total),
@@ -108,7 +102,7 @@ def recover(
     notes = read_notes(model)
     before = read_shape(source) if source is not None else _original_shape(notes, shape)
     base = _base_of(model, decided, notes) if adapter_only else None
-    notes |= provenance(recovery={**dataclasses.asdict(chosen), **summary}, recovered_from=str(model))
+    notes |= provenance(recovery={**chosen.to_json(), **summary}, recovered_from=str(model))
     _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base)
     forget(workdir)
     return {"out": str(out), **summary}
@@ -145,10 +139,6 @@ def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
         if fingerprint_checkpoint(original) == notes.get("original_fingerprint"):
             return original
     return model
-
-
-def _reader(experts: Any) -> Any:
-    return lambda e: read_expert(experts, e)
 
 
 def _keep_all(shape: ModelShape) -> Plan:

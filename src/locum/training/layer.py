@@ -88,14 +88,14 @@ def open_layer(
     kept = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
     plan = plan or kept
     if isinstance(experts, StandInExperts):
-        stock, layout = None, experts.layout
+        stock, layout, made_by = None, experts.layout, plan
         tensors = tensors_of(experts)
     else:
-        stock, layout = experts, Layout.of(kept, shape)
+        stock, layout, made_by = experts, Layout.of(kept, shape), kept  # whatever the plan merged, its rows are its own
         tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
     activate = canonical_activation(experts)
     like = next(experts.parameters(), next(layer.router.parameters()))  # a container of mere nothings has no parameter
-    num_kept = sum(slot.is_kept for slot in plan.slots)
+    num_kept = sum(slot.is_kept for slot in made_by.slots)
     rows = rows_to_adapt(layout, num_kept, train_bases)
     training = layout.with_adapters(rows, rank) if rows else layout
     adapters = _adapters(training, tensors, like.device, seed)

@@ -1,10 +1,19 @@
-"""The training loop: next-token loss, AdamW on whatever is trainable, a log, and states from which it resumes exactly.
+"""The training loop: AdamW on whatever is trainable, a log, and states from which it resumes exactly.
 
-What is trained and what happens to it at each step is the caller's: `at_step(step)` is called before every step (and
-once after the last) and returns what the log should say about it.
+The caller says what is trained, which loss is lowered, and what happens at each step: `at_step(step)` is called before
+every step (and once after the last) and returns what the log should say about it. Validation always measures the
+cross entropy of the next token, so that runs with different losses can be compared.
 
 The model runs in eval mode with gradients on. Training mode would switch on the jitter noise in the routers of Mixtral
 and PhiMoE and load-balancing side effects of others: what is recovered is the model as it is used.
+
+The log is a file of JSON lines. The `event` of a line says what it holds:
+
+    start        options, provenance, trainable_parameters
+    resume       the same, of a run that goes on, and resumed_at: the steps done before
+    step         step (how many are done), loss, learning_rate, seconds, tokens, balance_loss where there is one, and
+                 what the way to recover says of the step
+    validation   step, validation_loss
 
 Letters: B blocks of a batch, S tokens of a block, M positions with loss, V vocabulary.
 """
@@ -64,6 +73,9 @@ def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContex
     return balanced(model) if options.balance else contextlib.nullcontext()
 
 
+Loss = Callable[[Batch], tuple[Tensor, int]]  # of a batch: summed over its positions with loss, and their number
+
+
 class Loop:
     """One run. Its state between steps is `State`; everything else is fixed by the options, the data and the model."""
 
@@ -74,9 +86,10 @@ class Loop:
         validation: Tokens | None,
         options: Recovery,
         accelerator: Accelerator,
+        objective: Loss,
         balance: Balance | None = None,
     ) -> None:
-        self.balance, self.balance_loss = balance, 0.0
+        self.objective, self.balance, self.balance_loss = objective, balance, 0.0
         self.model = model.eval()
         self.tokens, self.validation_tokens, self.options, self.accelerator = tokens, validation, options, accelerator
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +151,7 @@ class Loop:
         total = self.balance_loss = 0.0
         for part in parts:
             with self.accelerator.autocast():
-                summed, positions = loss_sum(self.model, part, self.device)
+                summed, positions = self.objective(part)
             loss = summed / count
             total += float(loss.detach())
             if self.balance is not None:
@@ -173,6 +186,7 @@ class Hooks:
     """What a run tells and asks others."""
 
     at_step: Callable[[int], dict[str, float]]
+    loss: Loss
     workdir: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     log: Path | None = None
@@ -189,7 +203,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with accelerated(options.precision, device) as accelerator, _observing(model, options) as balance:
-        loop = Loop(model, tokens, validation, options, accelerator, balance)
+        loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, balance)
         loop.resume(state)
         open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
@@ -214,7 +228,7 @@ def _run(loop: Loop, hooks: Hooks) -> None:
     while loop.step < options.steps:
         rate = learning_rate_at(loop.step, options)
         loop.one_step(list(islice(stream, options.accumulate)))
-        done = {"step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
+        done = {"event": "step", "step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
         if loop.balance is not None:
             done["balance_loss"] = loop.balance_loss
         write_log(hooks.log, done | {"seconds": round(loop.seconds, 3), "tokens": loop.tokens_seen})
@@ -232,7 +246,8 @@ def _run(loop: Loop, hooks: Hooks) -> None:
 def _validate(loop: Loop, hooks: Hooks) -> None:
     if loop.validation_tokens is not None:
         loop.validation.append((loop.step, loop.validate()))
-        write_log(hooks.log, {"step": loop.step, "validation_loss": loop.validation[-1][1]})
+        loss = loop.validation[-1][1]
+        write_log(hooks.log, {"event": "validation", "step": loop.step, "validation_loss": loss})
 
 
 def open_log(hooks: Hooks, step: int, trainable: int) -> None:
@@ -245,7 +260,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
         kept = [line for line in lines if _logged_step(line) <= step]
     hooks.log.parent.mkdir(parents=True, exist_ok=True)
     hooks.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    first = {"resumed_at": step} if step else {}
+    first = {"event": "resume", "resumed_at": step} if step else {"event": "start"}
     write_log(hooks.log, first | hooks.header | {"trainable_parameters": trainable})
 
 

@@ -1,14 +1,17 @@
-"""Options of recovery, and the learning rate that follows from them."""
+"""Options of recovery: those of every run, beside the way and its own; and the learning rate that follows from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ..options import option
-from .layer import ANNEALING
+from ..errors import OptionError
+from ..options import check_names, check_options, option, option_fields
+from .ways import WAYS, Way
 
+DEFAULT_WAY = "annealed"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # to accelerate's names
 
 
@@ -25,9 +28,12 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 @dataclass(frozen=True)
 class Recovery:
-    """Options of recovery training. Learning rate and annealing are those of LightMoE (arXiv 2603.12645)."""
+    """A way to recover, and the options of a run of any way. The learning rate is that of LightMoE (arXiv 2603.12645).
 
-    how: str = option("annealed", "annealed, lora, vectors or full: what is trained, and how")
+    `make_recovery` makes one from names and values.
+    """
+
+    way: Way
     steps: int = option(300, "optimizer steps", at_least=1)
     learning_rate: float = option(1e-4, "highest learning rate", above=0)
     schedule: str = option("constant", "course of the learning rate after warm-up", choices=SCHEDULES)
@@ -39,21 +45,55 @@ class Recovery:
     accumulate: int = option(1, "batches per optimizer step", at_least=1)
     weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
     clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
-    rank: int = option(0, "rank of the adapters of kept experts; 0: that of the plan's stand-ins, else 16", at_least=0)
-    train_bases: bool = option(True, "train shared bases and constants too, not adapters alone")
-    end_fraction: float = option(
-        0.2, "fraction of the steps after which the old weights are gone", at_least=0, at_most=1
-    )
-    annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
-    steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
     balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
-    seed: int = option(0, "seed of new adapters and of the order of the data", at_least=0, at_most=2**31 - 1)
+    seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0, at_most=2**31 - 1)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
 
+    def to_json(self) -> dict[str, Any]:
+        """All options by name, those of the way beside those of the run: what `make_recovery` takes."""
+        own = {item.name: getattr(self.way, item.name) for item in option_fields(self.way)}
+        return {"how": self.way.name, **{item.name: getattr(self, item.name) for item in option_fields(self)}, **own}
+
 
 UNTRACKED = ("checkpoint_every", "validate_every")  # options that a resumed run may change
+
+
+def make_recovery(given: Mapping[str, Any], prefix: str = "") -> Recovery:
+    """Recovery from names and values, `how` being the name of the way. What is not given has its default.
+
+    Raises OptionError for an unknown way, an unknown option (which says what other way has it) and a value that is not
+    allowed. `prefix` stands before the names of options in messages.
+    """
+    values = {name: value for name, value in given.items() if name != "how"}
+    cls = WAYS[str(given.get("how", DEFAULT_WAY))]
+    shared, own = _names(Recovery), _names(cls)
+    if both := sorted({"how", *shared} & {*own}):
+        raise OptionError(
+            f"the way to recover {cls.name!r} has an option {both[0]!r}, as every run has; rename it there"
+        )
+    for name in values.keys() - {*shared, *own}:
+        if having := [other for other, kind in WAYS.items() if name in _names(kind)]:
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise OptionError(
+                f"way to recover {cls.name!r} has no option {flag}; ways that have it: {', '.join(having)}"
+            )
+    check_names(values, [*shared, *own], f"way to recover {cls.name!r}", prefix)
+    chosen = cls(**{name: value for name, value in values.items() if name in own})
+    recovery = Recovery(chosen, **{name: value for name, value in values.items() if name in shared})
+    check_recovery(recovery, prefix)
+    return recovery
+
+
+def _names(cls: type) -> list[str]:
+    return [item.name for item in option_fields(cls)]
+
+
+def check_recovery(options: Recovery, prefix: str = "") -> None:
+    """Everything that can be said about options without a model. Raises OptionError."""
+    check_options(options, prefix)
+    check_options(options.way, prefix)
 
 
 def learning_rate_at(step: int, options: Recovery) -> float:

@@ -29,6 +29,12 @@ class State:
     loss: float | None = None  # of the last step
 
 
+def sample(tensor: Tensor) -> bytes:
+    """Shape, dtype and some 64 values from all over a tensor: a part of what identifies a run."""
+    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)].double().cpu()
+    return f"{list(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes()
+
+
 def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
     """The state an interrupted run left in `workdir`, or a fresh one. Raises OptionError if it was another run's."""
     if workdir is None or not (workdir / STATE_FILE).is_file():

@@ -1,0 +1,89 @@
+"""Ways to recover: each file registers one, as a frozen dataclass of its own options.
+
+    @way("my_way", source="arXiv NNNN.NNNNN")
+    @dataclass(frozen=True)
+    class MyWay: ...
+
+is all it takes to add one: `recover`, `compress`, the command line and `locum list` then have it, and the conformance
+tests run over it. A way says what is trained, what each step does, and which loss is lowered. Options that belong to
+every run (steps, learning rate, data) are in training/options.py; a way's own options must have other names.
+
+What `prepare` did to the model, `finish` takes back: the result has the layout and the dtypes that the model came with.
+A way holds no state. Opened layers are kept in the context. Other packages offer ways under the entry-point group
+"locum.ways".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+from ...data.tokens import Batch
+from ...plans.plan import Plan
+from ...registry import Registry, import_modules
+from ..context import Context
+
+
+class Way(Protocol):
+    """What the rest of Locum needs of a way to recover."""
+
+    name: ClassVar[str]  # set by @way
+    source: ClassVar[str]  # set by @way
+    changes_weights: ClassVar[
+        bool
+    ]  # False: only routers and vectors change, so a small adapter file can hold the result
+
+    def objection(self, plan: Plan | None) -> str | None:
+        """Why this way cannot train what the plan made, as a sentence that begins with the way's name. None: it can."""
+        ...
+
+    def needs_original(self, plan: Plan | None) -> bool:
+        """Whether the original model is needed. If so, `context.original` is there in all methods below."""
+        ...
+
+    def check(self, context: Context) -> None:
+        """Refuses what cannot be done with this model, before anything is changed. Raises an error of Locum's."""
+        ...
+
+    def identity(self, context: Context) -> dict[str, str]:
+        """What the run depends on beside options, data, model and plan. A run resumes only where it is the same."""
+        ...
+
+    def prepare(self, context: Context, start: int) -> None:
+        """Makes the model trainable, to go on with step `start`. Exactly what requires a gradient is trained."""
+        ...
+
+    def at_step(self, context: Context, step: int) -> dict[str, float]:
+        """Called before every step and once after the last. Returns what the log should say of the step."""
+        ...
+
+    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
+        """The loss, summed over the positions of `batch.loss_mask_BS[:, 1:]`, and their number. Steps lower its mean.
+
+        One forward pass of the model has to be made in it. `models.next_token_loss.loss_sum` is the usual loss.
+        """
+        ...
+
+    def finish(self, context: Context) -> None:
+        """Gives the model back in the layout that it came with."""
+        ...
+
+
+WAYS: Registry[type[Way]] = Registry("way to recover", entry_points="locum.ways")
+Class = TypeVar("Class", bound=type)
+
+
+def way(name: str, source: str) -> Callable[[Class], Class]:
+    """Register the class below as a way to recover. `source` says where it is from: an arXiv id, or a word."""
+
+    def register(cls: Class) -> Class:
+        cls.name, cls.source = name, source
+        return WAYS.add(name, cls)
+
+    return register
+
+
+import_modules(sys.modules[__name__])

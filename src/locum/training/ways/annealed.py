@@ -1,0 +1,102 @@
+"""Train adapters while the old weights of replaced experts fade out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...data.tokens import Batch
+from ...errors import OptionError
+from ...files import fingerprint
+from ...models.next_token_loss import loss_sum
+from ...options import option
+from ...plans.plan import Plan
+from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ..context import Context
+from ..layer import ANNEALING, beta_at, keep_old, set_beta
+from ..states import sample
+from . import way
+
+
+@way("annealed", source="arXiv 2603.12645 (LightMoE), section 3.3")
+@dataclass(frozen=True)
+class Annealed:
+    """Train adapters, shared bases and constants while the old weights of replaced experts fade out.
+
+        W(beta) = beta W_old + (1 - beta) W_base + B A,   beta from 1 to 0 in the first `end_fraction` of the steps
+
+    Trained:  a low-rank adapter on every expert, a policy's vectors, and with `train_bases` shared bases and constants.
+    Loss:     cross entropy of the next token.
+    Needs:    the original's replaced experts, unless `end_fraction` is 0.
+    Edges:    the model computes what the original computes before the first step, whatever the stand-ins start from.
+    Raises:   OptionError where the plan replaces no expert, or for a rank above the smaller side of a layer's experts.
+    Source:   LightMoE, arXiv 2603.12645, section 3.3, Eq. 6 to 9. Differs: stand-ins that do not start at B = 0 have
+              their first product taken off W_old (training/layer.py).
+    """
+
+    changes_weights: ClassVar[bool] = True
+    rank: int = rank_option()
+    train_bases: bool = train_bases_option()
+    end_fraction: float = option(
+        0.2, "fraction of the steps after which the old weights are gone; 0 needs no original", at_least=0, at_most=1
+    )
+    annealing: str = option("linear", "how the old weights fade out", choices=ANNEALING)
+    steepness: float = option(3.0, "of exponential annealing; the paper tried 1, 3 and 5", above=0)
+
+    def objection(self, plan: Plan | None) -> str | None:
+        if _replaced(plan):
+            return None
+        what = "a model without a plan has" if plan is None else f"the plan ({plan.method}) leaves"
+        return f"fades out the old weights of replaced experts, and {what} none"
+
+    def needs_original(self, plan: Plan | None) -> bool:
+        return self.end_fraction > 0
+
+    def check(self, context: Context) -> None:
+        check_adapters(context, self.rank)
+        if not self.needs_original(context.plan):
+            return
+        missing = [name for name in _replaced(context.plan) if name not in context.original.read]
+        if missing:
+            raise OptionError(
+                f"the original lacks {len(missing)} layers whose experts were replaced (first: {missing[0]}); give the "
+                f"model that this one was compressed from with --original, or set --end-fraction 0 to do without"
+            )
+
+    def identity(self, context: Context) -> dict[str, str]:
+        if not self.needs_original(context.plan):
+            return {}
+        parts = []
+        for name, experts in _replaced(context.plan).items():
+            expert = context.original.read[name](experts[0])
+            parts += [sample(tensor) for tensor in vars(expert).values() if tensor is not None]
+        return {"original": fingerprint(*parts)}
+
+    def prepare(self, context: Context, start: int) -> None:
+        open_adapters(context, self.rank, self.train_bases)
+        if self._beta(context, start) > 0:
+            for layer in context.layers:
+                if layer.plan.replaced:
+                    keep_old(layer, context.original.read[layer.name])
+
+    def at_step(self, context: Context, step: int) -> dict[str, float]:
+        beta = self._beta(context, step)
+        for layer in context.layers:
+            set_beta(layer, beta)
+        return {"beta": beta}
+
+    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
+        return loss_sum(context.model, batch, context.device)
+
+    def finish(self, context: Context) -> None:
+        close_adapters(context)
+
+    def _beta(self, context: Context, step: int) -> float:
+        return beta_at(step, context.steps, self.end_fraction, self.annealing, self.steepness)
+
+
+def _replaced(plan: Plan | None) -> dict[str, tuple[int, ...]]:
+    """The replaced experts of every layer that has any."""
+    return {layer.layer: layer.replaced for layer in (plan.layers if plan else ()) if layer.replaced}

@@ -1,0 +1,53 @@
+"""Train everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...data.tokens import Batch
+from ...models.next_token_loss import loss_sum
+from ...plans.plan import Plan
+from ..context import Context
+from . import way
+
+
+@way("full", source="arXiv 2503.00634 (Compressed Experts), section 4")
+@dataclass(frozen=True)
+class Full:
+    """Train every parameter of the model; nothing is added.
+
+    Trained:  all parameters, routers, attention and embeddings included.
+    Loss:     cross entropy of the next token.
+    Cost:     gradients and two moments of AdamW for every parameter: 12 bytes more than the weight itself.
+    Source:   Compressed Experts, arXiv 2503.00634, which fine-tunes the whole model.
+    """
+
+    changes_weights: ClassVar[bool] = True
+
+    def objection(self, plan: Plan | None) -> str | None:
+        return None
+
+    def needs_original(self, plan: Plan | None) -> bool:
+        return False
+
+    def check(self, context: Context) -> None:
+        pass
+
+    def identity(self, context: Context) -> dict[str, str]:
+        return {}
+
+    def prepare(self, context: Context, start: int) -> None:
+        for parameter in context.model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def at_step(self, context: Context, step: int) -> dict[str, float]:
+        return {}
+
+    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
+        return loss_sum(context.model, batch, context.device)
+
+    def finish(self, context: Context) -> None:
+        pass

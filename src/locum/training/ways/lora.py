@@ -1,0 +1,59 @@
+"""Train an adapter on every expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...data.tokens import Batch
+from ...models.next_token_loss import loss_sum
+from ...plans.plan import Plan
+from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ..context import Context
+from . import way
+
+
+@way("lora", source="arXiv 2106.09685 (LoRA), on every expert")
+@dataclass(frozen=True)
+class Lora:
+    """Train a low-rank adapter on every expert, shared bases and constants.
+
+        W = W_0 + B A,   A ~ N(0, 1 / columns), B = 0 at the start, both trained; W_0 of a kept expert is frozen
+
+    Trained:  the adapters of the plan's stand-ins, a new one on every other expert, a policy's vectors, and with
+              `train_bases` shared bases and constants. Kept experts, routers and all else are frozen.
+    Loss:     cross entropy of the next token.
+    Edges:    a kept expert's adapter is merged into its weights at the end; a stock model stays stock.
+    Raises:   OptionError for a rank above the smaller side of a layer's experts.
+    Source:   LoRA, arXiv 2106.09685. Differs: adapters sit on experts only, and their product is not scaled (alpha = r).
+    """
+
+    changes_weights: ClassVar[bool] = True
+    rank: int = rank_option()
+    train_bases: bool = train_bases_option()
+
+    def objection(self, plan: Plan | None) -> str | None:
+        return None
+
+    def needs_original(self, plan: Plan | None) -> bool:
+        return False
+
+    def check(self, context: Context) -> None:
+        check_adapters(context, self.rank)
+
+    def identity(self, context: Context) -> dict[str, str]:
+        return {}
+
+    def prepare(self, context: Context, start: int) -> None:
+        open_adapters(context, self.rank, self.train_bases)
+
+    def at_step(self, context: Context, step: int) -> dict[str, float]:
+        return {}
+
+    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
+        return loss_sum(context.model, batch, context.device)
+
+    def finish(self, context: Context) -> None:
+        close_adapters(context)
