@@ -20,6 +20,7 @@ import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import HIDDEN, cli
+from locum.exports.target import TARGETS
 from locum.methods import METHODS
 from locum.stages.planning import plan
 from locum.training.recovery import Recovery
@@ -88,7 +89,7 @@ FUNCTIONS = {
     "search": locum.search,
     "verify": locum.verify,
 }
-FIELDS = {"compress": METHODS, "plan": METHODS, "recover": {"": Recovery}}
+FIELDS = {"compress": METHODS, "export": TARGETS, "plan": METHODS, "recover": {"": Recovery}}
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ search and plans work as on any other. Sizes and shapes then are those of the pr
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -20,7 +22,6 @@ from ..containers.rows import row_weights
 from ..errors import UnsupportedModel
 from ..models.families import find_layers, slice_experts, write_expert
 from ..models.watch import configs_of
-from .quantizer import set_module
 from .skeleton import layouts_of, skeleton
 
 
@@ -37,6 +38,20 @@ def check_openable(path: str | Path, advice: str) -> None:
             raise UnsupportedModel(f"{path} is compressed already ({name} has stand-ins); {advice}")
 
 
+def container_tensors(container: StandInExperts) -> dict[str, Tensor]:
+    """The tensors of a container by their names in the file."""
+    return {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
+
+
+def write_rows(experts: nn.Module, container: StandInExperts, rows: Sequence[int]) -> None:
+    """Make a stock experts module hold these dense rows of a container, in this order. In place."""
+    weight, tensors = container.dense.down_NDF, container_tensors(container)
+    slice_experts(experts, tuple(range(len(rows))))
+    experts.to(weight.dtype).to_empty(device=weight.device)
+    for e, row in enumerate(rows):
+        write_expert(experts, e, row_weights(tensors, row, container.layout))
+
+
 def open_containers(model: PreTrainedModel) -> PreTrainedModel:
     """Put stock experts, as many as there are, in the place of containers with whole experts. In place."""
     config = copy.deepcopy(model.config)
@@ -48,16 +63,11 @@ def open_containers(model: PreTrainedModel) -> PreTrainedModel:
         if not isinstance(container, StandInExperts):
             continue
         experts = stock.get_submodule(layer.shape.name)
-        weight = container.dense.down_NDF
-        slice_experts(experts, tuple(range(container.num_experts)))
-        experts.to(weight.dtype).to_empty(device=weight.device)
-        tensors = {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
-        for e in range(container.num_experts):
-            write_expert(experts, e, row_weights(tensors, e, container.layout))
+        write_rows(experts, container, range(container.num_experts))
         if container.post_expert_norm is not None:
             experts.post_expert_norm = container.post_expert_norm
         experts.config = configs[id(experts.config)]
-        set_module(model, layer.shape.name, experts.train(container.training))
+        model.set_submodule(layer.shape.name, experts.train(container.training))
     del model.config.quantization_config
     save_as_stock(model)
     return model

@@ -17,7 +17,7 @@ from ..formats.dtypes import DTYPES, ITEMSIZE
 from ..models.families import MoeLayer, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import shape_of
 from ..shapes import ModelShape
-from .quantizer import LocumConfig, place_containers
+from .quantizer import LocumConfig, place_containers, read_layout
 from .read import is_adapter, read_config, read_headers
 
 
@@ -85,7 +85,7 @@ def layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedMod
 
 def layouts_of(path: str | Path) -> dict[str, Layout]:
     """The layouts of a checkpoint's containers by the names of their layers."""
-    return {name: Layout.from_json(data) for name, data in _locum_layers(read_config(path)).items()}
+    return {name: read_layout(name, data) for name, data in _locum_layers(read_config(path)).items()}
 
 
 def expert_parameters_in(path: str | Path, shape: ModelShape) -> int:

@@ -24,6 +24,7 @@ from ..bundled import sample_texts
 from ..checkpoints.notes import plan_of
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.skeleton import check_vocabularies, read_shape
+from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
 from ..stages.options import Device, Force, Help, Out, Progress, check_number, device_of, silent
@@ -31,9 +32,8 @@ from ..verification.verify import PRECISIONS
 from . import page
 
 KIND, FORMAT_VERSION = "locum-bench", 1
-CHARACTERS = 10  # of text for a token, on the safe side
+CHARACTERS_PER_TOKEN = 10  # of text, on the safe side
 PHASES = ("prefill", "decode")
-LINES = 3  # of what a process printed before it died
 
 
 def bench(
@@ -127,7 +127,7 @@ def _positions(folder: Path) -> int | None:
 def _text_ids(folder: Path, count: int, length: int) -> list[list[int]]:
     """The first tokens of `count` stretches of the bundled text."""
     tokenizer = load_tokenizer(folder)
-    texts = sample_texts(count, CHARACTERS * length)
+    texts = sample_texts(count, CHARACTERS_PER_TOKEN * length)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
     if shortest := min((len(row) for row in rows if len(row) < length), default=None):
         raise OptionError(
@@ -155,10 +155,9 @@ class Asked:
         except BrokenPipeError:
             line = ""
         if not line:
-            last = " | ".join(self.said.read_text(errors="replace").strip().splitlines()[-LINES:])
             raise EngineError(
                 f"the process that times the {self.name} ended with code {self.process.wait()} (-9: the system ended it, as "
-                f"it does when memory runs out): {last or 'it said nothing'}"
+                f"it does when memory runs out): {last_words(self.said.read_text(errors='replace'))}"
             )
         answer = json.loads(line)
         if "error" in answer:

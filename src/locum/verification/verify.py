@@ -28,8 +28,9 @@ from ..checkpoints.read import is_adapter
 from ..checkpoints.skeleton import layouts_of
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
-from ..exports.export import gguf_fault, write_gguf
+from ..exports.target import TARGETS, Target, write_form
 from ..measure.repetition import loops, more_than_chance
+from ..options import make_options
 from ..stages.application import statistics_for
 from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
 from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
@@ -58,7 +59,8 @@ def verify(
     model: Path,
     *,
     engine: Annotated[
-        str | None, Help(f"engines, separated by commas: {', '.join(ENGINES)}; default: those that are there")
+        str | None,
+        Help(lambda: f"engines, separated by commas: {', '.join(ENGINES)}; default: those that are there"),
     ] = None,
     original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
     statistics: Annotated[
@@ -93,10 +95,8 @@ def verify(
     promise, checked = make_promise(folder, ids_BS, PRECISIONS[precision], new_tokens, statistics, seed)
     checks.append(checked)
     progress("verify: engines", 2, 3)
-    for name, item in chosen.items():
-        checks += check_engine(
-            item, folder, promise, precision, new_tokens, named=engine is not None and name in engine
-        )
+    for item in chosen.values():
+        checks += check_engine(item, folder, promise, precision, new_tokens, named=engine is not None)
     progress("verify: engines", 3, 3)
     return checks
 
@@ -140,7 +140,7 @@ def make_promise(
                 why_not = str(error)
         del original
     of = f"the folder as Locum loads it ({why_not})" if why_not else of
-    folder.__dict__.pop("live")  # the engines may need its memory
+    del folder.live  # the engines may need its memory
     promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
     return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
 
@@ -207,7 +207,8 @@ def check_engine(
     python = engine.python()
     if python is None:
         return [Check("logits", engine.name, unasked, engine.absence)]
-    if reason := _unreadable(engine, folder):
+    form = make_options(TARGETS[engine.form], dict(engine.form_options)) if engine.form else None
+    if reason := _unreadable(engine, form, folder):
         return [Check("logits", engine.name, unasked, reason)]
     texts, dtype, adapted = sample_texts(4), PRECISIONS[precision], is_adapter(folder.path)
     with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
@@ -222,8 +223,10 @@ def check_engine(
             "new_tokens": new_tokens,
         }
         try:
-            if engine.stock_only:
-                job["folder"] = str(write_gguf(folder.path, Path(scratch) / "model.gguf", "f32"))
+            if form is not None:
+                exported = Path(scratch) / f"model.{form.name}"
+                write_form(form, folder.path, exported)
+                job["folder"] = str(exported)
             answer = ask(engine, python, job, Path(scratch))
         except LocumError as error:
             return [Check("logits", engine.name, FAILED, " ".join(str(error).split()))]
@@ -246,14 +249,15 @@ def check_engine(
     return checks
 
 
-def _unreadable(engine: Engine, folder: Folder) -> str:
+def _unreadable(engine: Engine, form: Target | None, folder: Folder) -> str:
     if is_adapter(folder.path) and not engine.adapters:
         return "an adapter without weights of its own; recover it without --adapter-only to serve it there"
-    return gguf_fault(folder.path) if engine.stock_only else ""
+    return form.fault(folder.path) if form is not None else ""
 
 
 def compare_keys(answer: Answer) -> str:
-    for what, names in answer.keys.items():
+    if answer.keys:
+        what, names = next(iter(answer.keys.items()))
         raise CheckpointError(f"{len(names)} {what.replace('_', ' ')} (first: {names[0]})")
     return f"{answer.version} takes the checkpoint as it is, in {answer.seconds:.0f} seconds"
 
