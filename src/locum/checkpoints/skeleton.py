@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
-from ..formats.dtypes import DTYPES, ITEMSIZE
+from ..formats.format import check_declared, format_of
 from ..models.families import MoeLayer, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import shape_of
 from ..shapes import ModelShape
@@ -42,10 +42,8 @@ def _locum_layers(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     data = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if data.get("quant_method") != "locum":
-        raise UnsupportedModel(
-            f"the checkpoint is quantised with {data.get('quant_method')!r}; Locum compresses unquantised checkpoints: "
-            f"compress first, quantise afterwards"
-        )
+        check_declared(data)
+        return {}
     return LocumConfig(**{k: v for k, v in data.items() if k != "quant_method"}).layers
 
 
@@ -58,19 +56,21 @@ def read_shape(path: str | Path) -> ModelShape:
     config = read_config(path)
     headers = read_headers(path)
     if config.dtype is None:  # transformers then takes that of the weights
-        config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
+        formats = (format_of({"": entry}) for entry in headers.values())
+        config.dtype = next((found.dtype for found in formats if found is not None and found.dtype is not None), None)
     model, layers = layers_of(path, config)
     if is_adapter(path):  # as large as what base and adapter make together
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
     unread = unread_tensors(model, headers)
     again = {tied for tied, source in model.all_tied_weights_keys.items() if source in headers}  # the same, twice
     headers = {name: entry for name, entry in headers.items() if name not in unread | again}
-    counts = [_numel(entry) for entry in headers.values()]
+    counts = [math.prod(entry["shape"]) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
-    expert_sizes = {
-        ITEMSIZE[e["dtype"]] for name, e in headers.items() if ".experts." in name and e["dtype"] in ITEMSIZE
-    }
-    itemsize = max(expert_sizes, default=next(layers[0].experts.parameters()).element_size())
+    of_experts = {entry["dtype"]: entry for name, entry in headers.items() if ".experts." in name}  # one of each dtype
+    expert_formats = [found for entry in of_experts.values() if (found := format_of({"": entry})) is not None]
+    itemsize = max(
+        (found.nbytes((1,)) for found in expert_formats), default=next(layers[0].experts.parameters()).element_size()
+    )
     shapes, notes = tuple(x.shape for x in layers), notes_on(model, layers, unread)
     return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
 
@@ -106,13 +106,6 @@ def active_parameters_in(path: str | Path, shape: ModelShape) -> int:
     for layer in shape.layers:
         there = containers.get(layer.name)
         count += there.active_parameters(layer.top_k) if there else layer.top_k * layer.parameters()
-    return count
-
-
-def _numel(entry: dict[str, Any]) -> int:
-    count = 1
-    for side in entry["shape"]:
-        count *= side
     return count
 
 

@@ -5,7 +5,7 @@
 Every round asks each model, implementation and number of prompts once, in an order that moves on by one each time, so
 that other load on the machine hits all of them alike. Prefill is the pass over the prompts up to their first new token,
 decode the passes after it. The floor of a pass is what reading its weights takes at the measured bandwidth, or what its
-operations take at the measured rate, whichever is longer (work.py says what is counted).
+operations take at the measured rate, whichever is longer (measure/costs.py says what is counted).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..checkpoints.skeleton import check_vocabularies, read_shape
 from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
+from ..formats.plain import COMPUTE_DTYPES
 from ..stages.options import Device, Force, Help, Out, Progress, check_number, device_of, silent
-from ..verification.verify import PRECISIONS
 from . import page
 
 KIND, FORMAT_VERSION = "locum-bench", 1
@@ -96,8 +96,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise OptionError("--batch-sizes names no number of prompts; give at least one, such as 1")
     for size in settings["batch_sizes"]:
         check_number("batch-sizes", size, 1)
-    if settings["precision"] not in ("auto", *PRECISIONS):
-        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(PRECISIONS)}")
+    if settings["precision"] not in ("auto", *COMPUTE_DTYPES):
+        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
 
 
 def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that the processes say, by model, and by model, implementation and number of prompts."""
     how = {"ids": ids, "prompt": settings["prompt"], "threads": settings["threads"], "device": settings["device"]}
-    how["dtype"] = "auto" if settings["precision"] == "auto" else str(PRECISIONS[settings["precision"]])[6:]
+    how["dtype"] = "auto" if settings["precision"] == "auto" else str(COMPUTE_DTYPES[settings["precision"]])[6:]
     loaded, work, told = {}, {}, {name: [] for name in workers}
     for number, (name, ask) in enumerate(workers.items()):
         progress("bench: loading", number, len(workers))

@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from ..data.tokens import Batch, Tokens, batches, training_batches
 from ..errors import DataError, OptionError
 from ..files import whole
+from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
@@ -271,11 +270,3 @@ def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:
         )
     if not bool(tokens.loss_mask_BS[:, 1:].any()):
         raise DataError("no token of the training data has loss; give text, or prompts with completions")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use at once: of the GPU if training ran there, else of the whole process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -29,6 +29,7 @@ from ..checkpoints.skeleton import layouts_of
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form
+from ..formats.plain import COMPUTE_DTYPES
 from ..measure.repetition import loops, more_than_chance
 from ..options import make_options
 from ..stages.application import statistics_for
@@ -38,7 +39,6 @@ from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_fil
 PROMPT = 16  # tokens of a prompt
 SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
 CHANCE = 0.01  # of calling a model loopy that loops no more than its original
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGREE = 0.99  # of the positions, in 16 bits, have the same likeliest token
 MEMORY = 0.05  # of the bytes of a plan that the weights may differ by in an engine's memory
 
@@ -66,7 +66,7 @@ def verify(
     statistics: Annotated[
         Path | None, Help("statistics that the plan was applied with; default: those it was made from")
     ] = None,
-    precision: Annotated[str, Help(f"{', '.join(PRECISIONS)}: in which engines and promise compute")] = "fp32",
+    precision: Annotated[str, Help(f"{', '.join(COMPUTE_DTYPES)}: in which engines and promise compute")] = "fp32",
     prompts: Annotated[int, Help("prompts to compare on, from the bundled text")] = 8,
     new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
     seed: Seed = 0,
@@ -78,8 +78,8 @@ def verify(
     model = Path(model)
     if not model.is_dir():
         raise CheckpointError(f"no such folder: {model}; give the path of a checkpoint folder")
-    if precision not in PRECISIONS:
-        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    if precision not in COMPUTE_DTYPES:
+        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
         check_number(name, value, 1)
     check_number("seed", seed, 0, MOST_SEED)
@@ -92,7 +92,7 @@ def verify(
         return checks + [Check("logits", name, SKIPPED, "the checkpoint itself is broken") for name in chosen]
     progress("verify: promise", 1, 3)
     ids_BS = prompt_ids(folder.tokenizer, prompts)
-    promise, checked = make_promise(folder, ids_BS, PRECISIONS[precision], new_tokens, statistics, seed)
+    promise, checked = make_promise(folder, ids_BS, COMPUTE_DTYPES[precision], new_tokens, statistics, seed)
     checks.append(checked)
     progress("verify: engines", 2, 3)
     for item in chosen.values():
@@ -210,7 +210,7 @@ def check_engine(
     form = make_options(TARGETS[engine.form], dict(engine.form_options)) if engine.form else None
     if reason := _unreadable(engine, form, folder):
         return [Check("logits", engine.name, unasked, reason)]
-    texts, dtype, adapted = sample_texts(4), PRECISIONS[precision], is_adapter(folder.path)
+    texts, dtype, adapted = sample_texts(4), COMPUTE_DTYPES[precision], is_adapter(folder.path)
     with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
         job = {
             "folder": str((base_of(folder.path) if adapted else folder.path).resolve()),
