@@ -29,6 +29,7 @@ from .checkpoints.card import describe_size
 from .demonstration import demo
 from .errors import LocumError, unknown
 from .exports.export import export, larger
+from .exports.target import TARGETS
 from .methods import METHODS
 from .options import option_fields
 from .speed import page
@@ -129,7 +130,7 @@ def _parameters(function: Callable[..., Any]) -> list[click.Parameter]:
         annotation, help_text = hints[name], ""
         if typing.get_origin(annotation) is Annotated:
             annotation, marker = typing.get_args(annotation)[:2]
-            help_text = marker.text
+            help_text = marker.line
         kind, several = _type_of(annotation)
         if parameter.kind is not parameter.KEYWORD_ONLY:
             parameters.append(click.Argument([name], type=kind, nargs=-1 if several else 1, required=True))
@@ -396,7 +397,7 @@ def _register() -> None:
     _command("report", report, _show_path)
     _command("bench", bench, _show_bench)
     _command("verify", verify, _show_checks)
-    _command("export", export, _show_export)
+    _command("export", export, _show_export, _field_options(dict(TARGETS.items())))
     _command("list", catalogue, _show_catalogue)
     _command("demo", demo, _show_demo)
 

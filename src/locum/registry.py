@@ -51,6 +51,10 @@ class Registry(Generic[Item]):
         self._import_offered()
         return iter(sorted(self._items))
 
+    def __len__(self) -> int:
+        self._import_offered()
+        return len(self._items)
+
     def items(self) -> list[tuple[str, Item]]:
         return [(name, self._items[name]) for name in self]
 

@@ -164,7 +164,7 @@ def page(results: dict[str, list[dict[str, str]]]) -> str:
         "*ok*: nothing failed. *cannot*: the engine's format has no place for it; below is why. *not run*: the engine was not",
         "there, or the case has not been run yet.",
         "",
-        f"| model | checkpoint | precision | files | {' | '.join(engine.title for engine in ENGINES.values())} |",
+        f"| model | checkpoint | precision | files | {' | '.join(engine.title for _, engine in ENGINES.items())} |",
         "|---" * (4 + len(ENGINES)) + "|",
         *(_row(case, results.get(case.name)) for case in all_cases()),
         "",

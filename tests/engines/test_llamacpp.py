@@ -15,7 +15,8 @@ from locum.bundled import sample_texts
 from locum.checkpoints.read import load_tokenizer
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import ENGINES, ask
-from locum.exports.export import write_gguf
+from locum.exports.gguf import Gguf
+from locum.exports.target import write_form
 from locum.plans.plan import make_plan
 from locum.verification.folder import FAILED, OK
 from making.checkpoints import write_tokenizer
@@ -65,7 +66,8 @@ def test_eight_bits_are_nearly_as_good(folders, tmp_path):
     ids = [tokenizer(text)["input_ids"][:256] for text in sample_texts(8, 2000)]
     found = {}
     for type_ in ("f32", "q8_0"):
-        file = write_gguf(folders["pruned"], tmp_path / f"{type_}.gguf", type_)
+        file = tmp_path / f"{type_}.gguf"
+        write_form(Gguf(type_), folders["pruned"], file)
         found[type_] = perplexity(file, ids, tmp_path / type_)
     sizes = [(tmp_path / f"{type_}.gguf").stat().st_size for type_ in ("q8_0", "f32")]
     assert sizes[0] < 0.35 * sizes[1]

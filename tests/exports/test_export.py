@@ -21,7 +21,10 @@ from locum.checkpoints.read import read_headers
 from locum.checkpoints.skeleton import layouts_of, read_shape
 from locum.containers.container import StandInExperts
 from locum.errors import EngineError, OptionError, UnsupportedModel
-from locum.exports.export import stock_faults, to_stock, write_gguf
+from locum.exports.gguf import Gguf
+from locum.exports.stock import stock_faults
+from locum.exports.target import write_form
+from locum.exports.whole_experts import to_stock
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
@@ -182,11 +185,11 @@ def test_a_conversion_that_fails_leaves_nothing(pruned, tmp_path, monkeypatch, b
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(failing))
     before = tree(tmp_path)
     with pytest.raises(EngineError, match=r"could not be converted to GGUF: no such tensor$"):
-        write_gguf(pruned, tmp_path / "x.gguf", "f32")
+        write_form(Gguf("f32"), pruned, tmp_path / "x.gguf")
     assert tree(tmp_path) == before
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(tmp_path / "nowhere"))
     with pytest.raises(OptionError, match="LOCUM_LLAMACPP_PYTHON"):
-        write_gguf(pruned, tmp_path / "x.gguf", "f32")
+        write_form(Gguf("f32"), pruned, tmp_path / "x.gguf")
 
 
 def test_wrong_arguments_are_one_line(pruned, small, tmp_path):

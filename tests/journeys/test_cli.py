@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 import locum
 from locum.cli import HIDDEN, cli
+from locum.exports.target import TARGETS
 from locum.methods import METHODS
 from locum.options import option_fields
 from locum.stages.compression import PREFIX
@@ -92,7 +93,13 @@ FUNCTIONS = {
     "verify": locum.verify,
 }
 WAYS_OF = {"": Recovery, **dict(WAYS.items())}
-FIELDS = [("compress", METHODS, ""), ("compress", WAYS_OF, PREFIX), ("plan", METHODS, ""), ("recover", WAYS_OF, "")]
+FIELDS = [
+    ("compress", METHODS, ""),
+    ("compress", WAYS_OF, PREFIX),
+    ("plan", METHODS, ""),
+    ("recover", WAYS_OF, ""),
+    ("export", TARGETS, ""),
+]
 
 
 @pytest.fixture(scope="module")

@@ -254,7 +254,7 @@ def test_an_engine_that_is_not_there_fails_only_by_name(monkeypatch):
 
 
 def test_engines_by_name():
-    assert list(chosen_engines(None)) == list(ENGINES) == ["transformers", "vllm", "llamacpp"]
+    assert list(chosen_engines(None)) == list(ENGINES) == ["llamacpp", "transformers", "vllm"]
     assert list(chosen_engines("llamacpp, transformers")) == ["llamacpp", "transformers"]
 
 

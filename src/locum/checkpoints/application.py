@@ -32,7 +32,7 @@ from ..plans.plan import LayerPlan, Plan
 from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
-from .quantizer import LocumConfig, set_module
+from .quantizer import LocumConfig
 
 KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
@@ -113,7 +113,7 @@ def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Sta
         seed,
     )
     container.post_expert_norm = getattr(experts, "post_expert_norm", None)
-    set_module(model, plan.layer, container)
+    model.set_submodule(plan.layer, container)
     return container.layout
 
 

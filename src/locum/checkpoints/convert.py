@@ -8,8 +8,10 @@ search and plans work as on any other. Sizes and shapes then are those of the pr
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -19,7 +21,6 @@ from ..containers.rows import row_weights, tensors_of
 from ..errors import UnsupportedModel
 from ..models.families import find_layers, slice_experts, write_expert
 from ..models.watch import configs_of
-from .quantizer import set_module
 from .skeleton import layouts_of, skeleton
 
 
@@ -28,6 +29,15 @@ def check_openable(path: str | Path, advice: str) -> None:
     for name, layout in layouts_of(path).items():
         if not layout.only_dense:
             raise UnsupportedModel(f"{path} is compressed already ({name} has stand-ins); {advice}")
+
+
+def write_rows(experts: nn.Module, container: StandInExperts, rows: Sequence[int]) -> None:
+    """Make a stock experts module hold these dense rows of a container, in this order. In place."""
+    weight, tensors = container.dense.down_NDF, tensors_of(container)
+    slice_experts(experts, tuple(range(len(rows))))
+    experts.to(weight.dtype).to_empty(device=weight.device)
+    for e, row in enumerate(rows):
+        write_expert(experts, e, row_weights(tensors, row, container.layout))
 
 
 def open_containers(model: PreTrainedModel) -> PreTrainedModel:
@@ -41,16 +51,11 @@ def open_containers(model: PreTrainedModel) -> PreTrainedModel:
         if not isinstance(container, StandInExperts):
             continue
         experts = stock.get_submodule(layer.shape.name)
-        weight = container.dense.down_NDF
-        slice_experts(experts, tuple(range(container.num_experts)))
-        experts.to(weight.dtype).to_empty(device=weight.device)
-        tensors = tensors_of(container)
-        for e in range(container.num_experts):
-            write_expert(experts, e, row_weights(tensors, e, container.layout))
+        write_rows(experts, container, range(container.num_experts))
         if container.post_expert_norm is not None:
             experts.post_expert_norm = container.post_expert_norm
         experts.config = configs[id(experts.config)]
-        set_module(model, layer.shape.name, experts.train(container.training))
+        model.set_submodule(layer.shape.name, experts.train(container.training))
     del model.config.quantization_config
     save_as_stock(model)
     return model

@@ -122,22 +122,27 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     for name, data in layers.items():
         if name not in found:
             raise CheckpointError(f"config.json describes a container for {name!r}, which this model does not have")
-        layer, layout = found[name], read_layout(name, data, found[name].shape)
+        layer, layout = found[name], read_layout(name, data)
+        check_layout(name, layout, layer.shape)
         weight = layer.experts.down_proj
         container = StandInExperts(layout, canonical_activation(layer.experts), weight.dtype, weight.device)
         container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
-        set_module(model, name, container)
+        model.set_submodule(name, container)
         layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
         if layout.num_experts != layer.shape.num_experts:
             slice_router(layer, layout.num_experts)
 
 
-def read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
-    """The layout of one container, checked against the stock layer that it replaces."""
+def read_layout(name: str, data: Any) -> Layout:
+    """The layout of one container as config.json has it. Raises CheckpointError with the container's name."""
     try:
-        layout = Layout.from_json(data)
+        return Layout.from_json(data)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def check_layout(name: str, layout: Layout, shape: LayerShape) -> None:
+    """Refuse a layout that does not fit the stock layer which its container replaces."""
     for entry in ("hidden_size", "expert_width", "has_gate", "has_bias"):
         if getattr(layout, entry) != getattr(shape, entry):
             raise CheckpointError(
@@ -154,7 +159,6 @@ def read_layout(name: str, data: Any, shape: LayerShape) -> Layout:
             layout.routing.check(f"config.json, {name}: its routing policy", shape)
         except PlanError as error:
             raise CheckpointError(f"{error}; restore the config.json that was written with the weights") from error
-    return layout
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
-from ..formats.dtypes import DTYPES, ITEMSIZE
+from ..formats.format import check_declared, format_of
 from ..models.families import MoeLayer, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, shape_of, stored_shapes
 from ..models.stored import note_stored
 from ..shapes import ModelShape
-from .quantizer import LocumConfig, place_containers
+from .quantizer import LocumConfig, place_containers, read_layout
 from .read import base_of, file_headers, is_adapter, read_config, read_headers
 
 
@@ -43,10 +43,8 @@ def _locum_layers(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     data = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if data.get("quant_method") != "locum":
-        raise UnsupportedModel(
-            f"the checkpoint is quantised with {data.get('quant_method')!r}; Locum compresses unquantised checkpoints: "
-            f"compress first, quantise afterwards"
-        )
+        check_declared(data)
+        return {}
     return LocumConfig(**{k: v for k, v in data.items() if k != "quant_method"}).layers
 
 
@@ -59,7 +57,8 @@ def read_shape(path: str | Path) -> ModelShape:
     config = read_config(path)
     headers = read_headers(path)
     if config.dtype is None:  # transformers then takes that of the weights
-        config.dtype = next((DTYPES[e["dtype"]] for e in headers.values() if e["dtype"] in DTYPES), None)
+        formats = (format_of({"": entry}) for entry in headers.values())
+        config.dtype = next((found.dtype for found in formats if found is not None and found.dtype is not None), None)
     model, layers = layers_of(path, config)
     if is_adapter(path):  # as large as what base and adapter make together
         if ((base := base_of(Path(path))) / "config.json").is_file():
@@ -71,10 +70,9 @@ def read_shape(path: str | Path) -> ModelShape:
     headers = {name: entry for name, entry in headers.items() if name not in unread | again}
     counts = [math.prod(entry["shape"]) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
-    expert_sizes = {
-        ITEMSIZE[e["dtype"]] for name, e in headers.items() if ".experts." in name and e["dtype"] in ITEMSIZE
-    }
-    itemsize = max(expert_sizes, default=expert_itemsize(model, layers[0]))
+    of_experts = {entry["dtype"]: entry for name, entry in headers.items() if ".experts." in name}  # one of each dtype
+    expert_formats = [found for entry in of_experts.values() if (found := format_of({"": entry})) is not None]
+    itemsize = max((found.nbytes((1,)) for found in expert_formats), default=expert_itemsize(model, layers[0]))
     shapes, notes = stored_shapes(model, layers), notes_on(model, layers, unread)
     return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
 
@@ -89,7 +87,7 @@ def layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedMod
 
 def layouts_of(path: str | Path) -> dict[str, Layout]:
     """The layouts of a checkpoint's containers by the names of their layers."""
-    return {name: Layout.from_json(data) for name, data in _locum_layers(read_config(path)).items()}
+    return {name: read_layout(name, data) for name, data in _locum_layers(read_config(path)).items()}
 
 
 def expert_parameters_in(path: str | Path, shape: ModelShape) -> int:

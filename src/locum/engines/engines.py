@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import EngineError, OptionError, unknown
+from ..errors import EngineError, OptionError
 from ..files import write_text
+from ..registry import Registry
 
 SCRIPT = Path(__file__).with_name("run.py")
-LINES = 3  # of what an engine printed before it died
+LAST_LINES = 3  # of what a process printed before it died
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Engine:
     # router's choice, so there the likeliest tokens are compared, and this is said of tokens that tie.
     tolerance: float = 1e-2
     tolerance_16: float = 0.5
-    stock_only: str = ""  # why it can read nothing but stock checkpoints
+    form: str = ""  # of `locum export`, where it reads that alone and no checkpoint folder
+    form_options: Mapping[str, Any] = field(default_factory=dict)
+    script: Path = SCRIPT  # what its interpreter runs; it answers as run.py does
     adapters: bool = False  # whether an adapter folder can be put over its base there
 
     def python(self) -> Path | None:
@@ -63,46 +66,49 @@ class Engine:
         return f"not there; `make engines` in Locum's source makes {self.folder}, or set {self.variable} to its interpreter"
 
 
-ENGINES = {
-    engine.name: engine
-    for engine in (
-        Engine("transformers", "transformers", "transformers", tolerance=1e-3, adapters=True),
-        Engine(
-            "vllm",
-            "vLLM",
-            "vllm",
-            "LOCUM_VLLM_PYTHON",
-            ".venv-vllm",
-            {
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "VLLM_NO_USAGE_STATS": "1",
-            },
-        ),
-        Engine(
-            "llamacpp",
-            "llama.cpp",
-            "llama_cpp",
-            "LOCUM_LLAMACPP_PYTHON",
-            ".venv-llamacpp",
-            stock_only="its format has one number of experts for all layers and no place for what Locum adds",
-        ),
+ENGINES: Registry[Engine] = Registry("engine", "locum.engines")
+
+
+def register_engine(engine: Engine) -> Engine:
+    """Let `locum verify` ask an engine too. Other packages do so under the entry-point group "locum.engines"."""
+    return ENGINES.add(engine.name, engine)
+
+
+register_engine(Engine("transformers", "transformers", "transformers", tolerance=1e-3, adapters=True))
+register_engine(
+    Engine(
+        "vllm",
+        "vLLM",
+        "vllm",
+        "LOCUM_VLLM_PYTHON",
+        ".venv-vllm",
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
     )
-}
+)
+register_engine(
+    Engine(
+        "llamacpp",
+        "llama.cpp",
+        "llama_cpp",
+        "LOCUM_LLAMACPP_PYTHON",
+        ".venv-llamacpp",
+        form="gguf",
+        form_options={"type": "f32"},
+    )
+)
 
 
 def chosen_engines(names: str | None) -> dict[str, Engine]:
     """The engines of a list of names with commas, or all. Raises OptionError for an unknown name, and for one that is
     named but not there."""
     if names is None:
-        return dict(ENGINES)
-    chosen = {}
-    for name in dict.fromkeys(part.strip() for part in names.split(",")):
-        if name not in ENGINES:
-            raise OptionError(unknown("engine", name, ENGINES))
-        chosen[name] = ENGINES[name]
-    return chosen
+        return dict(ENGINES.items())
+    return {name: ENGINES[name] for name in (part.strip() for part in names.split(","))}
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,11 @@ class Answer:
     seconds: float
 
 
+def last_words(said: str) -> str:
+    """The last lines of what a process printed."""
+    return " | ".join(said.strip().splitlines()[-LAST_LINES:]) or "it said nothing"
+
+
 def ask_all(
     engine: Engine, python: Path, jobs: Sequence[Mapping[str, Any]], workdir: Path, **environment: str
 ) -> list[dict[str, Any]]:
@@ -128,12 +139,11 @@ def ask_all(
     asked, answers = workdir / "jobs.json", workdir / "answers.json"
     write_text(asked, json.dumps(list(jobs)))
     settings = {**engine.settings, **os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    # -P: the folder of the script has modules with the names of others (statistics, data) and must not come first.
-    command = [str(python), "-P", str(SCRIPT), engine.name, str(asked), str(answers)]
+    # -P: the folder of the script is not searched for modules; it may have some with the names of others.
+    command = [str(python), "-P", str(engine.script), engine.name, str(asked), str(answers)]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode or not answers.is_file():
-        last = " | ".join(done.stderr.strip().splitlines()[-LINES:])
-        raise EngineError(f"{engine.title} ended with code {done.returncode}: {last or 'it said nothing'}")
+        raise EngineError(f"{engine.title} ended with code {done.returncode}: {last_words(done.stderr)}")
     return json.loads(answers.read_text(encoding="utf-8"))
 
 

@@ -47,8 +47,8 @@ def in_transformers(job: dict[str, Any], out: Path) -> dict[str, Any]:
         job["folder"], dtype="auto" if job["adapter"] else dtype, local_files_only=True, output_loading_info=True
     )
     if job["adapter"]:
-        from ..checkpoints.load import set_dtype
-        from ..checkpoints.patch import load_adapter
+        from locum.checkpoints.load import set_dtype  # absolute: a script has no package to be relative to
+        from locum.checkpoints.patch import load_adapter
 
         set_dtype(load_adapter(model, job["adapter"]), dtype)
     model = model.to(job["device"]).eval()

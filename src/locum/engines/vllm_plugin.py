@@ -1,6 +1,6 @@
 """Serving Locum's checkpoints with vLLM: found through the entry point `vllm.general_plugins`, so installing is enough.
 
-It mirrors the transformers quantizer of `checkpoint.py`. vLLM asks the quantization config named "locum" for the method
+It mirrors the transformers quantizer of checkpoints/quantizer.py. vLLM asks the quantization config named "locum" for the method
 of every layer; where config.json describes a container, the answer is a method that holds that very container, built by
 transformers' own classes without weights, and calls it at vLLM's own seam (x, gates, indices). No stock expert weights
 are ever allocated there. vLLM has no hook between building a model and loading it, so `BaseModelLoader.create_model` is
@@ -33,11 +33,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ..checkpoints.quantizer import LocumConfig, check_shape
+from ..checkpoints.quantizer import LocumConfig, check_shape, read_layout
 from ..checkpoints.read import read_headers
 from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
-from ..containers.layout import Layout
 from ..errors import CheckpointError, UnsupportedModel
 
 Numbers = tuple[int, ...]
@@ -60,7 +59,7 @@ class LocumQuantization(QuantizationConfig):
                 f"config.json describes two containers with the same layer number ({', '.join(sorted(layers))}); vLLM's "
                 f"names cannot be told apart then"
             )
-        self.layouts = {path_numbers(name): _read_layout(name, data) for name, data in layers.items()}
+        self.layouts = {path_numbers(name): read_layout(name, data) for name, data in layers.items()}
         self.empty: dict[Numbers, StandInExperts] = {}  # containers that wait for their layer to be built
 
     @classmethod
@@ -127,13 +126,6 @@ class LocumQuantization(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
-
-
-def _read_layout(name: str, data: Any) -> Layout:
-    try:
-        return Layout.from_json(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _empty_containers(hf_config: PreTrainedConfig) -> dict[str, StandInExperts]:

@@ -32,13 +32,12 @@ from ..checkpoints.read import SUBSTITUTED
 from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..containers.rows import row_weights, rows_of_expert, tensors_of
 from ..experts.parts.constant import Constant
-from ..experts.parts.shared_base import SharedBase
-from ..models.families import MoeLayer, find_layers, set_expert_count, slice_experts, slice_router, write_expert
+from ..models.families import MoeLayer, find_layers, set_expert_count, slice_router
 from ..models.router_rules import spread_gates
 from ..models.routers import router_tensors
 from ..models.stored import stored_dtype, stored_tensors
+from .whole_experts import NOTHING, constants_of, own_experts, parts_in, without_rows
 
 NEVER = -1e4  # a selection bias: scores are of the order of one. Not infinite: kernels take that for "no expert here"
 VALUE = "approx_value"
@@ -98,19 +97,10 @@ def form_faults(config: PreTrainedConfig, layouts: dict[str, Layout]) -> list[st
 
 def _part_fault(layout: Layout) -> str:
     """What a container has that is neither an expert's own weights nor a constant."""
-    rows = [row for row in layout.dense_of if row >= 0]
-    constants = [stack.rows for stack in layout.stacks_of(Constant)]
-    beside = {stack.kind for stack in layout.stacks if not stack.kind.is_whole and stack.kind is not Constant}
-    parts = {
-        SharedBase.plural: len(set(rows)) < len(rows),
-        **{kind.plural: True for kind in beside if kind.has_products},
-        "a routing policy": layout.routing is not None,
-        "constants on top of weights": any(
-            row >= 0 and dense >= 0 for of in constants for row, dense in zip(of, layout.dense_of, strict=True)
-        ),
-        "a layer without a single expert that has weights": not rows,
-    }
-    return " and ".join(name for name, is_there in parts.items() if is_there)
+    found = [part for part in parts_in(layout) if part not in (NOTHING, Constant.plural)]
+    if len(without_rows(layout)) == layout.num_experts:
+        found.append("a layer without a single expert that has weights")
+    return " and ".join(found)
 
 
 def _place_fault(layer: MoeLayer, stock: PreTrainedModel) -> str:
@@ -190,37 +180,14 @@ def _numbers(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdecimal()]
 
 
-def _own_experts(container: StandInExperts, stock: nn.Module) -> dict[str, Tensor]:
-    """The stock tensors of a container's experts that have weights, in their order."""
-    tensors = tensors_of(container)
-    weight, rows = container.dense.down_NDF, [row for row in container.layout.dense_of if row >= 0]
-    slice_experts(stock, tuple(range(len(rows))))
-    stock.to(weight.dtype).to_empty(device=weight.device)
-    for e, row in enumerate(rows):
-        write_expert(stock, e, row_weights(tensors, row, container.layout))
-    return stock.state_dict()
-
-
-def constants(container: StandInExperts) -> dict[int, Tensor]:
-    """What the experts without weights put out [D], by their number in the container."""
-    layout, found = container.layout, {}
-    for e in range(layout.num_experts):
-        if layout.dense_of[e] < 0:
-            rows = rows_of_expert(container, e)
-            found[e] = (
-                rows[Constant.prefix]["constant_ND"] if rows else container.dense.down_NDF.new_zeros(layout.hidden_size)
-            )
-    return found
-
-
 def _layer_files(
     model: PreTrainedModel, layer: MoeLayer, numbers: Renumbering, stock: PreTrainedModel
 ) -> tuple[int, dict[int, Tensor], dict[str, Tensor]]:
     """The number of a layer, the constants by their number in the file, and all tensors that the file has for it."""
     name, experts = layer.shape.name, layer.experts
     if isinstance(experts, StandInExperts):
-        values = constants(experts)
-        own = _own_experts(experts, stock.get_submodule(name))
+        values = constants_of(experts)
+        own = own_experts(experts, stock.get_submodule(name))
     else:
         values, own = {}, experts.state_dict()
     whole = [e for e in range(layer.shape.num_experts) if e not in values]

@@ -64,7 +64,7 @@ def evaluate(
     shared = {
         "seed": seed,
         "seconds": time.perf_counter() - start,
-        "peak_bytes": peak_bytes(model),
+        "peak_bytes": peak_bytes(model.device),
         "provenance": {**(provenance or {}), "evaluation": _settings(tokens, batch_size, resamples)},
     }
     rows = []

@@ -119,7 +119,7 @@ def evaluate_tasks(
     ours = _scores(model, tokenizer, tasks, limit, batch_size, seed, resamples)
     theirs = None if against is None else _scores(against, tokenizer, tasks, limit, batch_size, seed, resamples)
     about = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": limit, "resamples": resamples}
-    shared = {"seed": seed, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(model)}
+    shared = {"seed": seed, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(model.device)}
     rows = []
     for name, scores in ours.items():
         other = None if theirs is None else theirs[name]

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..containers.container import StandInExperts
-from ..formats.dtypes import DTYPES
+from ..formats.plain import FLOAT_ENTRIES
 from .families import is_stock_experts
 
 NOTE = "_locum_stored"  # the attribute of a live model: what its files hold, by the names of its tensors and modules
@@ -61,8 +61,8 @@ def _in_files(model: PreTrainedModel, headers: Mapping[Path, Mapping[str, Any]])
     alike: dict[str, list[Stored]] = {}
     for file, header in headers.items():
         for name, entry in header.items():
-            if entry["dtype"] in DTYPES:
-                stored = Stored(DTYPES[entry["dtype"]], file, name)
+            if entry["dtype"] in FLOAT_ENTRIES:
+                stored = Stored(FLOAT_ENTRIES[entry["dtype"]], file, name)
                 alike.setdefault(ONE_EXPERT.sub("0", name), []).append(stored)
     found: dict[str, list[Stored]] = {}
     for name, live_name in live_names(model, alike).items():

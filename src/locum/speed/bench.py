@@ -5,7 +5,7 @@
 Every round asks each model, implementation and number of prompts once, in an order that moves on by one each time, so
 that other load on the machine hits all of them alike. Prefill is the pass over the prompts up to their first new token,
 decode the passes after it. The floor of a pass is what reading its weights takes at the measured bandwidth, or what its
-operations take at the measured rate, whichever is longer (work.py says what is counted).
+operations take at the measured rate, whichever is longer (measure/costs.py says what is counted).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..bundled import sample_texts
 from ..checkpoints.notes import plan_of
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.skeleton import check_vocabularies, read_shape
+from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
+from ..formats.plain import COMPUTE_DTYPES
 from ..stages.options import Device, Force, Help, Out, Progress, check_number, device_of, silent
-from ..verification.verify import PRECISIONS
 from . import page
 
 KIND, FORMAT_VERSION = "locum-bench", 1
-CHARACTERS = 10  # of text for a token, on the safe side
+CHARACTERS_PER_TOKEN = 10  # of text, on the safe side
 PHASES = ("prefill", "decode")
-LINES = 3  # of what a process printed before it died
 
 
 def bench(
@@ -96,8 +96,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise OptionError("--batch-sizes names no number of prompts; give at least one, such as 1")
     for size in settings["batch_sizes"]:
         check_number("batch-sizes", size, 1)
-    if settings["precision"] not in ("auto", *PRECISIONS):
-        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(PRECISIONS)}")
+    if settings["precision"] not in ("auto", *COMPUTE_DTYPES):
+        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
 
 
 def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _positions(folder: Path) -> int | None:
 def _text_ids(folder: Path, count: int, length: int) -> list[list[int]]:
     """The first tokens of `count` stretches of the bundled text."""
     tokenizer = load_tokenizer(folder)
-    texts = sample_texts(count, CHARACTERS * length)
+    texts = sample_texts(count, CHARACTERS_PER_TOKEN * length)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
     if shortest := min((len(row) for row in rows if len(row) < length), default=None):
         raise OptionError(
@@ -155,10 +155,9 @@ class Asked:
         except BrokenPipeError:
             line = ""
         if not line:
-            last = " | ".join(self.said.read_text(errors="replace").strip().splitlines()[-LINES:])
             raise EngineError(
                 f"the process that times the {self.name} ended with code {self.process.wait()} (-9: the system ended it, as "
-                f"it does when memory runs out): {last or 'it said nothing'}"
+                f"it does when memory runs out): {last_words(self.said.read_text(errors='replace'))}"
             )
         answer = json.loads(line)
         if "error" in answer:
@@ -197,7 +196,7 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that the processes say, by model, and by model, implementation and number of prompts."""
     how = {"ids": ids, "prompt": settings["prompt"], "threads": settings["threads"], "device": settings["device"]}
-    how["dtype"] = "auto" if settings["precision"] == "auto" else str(PRECISIONS[settings["precision"]])[6:]
+    how["dtype"] = "auto" if settings["precision"] == "auto" else str(COMPUTE_DTYPES[settings["precision"]])[6:]
     loaded, work, told = {}, {}, {name: [] for name in workers}
     for number, (name, ask) in enumerate(workers.items()):
         progress("bench: loading", number, len(workers))

@@ -10,8 +10,19 @@ from ..reports.charts import Bar, bars, escape
 from ..reports.page import figure, page, section, table
 
 HEADS = (
-    *("model", "experts", "prompts", "phase", "tokens/s", "quartiles", "first token", "times the original"),
-    *("times the floor", "read/token", "Mops/token", "experts/layer", "peak memory"),
+    "model",
+    "experts",
+    "prompts",
+    "phase",
+    "tokens/s",
+    "quartiles",
+    "first token",
+    "times the original",
+    "times the floor",
+    "read/token",
+    "Mops/token",
+    "experts/layer",
+    "peak memory",
 )
 FAR = 5  # times the fastest bar: floors further off would leave no room for the others
 TITLES = {"prefill": "Reading the prompts", "decode": "Writing, token by token"}
@@ -21,7 +32,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row as text, in the order of HEADS."""
     first, times, peak = row["first_token_seconds"], row["times_the_original"], row["peak_bytes"]
     return [
-        *(row["model"], row["implementation"], str(row["batch"]), row["phase"]),
+        row["model"],
+        row["implementation"],
+        str(row["batch"]),
+        row["phase"],
         f"{row['tokens_per_second']:,.1f}",
         f"{row['low']:,.1f} to {row['high']:,.1f}",
         "" if first is None else f"{1000 * first:,.1f} ms",

@@ -13,8 +13,6 @@ Letters: B prompts, S tokens of a prompt and what follows it, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import resource
@@ -33,6 +31,7 @@ from ..checkpoints.load import load_model
 from ..checkpoints.skeleton import read_shape
 from ..errors import UnsupportedModel
 from ..measure.costs import Call, counted
+from ..measure.memory import peak_bytes, start_peak
 from ..models.families import find_layers, is_stock_experts
 
 # transformers' implementations of experts that need no extra package. Off the CPU, its `generate` decodes with batched_mm
@@ -145,27 +144,6 @@ def resident_bytes(device: torch.device) -> int | None:
     return int(file.read_text().split()[1]) * resource.getpagesize() if file.exists() else None
 
 
-def start_peak(device: torch.device) -> None:
-    """Let what is free go, and let the high-water mark start anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The high-water mark since `start_peak`; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return None
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
@@ -210,9 +188,10 @@ class Worker:
 
     def generate(self, implementation: str, batch: int) -> dict[str, Any]:
         self.subject.choose(implementation, batch)
-        start_peak(self.device)
+        is_known = start_peak(self.device)
         prefill, decode = self.subject.generate(batch)
-        return {"prefill": prefill, "decode": decode, "peak_bytes": peak_bytes(self.device)}
+        peak = peak_bytes(self.device) if is_known else None
+        return {"prefill": prefill, "decode": decode, "peak_bytes": peak}
 
 
 def main() -> None:

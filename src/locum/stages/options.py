@@ -23,9 +23,16 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True)
 class Help:
-    """One line of help for an option."""
+    """One line of help for an option.
 
-    text: str
+    A line that names registered things is a function: other packages' things are known only when the line is shown.
+    """
+
+    text: str | Callable[[], str]
+
+    @property
+    def line(self) -> str:
+        return self.text if isinstance(self.text, str) else self.text()
 
 
 Data = Annotated[Sequence[str], Help("text, folder, JSONL, Parquet or datasets folder as [domain=]PATH[@WEIGHT]")]

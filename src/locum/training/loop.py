@@ -23,8 +23,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,6 +39,7 @@ from torch import Tensor, nn
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
 from ..files import whole
+from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
@@ -281,11 +280,3 @@ def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:
     check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0])
     if not bool(tokens.loss_mask_BS[:, 1:].any()):
         raise DataError("no token of the training data has loss; give text, or prompts with completions")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use at once: of the GPU if training ran there, else of the whole process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -243,10 +243,15 @@ def run_check(name: str, engine: str, work: Callable[[], str]) -> Check:
 
 def check_files(folder: Folder) -> list[Check]:
     """All checks of the files."""
-    done: dict[str, Check] = {}
+    done: list[Check] = []
+    broken: set[str] = set()  # what failed, and what builds on that
     for name, (check, needs) in CHECKS.items():
-        if broken := [n for n in needs if done[n].result == FAILED or done[n].detail.startswith("after ")]:
-            done[name] = Check(name, "", SKIPPED, f"after {broken[0]} failed there is nothing to say")
+        failed = next((need for need in needs if need in broken), None)
+        if failed is None:
+            found = run_check(name, "", lambda check=check: check(folder))
         else:
-            done[name] = run_check(name, "", lambda check=check: check(folder))
-    return list(done.values())
+            found = Check(name, "", SKIPPED, f"after {failed} failed there is nothing to say")
+        if failed is not None or found.result == FAILED:
+            broken.add(name)
+        done.append(found)
+    return done

@@ -27,8 +27,10 @@ from ..checkpoints.read import base_of, is_adapter
 from ..checkpoints.skeleton import layouts_of
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
-from ..exports.export import gguf_fault, write_gguf
+from ..exports.target import TARGETS, Target, write_form
+from ..formats.plain import COMPUTE_DTYPES
 from ..measure.repetition import loops, more_than_chance
+from ..options import make_options
 from ..stages.application import statistics_for
 from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
 from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
@@ -36,7 +38,6 @@ from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_fil
 PROMPT = 16  # tokens of a prompt
 SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
 CHANCE = 0.01  # of calling a model loopy that loops no more than its original
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGREE = 0.99  # of the positions, in 16 bits, have the same likeliest token
 MEMORY = 0.05  # of the bytes of a plan that the weights may differ by in an engine's memory
 
@@ -57,13 +58,14 @@ def verify(
     model: Path,
     *,
     engine: Annotated[
-        str | None, Help(f"engines, separated by commas: {', '.join(ENGINES)}; default: those that are there")
+        str | None,
+        Help(lambda: f"engines, separated by commas: {', '.join(ENGINES)}; default: those that are there"),
     ] = None,
     original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
     statistics: Annotated[
         Path | None, Help("statistics that the plan was applied with; default: those it was made from")
     ] = None,
-    precision: Annotated[str, Help(f"{', '.join(PRECISIONS)}: in which engines and promise compute")] = "fp32",
+    precision: Annotated[str, Help(f"{', '.join(COMPUTE_DTYPES)}: in which engines and promise compute")] = "fp32",
     prompts: Annotated[int, Help("prompts to compare on, from the bundled text")] = 8,
     new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
     seed: Seed = 0,
@@ -75,8 +77,8 @@ def verify(
     model = Path(model)
     if not model.is_dir():
         raise CheckpointError(f"no such folder: {model}; give the path of a checkpoint folder")
-    if precision not in PRECISIONS:
-        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    if precision not in COMPUTE_DTYPES:
+        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
         check_number(name, value, 1)
     check_number("seed", seed, 0, MOST_SEED)
@@ -89,13 +91,11 @@ def verify(
         return checks + [Check("logits", name, SKIPPED, "the checkpoint itself is broken") for name in chosen]
     progress("verify: promise", 1, 3)
     ids_BS = prompt_ids(folder.tokenizer, prompts)
-    promise, checked = make_promise(folder, ids_BS, PRECISIONS[precision], new_tokens, statistics, seed)
+    promise, checked = make_promise(folder, ids_BS, COMPUTE_DTYPES[precision], new_tokens, statistics, seed)
     checks.append(checked)
     progress("verify: engines", 2, 3)
-    for name, item in chosen.items():
-        checks += check_engine(
-            item, folder, promise, precision, new_tokens, named=engine is not None and name in engine
-        )
+    for item in chosen.values():
+        checks += check_engine(item, folder, promise, precision, new_tokens, named=engine is not None)
     progress("verify: engines", 3, 3)
     return checks
 
@@ -139,7 +139,7 @@ def make_promise(
                 why_not = str(error)
         del original
     of = f"the folder as Locum loads it ({why_not})" if why_not else of
-    folder.__dict__.pop("live")  # the engines may need its memory
+    del folder.live  # the engines may need its memory
     promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
     return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
 
@@ -206,9 +206,10 @@ def check_engine(
     python = engine.python()
     if python is None:
         return [Check("logits", engine.name, unasked, engine.absence)]
-    if reason := _unreadable(engine, folder):
+    form = make_options(TARGETS[engine.form], dict(engine.form_options)) if engine.form else None
+    if reason := _unreadable(engine, form, folder):
         return [Check("logits", engine.name, unasked, reason)]
-    texts, dtype, adapted = sample_texts(4), PRECISIONS[precision], is_adapter(folder.path)
+    texts, dtype, adapted = sample_texts(4), COMPUTE_DTYPES[precision], is_adapter(folder.path)
     with tempfile.TemporaryDirectory(prefix="locum-verify-") as scratch:
         job = {
             "folder": str((base_of(folder.path) if adapted else folder.path).resolve()),
@@ -221,8 +222,10 @@ def check_engine(
             "new_tokens": new_tokens,
         }
         try:
-            if engine.stock_only:
-                job["folder"] = str(write_gguf(folder.path, Path(scratch) / "model.gguf", "f32"))
+            if form is not None:
+                exported = Path(scratch) / f"model.{form.name}"
+                write_form(form, folder.path, exported)
+                job["folder"] = str(exported)
             answer = ask(engine, python, job, Path(scratch))
         except LocumError as error:
             return [Check("logits", engine.name, FAILED, " ".join(str(error).split()))]
@@ -245,14 +248,15 @@ def check_engine(
     return checks
 
 
-def _unreadable(engine: Engine, folder: Folder) -> str:
+def _unreadable(engine: Engine, form: Target | None, folder: Folder) -> str:
     if is_adapter(folder.path) and not engine.adapters:
         return "an adapter without weights of its own; recover it without --adapter-only to serve it there"
-    return gguf_fault(folder.path) if engine.stock_only else ""
+    return form.fault(folder.path) if form is not None else ""
 
 
 def compare_keys(answer: Answer) -> str:
-    for what, names in answer.keys.items():
+    if answer.keys:
+        what, names = next(iter(answer.keys.items()))
         raise CheckpointError(f"{len(names)} {what.replace('_', ' ')} (first: {names[0]})")
     return f"{answer.version} takes the checkpoint as it is, in {answer.seconds:.0f} seconds"
 

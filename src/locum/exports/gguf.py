@@ -1,0 +1,98 @@
+"""GGUF: one file for llama.cpp, made by the public converter from a folder that has the stock layout."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ..checkpoints.read import read_config, read_json
+from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
+from ..engines.engines import ENGINES, last_words
+from ..errors import CheckpointError, EngineError, OptionError
+from ..files import whole
+from ..models.sizes import shape_of
+from ..options import option
+from .stock import nearest, stock_faults
+from .target import target
+from .whole_experts import parts_in
+
+SCRIPT = Path(__file__).with_name("gguf_run.py")
+TYPES = ("f32", "f16", "bf16", "q8_0")
+AUTO = "auto"
+GPT2 = {"type": "ByteLevel", "use_regex": True}  # a pre-tokenizer that is GPT-2's, in tokenizer.json
+
+
+@target("gguf")
+@dataclass(frozen=True)
+class Gguf:
+    """One file for llama.cpp, of a checkpoint in the stock layout."""
+
+    kind: ClassVar[str] = "file"
+    type: str = option("bf16", f"of the numbers in a GGUF file: {', '.join(TYPES)}", choices=TYPES)
+    pre_tokenizer: str = option(AUTO, "llama.cpp's name of the BPE pre-tokenizer, where the converter does not know it")
+
+    def fault(self, model: Path) -> str:
+        layouts = layouts_of(model)
+        if faults := stock_faults(model):
+            return f"GGUF cannot hold {'; '.join(faults)}; {nearest(model)}"
+        if not layouts:
+            return ""
+        present = dict.fromkeys(part for layout in layouts.values() for part in parts_in(layout))
+        parts = " and ".join(present) or "Locum's containers"
+        return (
+            f"GGUF cannot hold {parts}; write whole experts first, which are larger but compute the same: "
+            f"locum export {model} --to stock --out STOCK"
+        )
+
+    def write(self, model: Path, out: Path) -> str:
+        """Raises CheckpointError where weights are missing, OptionError where the converter's environment is not there,
+        and EngineError with the converter's own words where it fails."""
+        _check_complete(model)
+        engine = ENGINES["llamacpp"]
+        python = engine.python()
+        if python is None:
+            raise OptionError(f"the converter to GGUF is {engine.absence}")
+        named = _known_pre_tokenizer(model) if self.pre_tokenizer == AUTO else self.pre_tokenizer
+        with whole(out) as scratch:
+            arguments = [str(model.resolve()), "--outfile", str(scratch.resolve()), "--outtype", self.type]
+            done = subprocess.run(
+                [str(python), "-P", str(SCRIPT), named, *arguments],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+            if done.returncode or not scratch.is_file():
+                raise EngineError(f"{model} could not be converted to GGUF: {_reason(done.stderr, named)}")
+        return f"GGUF in {self.type}"
+
+
+def _check_complete(model: Path) -> None:
+    """Refuse a folder that lacks weights: the converter does not notice, and llama.cpp names its own tensors."""
+    found = read_shape(model).parameters
+    described = shape_of(skeleton(read_config(model))).parameters
+    if found != described:
+        raise CheckpointError(
+            f"{model} has {found:,} parameters in its files, its config.json describes {described:,}: tensors are missing, "
+            f"too many or of another shape; fetch it again"
+        )
+
+
+def _known_pre_tokenizer(model: Path) -> str:
+    """ "gpt-2" for the pre-tokenizer of GPT-2, which many were trained anew with and the converter does not recognise."""
+    file = model / "tokenizer.json"
+    pre = (read_json(file).get("pre_tokenizer") if file.is_file() else None) or {}
+    return "gpt-2" if GPT2.items() <= pre.items() else ""
+
+
+def _reason(said: str, named: str) -> str:
+    if "pre-tokenizer was not recognized" in said and not named:
+        return (
+            "llama.cpp does not know the tokenizer; name the pre-tokenizer that it was trained with by --pre-tokenizer, such "
+            "as gpt-2, qwen2 or llama-bpe (names as in llama.cpp's llama-vocab.cpp)"
+        )
+    lines = said.strip().splitlines()
+    if any(line.startswith("Traceback") for line in lines):
+        return lines[-1]  # before it only the places in the converter's files
+    return last_words(said)

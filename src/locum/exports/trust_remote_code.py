@@ -1,0 +1,44 @@
+"""The same folder with a file that imports Locum, for tools that can do no more than trust_remote_code=True."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ..checkpoints.read import is_adapter, read_json
+from ..files import whole
+from .stock import has_stock_layout
+from .target import target
+
+LOADER = Path(__file__).with_name("remote_code.py")  # transformers loads it by this name
+
+
+@target("remote-code")
+@dataclass(frozen=True)
+class RemoteCode:
+    """The same folder, which also loads with trust_remote_code=True where Locum is installed."""
+
+    kind: ClassVar[str] = "folder"
+
+    def fault(self, model: Path) -> str:
+        if has_stock_layout(model):
+            return "it has the stock layout already; it loads without Locum"
+        if is_adapter(model):
+            return "it is an adapter; transformers loads no model from it, with or without the import"
+        return ""
+
+    def write(self, model: Path, out: Path) -> str:
+        config = read_json(model / "config.json") | {"auto_map": {"AutoConfig": f"{LOADER.stem}.Config"}}
+        with whole(out, "folder") as folder:
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+            shutil.copyfile(LOADER, folder / LOADER.name)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            with (folder / "README.md").open("a", encoding="utf-8") as card:
+                card.write(
+                    f"\nIt also loads without `import locum` before, where Locum is installed: `trust_remote_code=True` lets "
+                    f"transformers run `{LOADER.name}`, which imports it.\n"
+                )
+        return "the same folder, which also loads with trust_remote_code=True"

@@ -1,0 +1,221 @@
+"""What every export target must do, those of other packages included, and how `locum export` finds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import locum
+from engines.made import PLANS, statistics
+from locum.checkpoints.read import read_headers
+from locum.checkpoints.skeleton import read_shape
+from locum.engines.engines import Engine
+from locum.errors import LocumError, OptionError, UnsupportedModel
+from locum.exports.target import TARGETS
+from locum.plans.plan import make_plan
+from locum.verification.folder import FAILED, SKIPPED, Folder
+from locum.verification.verify import check_engine
+from making.checkpoints import locum as command
+from making.checkpoints import tree, write_checkpoint
+
+FOREIGN = '''
+"""A list of a checkpoint's tensors: an export target of another package, in one file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from locum.checkpoints.read import is_adapter, read_headers
+from locum.exports.target import target
+from locum.files import write_text
+from locum.options import option
+
+
+@target("listing")
+@dataclass(frozen=True)
+class Listing:
+    """A text file with the names of the tensors."""
+
+    kind: ClassVar[str] = "file"
+    ending: str = option("weight", "only names that end so")
+
+    def fault(self, model: Path) -> str:
+        return "it is an adapter, whose tensors are not all there; give its base" if is_adapter(model) else ""
+
+    def write(self, model: Path, out: Path) -> str:
+        names = sorted(name for name in read_headers(model) if name.endswith(self.ending))
+        write_text(out, "\\n".join(names))
+        return f"{len(names)} names"
+'''
+ENTRY_POINT = "[locum.exports]\nlisting = foreign_listing\n"
+CONVERTER = """#!/bin/sh
+while [ "$1" != --outfile ]; do shift; done
+echo stands for the converter > "$2"
+"""
+# What each form can hold, by hand. The plans are those of tests/engines/made.py.
+STAND_INS = {"lightmoe", "low_rank", "merged"}
+HOLDS = {
+    "gguf": {"original", "tied", "uniform"},
+    "stock": {"tied"} | STAND_INS,
+    "vllm": {"constants"},
+    "remote-code": {"uneven", "constants", "vectors"} | STAND_INS,
+    "listing": {"original", "tied", "uniform", "uneven", "constants", "vectors"} | STAND_INS,
+}
+MADE = ("original", "tied", *PLANS, "adapter")
+
+
+@pytest.fixture(scope="module")
+def folders(words, tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of every kind that Locum writes, by name."""
+    root = tmp_path_factory.mktemp("exports")
+    original = write_checkpoint(root / "original")
+    made = {"original": original, "tied": write_checkpoint(root / "tied", tie_word_embeddings=True)}
+    shape = read_shape(original)
+    observed = statistics(shape, torch.Generator().manual_seed(3))
+    for name, plan_of in PLANS.items():
+        plan = make_plan(shape, plan_of(shape.layers))
+        made[name] = locum.apply(original, plan=plan, statistics=observed, out=root / name)
+    active = locum.compress(original, method="compressed-experts", out=root / "active")
+    how = {"how": "vectors", "data": [str(words)], "steps": 1, "batch_size": 1, "length": 32}
+    locum.recover(active, out=root / "adapter", adapter_only=True, **how)
+    return made | {"adapter": root / "adapter"}
+
+
+@pytest.fixture(autouse=True)
+def targets(tmp_path_factory, monkeypatch):
+    """The registered targets and one of another package; for GGUF a script in the place of the converter."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "foreign_listing.py").write_text(FOREIGN)
+    (folder / "python").write_text(CONVERTER)
+    (folder / "python").chmod(0o755)
+    monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(folder / "python"))
+    monkeypatch.setattr(TARGETS, "_items", dict(TARGETS.items()))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "foreign_listing", raising=False)
+    __import__("foreign_listing")
+    return TARGETS
+
+
+def test_every_target_is_tried():
+    assert set(HOLDS) >= set(TARGETS), "add what the new form can hold to HOLDS"
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("form", HOLDS)
+def test_a_form_is_written_whole_or_refused_with_the_reason(form, name, folders, tmp_path):
+    folder, out = folders[name], tmp_path / "out"
+    before = tree(folder)
+    fault = TARGETS[form]().fault(folder)
+    assert (fault == "") == (name in HOLDS[form]), fault
+    if fault:
+        with pytest.raises(UnsupportedModel, match=re.escape(f"{folder}: {fault}")):
+            locum.export(folder, to=form, out=out)
+        assert tree(tmp_path) == {}
+        assert "\n" not in fault
+    else:
+        said = locum.export(folder, to=form, out=out)
+        assert out.is_dir() == (TARGETS[form].kind == "folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert said["form"] and said["bytes"][1] > 0
+    assert tree(folder) == before, "the checkpoint was changed"
+
+
+@pytest.mark.parametrize("form", HOLDS)
+def test_what_fails_at_the_end_leaves_nothing(form, folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr("locum.files.os.replace", fail)
+    with pytest.raises(OSError, match="the disk went away"):
+        locum.export(folders[min(HOLDS[form])], to=form, out=tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("form", HOLDS)
+def test_options_are_those_of_the_form(form, folders, tmp_path):
+    folder, out = folders[min(HOLDS[form])], tmp_path / "out"
+    with pytest.raises(OptionError, match=r"option of an export '--no-such'.* allowed: .*--type"):
+        locum.export(folder, to=form, out=out, no_such=1)
+    own = {field.name for field in dataclasses.fields(TARGETS[form])}
+    for other, cls in TARGETS.items():
+        for field in dataclasses.fields(cls):
+            flag = "--" + field.name.replace("_", "-")
+            if field.name not in own:
+                with pytest.raises(OptionError, match=f"^{flag} is an option of --to {other}; --to {form} does not"):
+                    locum.export(folder, to=form, out=out, **{field.name: field.default})
+            elif other == form:
+                with pytest.raises(OptionError, match=flag):
+                    locum.export(folder, to=form, out=out, **{field.name: object()})
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("form", HOLDS)
+def test_a_damaged_checkpoint_is_one_error(form, folders, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folders[min(HOLDS[form])].iterdir():
+        content = file.read_bytes()
+        (damaged / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
+    with pytest.raises(LocumError, match="fetch it again"):
+        locum.export(damaged, to=form, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_of_another_form_is_one_line(folders, tmp_path):
+    result = command("export", folders["merged"], "--to", "stock", "--type", "q8_0", "--out", tmp_path / "out")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "--type is an option of --to gguf; --to stock does not have it" in result.stderr
+
+
+def test_the_command_line_has_the_targets_of_other_packages(folders, tmp_path):
+    """In a process of its own, found through its entry point alone: help, a run, and the same from Python."""
+    place = tmp_path / "installed"
+    (place / "foreign-1.0.dist-info").mkdir(parents=True)
+    (place / "foreign-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINT)
+    (place / "foreign-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
+    (place / "foreign_listing.py").write_text(FOREIGN)
+    code = """
+import json, sys
+from click.testing import CliRunner
+from locum.cli import cli
+import locum
+model, out = sys.argv[1:]
+lines = [["export", "--help"], ["export", model, "--to", "listing", "--ending", "q_proj.weight", "--out", out, "--json"]]
+said = [CliRunner().invoke(cli, line, catch_exceptions=False).output for line in lines]
+print(json.dumps([*said, locum.export(model, to="listing", ending="q_proj.weight", out=out, force=True)]))
+"""
+    paths = os.pathsep.join([str(place), *(path for path in sys.path if path)])
+    arguments = [sys.executable, "-c", code, str(folders["merged"]), str(tmp_path / "out")]
+    run = subprocess.run(arguments, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    shown, written, returned = json.loads(run.stdout.splitlines()[-1])
+    shown = " ".join(shown.split())
+    assert "listing: A text file with the names of the tensors." in shown
+    assert "--ending TEXT only names that end so [listing: weight]" in shown
+    names = [name for name in read_headers(folders["merged"]) if name.endswith("q_proj.weight")]
+    assert (tmp_path / "out").read_text().splitlines() == sorted(names)
+    assert json.loads(written) == returned
+    assert returned["form"] == f"{len(names)} names"
+
+
+def test_verify_asks_an_engine_what_its_form_can_hold(folders):
+    reads_lists = Engine("reader", "Reader", "transformers", form="listing")
+    for named, result in ((True, FAILED), (False, SKIPPED)):
+        (check,) = check_engine(
+            dataclasses.replace(reads_lists, adapters=True),
+            Folder(folders["adapter"], None, "cpu"),
+            None,
+            "fp32",
+            4,
+            named=named,
+        )
+        assert (check.engine, check.result) == ("reader", result)
+        assert check.detail == "it is an adapter, whose tensors are not all there; give its base"
