@@ -19,8 +19,10 @@ from safetensors import safe_open
 import locum
 from checkpoints import locum as command
 from checkpoints import write_checkpoint, write_rows, write_text
-from locum.cli import HIDDEN, cli
+from locum.cli import cli
+from locum.cli.parameters import HIDDEN
 from locum.methods import METHODS
+from locum.options import declared
 from locum.stages.planning import plan
 from locum.training.recovery import Recovery
 
@@ -41,35 +43,38 @@ locum search PATH --data a.txt --tokens 2048 --sample 256 --generations 3 --popu
 locum list --json
 """
 # Every command and option. A change here is a change for users: say it in the changelog.
-SEARCH = (
-    "--block --candidates --counts --decompose --exponent --generations --importance --minimum --multiple --population "
-    "--pruned --start"
-)
-METHOD = (
-    "--align --alpha --bases --budget --clip --grouping --main --rank --renormalise --score --selection --shared "
-    f"--vectors {SEARCH}"
-)
+RANKS = "--exponent --minimum --multiple --start"
+SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
+METHOD_OPTIONS = {
+    "compressed-experts": "--main --renormalise --vectors",
+    "decompose": f"{RANKS} --score",
+    "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
+    "moe-i2": f"{SEARCH} --seed",
+    "mone": "--budget --score",
+    "prune": "--budget --score",
+    "replace": "--alpha --clip --rank --score --selection --shared --start",
+}
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
-    f"--recover-learning-rate --recover-steps --remove --sample --seed --statistics --tokens {METHOD}",
+    "--recover-learning-rate --recover-steps --remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
     "--task-path --tasks --tokens",
     "export": "MODEL --force --json --out --pre-tokenizer --to --type",
     "inspect": "MODEL --json",
-    "list": "--json",
-    "plan": f"STATISTICS... --diff --fit --force --json --method --onto --out --remove --seed {METHOD}",
+    "list": "[KIND] --json",
+    "plan": "STATISTICS... --diff --fit --force --json --method --onto --out --remove",
     "recover": "MODEL --accumulate --adapter-only --annealing --balance --batch-size --checkpoint-every --clip --data "
     "--device --end-fraction --force --how --json --learning-rate --length --original --out --precision --rank "
     "--restart --schedule --seed "
     "--steepness --steps --train-bases --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
-    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens "
-    + SEARCH,
+    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens",
+    "show": "NAME --json",
     "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }
 FUNCTIONS = {
@@ -86,9 +91,10 @@ FUNCTIONS = {
     "recover": locum.recover,
     "report": locum.report,
     "search": locum.search,
+    "show": locum.show,
     "verify": locum.verify,
 }
-FIELDS = {"compress": METHODS, "plan": METHODS, "recover": {"": Recovery}}
+CHOOSING = ("compress", "plan", "search")  # with --method
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +237,8 @@ def test_what_was_promised_is_on_disk(journey):
         "compress {checkpoint} --data {words} --tokens 256 --length 64 --method prune --remove 0.2 --out {out}",
         "recover {small} --data {words} --steps 1 --batch-size 1 --length 64 --out {out}",
         "list",
+        "list methods",
+        "show mone",
     ],
 )
 def test_json_on_stdout_is_nothing_but_json(line, checkpoint, words, statistics_file, plan_file, small, tmp_path):
@@ -279,6 +287,9 @@ def test_commands_and_options_are_frozen():
         arguments = [p.make_metavar(click.Context(item)) for p in item.params if isinstance(p, click.Argument)]
         found[name] = sorted([*options, *arguments])
     assert found == {name: sorted(options.split()) for name, options in COMMANDS.items()}
+    assert {name for name, item in cli.commands.items() if item.choice} == set(CHOOSING)
+    methods = {name: ["--" + field.name.replace("_", "-") for field in declared(METHODS[name])] for name in METHODS}
+    assert {name: sorted(m) for name, m in methods.items()} == {n: sorted(o.split()) for n, o in METHOD_OPTIONS.items()}
 
 
 def test_every_option_and_command_has_help():
@@ -302,17 +313,25 @@ def test_defaults_are_those_of_python():
         assert not missing, f"{name} lacks {missing}"
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_options_of_methods_and_recovery_say_their_defaults(name):
-    parameters = inspect.signature(FUNCTIONS[name]).parameters
-    options = {option.name: option for option in cli.commands[name].params}
-    for label, cls in dict(FIELDS[name].items()).items():
-        for item in dataclasses.fields(cls):
-            option = options[item.name]
-            if item.name in parameters:
-                continue  # the command's own, checked above
-            assert option.get_default(click.Context(cli.commands[name])) is None  # the dataclass has the default
-            assert (f"{label}: {item.default}" if label else f"[{item.default}]") in option.help
+@pytest.mark.parametrize(
+    ("name", "cls"), [("recover", Recovery), *((c, METHODS[m]) for c in CHOOSING for m in METHODS)]
+)
+def test_options_of_methods_and_recovery_have_the_defaults_of_their_dataclass(name, cls):
+    item, parameters = cli.commands[name], inspect.signature(FUNCTIONS[name]).parameters
+    ctx = click.Context(item, obj=None if cls is Recovery else ("--method", cls.name))
+    options = {option.name: option for option in item.get_params(ctx)}
+    for field in dataclasses.fields(cls):
+        if field.name not in parameters:  # the command's own are checked above
+            assert options[field.name].get_default(ctx) == field.default
+            assert options[field.name].help == field.metadata["help"]
+
+
+def test_only_what_was_typed_reaches_a_method(statistics_file, monkeypatch):
+    """Its defaults are for its dataclass to fill in: a searched file's options would else contradict them."""
+    given = {}
+    monkeypatch.setattr(cli.commands["plan"], "function", lambda **options: given.update(options) or [])
+    assert command("plan", statistics_file, "--method", "replace", "--rank", 2).exit_code == 0
+    assert {name for name in given if name not in inspect.signature(plan).parameters} == {"rank", "diff"}
 
 
 def test_options_reach_the_method(statistics_file):
@@ -326,9 +345,9 @@ def test_options_reach_the_method(statistics_file):
 
 
 def test_progress_on_a_terminal_goes_to_stderr(checkpoint, words, tmp_path, monkeypatch):
-    from locum import cli as module
+    from locum.cli.progress import console
 
-    monkeypatch.setattr(module.console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_force_terminal", True)
     result = command("calibrate", checkpoint, "--data", words, "--tokens", 256, "--length", 64, "--out", tmp_path / "s")
     assert result.exit_code == 0
     assert "calibrate" in result.stderr

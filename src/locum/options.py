@@ -26,6 +26,12 @@ def option(
     return dataclasses.field(default=default, metadata=allowed)
 
 
+def declared(thing: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options, in order; none for what is no dataclass."""
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    return [field for field in fields if "help" in field.metadata]
+
+
 def check_options(options: Any) -> None:
     """Check every field of an options dataclass against what it allows: first its type, that of its default. Raises
     OptionError."""
