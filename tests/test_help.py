@@ -95,7 +95,7 @@ def test_no_help_line_is_cut_off(columns):
         item = cli.commands.get(line.split()[0])
         if item is not None:
             assert words(item.help) in words(result.stdout), line
-            own = [p.help for p in item.params if isinstance(p, click.Option)]
+            own = [p.help if isinstance(p, click.Option) else p.about for p in item.params]
             assert all(words(text) in words(result.stdout) for text in own), line
 
 

@@ -88,7 +88,7 @@ cli.add_section(
     Command("inspect", inspect, results.show_inspect, "what a checkpoint holds, what it would save, what to type next"),
     Command("calibrate", calibrate, results.show_statistics, "count what routers and experts do on your text"),
     Command("search", search, results.show_statistics, "calibrate, and let a method try removals", choice=SEARCHING),
-    Command("list", catalogue, listing.show_catalogue, "what is registered: methods, criteria, statistics, ..."),
+    Command("list", catalogue, listing.show_catalogue, "every method, criterion, statistic and way of training"),
     Command("show", show, listing.show_descriptions, "formula, needs, cost, paper and options of one of them"),
     Command("demo", demo, results.show_demo, "all of it on a bundled model, with a report"),
 )

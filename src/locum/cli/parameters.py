@@ -27,7 +27,7 @@ class Argument(click.Argument):
         self.about = about
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        return (self.make_metavar(ctx), self.about) if self.about else None
+        return (self.human_readable_name, self.about) if self.about else None
 
 
 def parameters_of(function: Callable[..., Any]) -> list[click.Parameter]:
