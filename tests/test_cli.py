@@ -22,7 +22,7 @@ from checkpoints import write_checkpoint, write_rows, write_text
 from locum.cli import cli
 from locum.cli.parameters import HIDDEN
 from locum.methods import METHODS
-from locum.options import declared
+from locum.options import option_fields
 from locum.stages.planning import plan
 from locum.training.recovery import Recovery
 
@@ -287,8 +287,10 @@ def test_commands_and_options_are_frozen():
         arguments = [p.make_metavar(click.Context(item)) for p in item.params if isinstance(p, click.Argument)]
         found[name] = sorted([*options, *arguments])
     assert found == {name: sorted(options.split()) for name, options in COMMANDS.items()}
-    assert {name for name, item in cli.commands.items() if item.choice} == set(CHOOSING)
-    methods = {name: ["--" + field.name.replace("_", "-") for field in declared(METHODS[name])] for name in METHODS}
+    assert {name for name, item in cli.commands.items() if item.choices} == set(CHOOSING)
+    methods = {
+        name: ["--" + field.name.replace("_", "-") for field in option_fields(METHODS[name])] for name in METHODS
+    }
     assert {name: sorted(m) for name, m in methods.items()} == {n: sorted(o.split()) for n, o in METHOD_OPTIONS.items()}
 
 
@@ -318,7 +320,7 @@ def test_defaults_are_those_of_python():
 )
 def test_options_of_methods_and_recovery_have_the_defaults_of_their_dataclass(name, cls):
     item, parameters = cli.commands[name], inspect.signature(FUNCTIONS[name]).parameters
-    ctx = click.Context(item, obj=None if cls is Recovery else ("--method", cls.name))
+    ctx = click.Context(item, obj={} if cls is Recovery else {"method": cls.name})
     options = {option.name: option for option in item.get_params(ctx)}
     for field in dataclasses.fields(cls):
         if field.name not in parameters:  # the command's own are checked above

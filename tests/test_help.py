@@ -20,7 +20,7 @@ from locum.cli.parameters import Choice
 from locum.criteria.criterion import CRITERIA
 from locum.errors import OptionError
 from locum.methods import METHODS, method
-from locum.options import declared, option
+from locum.options import option, option_fields
 from locum.registries import KINDS
 from locum.registry import Registry
 
@@ -71,8 +71,8 @@ def helps():
     yield "--help"
     for name, item in cli.commands.items():
         yield f"{name} --help"
-        if item.choice:
-            yield from (f"{name} --{item.choice.option} {thing} --help" for thing in item.choice.registry)
+        for choice in item.choices:
+            yield from (f"{name} --{choice.option} {thing} --help" for thing in choice.registry)
 
 
 def words(text):
@@ -128,7 +128,7 @@ def check_method_help(name, chosen):
     said = command(name, "--method", chosen, "--help").stdout
     head, _, section = said.partition(f"\nOptions of {chosen}:\n")
     own = {p.name for p in cli.commands[name].params}
-    fields = [field for field in declared(METHODS[chosen]) if field.name not in own]
+    fields = [field for field in option_fields(METHODS[chosen]) if field.name not in own]
     assert flags(head) == flags(command(name, "--help").stdout)
     assert flags(section) == {"--" + field.name.replace("_", "-") for field in fields}
     for field in fields:
@@ -233,7 +233,7 @@ def test_any_command_may_choose_from_any_registry(default):
         given.update(how=how, **options)
 
     function = with_default if default else required
-    item = Command("go", function, lambda result, as_json: None, "go", options=Shared, choice=Choice("how", WAYS))
+    item = Command("go", function, lambda result, as_json: None, "go", options=Shared, choices=[Choice("how", WAYS)])
 
     def run(line):
         given.clear()
@@ -251,6 +251,35 @@ def test_any_command_may_choose_from_any_registry(default):
     else:
         assert "option '--patience' comes with --how slow" in run("--patience 4")
         assert "Missing option '--how'" in run("--steps 4")
+
+
+def test_a_command_may_choose_twice():
+    """As compress does: a thing of two registries may have options of one name, so one side's have a prefix."""
+    given = {}
+
+    def go(*, pace: str = "quick", train: str | None = None, **options):
+        """Go."""
+        given.update(pace=pace, train=train, **options)
+
+    training = Choice("train", WAYS, shared=Shared, prefix="train_")
+    item = Command("go", go, lambda result, as_json: None, "go", choices=[Choice("pace", WAYS), training])
+
+    def run(line):
+        given.clear()
+        result = CliRunner().invoke(item, line.split(), prog_name="locum go", catch_exceptions=False)
+        return given if result.exit_code == 0 and "--help" not in line else result.output
+
+    assert run("--train slow --pace slow --patience 4 --train-patience 5 --train-steps 6") == {
+        **{"pace": "slow", "train": "slow", "patience": 4, "train_patience": 5, "train_steps": 6}
+    }
+    assert run("--pace slow") == {"pace": "slow", "train": None}
+    assert "option '--train-steps' comes with --train quick or slow; see" in run("--train-steps 3")
+    assert "way quick has no option '--train-patience'" in run("--train quick --train-patience 3")
+    assert "way quick has no option '--patience'" in run("--train slow --patience 3")
+    help_ = run("--train slow --help")
+    assert flags(help_) == {"--pace", "--train", "--json", "--help", "--train-steps", "--train-patience"}
+    assert "--pace NAME --help. NAME is one of: quick, slow." in words(help_)
+    assert "--train NAME --help" not in words(help_)
 
 
 # --- list and show --------------------------------------------------------------------------------------------------
@@ -309,12 +338,13 @@ def test_show_takes_it_from_the_docstring(foreign):
 
 
 def test_what_is_registered_is_documented():
-    """The parser of docstrings finds a formula and a source in every criterion and method, none of it in another's."""
+    """Every criterion, method and statistic has a formula and a source, and none of its notes is taken for its formula."""
     for kind in ("methods", "criteria", "statistics"):
         for name, about in locum.catalogue(kind)[kind].items():
             assert about["formula"], name
-            assert {"needs", "edges", "source"} <= set(about["notes"]), name
-            assert not re.search(r"^(Needs|Source):", about["formula"], re.MULTILINE), name
+            assert about["notes"], name
+            assert about.get("paper") or about["notes"]["source"], name
+            assert not re.search(r"^(Needs|Units|Edges|Cost|Source):", about["formula"], re.MULTILINE), name
     assert {f.name for f in dataclasses.fields(METHODS["prune"])} == set(locum.show("prune")[0]["options"])
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from .criteria.criterion import CRITERIA
 from .errors import OptionError, unknown
 from .methods import METHODS
-from .options import declared
+from .options import option_fields
 from .registry import Registry
 from .stages.options import Help
 from .stats.sums import STATISTICS
@@ -76,7 +76,7 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     held = KINDS[kind]
     thing = held.registry[name]
     said = {"kind": held.registry.kind, "name": name, **read_docstring(held.documented(thing)), **held.facts(thing)}
-    return said | {"options": {field.name: _option(field) for field in declared(thing)}}
+    return said | {"options": {field.name: _option(field) for field in option_fields(thing)}}
 
 
 def _option(field: dataclasses.Field[Any]) -> dict[str, Any]:

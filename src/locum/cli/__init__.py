@@ -87,7 +87,7 @@ cli.add_section(
     "Look",
     Command("inspect", inspect, results.show_inspect, "what a checkpoint holds, what it would save, what to type next"),
     Command("calibrate", calibrate, results.show_statistics, "count what routers and experts do on your text"),
-    Command("search", search, results.show_statistics, "calibrate, and let a method try removals", choice=SEARCHING),
+    Command("search", search, results.show_statistics, "calibrate, and let a method try removals", choices=[SEARCHING]),
     Command("list", catalogue, listing.show_catalogue, "every method, criterion, statistic and way of training"),
     Command("show", show, listing.show_descriptions, "formula, needs, cost, paper and options of one of them"),
     Command("demo", demo, results.show_demo, "all of it on a bundled model, with a report"),
@@ -99,13 +99,13 @@ cli.add_section(
         _like(plan, _plan_or_diff),
         results.show_plan,
         "what becomes of every expert, and the size after, to the byte",
-        choice=METHOD,
+        choices=[METHOD],
     ),
 )
 cli.add_section(
     "Make",
     Command("apply", apply, results.show_path, "carry out a plan: write the smaller checkpoint"),
-    Command("compress", compress, results.show_path, "calibrate, plan and apply in one", choice=METHOD),
+    Command("compress", compress, results.show_path, "calibrate, plan and apply in one", choices=[METHOD]),
 )
 cli.add_section(
     "Recover",

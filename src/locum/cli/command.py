@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -49,16 +49,16 @@ def one_line(command: str) -> Iterator[None]:
 
 
 def _typed(ctx: click.Context) -> str:
-    """The command as typed, with the choice that brings options: "locum plan --method prune"."""
-    return " ".join([ctx.command_path, *(ctx.obj or ())])
+    """The command as typed, with the choices that bring options: "locum plan --method prune"."""
+    return " ".join([ctx.command_path, *(f"--{option} {name}" for option, name in (ctx.obj or {}).items())])
 
 
 class Command(click.Command):
     """A command that calls `function` and hands the result to `show`, with --json for machines.
 
     Its options are those of the function's signature, those of the dataclass `options`, and those that come with the
-    value of the option that `choice` names. That value is looked for before the parameters are built, so options of one
-    name may differ between the things to choose from. `line` stands in the list of commands.
+    value of an option that one of `choices` names. That value is looked for before the parameters are built, so options
+    of one name may differ between the things to choose from. `line` stands in the list of commands.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Command(click.Command):
         line: str,
         *,
         options: type | None = None,
-        choice: Choice | None = None,
+        choices: Sequence[Choice] = (),
     ) -> None:
         params = parameters_of(function)
         if not any(p.name == "json" for p in params):
             params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
         self.own = {p.name for p in params}
-        self.function, self.show, self.choice = function, show, choice
+        self.function, self.show, self.choices = function, show, choices
         params += self._unless_there(options_of(options))
         super().__init__(name, params=params, callback=self.run, help=inspect.getdoc(function), short_help=line)
 
@@ -93,21 +93,20 @@ class Command(click.Command):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.obj = self._choosing_words(args)
+        ctx.obj = self._typed_choices(args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             raise click.UsageError(self._missing(ctx, error.option_name), ctx) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *self.chosen_options(ctx)]
+        chosen = (option for choice in self.choices for option in self.chosen_options(ctx, choice))
+        return [*super().get_params(ctx), *chosen]
 
-    def chosen_options(self, ctx: click.Context) -> list[click.Option]:
-        """The options that come with the choice made on this command line, or else with the default one."""
-        if self.choice is None:
-            return []
+    def chosen_options(self, ctx: click.Context, choice: Choice) -> list[click.Option]:
+        """The options that come with the name given on this command line, or else with the default one."""
         there = {option.name for option in self.params}
-        return [o for o in self.choice.options(self._chosen(ctx)) if o.name not in there]
+        return [option for option in choice.options(self._chosen(ctx, choice)) if option.name not in there]
 
     def run(self, **given: Any) -> None:
         """Call the function. Defaults of option dataclasses are theirs to fill in, so only what was typed is passed on."""
@@ -122,48 +121,43 @@ class Command(click.Command):
             result = self.function(**given)
         self.show(result, as_json)
 
-    # --- the choice -------------------------------------------------------------------------------------------------
+    # --- choices ----------------------------------------------------------------------------------------------------
 
-    def _choosing_words(self, args: list[str]) -> tuple[str, str] | None:
-        """The option of the choice and its value, if they are among the arguments, whatever else is."""
-        if self.choice is None:
-            return None
+    def _typed_choices(self, args: list[str]) -> dict[str, str]:
+        """The options of choices that are among the arguments, with their values, whatever else is there."""
         lenient = {"ignore_unknown_options": True, "allow_extra_args": True}
         probe = click.Command(self.name, params=self.params, context_settings=lenient, add_help_option=False)
         seen = probe.make_context(self.name, list(args), resilient_parsing=True)
-        if seen.get_parameter_source(self.choice.option) is not ParameterSource.COMMANDLINE:
-            return None
-        return f"--{self.choice.option}", seen.params[self.choice.option]
+        names = (choice.option for choice in self.choices)
+        return {n: seen.params[n] for n in names if seen.get_parameter_source(n) is ParameterSource.COMMANDLINE}
 
-    def _chosen(self, ctx: click.Context) -> str | None:
-        if ctx.obj:
-            return ctx.obj[1]
-        option = next(p for p in self.params if p.name == self.choice.option)
-        return None if option.required else option.get_default(ctx)
+    def _chosen(self, ctx: click.Context, choice: Choice) -> str | None:
+        option = next(p for p in self.params if p.name == choice.option)
+        default = None if option.required else option.get_default(ctx)
+        return (ctx.obj or {}).get(choice.option, default)
 
     def _missing(self, ctx: click.Context, flag: str) -> str:
-        own = flags_of(super().get_params(ctx))
-        if self.choice is None:
-            return f"unknown option {flag!r}: {did_you_mean(flag, own)}"
-        return self.choice.missing(self._chosen(ctx), flag, own)
+        for choice in self.choices:
+            if choice.names_with(flag):
+                return choice.misplaced(self._chosen(ctx, choice), flag, flags_of(self.params))
+        return f"unknown option {flag!r}: {did_you_mean(flag, flags_of(self.get_params(ctx)))}"
 
     # --- help -------------------------------------------------------------------------------------------------------
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = super().get_params(ctx)
         for title, kind in (("Arguments", click.Argument), ("Options", click.Option)):
-            if rows := _records([p for p in super().get_params(ctx) if isinstance(p, kind)], ctx):
+            if rows := _records([p for p in own if isinstance(p, kind)], ctx):
                 with formatter.section(title):
                     formatter.write_dl(rows)
-        if ctx.obj:
-            with formatter.section(f"Options of {ctx.obj[1]}"):
-                rows = _records(self.chosen_options(ctx), ctx)
-                if rows:
-                    formatter.write_dl(rows)
-                else:
-                    formatter.write_text("none")
-        elif self.choice is not None:
-            formatter.write_paragraph()
-            formatter.write_text(self.choice.hint(ctx.command_path))
+        for choice in self.choices:
+            if choice.option in ctx.obj:
+                with formatter.section(f"Options of {ctx.obj[choice.option]}"):
+                    rows = _records(self.chosen_options(ctx, choice), ctx)
+                    formatter.write_dl(rows or [("none", "")])
+            else:
+                formatter.write_paragraph()
+                formatter.write_text(choice.hint(ctx.command_path))
 
 
 def _records(parameters: list[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:

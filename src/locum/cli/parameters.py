@@ -1,4 +1,4 @@
-"""Arguments and options of the command line, from where they are declared: signatures and dataclasses of options."""
+"""Arguments and options of the command line, from where they are option_fields: signatures and dataclasses of options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import click
 
 from ..errors import did_you_mean
-from ..options import declared
+from ..options import option_fields
 from ..registry import Registry
 
 HIDDEN = ("progress", "options")  # parameters that are not for the command line
@@ -55,12 +55,12 @@ def parameters_of(function: Callable[..., Any]) -> list[click.Parameter]:
     return parameters
 
 
-def options_of(options: type | None) -> list[click.Option]:
-    """One option for every option field of a dataclass; none for None."""
+def options_of(options: type | None, prefix: str = "") -> list[click.Option]:
+    """One option for every option field of a dataclass, its name after the prefix; none for None."""
     if options is None:
         return []
     hints = typing.get_type_hints(options)
-    return [_field_option(field, hints[field.name]) for field in declared(options)]
+    return [_field_option(field, hints[field.name], prefix) for field in option_fields(options)]
 
 
 def flags_of(options: Sequence[click.Parameter]) -> list[str]:
@@ -68,10 +68,10 @@ def flags_of(options: Sequence[click.Parameter]) -> list[str]:
     return [flag for option in options for flag in (*option.opts, *option.secondary_opts) if flag.startswith("-")]
 
 
-def _field_option(field: Any, kind: Any) -> click.Option:
+def _field_option(field: Any, kind: Any, prefix: str) -> click.Option:
     choices = field.metadata.get("choices", ())
     shown = {"metavar": f"[{'|'.join(choices)}]"} if choices else {}
-    return _option(field.name, kind, field.metadata["help"], default=field.default, **shown)
+    return _option(prefix + field.name, kind, field.metadata["help"], default=field.default, **shown)
 
 
 def _option(name: str, kind: Any, help_text: str, **given: Any) -> click.Option:
@@ -94,15 +94,26 @@ def _type_of(annotation: Any) -> tuple[Any, bool]:
 
 @dataclass(frozen=True)
 class Choice:
-    """An option of a command that names a registered thing, such as --method NAME, which brings options of its own."""
+    """An option of a command that names a registered thing, such as --method NAME, which brings options of its own.
+
+    A command with two of them gives the options of one a prefix. `shared` are options that come with every name.
+    """
 
     option: str  # the parameter's name
     registry: Registry[Any]  # of dataclasses of options
+    shared: type | None = None
+    prefix: str = ""
     offers: Callable[[Any], bool] = lambda thing: True  # those that the command can use
 
     def options(self, name: str | None) -> list[click.Option]:
         """The options that come with a name. Raises OptionError for an unknown one."""
-        return [] if name is None else options_of(self.registry[name])
+        if name is None:
+            return []
+        return [*options_of(self.shared, self.prefix), *options_of(self.registry[name], self.prefix)]
+
+    def names_with(self, flag: str) -> list[str]:
+        """The names that an option comes with."""
+        return [name for name in self.registry if flag in flags_of(self.options(name))]
 
     def hint(self, command_path: str) -> str:
         """How to see the options that come with a name, and the names."""
@@ -110,13 +121,11 @@ class Choice:
         see = f"{command_path} --{self.option} NAME --help"
         return f"Every {self.registry.kind} has options of its own: {see}. NAME is one of: {names}."
 
-    def missing(self, name: str | None, flag: str, own: Sequence[str]) -> str:
-        """A message for an option that neither the command (its flags are `own`) nor the thing of this name has."""
-        kind, theirs = self.registry.kind, [f for f in flags_of(self.options(name)) if f not in own]
-        has_it = [other for other, thing in self.registry.items() if flag in flags_of(options_of(thing))]
-        if not has_it:
-            return f"unknown option {flag!r}: {did_you_mean(flag, [*own, *theirs])}"
+    def misplaced(self, name: str | None, flag: str, taken: Sequence[str]) -> str:
+        """A message for an option that the thing of this name lacks and another has; `taken` are the command's own."""
+        kind, have_it = self.registry.kind, " or ".join(self.names_with(flag))
         if name is None:
-            return f"option {flag!r} comes with --{self.option} {' or '.join(has_it)}"
+            return f"option {flag!r} comes with --{self.option} {have_it}"
+        theirs = sorted(each for each in flags_of(self.options(name)) if each not in taken)
         here = f"{kind} {name} has no option {flag!r}: {did_you_mean(flag, theirs)}"
-        return f"{here}allowed: {', '.join(sorted(theirs)) or 'none'}; {kind} {' or '.join(has_it)} has it"
+        return f"{here}allowed: {', '.join(theirs) or 'none'}; {kind} {have_it} has it"
