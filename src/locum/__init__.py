@@ -24,13 +24,14 @@ from .exports.export import export
 from .methods import METHODS
 from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from .plans.plan_file import load_plan, save_plan
+from .registries import catalogue, show
 from .shapes import LayerShape, ModelShape
 from .speed.bench import bench
 from .stages.application import apply
 from .stages.calibration import calibrate
 from .stages.compression import compress
 from .stages.evaluation import evaluate
-from .stages.inspection import catalogue, inspect
+from .stages.inspection import inspect
 from .stages.planning import diff, plan
 from .stages.recovery import recover
 from .stages.reporting import report
@@ -80,6 +81,7 @@ __all__ = [
     "save_plan",
     "save_statistics",
     "search",
+    "show",
     "stand_in",
     "verify",
 ]

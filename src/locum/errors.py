@@ -55,9 +55,13 @@ class EngineError(LocumError):
     """Another engine, in its own process, failed or refused a checkpoint."""
 
 
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A question with the names that are nearest to a wrong one, with a space after it; empty where none is near."""
+    close = difflib.get_close_matches(name, sorted(allowed), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+
+
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
     """A message for an unknown name: close matches first, then everything that is allowed."""
     allowed = sorted(allowed)
-    close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return f"unknown {what} {name!r}: {hint}allowed: {', '.join(allowed)}"
+    return f"unknown {what} {name!r}: {did_you_mean(name, allowed)}allowed: {', '.join(allowed)}"

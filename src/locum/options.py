@@ -1,4 +1,4 @@
-"""Options, declared once: a dataclass field carries its help and its allowed values; the command line is made from it."""
+"""Options, option_fields once: a dataclass field carries its help and its allowed values; the command line is made from it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def option(
     return dataclasses.field(default=default, metadata=allowed)
 
 
-def option_fields(cls: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass that are options."""
-    return [item for item in dataclasses.fields(cls) if "help" in item.metadata]
+def option_fields(thing: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options, in order; none for what is no dataclass."""
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    return [item for item in fields if "help" in item.metadata]
 
 
 def check_options(options: Any, prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -16,14 +17,12 @@ import torch
 from safetensors import safe_open
 
 import locum
-from locum.cli import HIDDEN, cli
-from locum.exports.target import TARGETS
+from locum.cli import cli
+from locum.cli.parameters import HIDDEN
 from locum.methods import METHODS
 from locum.options import option_fields
-from locum.stages.compression import PREFIX
 from locum.stages.planning import plan
 from locum.training.options import Recovery
-from locum.training.ways import WAYS
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_rows, write_text
 
@@ -44,36 +43,38 @@ locum search PATH --data a.txt --tokens 2048 --sample 256 --generations 3 --popu
 locum list --json
 """
 # Every command and option. A change here is a change for users: say it in the changelog.
-SEARCH = (
-    "--block --candidates --counts --decompose --exponent --generations --importance --minimum --multiple --population "
-    "--pruned --start"
-)
-METHOD = (
-    "--align --alpha --bases --budget --clip --grouping --main --rank --renormalise --score --selection --shared "
-    f"--vectors {SEARCH}"
-)
-TRAINING = (
-    "--accumulate --annealing --balance --batch-size --checkpoint-every --clip --end-fraction --learning-rate --length "
-    "--precision --rank --schedule --seed --steepness --steps --train-bases --validate-every --warmup-fraction --weight-decay"
-)
+RANKS = "--exponent --minimum --multiple --start"
+SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
+METHOD_OPTIONS = {
+    "compressed-experts": "--main --renormalise --vectors",
+    "decompose": f"{RANKS} --score",
+    "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
+    "moe-i2": f"{SEARCH} --seed",
+    "mone": "--budget --score",
+    "prune": "--budget --score",
+    "replace": "--alpha --clip --rank --score --selection --shared --start",
+}
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
-    f"--remove --sample --seed --statistics --tokens {METHOD} {TRAINING.replace('--', '--recover-')}",
+    "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
     "--task-path --tasks --tokens",
     "export": "MODEL --force --json --out --pre-tokenizer --to --type",
     "inspect": "MODEL --json",
-    "list": "--json",
-    "plan": f"STATISTICS... --diff --fit --force --json --method --onto --out --remove --seed {METHOD}",
-    "recover": f"MODEL --adapter-only --data --device --force --how --json --original --out --restart --validation-tokens {TRAINING}",
+    "list": "[KIND] --json",
+    "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --remove",
+    "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --clip --data "
+    "--device --force --how --json --learning-rate --length --original --out --precision "
+    "--restart --schedule --seed "
+    "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
-    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens "
-    + SEARCH,
+    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens",
+    "show": "NAME --json",
     "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }
 FUNCTIONS = {
@@ -90,16 +91,10 @@ FUNCTIONS = {
     "recover": locum.recover,
     "report": locum.report,
     "search": locum.search,
+    "show": locum.show,
     "verify": locum.verify,
 }
-WAYS_OF = {"": Recovery, **dict(WAYS.items())}
-FIELDS = [
-    ("compress", METHODS, ""),
-    ("compress", WAYS_OF, PREFIX),
-    ("plan", METHODS, ""),
-    ("recover", WAYS_OF, ""),
-    ("export", TARGETS, ""),
-]
+CHOOSING = ("compress", "plan", "search")  # with --method
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +237,8 @@ def test_what_was_promised_is_on_disk(journey):
         "compress {checkpoint} --data {words} --tokens 256 --length 64 --method prune --remove 0.2 --out {out}",
         "recover {small} --data {words} --steps 1 --batch-size 1 --length 64 --out {out}",
         "list",
+        "list methods",
+        "show mone",
     ],
 )
 def test_json_on_stdout_is_nothing_but_json(line, checkpoint, words, statistics_file, plan_file, small, tmp_path):
@@ -290,6 +287,11 @@ def test_commands_and_options_are_frozen():
         arguments = [p.make_metavar(click.Context(item)) for p in item.params if isinstance(p, click.Argument)]
         found[name] = sorted([*options, *arguments])
     assert found == {name: sorted(options.split()) for name, options in COMMANDS.items()}
+    assert {name for name, item in cli.commands.items() if item.choices} == set(CHOOSING)
+    methods = {
+        name: ["--" + field.name.replace("_", "-") for field in option_fields(METHODS[name])] for name in METHODS
+    }
+    assert {name: sorted(m) for name, m in methods.items()} == {n: sorted(o.split()) for n, o in METHOD_OPTIONS.items()}
 
 
 def test_every_option_and_command_has_help():
@@ -313,17 +315,25 @@ def test_defaults_are_those_of_python():
         assert not missing, f"{name} lacks {missing}"
 
 
-@pytest.mark.parametrize(("name", "classes", "prefix"), FIELDS)
-def test_options_of_methods_and_recovery_say_their_defaults(name, classes, prefix):
-    parameters = inspect.signature(FUNCTIONS[name]).parameters
-    options = {option.name: option for option in cli.commands[name].params}
-    for label, cls in dict(classes.items()).items():
-        for item in option_fields(cls):
-            option = options[prefix + item.name]
-            if option.name in parameters:
-                continue  # the command's own, checked above
-            assert option.get_default(click.Context(cli.commands[name])) is None  # the dataclass has the default
-            assert (f"{label}: {item.default}" if label else f"[{item.default}]") in option.help
+@pytest.mark.parametrize(
+    ("name", "cls"), [("recover", Recovery), *((c, METHODS[m]) for c in CHOOSING for m in METHODS)]
+)
+def test_options_of_methods_and_recovery_have_the_defaults_of_their_dataclass(name, cls):
+    item, parameters = cli.commands[name], inspect.signature(FUNCTIONS[name]).parameters
+    ctx = click.Context(item, obj={} if cls is Recovery else {"method": cls.name})
+    options = {option.name: option for option in item.get_params(ctx)}
+    for field in dataclasses.fields(cls):
+        if field.name not in parameters:  # the command's own are checked above
+            assert options[field.name].get_default(ctx) == field.default
+            assert options[field.name].help == field.metadata["help"]
+
+
+def test_only_what_was_typed_reaches_a_method(statistics_file, monkeypatch):
+    """Its defaults are for its dataclass to fill in: a searched file's options would else contradict them."""
+    given = {}
+    monkeypatch.setattr(cli.commands["plan"], "function", lambda **options: given.update(options) or [])
+    assert command("plan", statistics_file, "--method", "replace", "--rank", 2).exit_code == 0
+    assert {name for name in given if name not in inspect.signature(plan).parameters} == {"rank", "diff"}
 
 
 def test_options_reach_the_method(statistics_file):
@@ -337,9 +347,9 @@ def test_options_reach_the_method(statistics_file):
 
 
 def test_progress_on_a_terminal_goes_to_stderr(checkpoint, words, tmp_path, monkeypatch):
-    from locum import cli as module
+    from locum.cli.progress import console
 
-    monkeypatch.setattr(module.console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_force_terminal", True)
     result = command("calibrate", checkpoint, "--data", words, "--tokens", 256, "--length", 64, "--out", tmp_path / "s")
     assert result.exit_code == 0
     assert "calibrate" in result.stderr

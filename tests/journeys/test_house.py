@@ -11,7 +11,7 @@ import locum
 
 ROOMS = """errors options registry files shapes bundled; stats data; formats kernels; experts; plans;
     criteria budgets methods; containers; models checkpoints; measure training reports; stages;
-    engines exports verification speed; demonstration cli __init__ __main__"""
+    engines exports verification speed; demonstration registries cli __init__ __main__"""
 SRC = Path(locum.__file__).parent
 FILES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__") for name in FILES}

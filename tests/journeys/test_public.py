@@ -19,7 +19,7 @@ PUBLIC = """
     METHODS Base CheckpointError DataError EngineError LayerPlan LayerShape LocumError ModelShape OptionError OutputError Plan
     PlanError Slot StandInExperts Statistics StatisticsError UnsupportedModel apply bench calibrate catalogue compress demo
     diff evaluate export inspect load_adapter load_model load_plan load_statistics make_plan plan read_shape recover report save_plan save_statistics
-    search stand_in verify
+    search show stand_in verify
 """
 OPTIONAL = {"locum.engines.vllm_plugin": "vllm", "locum.kernels.triton_grouped": "triton"}
 LEFT_OUT = {"locum.__main__", *(name for name, needed in OPTIONAL.items() if not importlib.util.find_spec(needed))}

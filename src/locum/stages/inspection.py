@@ -1,28 +1,45 @@
-"""`inspect`: what a checkpoint holds; `catalogue`: what is registered."""
+"""`inspect`: what a checkpoint holds, what compressing it would save, and the command to type next.
+
+Letters: C domains.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..budgets.target import Target
+from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import fingerprint_checkpoint, read_config
 from ..checkpoints.skeleton import active_parameters_in, expert_parameters_in, is_compressed, layouts_of, read_shape
-from ..criteria.criterion import CRITERIA
+from ..errors import PlanError
 from ..methods import METHODS
-from ..options import option_fields
-from ..stats.sums import STATISTICS
-from ..training.ways import WAYS
+from ..plans.plan import make_plan
+from ..shapes import LayerShape, ModelShape
+from ..stats.origin import Origin
+from ..stats.sums import STATISTICS, Statistics
+from .planning import decide
+
+METHOD_OF_CHOICE, REMOVED = "lightmoe", 0.5  # what a first try would be
 
 
 def inspect(model: Path) -> dict[str, Any]:
-    """Layers, experts, routers and sizes of a checkpoint, from its config and file headers; no weight is read."""
+    """Layers, experts, routers and sizes of a checkpoint, from its config and file headers; no weight is read.
+
+    It ends with what the method of choice would save, and with the next command to type.
+    """
     shape = read_shape(model)
     config = read_config(model)
     experts, active = expert_parameters_in(model, shape), active_parameters_in(model, shape)
     layouts = layouts_of(model)
     policies = {layer.name: layer.name in layouts and layouts[layer.name].routing for layer in shape.layers}
     routing = {name: str(policy) if policy else None for name, policy in policies.items()}
+    notes = read_notes(model)
+    untouched = not notes and not is_compressed(config)
     return {
         "model": str(model),
         "model_type": shape.model_type,
@@ -35,25 +52,56 @@ def inspect(model: Path) -> dict[str, Any]:
         "fingerprint": fingerprint_checkpoint(model),
         "layers": [{**dataclasses.asdict(layer), "routing": routing[layer.name]} for layer in shape.layers],
         "notes": list(shape.notes),
+        "would_save": would_save(shape) if untouched else None,
+        "next": f"locum {_next(model, untouched, notes)}",
     }
 
 
-def catalogue() -> dict[str, Any]:
-    """Everything that is registered: methods and ways to recover with their options, criteria, statistics."""
-    methods = {
-        name: {"summary": _summary(cls), "paper": cls.paper, "options": _options(cls)} for name, cls in METHODS.items()
-    }
-    ways = {
-        name: {"summary": _summary(cls), "source": cls.source, "options": _options(cls)} for name, cls in WAYS.items()
-    }
-    criteria = {name: {"paper": item.paper, "needs": list(item.needs)} for name, item in CRITERIA.items()}
-    return {"methods": methods, "ways": ways, "criteria": criteria, "statistics": sorted(STATISTICS)}
+def _next(model: Path, untouched: bool, notes: dict[str, Any]) -> str:
+    """The command that follows in the order of the work. text.txt stands for the user's own text."""
+    path = shlex.quote(str(model))
+    if untouched:
+        return f"calibrate {path} --data text.txt --out stats.safetensors"
+    plan = plan_of(model)
+    if plan is None or "recovery" in notes:
+        return f"eval {path} --data text.txt"
+    how = "" if any(layer.replaced for layer in plan.layers) else " --how lora"  # nothing was replaced: nothing anneals
+    return f"recover {path} --data text.txt{how} --out recovered"
 
 
-def _options(cls: type) -> dict[str, Any]:
-    """Options of a method or way by name."""
-    return {item.name: {"default": item.default, "help": item.metadata["help"]} for item in option_fields(cls)}
+def would_save(shape: ModelShape, method: str = METHOD_OF_CHOICE, remove: float = REMOVED) -> dict[str, Any]:
+    """Sizes before and after a method with its defaults, one that does not search, as if all experts mattered alike.
+
+    A plan is made from even statistics, so its sizes are exact for a uniform selection. Real statistics move it by a few
+    experts: `estimate` says whether the method reads any. `refused` says why such a plan cannot be made, or is None.
+    """
+    chosen = METHODS[method]()
+    kinds = {_nameless(layer): layer for layer in shape.layers}  # alike layers are planned once
+    few = dataclasses.replace(shape, layers=tuple(kinds.values()))
+    even = even_statistics(few, chosen.needs())
+    said = {"method": method, "remove": remove, "estimate": bool(chosen.needs()), "refused": None}
+    try:
+        planned = decide(chosen, even, few, Target(remove=remove))
+    except PlanError as error:
+        return said | {"refused": str(error)}
+    by_kind = {kind: planned.layer(layer.name) for kind, layer in kinds.items()}
+    layers = [dataclasses.replace(by_kind[_nameless(layer)], layer=layer.name) for layer in shape.layers]
+    size = make_plan(shape, layers).size(shape)
+    return said | {"parameters": [shape.parameters, size.parameters], "bytes": [shape.bytes, size.bytes]}
 
 
-def _summary(cls: type) -> str:
-    return (cls.__doc__ or "").strip().splitlines()[0]
+def _nameless(layer: LayerShape) -> LayerShape:
+    """Equal for layers that differ in their names alone."""
+    return dataclasses.replace(layer, name="", router="")
+
+
+def even_statistics(shape: ModelShape, names: tuple[str, ...]) -> Statistics:
+    """Statistics of a model whose experts are all alike: every sum is one, in one domain."""
+    layers = {layer.name: {name: _ones(layer, STATISTICS[name].axes) for name in names} for layer in shape.layers}
+    return Statistics(("even",), layers, Origin(shape), tokens=1)
+
+
+def _ones(layer: LayerShape, axes: str) -> torch.Tensor:
+    """[C, ...] float64, without memory of its own."""
+    sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width}
+    return torch.ones((), dtype=torch.float64).expand(1, *(sizes[axis] for axis in axes))

@@ -1,0 +1,192 @@
+"""A command that is generated from the function that does the work; `locum` itself, which groups commands.
+
+Errors that Locum raises become one line and exit code 2, and so does Ctrl-C; nothing half-written stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+
+from ..errors import LocumError, did_you_mean, unknown
+from .parameters import Choice, flags_of, options_of, parameters_of
+from .progress import progress_lines
+
+RESUMABLE = ("calibrate", "search", "compress", "recover")
+Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
+
+
+@contextlib.contextmanager
+def one_line(command: str) -> Iterator[None]:
+    """Known failures, wrong usage and Ctrl-C become one line on stderr and exit code 2."""
+    try:
+        yield
+        return
+    except LocumError as error:
+        message = " ".join(str(error).split())
+    except click.UsageError as error:
+        path = f"locum {command}".strip() if error.ctx is None else _typed(error.ctx)
+        message = f"{error.format_message().strip(' .:')}; see: {path} --help"
+    except KeyboardInterrupt:
+        message = "interrupted; nothing half-written was kept"
+        if command in RESUMABLE:
+            message += "; the same command again goes on from the last saved state, if there is one"
+    except torch.OutOfMemoryError as error:
+        message = f"the device has too little memory ({str(error).splitlines()[0]}); lower --batch-size or --length"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"no space left on the disk of {error.filename or 'the output'}; free some and run it again"
+    click.echo(f"{f'locum {command}'.strip()}: error: {message}", err=True)
+    raise click.exceptions.Exit(2)
+
+
+def _typed(ctx: click.Context) -> str:
+    """The command as typed, with the choices that bring options: "locum plan --method prune"."""
+    return " ".join([ctx.command_path, *(f"--{option} {name}" for option, name in (ctx.obj or {}).items())])
+
+
+class Command(click.Command):
+    """A command that calls `function` and hands the result to `show`, with --json for machines.
+
+    Its options are those of the function's signature, those of the dataclass `options`, and those that come with the
+    value of an option that one of `choices` names. That value is looked for before the parameters are built, so options
+    of one name may differ between the things to choose from. `line` stands in the list of commands.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        show: Show,
+        line: str,
+        *,
+        options: type | None = None,
+        choices: Sequence[Choice] = (),
+    ) -> None:
+        params = parameters_of(function)
+        if not any(p.name == "json" for p in params):
+            params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
+        self.own = {p.name for p in params}
+        self.function, self.show, self.choices = function, show, choices
+        params += self._unless_there(options_of(options))
+        super().__init__(name, params=params, callback=self.run, help=inspect.getdoc(function), short_help=line)
+
+    def _unless_there(self, options: list[click.Option]) -> list[click.Option]:
+        return [option for option in options if option.name not in self.own]
+
+    # --- from a command line to a result ---------------------------------------------------------------------------
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        with one_line(info_name or ""):
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line(ctx.info_name or ""):
+            return super().invoke(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = self._typed_choices(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(self._missing(ctx, error.option_name), ctx) from error
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        chosen = (option for choice in self.choices for option in self.chosen_options(ctx, choice))
+        return [*super().get_params(ctx), *chosen]
+
+    def chosen_options(self, ctx: click.Context, choice: Choice) -> list[click.Option]:
+        """The options that come with the name given on this command line, or else with the default one."""
+        there = {option.name for option in self.params}
+        return [option for option in choice.options(self._chosen(ctx, choice)) if option.name not in there]
+
+    def run(self, **given: Any) -> None:
+        """Call the function. Defaults of option dataclasses are theirs to fill in, so only what was typed is passed on."""
+        ctx = click.get_current_context()
+        as_json = given.pop("as_json", False)
+        typed = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        given = {name: value for name, value in given.items() if name in self.own | typed}
+        if "progress" in inspect.signature(self.function).parameters:
+            with progress_lines() as report:
+                result = self.function(**given, progress=report)
+        else:
+            result = self.function(**given)
+        self.show(result, as_json)
+
+    # --- choices ----------------------------------------------------------------------------------------------------
+
+    def _typed_choices(self, args: list[str]) -> dict[str, str]:
+        """The options of choices that are among the arguments, with their values, whatever else is there."""
+        lenient = {"ignore_unknown_options": True, "allow_extra_args": True}
+        probe = click.Command(self.name, params=self.params, context_settings=lenient, add_help_option=False)
+        seen = probe.make_context(self.name, list(args), resilient_parsing=True)
+        names = (choice.option for choice in self.choices)
+        return {n: seen.params[n] for n in names if seen.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+
+    def _chosen(self, ctx: click.Context, choice: Choice) -> str | None:
+        option = next(p for p in self.params if p.name == choice.option)
+        default = None if option.required else option.get_default(ctx)
+        return (ctx.obj or {}).get(choice.option, default)
+
+    def _missing(self, ctx: click.Context, flag: str) -> str:
+        for choice in self.choices:
+            if choice.names_with(flag):
+                return choice.misplaced(self._chosen(ctx, choice), flag, flags_of(self.params))
+        return f"unknown option {flag!r}: {did_you_mean(flag, flags_of(self.get_params(ctx)))}"
+
+    # --- help -------------------------------------------------------------------------------------------------------
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = super().get_params(ctx)
+        for title, kind in (("Arguments", click.Argument), ("Options", click.Option)):
+            if rows := _records([p for p in own if isinstance(p, kind)], ctx):
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        for choice in self.choices:
+            if choice.option in ctx.obj:
+                with formatter.section(f"Options of {ctx.obj[choice.option]}"):
+                    rows = _records(self.chosen_options(ctx, choice), ctx)
+                    formatter.write_dl(rows or [("none", "")])
+            else:
+                formatter.write_paragraph()
+                formatter.write_text(choice.hint(ctx.command_path))
+
+
+def _records(parameters: list[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:
+    return [record for p in parameters if (record := p.get_help_record(ctx)) is not None]
+
+
+class Commands(click.Group):
+    """`locum` itself: commands in the order of the work, in sections, each with one whole line."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.sections: dict[str, list[str]] = {}
+
+    def add_section(self, title: str, *commands: Command) -> None:
+        self.sections[title] = [command.name for command in commands]
+        for command in commands:
+            self.add_command(command)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        with one_line(""):
+            if args[0] not in self.commands:
+                raise click.UsageError(unknown("command", args[0], self.commands))
+            return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for names in self.sections.values() for name in names]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, names in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), self.commands[name].short_help) for name in names])

@@ -1,0 +1,176 @@
+"""What each command says of its result: text for people, or the whole of it as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoints.card import describe_size
+from ..exports.export import larger
+from ..speed import page
+from ..verification.folder import FAILED, Check
+
+
+def emit(data: Any, as_json: bool, human: Callable[[Any], None]) -> None:
+    """Print data as JSON, or let `human` say it."""
+    if as_json:
+        click.echo(json.dumps(data, indent=1, default=str))
+    else:
+        human(data)
+
+
+def show_inspect(result: dict[str, Any], as_json: bool) -> None:
+    emit(result, as_json, _inspect_table)
+
+
+def _inspect_table(result: dict[str, Any]) -> None:
+    share = result["expert_parameters"] / result["parameters"]
+    click.echo(
+        f"{result['model_type']}{' (compressed by Locum)' if result['compressed'] else ''}: "
+        f"{result['parameters']:,} parameters, {describe_size(result['bytes'])}; "
+        f"routed experts {result['expert_parameters']:,} ({share:.1%})"
+    )
+    click.echo(
+        f"active for a token, at most: {result['active_parameters']:,} parameters, {describe_size(result['active_bytes'])}"
+    )
+    table = Table("layers", "experts", "top-k", "width", "router", "groups", "shared", box=None)
+    for alike, first in _alike(result["layers"]):
+        kind = first["router_kind"] + (", gates sum to one" if first["renormalised"] else "")
+        sizes = f"{first['hidden_size']} x {first['expert_width']}"
+        counts = (first[key] for key in ("num_groups", "shared_experts"))
+        top_k = str(first["top_k"]) + (f" ({first['routing']})" if first["routing"] else "")
+        table.add_row(alike, str(first["num_experts"]), top_k, sizes, kind, *map(str, counts))
+    Console(width=120).print(table)
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    if result["would_save"]:
+        click.echo(_saving(result["would_save"]))
+    click.echo(f"next, with your own text in place of text.txt:\n  {result['next']}")
+
+
+def _saving(would: dict[str, Any]) -> str:
+    what = f"{would['method']} at --remove {would['remove']:g}"
+    if would["refused"]:
+        return f"{what}: {would['refused']}"
+    (whole, parameters), (before, after) = would["parameters"], would["bytes"]
+    return (
+        f"{what} would save {'about ' if would['estimate'] else ''}{(before - after) / before:.0%}: "
+        f"{describe_size(before)} -> {describe_size(after)}, {whole:,} -> {parameters:,} parameters"
+    )
+
+
+def _alike(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Runs of layers that differ in name alone, as "first" or "first ... last (n)", with the first of each."""
+    runs: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        same = runs and all(layer[k] == runs[-1][0][k] for k in layer if k not in ("name", "router"))
+        if same:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    names = [r[0]["name"] if len(r) == 1 else f"{r[0]['name']} ... {r[-1]['name']} ({len(r)})" for r in runs]
+    return [(name, run[0]) for name, run in zip(names, runs, strict=True)]
+
+
+def show_statistics(result: Any, as_json: bool) -> None:
+    data = {"tokens": result.tokens, "domains": list(result.domains), "layers": len(result.layers)}
+    emit(
+        data,
+        as_json,
+        lambda d: click.echo(f"{d['tokens']:,} tokens of {', '.join(d['domains'])} in {d['layers']} layers"),
+    )
+
+
+def show_path(result: Any, as_json: bool) -> None:
+    emit({"out": str(result)}, as_json, lambda d: click.echo(d["out"]))
+
+
+def show_summary(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        for key in ("parameters", "expert_parameters", "active_parameters", "bytes"):
+            before, after = d[key]
+            click.echo(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
+        click.echo(
+            f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}"
+        )
+        click.echo(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
+
+    emit(result, as_json, human)
+
+
+def show_recovery(result: dict[str, Any], as_json: bool) -> None:
+    emit(result, as_json, lambda d: click.echo("\n".join(f"{key}: {value}" for key, value in d.items())))
+
+
+def show_rows(rows: list[Any], as_json: bool) -> None:
+    def human(_: Any) -> None:
+        table = Table("model", "domain", "metric", "value", "95% interval", "n", box=None)
+        for row in rows:
+            table.add_row(
+                row.model,
+                row.domain,
+                row.metric,
+                f"{row.value:.4f}",
+                "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}",
+                f"{row.n:,}",
+            )
+        Console().print(table)
+
+    emit([dataclasses.asdict(row) for row in rows], as_json, human)
+
+
+def show_checks(checks: list[Check], as_json: bool) -> None:
+    def human(_: Any) -> None:
+        table = Table("check", "engine", "result", "detail", box=None)
+        for check in checks:
+            table.add_row(*dataclasses.astuple(check))
+        Console(width=max(120, Console().width)).print(table, markup=False)
+
+    emit([dataclasses.asdict(check) for check in checks], as_json, human)
+    if any(check.result == FAILED for check in checks):
+        raise click.exceptions.Exit(1)
+
+
+def show_bench(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        table = Table(*page.HEADS, box=None)
+        for row in d["rows"]:
+            table.add_row(*page.cells(row))
+        Console(width=max(170, Console().width)).print(table)
+        for name, model in d["models"].items():
+            click.echo(page.memory_line(name, model))
+        for x in d["not_run"]:
+            click.echo(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
+
+    emit(result, as_json, human)
+
+
+def show_export(result: dict[str, Any], as_json: bool) -> None:
+    emit(result, as_json, lambda d: click.echo(larger(d)))
+
+
+def show_demo(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        domains = list(d["models"][0]["bits_per_byte"])
+        table = Table("model", "size", *domains, "seconds", title="bits per byte on held-out text (lower is better)")
+        for m in d["models"]:
+            spent = "" if m["seconds"] is None else f"{m['seconds']:.0f}"
+            values = (f"{m['bits_per_byte'][domain]:.3f}" for domain in domains)
+            table.add_row(m["model"], describe_size(m["bytes"]), *values, spent)
+        Console(width=150).print(table)
+        click.echo(d["report"])
+
+    emit(result, as_json, human)
+
+
+def show_plan(result: Any, as_json: bool) -> None:
+    if isinstance(result, dict):
+        show_summary(result, as_json)
+    else:
+        emit(result, as_json, lambda lines: click.echo("\n".join(lines or ["the plans do the same"])))
