@@ -1,0 +1,292 @@
+"""What every kind of part and every routing policy must do, other packages' included: data, sizes, both ways through the
+container, gradients, conversion. tests/making/foreign/ is the other package.
+
+Letters: E experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import locum
+from locum.containers.build import build_layer
+from locum.containers.container import StandInExperts
+from locum.containers.layout import Layout
+from locum.containers.rows import rows_of_expert, whole_weights
+from locum.errors import PlanError
+from locum.experts.parts.part import PARTS
+from locum.experts.policies.policy import POLICIES
+from locum.experts.weights import ExpertWeights
+from locum.plans import plan_json
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot, make_plan
+from locum.shapes import LayerShape
+from locum.stats.sums import LayerStatistics
+from making import foreign
+from making.containers import KINDS, assert_near, routing
+from making.handmade import toy_shape
+from making.tiny_models import tiny_ids
+
+D, F, E = 12, 10, 8
+# Fields without a default, and what else a kind needs to be used: the others are made from their defaults.
+FIELDS = {"shared_base": {"base": 0}, "low_rank": {"rank": 3, "start": "svd"}}
+POLICY_FIELDS = {"main_with_vectors": {"main": 1}}
+PLANNED = ["constant", "low_rank", "own_weights", "shared_base", "shift"]  # own biases are in no plan: they follow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory):
+    """The other package's part and policy, registered as its entry points do it."""
+    folder = foreign.install(tmp_path_factory.mktemp("site"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for registry in (PARTS, POLICIES):
+            patch.setattr(registry, "_items", dict(registry._items))
+            patch.setattr(registry, "_offered", True)
+        assert {"shift"} <= set(PARTS) and {"skip_light"} <= set(POLICIES)
+        yield folder
+    for name in [name for name in sys.modules if name.startswith("locum_foreign")]:
+        del sys.modules[name]
+
+
+def test_this_suite_runs_over_everything_registered():
+    assert set(PARTS) == {*PLANNED, "own_biases"}
+    assert set(POLICIES) == {"main_with_vectors", "skip_light"}
+
+
+def part_of(name):
+    return PARTS[name](**FIELDS.get(name, {}))
+
+
+def slot_of(name):
+    """A slot with this part: over a base, if it can lie over one and is no adapter that stands alone."""
+    part = part_of(name)
+    if part.is_whole or not part.changes_weights:
+        return Slot((part,))
+    return Slot((part_of("shared_base"), part))
+
+
+def layer_shape(kind="swiglu"):
+    _, has_gate, has_bias = KINDS[kind]
+    return LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+
+
+def layer_plan(name, policy=None):
+    slot = slot_of(name)
+    based = any(part.name == "shared_base" for part in slot.parts)
+    bases = (Base((4, 5, 6), (0.5, 0.25, 0.25)),) if based else ()
+    return LayerPlan("experts", (KEPT,) * 4 + (slot,) * 3 + (KEPT,), bases, policy)
+
+
+def experts(kind, dtype=torch.float32):
+    _, has_gate, has_bias = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*size):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * 0.3).to(dtype)
+
+    return [
+        ExpertWeights(
+            drawn(F, D) if has_gate else None,
+            drawn(F, D),
+            drawn(D, F),
+            drawn(F) if has_gate and has_bias else None,
+            drawn(F) if has_bias else None,
+            drawn(D) if has_bias else None,
+        )
+        for _ in range(E)
+    ]
+
+
+def statistics(shape):
+    generator = torch.Generator().manual_seed(2)
+    sums = {
+        "output_sum": torch.randn(E, D, generator=generator, dtype=torch.float64),
+        "count": torch.full((E,), 9.0, dtype=torch.float64),
+        "input_gram": torch.eye(D, dtype=torch.float64).expand(E, D, D),
+        "hidden_gram": torch.eye(F, dtype=torch.float64).expand(E, F, F),
+    }
+    return LayerStatistics(shape, sums)
+
+
+def container_of(name, kind="swiglu", policy=None, dtype=torch.float32):
+    shape, own = layer_shape(kind), experts(kind, dtype)
+    layout, tensors = build_layer(layer_plan(name, policy), shape, own.__getitem__, statistics(shape), seed=3)
+    container = StandInExperts(layout, KINDS[kind][0], dtype, "meta")
+    container.load_state_dict(tensors, strict=True, assign=True)
+    return container, tensors
+
+
+def written_out(container, e, x_TD):
+    """An expert's output, from the sums of what its rows say in `first`, `second` and `output`: no grouping, no sharing."""
+    layout, rows = container.layout, rows_of_expert(container, e)
+    kinds = {prefix: stack.kind for prefix, stack in layout.prefixed()}
+    one_S1 = torch.ones(len(x_TD), 1, dtype=x_TD.dtype)
+    pre = [kinds[p].first(row, (x_TD,)) for p, row in rows.items()]
+    pre = [x for x in pre if x is not None]
+    width = F * (2 if layout.has_gate else 1)
+    hidden = container.activate(sum(pre) if pre else x_TD.new_zeros(len(x_TD), width))
+    after = [kinds[p].second(row, hidden, one_S1) for p, row in rows.items()] if pre else []
+    constants = [kinds[p].output(row) for p, row in rows.items()]
+    return sum([x for x in (*after, *constants) if x is not None], start=torch.zeros_like(x_TD))
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_its_data_go_through_json(name):
+    plan = layer_plan(name)
+    data = json.loads(json.dumps(plan_json.layer_to_json(plan)))
+    assert plan_json.layer_from_json(data, "the plan") == plan
+    layout = Layout.of(plan, layer_shape())
+    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert name in json.dumps(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_is_built_is_as_large_as_what_is_planned(name, kind):
+    container, tensors = container_of(name, kind)
+    layout, shape = container.layout, layer_shape(kind)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == layout.tensor_shapes()
+    assert sum(t.numel() for t in tensors.values()) == layer_plan(name).parameters(shape)
+    again = container_of(name, kind)[1]
+    assert all(torch.equal(tensors[n], again[n]) for n in tensors)  # the same seed, the same bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_container_computes_what_its_rows_say_written_out(name, kind, grad):
+    container, _ = container_of(name, kind)
+    x, index, weights = routing(E, 40, 3)
+    with torch.set_grad_enabled(grad):
+        got = container(x, index, weights)
+    expected = torch.zeros_like(x)
+    for e in range(E):
+        out = written_out(container, e, x)
+        expected += (weights * (index == e)).sum(dim=1, keepdim=True) * out
+    assert_near(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_gradients_reach_all_that_is_used(name):
+    container, _ = container_of(name)
+    x, index, weights = routing(E, 40, 3)
+    container(x, index, weights).square().sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in container.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PLANNED)
+def test_whole_weights_compute_the_same_where_weights_can_say_it(name, kind):
+    if not PARTS[name].as_weights:
+        pytest.skip("no weights can say it")
+    container, _ = container_of(name, kind)
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(4))
+    for e in (0, 4):
+        row = whole_weights(container, e)
+        pre = x @ row["gate_up_NGD"].T + row.get("gate_up_bias_NG", 0)
+        out = container.activate(pre) @ row["down_NDF"].T + row.get("down_bias_ND", 0)
+        assert_near(out, written_out(container, e, x), 1e-5)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_it_has_words(name):
+    part = part_of(name)
+    assert str(part) and part.legend and part.plural and part.colour()
+    assert len(part.mark()) <= 2 and isinstance(part.order(), tuple)
+
+
+def test_a_part_checks_its_own_fields():
+    shape = toy_shape(layers=1, experts=E)
+    with pytest.raises(PlanError, match="expert 0 has a shift of scale 0"):
+        make_plan(shape, [LayerPlan(shape.layers[0].name, (Slot((PARTS["shift"](0.0),)), *(KEPT,) * (E - 1)))])
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def policy_of(name):
+    return POLICIES[name](**POLICY_FIELDS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", sorted(("main_with_vectors", "skip_light")))
+def test_a_policy_goes_through_json_and_says_what_it_stores(name):
+    plan = layer_plan("own_weights", policy_of(name))
+    data = json.loads(json.dumps(plan_json.layer_to_json(plan)))
+    assert plan_json.layer_from_json(data, "the plan") == plan and str(plan.routing)
+    container, tensors = container_of("own_weights", policy=policy_of(name))
+    assert sum(t.numel() for t in tensors.values()) == plan.parameters(layer_shape())
+    assert Layout.from_json(json.loads(json.dumps(container.layout.to_json()))) == container.layout
+
+
+@pytest.mark.parametrize("name", sorted(("main_with_vectors", "skip_light")))
+@pytest.mark.parametrize("part", PLANNED)
+def test_a_policy_never_names_an_expert_that_there_is_not_and_both_ways_agree(name, part):
+    container, _ = container_of(part, policy=policy_of(name))
+    x, index, weights = routing(E, 40, 3)
+    routed = container.routed(x, index, weights)
+    assert int(routed.index_TM.min()) >= -1 and int(routed.index_TM.max()) < E
+    assert bool((routed.weight_TM[routed.index_TM < 0] == 0).all())
+    assert routed.index_TM.shape[1] <= container.layout.routing.most(3)
+    wide = copy.deepcopy(container).double()
+    with torch.no_grad():  # float32 goes all at once where it can, float64 cluster by cluster
+        assert_near(container(x, index, weights).double(), wide(x.double(), index, weights.double()), 1e-5)
+
+
+@pytest.mark.parametrize("part", PLANNED)
+def test_experts_that_do_not_run_add_nothing(part):
+    """-1 in every place that the policy skips, against the same layer without a policy and weights of zero there."""
+    container, _ = container_of(part, policy=policy_of("skip_light"))
+    plain = StandInExperts(
+        dataclasses.replace(container.layout, routing=None), container.activate, torch.float32, "cpu"
+    )
+    plain.load_state_dict(container.state_dict())
+    x, index, weights = routing(E, 40, 3)
+    runs = weights >= 0.5 * weights.amax(dim=1, keepdim=True)
+    assert bool((~runs).any())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert_near(container(x, index, weights), plain(x, index, weights * runs), 1e-5)
+
+
+# --- the whole way, from a package with entry points ------------------------------------------------------------------
+
+LOAD = """
+import sys, torch, locum
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def test_a_checkpoint_with_what_another_package_offers_loads_in_a_fresh_process(
+    checkpoint, words, installed, tmp_path, monkeypatch
+):
+    shape = locum.read_shape(checkpoint)
+    slots = lambda n: (KEPT,) * (n - 2) + (Slot((PARTS["shift"](0.2), PARTS["low_rank"](4, "svd"))),) * 2  # noqa: E731
+    layers = [LayerPlan(x.name, slots(x.num_experts), routing=POLICIES["skip_light"](0.3)) for x in shape.layers]
+    plan = make_plan(shape, layers)
+    out = locum.apply(checkpoint, plan=plan, out=tmp_path / "small")
+    assert locum.inspect(out)["bytes"] == plan.size(shape).bytes
+    ids = tiny_ids()
+    torch.save(ids, tmp_path / "ids")
+    with torch.no_grad():
+        expected = locum.load_model(out)(ids).logits
+    environment = {"PYTHONPATH": f"{installed}:{locum.__path__[0]}/.."}
+    command = [sys.executable, "-c", LOAD, str(out), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    lacking = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{locum.__path__[0]}/.."}
+    )
+    assert (
+        lacking.returncode and "unknown routing policy 'skip_light'" in lacking.stderr
+    )  # and not silently another model
