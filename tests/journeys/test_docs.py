@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,21 +21,40 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-MODULES = sorted(path for path in (ROOT / "src" / "locum").rglob("*.py") if path.name != "__init__.py")
+SRC = ROOT / "src" / "locum"
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+ROOMS = sorted(path for path in SRC.iterdir() if (path / "__init__.py").is_file() or path.suffix == ".py")
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_the_file_map_has_every_file(module):
-    file_map = README.partition("## File map")[2].partition("\n## ")[0]
-    assert file_map, "README has no file map"
-    place = module.relative_to(ROOT).as_posix()
-    folder = re.search(rf"`{module.parent.relative_to(ROOT).as_posix()}/`.*`{module.name}`", file_map)
-    assert f"`{place}`" in file_map or folder, f"{place} is not in README's file map"
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.name != "__init__.py"], ids=lambda path: path.name)
+def test_the_map_has_every_room(room):
+    """Folders and top-level modules; that each file begins with what it is for, test_layering.py says."""
+    house = README.partition("## The house")[2].partition("\n## ")[0]
+    assert house, "README has no map"
+    name = f"`src/locum/{room.name}/`" if room.is_dir() else room.name
+    assert re.search(rf"`(src/locum/)?{room.name}`", house) or name in house, f"{room.name} is not in README's map"
 
 
 def test_the_file_map_has_nothing_else():
     for place in re.findall(r"`((?:src|docs|benchmarks|tests)/[\w/.]*)`", README):
         assert (ROOT / place).exists(), f"README names {place}, which is not there"
+
+
+def test_the_evidence_of_the_results_is_there():
+    """Every file and program that the page names; a table has a line that says what it was made from."""
+    names = re.findall(r"`([\w/.-]+\.(?:jsonl?|py))`", RESULTS)
+    for name in names:
+        places = [ROOT / name, ROOT / "benchmarks" / name, ROOT / "benchmarks" / "results" / name]
+        assert any(place.is_file() for place in places), f"docs/results.md names {name}, which is not there"
+    sections = RESULTS.split("\n## ")[1:]
+    assert len(sections) == len(re.findall(r"\bEvidence: ", RESULTS)) and "\n|" in sections[-1]
+    assert "\n|" not in README.partition("## The house")[0], "README has a table of results; docs/results.md has those"
+
+
+def test_pictures_are_drawings():
+    for picture in (ROOT / "docs").glob("*.svg"):
+        tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(picture).iter()}
+        assert not tags & {"script", "style", "foreignObject", "image"}, f"{picture.name}: hubs do not show all of it"
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
