@@ -167,7 +167,7 @@ def page(results: list[dict[str, Any]]) -> str:
         "The rule for gates when experts are dropped: the logits of those that stay go through the model's own score",
         "function, selection and normalisation, as if the dropped ones had a logit of minus infinity.",
         "",
-        "*Needs a row*: what `FAMILIES` in `src/locum/families.py` says of it; the others need nothing. *all*: every check that",
+        "*Needs a row*: what `FAMILIES` in `src/locum/models/families.py` says of it; the others need nothing. *all*: every check that",
         "applies passes.",
         "",
         "## What is refused, and why",
