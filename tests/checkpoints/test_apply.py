@@ -356,7 +356,7 @@ def test_the_config_says_what_is_in_the_folder(made, case):
         assert list(config["quantization_config"]["layers"]) == changed
         assert config["quantization_config"] | {"layers": 0} == {
             "quant_method": "locum",
-            "format_version": 1,
+            "format_version": 2,
             "layers": 0,
         }
 
