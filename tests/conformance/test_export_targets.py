@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_one_error(form, folders, tmp_path):
 def test_an_option_of_another_form_is_one_line(folders, tmp_path):
     result = command("export", folders["merged"], "--to", "stock", "--type", "q8_0", "--out", tmp_path / "out")
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "--type is an option of --to gguf; --to stock does not have it" in result.stderr
+    assert "--type" in result.stderr and "gguf" in result.stderr and "stock" in result.stderr
 
 
 def test_the_command_line_has_the_targets_of_other_packages(folders, tmp_path):
@@ -188,7 +188,7 @@ from click.testing import CliRunner
 from locum.cli import cli
 import locum
 model, out = sys.argv[1:]
-lines = [["export", "--help"], ["export", model, "--to", "listing", "--ending", "q_proj.weight", "--out", out, "--json"]]
+lines = [["export", "--to", "listing", "--help"], ["export", model, "--to", "listing", "--ending", "q_proj.weight", "--out", out, "--json"]]
 said = [CliRunner().invoke(cli, line, catch_exceptions=False).output for line in lines]
 print(json.dumps([*said, locum.export(model, to="listing", ending="q_proj.weight", out=out, force=True)]))
 """
@@ -198,8 +198,7 @@ print(json.dumps([*said, locum.export(model, to="listing", ending="q_proj.weight
     assert run.returncode == 0, run.stderr
     shown, written, returned = json.loads(run.stdout.splitlines()[-1])
     shown = " ".join(shown.split())
-    assert "listing: A text file with the names of the tensors." in shown
-    assert "--ending TEXT only names that end so [listing: weight]" in shown
+    assert "Options of listing:" in shown and "--ending TEXT only names that end so [default: weight]" in shown
     names = [name for name in read_headers(folders["merged"]) if name.endswith("q_proj.weight")]
     assert (tmp_path / "out").read_text().splitlines() == sorted(names)
     assert json.loads(written) == returned

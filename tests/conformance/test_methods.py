@@ -246,7 +246,7 @@ def test_lightmoe_ranks_are_held_to_the_weights() -> None:
     shape = toy_shape(layers=1, experts=16, d=256, f=8)
     plan = plan_of(LightMoE(rank=16, bases=1), make_statistics(shape), shape, 0.5)
     assert plan.layers[0].is_identity  # rank 8 of 8 x 256 saves nothing
-    assert max(s.rank for s in plan_of(LightMoE(rank=4), make_statistics(shape), shape, 0.9).layers[0].slots) == 4
+    assert max(rank_of(s) for s in plan_of(LightMoE(rank=4), make_statistics(shape), shape, 0.9).layers[0].slots) == 4
 
 
 def test_kmeans_groups_by_mean_output() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import math
@@ -64,7 +63,7 @@ COMMANDS = {
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
     "--task-path --tasks --tokens",
-    "export": "MODEL --force --json --out --pre-tokenizer --to --type",
+    "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
     "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --remove",
@@ -322,7 +321,7 @@ def test_options_of_methods_and_recovery_have_the_defaults_of_their_dataclass(na
     item, parameters = cli.commands[name], inspect.signature(FUNCTIONS[name]).parameters
     ctx = click.Context(item, obj={} if cls is Recovery else {"method": cls.name})
     options = {option.name: option for option in item.get_params(ctx)}
-    for field in dataclasses.fields(cls):
+    for field in option_fields(cls):
         if field.name not in parameters:  # the command's own are checked above
             assert options[field.name].get_default(ctx) == field.default
             assert options[field.name].help == field.metadata["help"]

@@ -12,6 +12,7 @@ from ..checkpoints.application import save_checkpoint
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import fingerprint_checkpoint
 from ..files import provenance
+from ..models.stored import write_model
 
 
 def save_folder(
@@ -20,7 +21,7 @@ def save_folder(
     model: Path,
     out: Path,
     words: str,
-    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained,
+    write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write what became of the checkpoint `model`, whole or not at all. `words` go on from "Written by Locum from it,"."""
     card = (
