@@ -24,6 +24,7 @@ from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, s
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics
+from making.slots import base_of
 from making.training_logs import make_log
 
 DOMAINS = ("code", "fiction", "maths", "news")
@@ -107,7 +108,7 @@ def make_a_plan(path: Path | None = None, layers=LAYERS, experts=EXPERTS, method
         for b in range(5):
             slots[b] = stand_in(base=b, rank=4 + n)
         slots[5] = stand_in(rank=2)
-        members = [tuple(e for e, s in enumerate(slots) if s.base == b) for b in range(5)]
+        members = [tuple(e for e, s in enumerate(slots) if base_of(s) == b) for b in range(5)]
         made.append(LayerPlan(layer, tuple(slots), tuple(Base(m, (1 / len(m),) * len(m)) for m in members)))
     plan = Plan(
         "olmoe", "f", tuple(made), method, {"remove": 0.5}, {"command": "locum plan s.safetensors --remove 0.5"}

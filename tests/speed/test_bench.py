@@ -19,7 +19,7 @@ import locum
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.containers.costs import container_work, row_sizes
-from locum.containers.layout import Layout
+from locum.containers.layout import Layout, StackLayout
 from locum.errors import EngineError, UnsupportedModel
 from locum.measure.costs import counted
 from locum.methods import METHODS
@@ -121,11 +121,12 @@ def test_a_routing_policy_runs_its_main_experts_alone(olmoe, vectors, numbers, p
 
 
 def test_rows_are_as_large_as_their_tensors():
-    layout = Layout(D, F, True, True, (0, -1), (-1, 0), (-1, 0), (-1, -1), (2,))
+    stacks = [("own_weights", (), (0, -1)), ("low_rank", (2,), (-1, 0)), ("own_biases", (), (-1, 0))]
+    layout = Layout(D, F, True, True, 2, tuple(StackLayout(*stack) for stack in stacks))
     sizes = row_sizes(layout)
-    assert sizes["dense"] == (EXPERT + 2 * F + D, EXPERT)
-    assert sizes["adapters.0"] == (3 * 2 * (D + F),) * 2
-    assert sizes["biases"] == (2 * F + D, 0)
+    assert sizes["dense."] == (EXPERT + 2 * F + D, EXPERT)
+    assert sizes["adapters.0."] == (3 * 2 * (D + F),) * 2
+    assert sizes["biases."] == (2 * F + D, 0)
 
 
 def test_hooks_are_gone_afterwards(olmoe):
