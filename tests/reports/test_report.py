@@ -23,6 +23,8 @@ from locum.reports import expert_maps
 from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
+from locum.stats.origin import Origin
+from locum.stats.statistics_file import save_statistics
 from locum.stats.sums import Statistics
 from making.slots import base_of
 from making.training_logs import make_log
@@ -85,14 +87,9 @@ def make_statistics(path: Path, domains=DOMAINS, layers=LAYERS, experts=EXPERTS)
         count[:, -3:] = 0
         sums[layer] = {"count": count.round().double(), "gate_sum": (count * 0.2).double()}
     shapes = tuple(LayerShape(layer, experts, 8, 64, 32, layer + ".gate", "softmax", False) for layer in layers)
-    about = {"model_fingerprint": "m", "tokenizer_fingerprint": "t", "data_fingerprint": "d", "tokens": 32000}
-    about |= {
-        "shape": ModelShape("olmoe", shapes, 1, 2, 2).to_json(),
-        "versions": {"torch": "2.11"},
-        "command": "c",
-        "seed": 0,
-    }
-    locum.save_statistics(Statistics(tuple(domains), sums, about), path)
+    origin = Origin(ModelShape("olmoe", shapes, 1, 2, 2), "m", "t", ("d",))
+    about = {"versions": {"torch": "2.11"}, "command": "c", "seed": 0}
+    save_statistics(Statistics(tuple(domains), sums, origin, 32000, about), path)
     return path
 
 

@@ -20,7 +20,7 @@ from locum.containers.layout import Layout
 from locum.errors import OptionError, PlanError
 from locum.models.families import canonical_activation, find_layers, is_stock_experts, read_expert
 from locum.models.sizes import shape_of
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.training.context import Context, Original
 from locum.training.layer import beta_at, open_layer, set_beta
 from locum.training.options import learning_rate_at, make_recovery
@@ -322,7 +322,7 @@ def test_a_killed_run_goes_on_bit_for_bit(olmoe, tmp_path, stop):
 
 def test_a_stock_layer_of_merged_experts_gets_an_adapter_on_every_expert(olmoe):
     """Its rows are the layer's own, whatever the plan says of them: no whole expert is trained."""
-    merged = tuple(Slot("stand_in", base=b) for b in range(8))
+    merged = tuple(stand_in(base=b) for b in range(8))
     layer = find_layers(olmoe)[0]
     plan = LayerPlan(layer.shape.name, merged, tuple(Base((b,), (1.0,)) for b in range(8)))
     opened_layer = open_layer(olmoe, layer, plan, 2, True, 0)
