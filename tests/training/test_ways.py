@@ -250,7 +250,7 @@ def test_the_command_line_has_the_foreign_way(foreign, small, words, tmp_path):
     """Options are made when the command line is imported, so this needs a new process."""
     given = ["--how", "distilled", "--temperature", "2", "--steps", "1", "--length", "32", "--validation-tokens", "64"]
     trained = ["recover", str(small), "--data", str(words), "--out", str(tmp_path / "out"), *given]
-    lines = json.dumps([trained, ["compress", "--help"], ["list", "--json"]])
+    lines = json.dumps([trained, ["compress", "--recover", "distilled", "--help"], ["list", "--json"]])
     paths = os.pathsep.join([str(foreign), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, lines],
