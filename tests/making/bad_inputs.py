@@ -196,15 +196,17 @@ def edited(place, change):
 
 
 def make_unknown_expert(place):
-    return edited(place, lambda plan, layer: layer["experts"].append({"expert": 99, "becomes": "kept"}))
+    return edited(
+        place, lambda plan, layer: layer["experts"].append({"expert": 99, "parts": [{"part": "own_weights"}]})
+    )
 
 
 def make_too_many_experts(place):
-    return edited(place, lambda plan, layer: layer["experts"].append({"expert": 8, "becomes": "kept"}))
+    return edited(place, lambda plan, layer: layer["experts"].append({"expert": 8, "parts": [{"part": "own_weights"}]}))
 
 
 def make_twice(place):
-    return edited(place, lambda plan, layer: layer["experts"].append({"expert": 1, "becomes": "kept"}))
+    return edited(place, lambda plan, layer: layer["experts"].append({"expert": 1, "parts": [{"part": "own_weights"}]}))
 
 
 def make_lacks_expert(place):
@@ -212,11 +214,19 @@ def make_lacks_expert(place):
 
 
 def make_rank_too_large(place):
-    return edited(place, lambda plan, layer: layer["experts"][0].update(becomes="stand_in", base=0, rank=1000))
+    return edited(
+        place,
+        lambda plan, layer: layer["experts"][0].update(
+            parts=[{"part": "shared_base", "base": 0}, {"part": "low_rank", "rank": 1000}]
+        ),
+    )
 
 
 def make_too_few(place):
-    drop = [{"expert": e, "becomes": "kept" if e == 0 else "dropped"} for e in range(8)]
+    drop = [
+        {"expert": e, "parts": [{"part": "own_weights"}]} if e == 0 else {"expert": e, "dropped": True}
+        for e in range(8)
+    ]
     return edited(place, lambda plan, layer: layer.update(experts=drop, bases=[]))
 
 
@@ -229,7 +239,7 @@ def make_unknown_layer(place):
 
 
 def make_unknown_fate(place):
-    return edited(place, lambda plan, layer: layer["experts"][0].update(becomes="droped"))
+    return edited(place, lambda plan, layer: layer["experts"][0].update(parts=[{"part": "own_weigths"}]))
 
 
 def make_unknown_entry(place):
@@ -249,7 +259,7 @@ def make_wordy_weights(place):
 
 
 def make_numeric_fate(place):
-    return edited(place, lambda plan, layer: layer["experts"][0].update(becomes=3))
+    return edited(place, lambda plan, layer: layer["experts"][0].update(parts=3))
 
 
 def make_number_for_layers(place):
@@ -257,7 +267,7 @@ def make_number_for_layers(place):
 
 
 def make_newer_plan(place):
-    return edited(place, lambda plan, layer: plan.update(format_version=2))
+    return edited(place, lambda plan, layer: plan.update(format_version=3))
 
 
 def make_not_a_plan(place):
