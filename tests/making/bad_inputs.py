@@ -243,7 +243,7 @@ def make_unknown_fate(place):
 
 
 def make_unknown_entry(place):
-    return edited(place, lambda plan, layer: layer["experts"][0].update(ranc=3))
+    return edited(place, lambda plan, layer: layer["experts"][0].update(part=[]))
 
 
 def make_base_of_unknown(place):
