@@ -162,7 +162,7 @@ LINES = [
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),
     (f"{RECOVER} --validation-tokens 0", "validation-tokens is 0"),
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
-    (f"{RECOVER} --how vectors --rank 2", "'vectors' has no option --rank; ways that have it: annealed, lora"),
+    (f"{RECOVER} --how vectors --rank 2", "way to recover vectors has no option '--rank'|annealed or lora has it"),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),
     (f"{RECOVER} --learning-rate nan", "--learning-rate is nan"),
