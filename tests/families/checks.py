@@ -39,7 +39,6 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics, Sums
-from making.slots import rows_of
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -376,14 +375,10 @@ def check_gradients(case: Case, model: PreTrainedModel) -> None:
 
 
 def used_parameters(container: StandInExperts, chosen: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
-    layout = container.layout
-    if container.dense is not None and any(layout.dense_of[e] >= 0 for e in chosen):
-        yield from container.dense.named_parameters()
-    for index, stack in enumerate(container.adapters):
-        if any(rows_of(layout).rank_of[e] == index for e in chosen):
-            yield from stack.named_parameters()
-    if any(rows_of(layout).constant_of[e] >= 0 for e in chosen):
-        yield "constant_ND", container.constant_ND
+    for path, stack in container.paths:
+        if any(stack.rows[e] >= 0 for e in chosen):
+            leaves = stack.kind.tensors(stack.variant, container.layout)
+            yield from ((f"{path} {leaf}", getattr(container.stack(path), leaf)) for leaf in leaves)
 
 
 def check_generate(case: Case) -> None:

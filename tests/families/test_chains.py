@@ -59,7 +59,7 @@ def chain(case, name, folder):
         found = method.explore(explorer, lambda *_: None)
         statistics = with_found(calibrate(case.model(), tokens, needs=to_collect(method)), found)
     amount = 0.5 if statistics is not None else 1.0
-    plan = make_plan(case.shape, method.plan(statistics, case.shape, amount))
+    plan = make_plan(case.shape, method.plan(method.score_experts(statistics, case.shape), case.shape, amount))
     model = apply_plan(case.model(), plan, statistics if plan.needs else None)
     untrained = case.logits_of(model)
     training = make_recovery(

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import locum.models.families
 from families import matrix
-from families.checks import CHECKS, Case, NotApplicable, low_rank, near, stored, tokens_of
+from families.checks import CHECKS, Case, NotApplicable, low_rank, near, stored
 from families.tiny_families import (
     adapted_families,
     all_families,
@@ -33,14 +33,13 @@ from locum.checkpoints.load import load_model
 from locum.checkpoints.read import read_headers
 from locum.checkpoints.skeleton import read_shape
 from locum.errors import LocumError, PlanError, UnsupportedModel
-from locum.measure.calibration import calibrate
 from locum.models.families import FAMILIES, Family, family_of, find_layers, model_class
 from locum.models.routers import RouterRule
 from locum.models.sizes import shape_of
 from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
 from locum.training.layer import close_layer, open_layer
-from making.checkpoints import write_tokenizer
+from making.checkpoints import write_text, write_tokenizer
 from making.tiny_models import CONFIGS
 
 SAMPLE = (*CONFIGS, "gemma4", "inkling", "ernie4_5_moe", "nemotron_h", "aria", "deepseek_v4", "step3p7")
@@ -135,12 +134,13 @@ def test_a_head_that_is_padded_in_the_file_is_counted_as_the_file_has_it(tmp_pat
     """Inkling 2 pads its output head in the file to the size of the vocabulary, and drops the rows as it loads."""
     if "inkling2" not in decorated_families() or "unpadded_vocab_size" not in tiny_config("inkling2_text").to_dict():
         pytest.skip("this transformers has no such head")
-    tiny("inkling2", text_config={"unpadded_vocab_size": 120}).save_pretrained(tmp_path / "original")
+    tiny("inkling2", text_config={"vocab_size": 512, "unpadded_vocab_size": 500}).save_pretrained(tmp_path / "original")
     write_tokenizer(tmp_path / "original")
     shape = read_shape(tmp_path / "original")
     assert (shape.parameters, shape.bytes) == stored(tmp_path / "original")
-    observed = calibrate(
-        load_model(tmp_path / "original"), tokens_of(Case("inkling2").ids_BS), provenance={"shape": shape.to_json()}
+    text = write_text(tmp_path / "text.txt")
+    observed = locum.calibrate(
+        tmp_path / "original", data=[str(text)], tokens=512, length=64, out=tmp_path / "statistics.safetensors"
     )
     assert observed.shape == shape
     locum.apply(

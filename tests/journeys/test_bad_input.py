@@ -152,11 +152,11 @@ LINES = [
     (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: at least 1"),
     (
         f"{COMPRESS} {TARGET} --recover-rank 2",
-        "--recover-rank is about training the result back|say how with --recover",
+        "option '--recover-rank' comes with --recover annealed or lora",
     ),
     (
         f"{COMPRESS} {TARGET} --recover lora --recover-end-fraction 0.5",
-        "'lora' has no option --recover-end-fraction; ways that have it: annealed",
+        "way to recover lora has no option '--recover-end-fraction'|way to recover annealed has it",
     ),
     (f"{COMPRESS} {TARGET} --device cuda:7", "--device cuda:7 cannot be used"),
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),

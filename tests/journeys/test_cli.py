@@ -18,10 +18,12 @@ from safetensors import safe_open
 import locum
 from locum.cli import cli
 from locum.cli.parameters import HIDDEN
+from locum.exports.target import TARGETS
 from locum.methods import METHODS
 from locum.options import option_fields
 from locum.stages.planning import plan
 from locum.training.options import Recovery
+from locum.training.ways import WAYS
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_rows, write_text
 
@@ -53,6 +55,13 @@ METHOD_OPTIONS = {
     "prune": "--budget --score",
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
+WAY_OPTIONS = {
+    "annealed": "--annealing --end-fraction --rank --steepness --train-bases",
+    "full": "",
+    "lora": "--rank --train-bases",
+    "vectors": "",
+}
+TARGET_OPTIONS = {"gguf": "--pre-tokenizer --type", "remote-code": "", "stock": "", "vllm": ""}
 COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
@@ -94,6 +103,12 @@ FUNCTIONS = {
     "verify": locum.verify,
 }
 CHOOSING = ("compress", "plan", "search")  # with --method
+CHOICES = {
+    **{name: ["method"] for name in CHOOSING},
+    "compress": ["method", "recover"],
+    "export": ["to"],
+    "recover": ["how"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +301,15 @@ def test_commands_and_options_are_frozen():
         arguments = [p.make_metavar(click.Context(item)) for p in item.params if isinstance(p, click.Argument)]
         found[name] = sorted([*options, *arguments])
     assert found == {name: sorted(options.split()) for name, options in COMMANDS.items()}
-    assert {name for name, item in cli.commands.items() if item.choices} == set(CHOOSING)
-    methods = {
-        name: ["--" + field.name.replace("_", "-") for field in option_fields(METHODS[name])] for name in METHODS
-    }
-    assert {name: sorted(m) for name, m in methods.items()} == {n: sorted(o.split()) for n, o in METHOD_OPTIONS.items()}
+    assert {
+        n: [choice.option for choice in item.choices] for n, item in cli.commands.items() if item.choices
+    } == CHOICES
+    for registry, frozen in ((METHODS, METHOD_OPTIONS), (WAYS, WAY_OPTIONS), (TARGETS, TARGET_OPTIONS)):
+        options = {
+            name: sorted("--" + field.name.replace("_", "-") for field in option_fields(registry[name]))
+            for name in registry
+        }
+        assert options == {name: sorted(flags.split()) for name, flags in frozen.items()}
 
 
 def test_every_option_and_command_has_help():

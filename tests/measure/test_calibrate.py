@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from locum.data.tokens import Tokens
 from locum.errors import DataError, OptionError, StatisticsError, UnsupportedModel
-from locum.measure.calibration import WATCHERS, CurrentBatch, Observer, calibrate, origin_of
+from locum.measure.calibration import WATCHERS, CurrentBatch, Observer, calibrate
 from locum.models.families import MoeLayer, find_layers
 from locum.models.sizes import shape_of
 from locum.models.watch import run_experts
@@ -251,6 +252,10 @@ def test_only_needs_are_collected_and_agree_with_a_full_pass() -> None:
             assert torch.equal(
                 few.layers["model.layers.0.mlp.experts"][name], full.layers["model.layers.0.mlp.experts"][name]
             )
+
+
+def origin_of(model: PreTrainedModel, tokens: Tokens, *fingerprints: str) -> Origin:
+    return Origin(shape_of(model), *fingerprints, data_fingerprints=(tokens.fingerprint,))
 
 
 def test_provenance_says_what_was_calibrated() -> None:

@@ -22,7 +22,7 @@ from locum.shapes import ModelShape
 from locum.stages.planning import decide
 from locum.stats.sums import Statistics
 from making.handmade import layers_of, make_statistics, toy_shape, with_sums
-from making.slots import rank_of
+from making.slots import rank_of, start_of
 
 SHAPE = toy_shape(layers=4, experts=8)
 QUICK = {"population": 20, "generations": 5}
@@ -211,13 +211,13 @@ def test_a_plan_drops_what_the_search_found_and_ranks_the_rest(searched: Statist
         named = searched.layer(layer.layer)
         assert [slot == DROPPED for slot in layer.slots] == (named["dropped"] > 0).tolist()
         least, dense, step = rank_bounds(SHAPE.layers[0], 1, 16)
-        ranks = {e: layer.slots[e].rank or dense for e in layer.survivors}
+        ranks = {e: rank_of(layer.slots[e]) or dense for e in layer.survivors}
         assert all(rank % step == 0 and least <= rank <= dense for rank in ranks.values())
         worth = named["pruned_importance"].tolist()
         order = sorted(ranks, key=lambda e: worth[e])
         assert all(ranks[a] <= ranks[b] + step for a, b in itertools.pairwise(order))
         assert len(set(ranks.values())) > 1
-        assert {s.start for s in layer.slots if s.rank} == {"svd"}
+        assert {start_of(s) for s in layer.slots if rank_of(s)} == {"svd"}
 
 
 @pytest.mark.parametrize("name", ["decompose", "moe-i2"])

@@ -56,9 +56,9 @@ def calibrate(
 ) -> Statistics:
     """Statistics of every MoE layer of a model over these tokens, per domain. Padding is left out; prompts count.
 
-    `needs` names the statistics to collect (by default all but those on demand only). `origin` is for fingerprints that
-    only the caller knows (`origin_of`), `provenance` for words: the seed, the sources. `progress(done, total)` is called
-    after every batch, in blocks.
+    `needs` names the statistics to collect (by default all but those on demand only). `origin` is for what only
+    the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
+    `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches; to go on from there, pass what it got as
     `start`. Afterwards, also after an error or Ctrl-C, the model is as it was.
 
@@ -73,7 +73,7 @@ def calibrate(
         raise DataError("no calibration tokens: every block is empty or padding; give more text")
     check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0])
     observer = Observer(model, needs)
-    origin = origin_of(model, tokens) if origin is None else origin
+    origin = origin or Origin(shape_of(model), data_fingerprints=(tokens.fingerprint,))
     if start is not None:
         check_start(start, origin, needs, len(tokens.domain_B))
     words = make_provenance(**{"seed": None, **(provenance or {})})
@@ -125,16 +125,6 @@ def _batches(tokens: Tokens, order_B: Tensor, batch_size: int) -> Iterator[tuple
 
 
 # --- where it comes from ----------------------------------------------------------------------------------------
-
-
-def origin_of(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    model_fingerprint: str | None = None,
-    tokenizer_fingerprint: str | None = None,
-) -> Origin:
-    """What statistics of this model over these tokens are of."""
-    return Origin(shape_of(model), model_fingerprint, tokenizer_fingerprint, (tokens.fingerprint,))
 
 
 def check_start(start: Statistics, origin: Origin, needs: tuple[str, ...], num_blocks: int) -> None:

@@ -18,7 +18,8 @@ from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import StatisticsError
 from ..files import check_output
 from ..measure.calibration import calibrate as calibrate_model
-from ..measure.calibration import check_start, origin_of
+from ..measure.calibration import check_start
+from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics, check_needs
@@ -66,9 +67,9 @@ def calibrate(
     check_number("batch-size", batch_size, 1)
     needs = with_defaults([also] if isinstance(also, str) else also)
     device = device_of(device)
-    read_shape(model)  # refuses what is not supported
+    shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
-    subject = prepare(model, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
+    subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
     partial_of(out).unlink(missing_ok=True)
@@ -86,15 +87,22 @@ class Subject:
 
 
 def prepare(
-    model: Path, data: Sequence[str], *, split: str, length: int, tokens: int, seed: int, device: str
+    model: Path,
+    shape: ModelShape,
+    data: Sequence[str],
+    *,
+    split: str,
+    length: int,
+    tokens: int,
+    seed: int,
+    device: str,
 ) -> Subject:
-    """Tokenise the text, then load the model."""
+    """Tokenise the text, then load the model. `shape` is that of its files."""
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
     words = {"model": str(model), "sources": list(blocks.sources), "seed": seed}
-    fingerprints = fingerprint_checkpoint(model), fingerprint_tokenizer(tokenizer)
-    live = open_model(model, device=device)
-    return Subject(live, blocks, origin_of(live, blocks, *fingerprints), words)
+    origin = Origin(shape, fingerprint_checkpoint(model), fingerprint_tokenizer(tokenizer), (blocks.fingerprint,))
+    return Subject(open_model(model, device=device), blocks, origin, words)
 
 
 def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: int, progress: Progress) -> Statistics:

@@ -77,8 +77,9 @@ def search(
     check_number("seed", seed, 0, MOST_SEED)
     chosen = dataclasses.replace(chosen, seed=seed)
     device = device_of(device)
-    _check_droppable(model, read_shape(model))
-    subject = prepare(model, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
+    shape = read_shape(model)
+    _check_droppable(model, shape)
+    subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     identity = {
         **subject.origin.words(),
         "method": chosen.name,
