@@ -4,20 +4,26 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests are spread over processes, file by file: each has one thread.
+SPREAD := --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lock newest test-newest versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
+.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
+
+# Whole commands in processes of their own, and what only their like can show: interrupts, other tools' own commands.
+test-journeys: $(READY)
+	$(BIN)/python -m pytest $(SPREAD) -m journeys
 
 # Every check on every model family; `make test` runs what does not need the whole matrix.
 test-families: $(READY)
-	$(BIN)/python -m pytest -m families tests/families
+	$(BIN)/python -m pytest $(SPREAD) --dist worksteal -m families tests/families
 
 # The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
 OLDEST := .venv-oldest
@@ -70,8 +76,9 @@ newest:
 
 # The suite and every family on them.
 test-newest: versions-newest
-	$(NEWEST)/bin/python -m pytest
-	$(NEWEST)/bin/python -m pytest -m families tests/families
+	$(NEWEST)/bin/python -m pytest $(SPREAD)
+	$(NEWEST)/bin/python -m pytest $(SPREAD) -m journeys
+	$(NEWEST)/bin/python -m pytest $(SPREAD) --dist worksteal -m families tests/families
 
 # The packages on which it matters what runs, in the environment of `make test` and in that of `make test-newest`.
 WATCHED := accelerate|datasets|lm[_-]eval|peft|safetensors|torch|transformers|trl

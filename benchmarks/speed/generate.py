@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer
 from locum.errors import UnsupportedModel
+from locum.experts.parts.low_rank import LowRank
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
 from locum.models.sizes import shape_of
-from locum.plans.plan import LayerPlan, Plan, make_plan
+from locum.plans.plan import LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 from locum.speed.run import Subject
 from locum.stats.sums import Statistics
@@ -80,8 +81,11 @@ def plan_of(name: str, options: dict[str, Any], observed: Statistics, shape: Mod
 
 
 def _random_starts(layer: LayerPlan) -> LayerPlan:
-    slots = tuple(dataclasses.replace(slot, start="gaussian") for slot in layer.slots)
-    return dataclasses.replace(layer, slots=slots)
+    def slot_of(slot: Slot) -> Slot:
+        parts = (replace(part, start="gaussian") if isinstance(part, LowRank) else part for part in slot.parts)
+        return replace(slot, parts=tuple(parts))
+
+    return replace(layer, slots=tuple(map(slot_of, layer.slots)))
 
 
 def compare(subjects: dict[str, Subject], batch: int, rounds: int) -> dict[str, dict[str, list[float]]]:

@@ -84,6 +84,8 @@ def slow(name: str, layer: Layer) -> list[float]:
             spread = [sum((row[d] - means[d]) ** 2 for row in outs[e]) / max(n - 1, 1) for d in range(D)]
             scores.append(sum(gates[e]) / T * math.sqrt(sum(spread)))
         return scores
+    if name == "spread":  # of tests/making/foreign
+        return [max(norm([row[d] for row in out]) for d in range(D)) if out else 0.0 for out in outs]
     raise AssertionError(f"criterion {name!r} has no oracle yet; write its formula here as a plain loop")
 
 
@@ -107,6 +109,7 @@ PLANTED = {
     "ean_dims": Layer(3, scale_E=LOUD),
     "reap": Layer(3, scale_E=LOUD),
     "mone": Layer(3, scale_E=LOUD),
+    "spread": Layer(3, scale_E=LOUD),
 }
 
 

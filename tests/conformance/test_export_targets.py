@@ -1,12 +1,10 @@
-"""What every export target must do, those of other packages included, and how `locum export` finds them."""
+"""What every export target must do, those of other packages included; and how `locum export` chooses one."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import torch
 
 import locum
 from engines.made import PLANS, statistics
-from locum.checkpoints.read import read_headers
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import Engine
 from locum.errors import LocumError, OptionError, UnsupportedModel
@@ -26,36 +23,6 @@ from locum.verification.verify import check_engine
 from making.checkpoints import locum as command
 from making.checkpoints import tree, write_checkpoint
 
-FOREIGN = '''
-"""A list of a checkpoint's tensors: an export target of another package, in one file."""
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-from locum.checkpoints.read import is_adapter, read_headers
-from locum.exports.target import target
-from locum.files import write_text
-from locum.options import option
-
-
-@target("listing")
-@dataclass(frozen=True)
-class Listing:
-    """A text file with the names of the tensors."""
-
-    kind: ClassVar[str] = "file"
-    ending: str = option("weight", "only names that end so")
-
-    def fault(self, model: Path) -> str:
-        return "it is an adapter, whose tensors are not all there; give its base" if is_adapter(model) else ""
-
-    def write(self, model: Path, out: Path) -> str:
-        names = sorted(name for name in read_headers(model) if name.endswith(self.ending))
-        write_text(out, "\\n".join(names))
-        return f"{len(names)} names"
-'''
-ENTRY_POINT = "[locum.exports]\nlisting = foreign_listing\n"
 CONVERTER = """#!/bin/sh
 while [ "$1" != --outfile ]; do shift; done
 echo stands for the converter > "$2"
@@ -69,6 +36,7 @@ HOLDS = {
     "remote-code": {"uneven", "constants", "vectors"} | STAND_INS,
     "listing": {"original", "tied", "uniform", "uneven", "constants", "vectors"} | STAND_INS,
 }
+HOLDS = {name: kinds for name, kinds in HOLDS.items() if name in TARGETS}  # the last is another package's
 MADE = ("original", "tied", *PLANS, "adapter")
 
 
@@ -90,18 +58,12 @@ def folders(words, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def targets(tmp_path_factory, monkeypatch):
-    """The registered targets and one of another package; for GGUF a script in the place of the converter."""
-    folder = tmp_path_factory.mktemp("foreign")
-    (folder / "foreign_listing.py").write_text(FOREIGN)
+def converter(tmp_path_factory, monkeypatch):
+    """For GGUF, a script in the place of the converter."""
+    folder = tmp_path_factory.mktemp("converter")
     (folder / "python").write_text(CONVERTER)
     (folder / "python").chmod(0o755)
     monkeypatch.setenv("LOCUM_LLAMACPP_PYTHON", str(folder / "python"))
-    monkeypatch.setattr(TARGETS, "_items", dict(TARGETS.items()))
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "foreign_listing", raising=False)
-    __import__("foreign_listing")
-    return TARGETS
 
 
 def test_every_target_is_tried():
@@ -175,37 +137,10 @@ def test_an_option_of_another_form_is_one_line(folders, tmp_path):
     assert "--type" in result.stderr and "gguf" in result.stderr and "stock" in result.stderr
 
 
-def test_the_command_line_has_the_targets_of_other_packages(folders, tmp_path):
-    """In a process of its own, found through its entry point alone: help, a run, and the same from Python."""
-    place = tmp_path / "installed"
-    (place / "foreign-1.0.dist-info").mkdir(parents=True)
-    (place / "foreign-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINT)
-    (place / "foreign-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
-    (place / "foreign_listing.py").write_text(FOREIGN)
-    code = """
-import json, sys
-from click.testing import CliRunner
-from locum.cli import cli
-import locum
-model, out = sys.argv[1:]
-lines = [["export", "--to", "listing", "--help"], ["export", model, "--to", "listing", "--ending", "q_proj.weight", "--out", out, "--json"]]
-said = [CliRunner().invoke(cli, line, catch_exceptions=False).output for line in lines]
-print(json.dumps([*said, locum.export(model, to="listing", ending="q_proj.weight", out=out, force=True)]))
-"""
-    paths = os.pathsep.join([str(place), *(path for path in sys.path if path)])
-    arguments = [sys.executable, "-c", code, str(folders["merged"]), str(tmp_path / "out")]
-    run = subprocess.run(arguments, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    shown, written, returned = json.loads(run.stdout.splitlines()[-1])
-    shown = " ".join(shown.split())
-    assert "Options of listing:" in shown and "--ending TEXT only names that end so [default: weight]" in shown
-    names = [name for name in read_headers(folders["merged"]) if name.endswith("q_proj.weight")]
-    assert (tmp_path / "out").read_text().splitlines() == sorted(names)
-    assert json.loads(written) == returned
-    assert returned["form"] == f"{len(names)} names"
-
-
-def test_verify_asks_an_engine_what_its_form_can_hold(folders):
+def test_verify_asks_an_engine_what_its_form_can_hold(folders, monkeypatch):
+    monkeypatch.setattr(TARGETS, "_items", dict(TARGETS.items()))
+    monkeypatch.delitem(sys.modules, "making.foreign.listing", raising=False)
+    importlib.import_module("making.foreign.listing")
     reads_lists = Engine("reader", "Reader", "transformers", form="listing")
     for named, result in ((True, FAILED), (False, SKIPPED)):
         (check,) = check_engine(

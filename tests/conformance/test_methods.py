@@ -117,7 +117,7 @@ def test_numbering_of_experts_does_not_matter(name: str) -> None:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(5)).tolist()
     for amount in AMOUNTS:
         plain = layers_of(METHODS[name](), statistics, SHAPE, amount)
-        turned = layers_of(METHODS[name](), relabel(statistics, order), SHAPE, amount)
+        turned = layers_of(METHODS[name](), relabel(statistics, order), SHAPE, amount, order)
         for one, two in zip(plain, turned, strict=True):
             assert meaning(one, list(range(16))) == meaning(two, order)
 

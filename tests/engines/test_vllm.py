@@ -18,15 +18,20 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import locum
-from engines.made import MIXED, PLANS, REFERENCE, make
+from engines.made import MIXED, PLANS, REFERENCE, make, original
+from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer, read_config
 from locum.checkpoints.skeleton import read_shape, skeleton
 from locum.containers.container import StandInExperts
 from locum.engines.engines import ENGINES, ask_all
 from locum.errors import CheckpointError
-from locum.plans.plan import make_plan
+from locum.experts.parts.part import PARTS
+from locum.experts.policies.policy import POLICIES
+from locum.models.sizes import shape_of
+from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
 from locum.verification.verify import agreement
+from making import foreign
 from making.broken import DAMAGES
 
 NEW = 64
@@ -145,6 +150,30 @@ def test_the_engine_as_users_start_it(tmp_path, how):
     (answer,) = serve(tmp_path, [job], VLLM_ENABLE_V1_MULTIPROCESSING="0" if how == "compiled" else "1")
     assert answer.get("error") is None
     assert answer["tokens"] == greedy(model, ids)
+
+
+def test_a_part_and_a_policy_of_another_package_are_served(tmp_path, monkeypatch):
+    """Their package is installed where the engine runs, by entry points; the engine is told nothing else."""
+    site = foreign.install(tmp_path / "site")
+    monkeypatch.syspath_prepend(site)
+    for registry in (PARTS, POLICIES):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+        monkeypatch.setattr(registry, "_offered", True)
+    ids, model = prompts("qwen3_moe"), original("qwen3_moe", torch.float32)
+    both, shape = Slot((PARTS["shift"](0.2), PARTS["low_rank"](4, "svd"))), shape_of(model)
+    layers = [
+        LayerPlan(x.name, (KEPT,) * (x.num_experts - 2) + (both,) * 2, routing=POLICIES["skip_light"](0.3))
+        for x in shape.layers
+    ]
+    apply_plan(model, make_plan(shape, layers), None)
+    model.save_pretrained(tmp_path / "made")
+    (answer,) = serve(tmp_path, [{"folder": str(tmp_path / "made"), "prompts": ids}], PYTHONPATH=str(site))
+    assert answer.get("error") is None
+    assert answer["tokens"] == greedy(model, ids)
+    (lacking,) = serve(tmp_path, [{"folder": str(tmp_path / "made"), "prompts": ids}])
+    assert "unknown routing policy 'skip_light'" in lacking["error"][1]
+    for name in [name for name in sys.modules if name.startswith("locum_foreign")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 # --- checkpoints that are broken on purpose ------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def test_an_exported_folder_needs_no_locum(tmp_path):
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4)
 
 
+@pytest.mark.journeys
 def test_a_tied_head_is_written_too(tmp_path):
     """For engines that do not tie it. transformers does, in silence, and what is written next has it once again."""
     made = written(tmp_path, mixed, tie_word_embeddings=True)

@@ -16,7 +16,8 @@ from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_text
 
 demo = importlib.import_module("locum.demonstration")
-MODELS = ["original", "lightmoe", "lightmoe recovered", "reap", "replace"]
+METHODS = ("lightmoe", "reap", "replace")
+MODELS = ["original", *(name + state for name in METHODS for state in ("", " recovered"))]
 bundled = pytest.mark.skipif(
     not (package.MODEL / "model.safetensors").is_file(), reason="the reference model is not here"
 )
@@ -55,6 +56,9 @@ def test_the_demo_finishes(stand_in, tmp_path):
     assert sorted(row["domain"] for row in original) == ["all", "code", "plays"]  # measured once in the results
     for name in MODELS[1:]:
         assert locum.inspect(out / name)["bytes"] < locum.inspect(stand_in / "model")["bytes"]
+    recoveries = [json.loads((out / f"{name} recovered" / "locum.json").read_text())["recovery"] for name in METHODS]
+    for option in ("how", "rank", "batch_size", "learning_rate", "steps", "length", "tokens", "seed"):
+        assert len({said[option] for said in recoveries}) == 1, f"methods are recovered with another {option}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "reference"]
 
 

@@ -128,6 +128,7 @@ def interrupted(patch, arguments):
     ],
     ids=["calibrate", "apply", "recover", "eval", "search", "compress", "verify"],
 )
+@pytest.mark.journeys
 def test_ctrl_c(patch, line, kept, fill, tmp_path):
     said, code = interrupted(patch, fill(line))
     name = line.split()[0]

@@ -267,7 +267,7 @@ def test_a_plan_that_evens_a_pruned_model_out_is_saved_stock(tmp_path):
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["reference", "deepseek_v3"])
+@pytest.mark.parametrize("which", [pytest.param("reference", marks=pytest.mark.journeys), "deepseek_v3"])
 def test_the_chain_of_three_stages(which, words, tmp_path):
     """search, prune, recover, calibrate, decompose, recover, measure: through files alone, sizes as promised."""
     if which == "reference":

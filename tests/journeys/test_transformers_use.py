@@ -214,6 +214,7 @@ def asked(port: int, path: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
+@pytest.mark.journeys
 def test_transformers_serve_imports_nothing(remote, model, tokenizer, tmp_path):
     pytest.importorskip("fastapi")
     port, log = free_port(), tmp_path / "log"
@@ -267,6 +268,7 @@ def likelihood(model, tokenizer, query: str, choice: str) -> float:
     return float(log_SV.gather(1, ids[1:, None])[start - 1 :].sum())
 
 
+@pytest.mark.journeys
 def test_lm_evals_own_command_imports_nothing(remote, model, tokenizer, tmp_path):
     """Its tasks by name do not import Locum, and neither does this task; it passes trust_remote_code on."""
     pytest.importorskip("lm_eval")

@@ -6,6 +6,7 @@ Letters: T tokens, K top-k, E experts, D model width, F expert width, L layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,9 +122,13 @@ def relabel(statistics: Statistics, order: list[int]) -> Statistics:
     return dataclasses.replace(statistics, layers=layers)
 
 
-def layers_of(method: Method, statistics: Statistics | None, shape: ModelShape, amount: float) -> list[LayerPlan]:
-    """What a method plans for an amount; one that reads weights gets random ones."""
+def layers_of(
+    method: Method, statistics: Statistics | None, shape: ModelShape, amount: float, order: Sequence[int] | None = None
+) -> list[LayerPlan]:
+    """What a method plans for an amount; one that reads weights gets random ones, expert order[i] as expert i."""
     weights = random_weights(shape) if method.reads_weights else None
+    if weights is not None and order is not None:
+        weights = lambda layer: lambda e: random_weights(shape)(layer)(order[e])  # noqa: E731
     return method.plan(method.score_experts(statistics, shape, weights), shape, amount)
 
 

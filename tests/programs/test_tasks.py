@@ -404,6 +404,7 @@ def test_bad_options(small, given, said, monkeypatch):
 
 
 @needs_lm_eval
+@pytest.mark.journeys
 def test_lm_evals_own_command_opens_a_compressed_checkpoint(small, tmp_path):
     """A task named by its file imports the adapter, and with it Locum, before the model is loaded."""
     for path in (FOLDER / "_multiple_choice", FOLDER / "locum_piqa.yaml"):

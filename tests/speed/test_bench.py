@@ -280,6 +280,7 @@ def test_floors_are_drawn_where_they_leave_room(compared):
     assert "original, floor" not in drawn(10**6) and "are not drawn" in drawn(10**6)
 
 
+@pytest.mark.journeys
 def test_a_model_alone_and_a_terminal(checkpoint, tmp_path):
     line = f"bench {checkpoint} --prompt 4 --new-tokens 2 --batch-sizes 1 --rounds 1 --threads 1"
     shown = command(line)
@@ -303,6 +304,7 @@ def test_a_process_that_dies_is_said_to(checkpoint, monkeypatch):
         locum.bench(checkpoint, **SHORT)
 
 
+@pytest.mark.journeys
 def test_weights_that_cannot_be_loaded_are_said_to_be_so(checkpoint, tmp_path):
     folder = write_checkpoint(tmp_path / "broken")
     config = json.loads((folder / "config.json").read_text())
@@ -316,6 +318,7 @@ def test_too_much_text_is_refused(checkpoint):
         locum.bench(checkpoint, prompt=510, new_tokens=3)
 
 
+@pytest.mark.journeys
 def test_ctrl_c_ends_every_process_and_leaves_nothing(checkpoint, tmp_path):
     line = [sys.executable, "-m", "locum", "bench", checkpoint, "--rounds", 10**6, "--out", tmp_path / "out.json"]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}

@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,24 +31,7 @@ from test_vectors import changed, routed, state
 
 SRC = Path(locum.__file__).parent
 OURS = list(WAYS)
-ways = pytest.mark.parametrize("name", [*OURS, "distilled"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def foreign(tmp_path_factory):
-    """A package with a way to recover, as an installer would leave it: a module and an entry point."""
-    folder = tmp_path_factory.mktemp("site")
-    shutil.copy(Path(__file__).parents[1] / "making" / "distilled.py", folder / "locum_distilled.py")
-    about = folder / "locum_distilled-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: locum-distilled\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[locum.ways]\ndistilled = locum_distilled\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        patch.setattr(WAYS, "_items", dict(WAYS._items))
-        patch.setattr(WAYS, "_offered", True)
-        yield folder
-    sys.modules.pop("locum_distilled", None)
+ways = pytest.mark.parametrize("name", OURS)
 
 
 @dataclasses.dataclass
@@ -222,48 +201,7 @@ def test_the_loss_is_a_sum_over_positions_with_loss(name):
     assert float(summed.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-# --- ways of other packages -----------------------------------------------------------------------------------------
-
-
-def test_the_foreign_way_learns_what_the_original_predicts():
-    case = Case()
-    losses = []
-    model, _ = case.recover(
-        how="distilled", temperature=2.0, steps=30, learning_rate=1e-2, progress=lambda *now: losses.append(now[-1])
-    )
-    assert losses[-1] < 0.5 * losses[0]
-    with pytest.raises(OptionError, match="whole original model"):
-        alone = Original(Original.of(case.original).read)
-        recover_model(model, case.plan, tiny_tokens(), None, make_recovery({**QUICK, "how": "distilled"}), alone)
-
-
-IN_A_PROCESS_OF_ITS_OWN = """
-import json, sys
-from click.testing import CliRunner
-from locum.cli import cli
-said = [CliRunner().invoke(cli, line) for line in json.loads(sys.argv[1])]
-print(json.dumps([(result.exit_code, result.output) for result in said]))
-"""
-
-
-def test_the_command_line_has_the_foreign_way(foreign, small, words, tmp_path):
-    """Options are made when the command line is imported, so this needs a new process."""
-    given = ["--how", "distilled", "--temperature", "2", "--steps", "1", "--length", "32", "--validation-tokens", "64"]
-    trained = ["recover", str(small), "--data", str(words), "--out", str(tmp_path / "out"), *given]
-    lines = json.dumps([trained, ["compress", "--recover", "distilled", "--help"], ["list", "--json"]])
-    paths = os.pathsep.join([str(foreign), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, lines],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
-    (code, said), (_, options), (_, listed) = json.loads(run.stdout)
-    assert code == 0, said
-    notes = json.loads((tmp_path / "out" / "locum.json").read_text())["recovery"]
-    assert (notes["how"], notes["temperature"], notes["steps"]) == ("distilled", 2.0, 1)
-    assert "--recover-temperature" in options and "distilled" in json.loads(listed)["ways"]
+# --- registration and options ---------------------------------------------------------------------------------------
 
 
 def test_a_way_must_not_take_the_name_of_an_option_of_every_run(monkeypatch):
@@ -284,8 +222,8 @@ def test_a_way_must_not_take_the_name_of_an_option_of_every_run(monkeypatch):
 def test_an_option_of_another_way_says_whose_it_is():
     with pytest.raises(OptionError, match="'full' has no option --rank; ways that have it: annealed, lora"):
         make_recovery({"how": "full", "rank": 4})
-    with pytest.raises(OptionError, match="'lora' has no option --recover-temperature; ways that have it: distilled"):
-        make_recovery({"how": "lora", "temperature": 4.0}, "recover_")
+    with pytest.raises(OptionError, match="'lora' has no option --recover-end-fraction; ways that have it: annealed"):
+        make_recovery({"how": "lora", "end_fraction": 0.5}, "recover_")
     with pytest.raises(OptionError, match="unknown way to recover 'anealed': did you mean 'annealed'"):
         make_recovery({"how": "anealed"})
     with pytest.raises(OptionError, match=r"unknown way to recover .*'lora'"):
@@ -299,7 +237,7 @@ def test_names_of_ways_stand_in_their_own_files_and_as_the_default():
         found[place] = re.findall(rf'"({"|".join(OURS)})"(?!:)|(\bhow\b\s*(?:==|!=|in\s*[(\[{{]))', text)
     found = {place: len(hits) for place, hits in found.items() if hits}
     own = {f"training/ways/{name}.py": 1 for name in OURS}
-    assert DEFAULT_WAY in OURS and found == {**own, "training/options.py": 1}
+    assert DEFAULT_WAY in OURS and found == {**own, "training/options.py": 1, "demonstration.py": 1}
 
 
 def test_compress_takes_the_options_of_recover(checkpoint, words, tmp_path):

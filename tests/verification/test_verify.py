@@ -99,8 +99,15 @@ def trained(words, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["adapter", "whole"])
+FEW = (("adapter", "bf16"), ("whole", "fp32"))  # the others are among the journeys
+EVERY = [
+    pytest.param(name, precision, marks=() if (name, precision) in FEW else pytest.mark.journeys)
+    for name in ("adapter", "whole")
+    for precision in ("fp32", "bf16", "fp16")
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), EVERY)
 def test_what_was_recovered_passes(name, precision, trained):
     checks = locum.verify(trained / name, engine="transformers", precision=precision, **FEW)
     assert failures(checks) == []

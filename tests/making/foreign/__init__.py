@@ -11,8 +11,8 @@ OFFERS = {
     "locum.methods": ("pairs", HERE / "pairs.py"),
     "locum.parts": ("shift", HERE / "shift.py"),
     "locum.policies": ("skip_light", HERE / "skip.py"),
-    "locum.ways": ("distilled", HERE.parent / "distilled.py"),
-    "locum.exports": ("tensor-list", HERE / "listing.py"),
+    "locum.ways": ("distilled", HERE / "distilled.py"),
+    "locum.exports": ("listing", HERE / "listing.py"),
 }
 
 

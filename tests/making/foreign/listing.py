@@ -12,9 +12,9 @@ from locum.files import write_text
 from locum.options import option
 
 
-@target("tensor-list")
+@target("listing")
 @dataclass(frozen=True)
-class TensorList:
+class Listing:
     """A text file with the names of the tensors."""
 
     kind: ClassVar[str] = "file"
