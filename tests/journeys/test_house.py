@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,28 @@ def test_imports_keep_the_order_of_the_house():
     circle = next(iter(circles({name.removesuffix(".__init__"): after for name, after in graph.items()})), [])
     print(f"circles {bool(circle):d}, upward imports {len(upward)}, private imports across files {len(private)}")
     assert (circle, upward, private) == ([], [], []), (circle, upward, private)
+
+
+HOUSE = {
+    **{"T": "tokens", "K": "top-k", "P": "pairs (token, expert)", "Q": "pairs of ", "E": "experts", "D": "model width"},
+    **{"F": "expert width", "G": "2F with a gate", "R": "rank", "N": "stacked items", "L": "layers", "V": "vocabulary"},
+    **{"B": "blocks", "S": "tokens of a block", "C": "candidates", "Z": "domains"},
+}
+
+
+def test_letters_of_shapes_mean_one_thing():
+    legends = {
+        name: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for name, path in FILES.items()
+    }
+    said = [
+        (name, letter, meaning)
+        for name, text in legends.items()
+        for letter, meaning in re.findall(r"\b([A-Z]) ([^,]+)", " ".join(text.partition("Letters: ")[2].split()))
+    ]
+    assert len(said) > 200
+    assert [x for x in said if x[1] in HOUSE and not x[2].startswith(HOUSE[x[1]].partition(",")[0])] == []
+    design = " ".join((SRC.parents[1] / "docs" / "design.md").read_text(encoding="utf-8").split())
+    assert [letter for letter, meaning in HOUSE.items() if f"`{letter}` {meaning}" not in design] == []
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

@@ -22,10 +22,11 @@ from locum.models.families import canonical_activation, find_layers, is_stock_ex
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.training.context import Context, Original
-from locum.training.layer import beta_at, open_layer, set_beta
+from locum.training.layer import open_layer, set_beta
 from locum.training.options import learning_rate_at, make_recovery
 from locum.training.recovery import count_trainable, recover_model
 from locum.training.states import STATE_FILE, forget
+from locum.training.ways.annealed import beta_at
 from making.slots import rows_of
 from making.tiny_models import tiny_ids, tiny_model
 from making.training import QUICK, Killed, compressed, light, run, tiny_tokens

@@ -5,7 +5,7 @@
 
 Both know errors only as a function of candidates; what the errors are of is the caller's business.
 
-Letters: C candidates, E experts, K sets kept per layer.
+Letters: C candidates, E experts.
 """
 
 from __future__ import annotations

@@ -159,8 +159,3 @@ def check_layout(name: str, layout: Layout, shape: LayerShape) -> None:
             layout.routing.check(f"config.json, {name}: its routing policy", shape)
         except PlanError as error:
             raise CheckpointError(f"{error}; restore the config.json that was written with the weights") from error
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -4,7 +4,7 @@ A cluster is a dense row with all the experts that use it, or one expert that ha
 cluster runs from its inputs to its outputs in one go, so that intermediate results stay in the processor's cache. The
 numbers of rows are those that were routed: nothing is padded.
 
-Letters: T tokens, M experts of a token that may run, P pairs (token, expert), S the pairs of one cluster or expert, U the
+Letters: T tokens, M experts of a token that may run, P pairs (token, expert), Q pairs of one cluster or expert, U the
 distinct tokens of a cluster, E experts, D model width, F expert width, G 2F with a gate and F without.
 """
 
@@ -61,8 +61,8 @@ class Term(NamedTuple):
     def first(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         return self._scaled(self.kind.first(self.row, inputs))
 
-    def second(self, hidden_SF: Tensor, weight_S1: Tensor) -> Tensor | None:
-        return self._scaled(self.kind.second(self.row, hidden_SF, weight_S1))
+    def second(self, hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor | None:
+        return self._scaled(self.kind.second(self.row, hidden_QF, weight_Q1))
 
     def _scaled(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.scale == 1 else x * self.scale
@@ -110,11 +110,11 @@ class Terms:
         """How far an expert's parts have come in for its old weights: all the way, where nothing is annealed."""
         return 1.0
 
-    def fades(self, members: list[Selected], weight_S1: Tensor) -> Tensor | None:
+    def fades(self, members: list[Selected], weight_Q1: Tensor) -> Tensor | None:
         """The same for every pair of a cluster's members; None where it is one for all."""
         if all(self.fade(e) == 1 for e, _ in members):
             return None
-        return torch.cat([weight_S1.new_full((at.stop - at.start, 1), self.fade(e)) for e, at in members])
+        return torch.cat([weight_Q1.new_full((at.stop - at.start, 1), self.fade(e)) for e, at in members])
 
     def base(self, row: int) -> Term | None:
         """The dense row of a cluster."""
@@ -198,28 +198,28 @@ def _add_outputs(
     row: int,
     members: list[Selected],
     routed: Routed,
-    token_S: Tensor,
-    weight_S1: Tensor,
+    token_Q: Tensor,
+    weight_Q1: Tensor,
 ) -> None:
     """What each token gets of one cluster."""
     norm = terms.container.post_expert_norm
     if norm is None:
-        _add_products(total_TD, terms, row, members, routed, token_S, weight_S1)
+        _add_products(total_TD, terms, row, members, routed, token_Q, weight_Q1)
     else:  # outputs are normed one by one, so nothing can be summed before
-        each_S = torch.arange(len(token_S), device=token_S.device)
-        out_SD = total_TD.new_zeros(len(token_S), total_TD.shape[1])
-        _add_products(out_SD, terms, row, members, routed.of(token_S), each_S, torch.ones_like(weight_S1))
-        _add(total_TD, terms, token_S, norm(out_SD.to(routed.inputs[0].dtype)) * weight_S1)
+        each_Q = torch.arange(len(token_Q), device=token_Q.device)
+        out_QD = total_TD.new_zeros(len(token_Q), total_TD.shape[1])
+        _add_products(out_QD, terms, row, members, routed.of(token_Q), each_Q, torch.ones_like(weight_Q1))
+        _add(total_TD, terms, token_Q, norm(out_QD.to(routed.inputs[0].dtype)) * weight_Q1)
     for e, at in members:
         for constant_D in terms.constants(e):
-            _add(total_TD, terms, token_S[at], weight_S1[at] * constant_D)
+            _add(total_TD, terms, token_Q[at], weight_Q1[at] * constant_D)
 
 
-def _add(total_TD: Tensor, terms: Terms, token_S: Tensor, out_SD: Tensor) -> None:
-    if terms.way is NATIVE and out_SD.dtype in native.FORMATS:
-        native.spread_(total_TD, out_SD, token_S)
+def _add(total_TD: Tensor, terms: Terms, token_Q: Tensor, out_QD: Tensor) -> None:
+    if terms.way is NATIVE and out_QD.dtype in native.FORMATS:
+        native.spread_(total_TD, out_QD, token_Q)
     else:
-        total_TD.index_add_(0, token_S, out_SD.to(total_TD.dtype))
+        total_TD.index_add_(0, token_Q, out_QD.to(total_TD.dtype))
 
 
 def _add_products(
@@ -228,64 +228,64 @@ def _add_products(
     row: int,
     members: list[Selected],
     routed: Routed,
-    token_S: Tensor,
-    weight_S1: Tensor,
+    token_Q: Tensor,
+    weight_Q1: Tensor,
 ) -> None:
     """The products of one cluster: with its dense row once per token, with what its members have of their own per pair."""
     base = terms.base(row)
     if len(members) == 1 and terms.is_compiled(base, members[0].expert, routed):
-        item_S = torch.zeros_like(token_S)
-        hidden_SF = native.gated(routed.inputs[0], base.row["gate_up_NGD"][None], weight_S1, item_S, token_S)
+        item_Q = torch.zeros_like(token_Q)
+        hidden_QF = native.gated(routed.inputs[0], base.row["gate_up_NGD"][None], weight_Q1, item_Q, token_Q)
         if routed.down_TF is not None:
-            hidden_SF = modulate(hidden_SF, routed.down_TF[token_S])
-        return native.scatter_(total_TD, hidden_SF, base.row["down_NDF"][None], item_S, token_S)
-    each_S = torch.arange(len(token_S), device=token_S.device)
+            hidden_QF = modulate(hidden_QF, routed.down_TF[token_Q])
+        return native.scatter_(total_TD, hidden_QF, base.row["down_NDF"][None], item_Q, token_Q)
+    each_Q = torch.arange(len(token_Q), device=token_Q.device)
     grouped = terms.grouped(members) if base is not None and terms.way is not None else []
     own = {e: terms.own(e, grouped=bool(grouped)) for e, _ in members}
     own = {e: [term for term in found if term.kind.changes_weights] for e, found in own.items()}
     if base is None and not any(own.values()):
         return
-    pre_SG: Tensor | None = None
+    pre_QG: Tensor | None = None
     if base is not None:
-        token_U, unit_S, fade_S1 = token_S, None, terms.fades(members, weight_S1)
+        token_U, unit_Q, fade_Q1 = token_Q, None, terms.fades(members, weight_Q1)
         if len(members) > 1:
-            token_U, unit_S = torch.unique(token_S, return_inverse=True)
+            token_U, unit_Q = torch.unique(token_Q, return_inverse=True)
         pre_UG = base.first(tuple(x_TD.index_select(0, token_U) for x_TD in routed.inputs))
-        pre_SG = faded(pre_UG if unit_S is None else pre_UG.index_select(0, unit_S), fade_S1)
-    for kind, stack, row_S in grouped:
-        kind.add_first(terms.way, pre_SG, routed.inputs, token_S, stack, row_S, each_S)
+        pre_QG = faded(pre_UG if unit_Q is None else pre_UG.index_select(0, unit_Q), fade_Q1)
+    for kind, stack, row_Q in grouped:
+        kind.add_first(terms.way, pre_QG, routed.inputs, token_Q, stack, row_Q, each_Q)
     if any(own.values()):
-        pre_SG = _with_own(pre_SG, own, members, tuple(x_TD.index_select(0, token_S) for x_TD in routed.inputs))
-    hidden_SF = terms.container.hidden(pre_SG, weight_S1, terms.way is NATIVE)
+        pre_QG = _with_own(pre_QG, own, members, tuple(x_TD.index_select(0, token_Q) for x_TD in routed.inputs))
+    hidden_QF = terms.container.hidden(pre_QG, weight_Q1, terms.way is NATIVE)
     if routed.down_TF is not None:
-        hidden_SF = modulate(hidden_SF, routed.down_TF[token_S])
-    for kind, stack, row_S in grouped:
-        kind.add_second(terms.way, total_TD, hidden_SF, token_S, stack, row_S, each_S)
+        hidden_QF = modulate(hidden_QF, routed.down_TF[token_Q])
+    for kind, stack, row_Q in grouped:
+        kind.add_second(terms.way, total_TD, hidden_QF, token_Q, stack, row_Q, each_Q)
     for e, at in members:
         for term in own[e]:
-            if (out_SD := term.second(hidden_SF[at], weight_S1[at])) is not None:
-                _add(total_TD, terms, token_S[at], out_SD)
+            if (out_QD := term.second(hidden_QF[at], weight_Q1[at])) is not None:
+                _add(total_TD, terms, token_Q[at], out_QD)
     if base is not None:
-        hidden_SF, weight_S1 = faded(hidden_SF, fade_S1), faded(weight_S1, fade_S1)
-        if unit_S is not None:
-            hidden_SF, weight_S1 = (
-                x.new_zeros(len(token_U), x.shape[1]).index_add_(0, unit_S, x) for x in (hidden_SF, weight_S1)
+        hidden_QF, weight_Q1 = faded(hidden_QF, fade_Q1), faded(weight_Q1, fade_Q1)
+        if unit_Q is not None:
+            hidden_QF, weight_Q1 = (
+                x.new_zeros(len(token_U), x.shape[1]).index_add_(0, unit_Q, x) for x in (hidden_QF, weight_Q1)
             )
-        _add(total_TD, terms, token_U, base.second(hidden_SF, weight_S1))
+        _add(total_TD, terms, token_U, base.second(hidden_QF, weight_Q1))
 
 
 def _with_own(
-    pre_SG: Tensor | None, own: Mapping[int, list[Term]], members: list[Selected], inputs: tuple[Tensor, ...]
+    pre_QG: Tensor | None, own: Mapping[int, list[Term]], members: list[Selected], inputs: tuple[Tensor, ...]
 ) -> Tensor:
-    """First products [S, G] with what each member's own terms add."""
+    """First products [Q, G] with what each member's own terms add."""
     rows = []
     for e, at in members:
-        whole = [] if pre_SG is None else [pre_SG[at]]
-        more = [term.first(tuple(x_SD[at] for x_SD in inputs)) for term in own[e]]
+        whole = [] if pre_QG is None else [pre_QG[at]]
+        more = [term.first(tuple(x_QD[at] for x_QD in inputs)) for term in own[e]]
         there = [*whole, *(x for x in more if x is not None)]
         rows.append(functools.reduce(torch.add, there))
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def faded(x: Tensor, fade_S1: Tensor | None) -> Tensor:
-    return x if fade_S1 is None else x * fade_S1.to(x.dtype)
+def faded(x: Tensor, fade_Q1: Tensor | None) -> Tensor:
+    return x if fade_Q1 is None else x * fade_Q1.to(x.dtype)

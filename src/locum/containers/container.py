@@ -13,7 +13,7 @@ what was routed (here), and cluster by cluster (clusters.py), which every kind o
 Where a layer has a routing policy (experts/policies/), the policy first picks the experts that run and their inputs, which
 all experts of a token share. An index of -1 is an expert that does not run.
 
-Letters: T tokens, K top-k, M experts that may run, P selected (token, expert) pairs, E experts, N stacked items, D model
+Letters: T tokens, K top-k, M experts that may run, P pairs (token, expert), E experts, N stacked items, D model
 width, F expert width, G 2F with a gate and F without, X what the table holds of each expert.
 """
 

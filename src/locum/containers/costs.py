@@ -1,6 +1,6 @@
 """What one layer's container must read and compute for the tokens at hand: numbers and operations.
 
-Letters: T tokens, K top-k, M experts that may run, P selected (token, expert) pairs.
+Letters: T tokens, K top-k, M experts that may run, P pairs (token, expert).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The layout is what `config.json` carries for every layer that the stock model cannot hold; with it alone the module
 can be built before any weight is read. A stack holds the tensors of one kind of part (experts/parts/) side by side.
 
-Letters: E surviving experts, N stacked items, R rank.
+Letters: E experts (that survive), N stacked items, R rank.
 """
 
 from __future__ import annotations

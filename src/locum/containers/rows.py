@@ -1,6 +1,6 @@
 """Rows of a container as whole weights again: what conversion, export and training read.
 
-Letters: D model width, F expert width, N stacked rows.
+Letters: D model width, F expert width, N stacked items.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ JOBS is a JSON list of objects: "folder" (a GGUF file for llamacpp), "adapter" (
 (further arguments of the engine). ANSWERS becomes a list of as many:
 
     version    of the engine
-    values     name of a .npy file beside ANSWERS: float32 [B, S, V] logits, or log-probabilities [B, S, N] of "ids"
-    ids        name of a .npy file [B, S, N]: the tokens that `values` are of, the likeliest first; not there where they are
+    values     name of a .npy file beside ANSWERS: float32 [B, S, V] logits, or log-probabilities [B, S, J] of "ids"
+    ids        name of a .npy file [B, S, J]: the tokens that `values` are of, the likeliest first; not there where they are
                of the vocabulary
     tokens     [B][new_tokens] greedy continuations, which no end of text stops
     keys       what the engine says of tensors that are missing, unexpected or of another shape
@@ -17,7 +17,7 @@ JOBS is a JSON list of objects: "folder" (a GGUF file for llamacpp), "adapter" (
 
 or {"error": [type, message]}. Nothing of Locum is imported unless a job says so: a stock checkpoint must do without.
 
-Letters: B prompts, S positions, V vocabulary, N likeliest tokens.
+Letters: B blocks (here prompts), S tokens of a block, V vocabulary, J likeliest tokens.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ def in_vllm(job: dict[str, Any], out: Path) -> dict[str, Any]:
     settings = {"temperature": 0, "ignore_eos": True, "detokenize": False}
     asked = vllm.SamplingParams(max_tokens=job["new_tokens"], prompt_logprobs=LIKELIEST, logprobs=LIKELIEST, **settings)
     outputs = engine.generate([{"prompt_token_ids": row} for row in job["prompts"]], asked)
-    values_BSN = np.zeros((len(outputs), length, LIKELIEST), dtype=np.float32)
-    ids_BSN = np.zeros(values_BSN.shape, dtype=np.int64)
+    values_BSJ = np.zeros((len(outputs), length, LIKELIEST), dtype=np.float32)
+    ids_BSJ = np.zeros(values_BSJ.shape, dtype=np.int64)
     for b, output in enumerate(outputs):
         for s, step in enumerate([*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]):
             best = sorted(step, key=lambda token: step[token].rank)[:LIKELIEST]
-            ids_BSN[b, s] = best
-            values_BSN[b, s] = [step[token].logprob for token in best]
-    np.save(out / "values.npy", values_BSN)
-    np.save(out / "ids.npy", ids_BSN)
+            ids_BSJ[b, s] = best
+            values_BSJ[b, s] = [step[token].logprob for token in best]
+    np.save(out / "values.npy", values_BSJ)
+    np.save(out / "ids.npy", ids_BSJ)
     said = {"version": vllm.__version__, "values": "values.npy", "ids": "ids.npy", "keys": {}}
     said["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
     if not vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING:

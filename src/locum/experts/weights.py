@@ -1,6 +1,6 @@
 """One expert's weights in one orientation, and arithmetic on them: means, permutations, alignment.
 
-Letters: D model width, F expert width, G first product's width (2F with a gate).
+Letters: D model width, F expert width, G 2F with a gate and F without.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ vLLM has one number of experts for all layers, so one that was dropped has to co
 router selects by scores and a bias, the bias keeps it from ever being selected, and the layer is truly pruned; gates are
 made of scores without it. Survivors of a layer come first, in each group of a router that has groups.
 
-Letters: T tokens, K top-k, E experts of the file, N experts of the checkpoint, D model width.
+Letters: T tokens, K top-k, E experts, D model width.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Pairs with item -1 are left out. Nothing here asks the device what was routed, s
 can be captured, and torch.compile sees no break. Tokens ascend. `choose` says which way serves; LOOP stands for none of
 these: the container then goes through its clusters one by one (clusters.py), with shapes that depend on what was routed.
 
-Letters: P pairs, X rows of x, U units, T tokens, N items, O outputs and I inputs of an item.
+Letters: P pairs (token, expert), X rows of x, U units, T tokens, N stacked items, O outputs and I inputs of an item.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ matrix first and need two to three times that; these read it once, straight from
 Nothing needs them: without a compiler, or on another processor, torch's own kernels serve.
 
 The library is kept in the user's cache under a name made of source, flags and compiler, so it is compiled once per
-machine. Letters: P pairs, X rows of x, N items, O outputs, I inputs.
+machine. Letters: P pairs (token, expert), X rows of x, N stacked items, O outputs, I inputs.
 """
 
 from __future__ import annotations

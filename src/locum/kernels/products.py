@@ -3,7 +3,7 @@
     add(y, x, weight, item, token)       y[p]        += weight[item[p]] x[token[p]]
     scatter(y, x, weight, item, token)   y[token[p]] += weight[item[p]] x[p]
 
-Letters: P pairs, N items.
+Letters: P pairs (token, expert), N stacked items.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ Rows of x are gathered as they are loaded, a unit's product is added to all of i
 `scatter` writes products down and adds them up token by token, always in the same order: no atomic additions, so the same
 call gives the same bits. For that, tokens must ascend, as they do in the container.
 
-Letters: P pairs, X rows of x, T tokens, N items, O outputs and I inputs of an item, M rows of a block; in a kernel S is a
-stretch of any of these, and `x_row`, `x_column` and the like are strides, in numbers.
+Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs and I inputs of an item, M rows of a
+block, Y places in a stretch. In a kernel a letter is a stretch of its axis, and `x_row`, `x_column` and the like are
+strides, in numbers.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _multiply(
     x_column,
     is_M,
     weight,
-    output_S,
+    output_O,
     w_output,
     w_input,
     outputs,
@@ -172,26 +173,26 @@ def _multiply(
     WIDEN: tl.constexpr,
 ):
     """Rows of x, each from its own address, times some outputs of one matrix; sums in float32."""
-    input_S = tl.arange(0, INPUTS)
-    x_MS = x_M[:, None] + input_S[None, :] * x_column
-    weight_SS = weight + output_S[:, None] * w_output + input_S[None, :] * w_input
-    sum_MS = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    input_I = tl.arange(0, INPUTS)
+    x_MI = x_M[:, None] + input_I[None, :] * x_column
+    weight_OI = weight + output_O[:, None] * w_output + input_I[None, :] * w_input
+    sum_MO = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for i in range(0, inputs, INPUTS):
-        is_S = i + input_S < inputs
-        a_MS = tl.load(x_MS + i * x_column, mask=is_M[:, None] & is_S[None, :], other=0.0)
-        b_SS = tl.load(weight_SS + i * w_input, mask=(output_S < outputs)[:, None] & is_S[None, :], other=0.0)
+        is_I = i + input_I < inputs
+        a_MI = tl.load(x_MI + i * x_column, mask=is_M[:, None] & is_I[None, :], other=0.0)
+        b_OI = tl.load(weight_OI + i * w_input, mask=(output_O < outputs)[:, None] & is_I[None, :], other=0.0)
         if WIDEN:
-            a_MS = a_MS.to(tl.float32)
-            b_SS = b_SS.to(tl.float32)
-        sum_MS = tl.dot(a_MS, tl.trans(b_SS), sum_MS, input_precision="ieee")
-    return sum_MS
+            a_MI = a_MI.to(tl.float32)
+            b_OI = b_OI.to(tl.float32)
+        sum_MO = tl.dot(a_MI, tl.trans(b_OI), sum_MO, input_precision="ieee")
+    return sum_MO
 
 
 @triton.jit
-def _put(y_MS, sum_MS, is_MS, ADDS: tl.constexpr):
+def _put(y_MO, sum_MO, is_MO, ADDS: tl.constexpr):
     if ADDS:
-        sum_MS += tl.load(y_MS, mask=is_MS, other=0.0).to(tl.float32)
-    tl.store(y_MS, sum_MS.to(y_MS.dtype.element_ty), mask=is_MS)
+        sum_MO += tl.load(y_MO, mask=is_MO, other=0.0).to(tl.float32)
+    tl.store(y_MO, sum_MO.to(y_MO.dtype.element_ty), mask=is_MO)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -230,13 +231,13 @@ def _few(
     is_M = tl.max(is_MP.to(tl.int32), 1) == 1
     pair_M = tl.sum(tl.where(is_MP, pair_P[None, :], 0), 1).to(tl.int64)
     row_M = tl.load(token + pair_M, mask=is_M, other=0) if ADDS else pair_M
-    output_S = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    sum_MS = _multiply(
+    output_O = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    sum_MO = _multiply(
         x + row_M * x_row,
         x_column,
         is_M,
         weight + own * w_item,
-        output_S,
+        output_O,
         w_output,
         w_input,
         outputs,
@@ -246,8 +247,8 @@ def _few(
         INPUTS,
         WIDEN,
     )
-    y_MS = y + pair_M[:, None] * y_row + output_S[None, :] * y_column
-    _put(y_MS, sum_MS, is_M[:, None] & (output_S < outputs)[None, :], ADDS)
+    y_MO = y + pair_M[:, None] * y_row + output_O[None, :] * y_column
+    _put(y_MO, sum_MO, is_M[:, None] & (output_O < outputs)[None, :], ADDS)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -256,15 +257,15 @@ def _sort(item, order, end, pairs, STRETCH: tl.constexpr):
     own = tl.program_id(0)
     at = 0
     for p in range(0, pairs, STRETCH):
-        pair_S = p + tl.arange(0, STRETCH)
-        item_S = tl.load(item + pair_S, mask=pair_S < pairs, other=-1)
-        at += tl.sum(((item_S >= 0) & (item_S < own)).to(tl.int32), 0)
+        pair_Y = p + tl.arange(0, STRETCH)
+        item_Y = tl.load(item + pair_Y, mask=pair_Y < pairs, other=-1)
+        at += tl.sum(((item_Y >= 0) & (item_Y < own)).to(tl.int32), 0)
     for p in range(0, pairs, STRETCH):
-        pair_S = p + tl.arange(0, STRETCH)
-        is_S = tl.load(item + pair_S, mask=pair_S < pairs, other=-1) == own
-        place_S = at - 1 + tl.cumsum(is_S.to(tl.int32), 0)
-        tl.store(order + place_S, pair_S, mask=is_S)
-        at += tl.sum(is_S.to(tl.int32), 0)
+        pair_Y = p + tl.arange(0, STRETCH)
+        is_I = tl.load(item + pair_Y, mask=pair_Y < pairs, other=-1) == own
+        place_Y = at - 1 + tl.cumsum(is_I.to(tl.int32), 0)
+        tl.store(order + place_Y, pair_Y, mask=is_I)
+        at += tl.sum(is_I.to(tl.int32), 0)
     tl.store(end + own, at)
 
 
@@ -276,16 +277,16 @@ def _find_units(token, order, end, units, first, unit, STRETCH: tl.constexpr):
     stop = tl.load(end + own)
     at = start
     for p in range(start, stop, STRETCH):
-        place_S = p + tl.arange(0, STRETCH)
-        is_S = place_S < stop
-        pair_S = tl.load(order + place_S, mask=is_S, other=0)
-        last_S = tl.load(order + place_S - 1, mask=is_S & (place_S > start), other=0)
-        changes_S = tl.load(token + pair_S, mask=is_S, other=0) != tl.load(token + last_S, mask=is_S, other=0)
-        fresh_S = is_S & ((place_S == start) | changes_S)
-        unit_S = at - 1 + tl.cumsum(fresh_S.to(tl.int32), 0)
-        tl.store(first + unit_S, place_S, mask=fresh_S)
-        tl.store(unit + pair_S, tl.where(fresh_S, unit_S, -1), mask=is_S)
-        at += tl.sum(fresh_S.to(tl.int32), 0)
+        place_Y = p + tl.arange(0, STRETCH)
+        is_I = place_Y < stop
+        pair_Y = tl.load(order + place_Y, mask=is_I, other=0)
+        last_Y = tl.load(order + place_Y - 1, mask=is_I & (place_Y > start), other=0)
+        changes_Y = tl.load(token + pair_Y, mask=is_I, other=0) != tl.load(token + last_Y, mask=is_I, other=0)
+        fresh_Y = is_I & ((place_Y == start) | changes_Y)
+        unit_Y = at - 1 + tl.cumsum(fresh_Y.to(tl.int32), 0)
+        tl.store(first + unit_Y, place_Y, mask=fresh_Y)
+        tl.store(unit + pair_Y, tl.where(fresh_Y, unit_Y, -1), mask=is_I)
+        at += tl.sum(fresh_Y.to(tl.int32), 0)
     tl.store(first + at, stop)  # the next item may store the same number there
     tl.store(units + own, at - start)
 
@@ -332,13 +333,13 @@ def _many(
     row_M = unit_M.to(tl.int64)
     if ADDS:
         row_M = tl.load(token + tl.load(order + place_M, mask=is_M, other=0), mask=is_M, other=0)
-    output_S = column * OUTPUTS + tl.arange(0, OUTPUTS)
-    sum_MS = _multiply(
+    output_O = column * OUTPUTS + tl.arange(0, OUTPUTS)
+    sum_MO = _multiply(
         x + row_M * x_row,
         x_column,
         is_M,
         weight + own.to(tl.int64) * w_item,
-        output_S,
+        output_O,
         w_output,
         w_input,
         outputs,
@@ -348,15 +349,15 @@ def _many(
         INPUTS,
         WIDEN,
     )
-    y_S, is_S = y + output_S * y_column, output_S < outputs
+    y_Y, is_I = y + output_O * y_column, output_O < outputs
     if ADDS:
         times_M = tl.load(first + unit_M + 1, mask=is_M, other=0) - place_M
         for again in range(0, tl.max(times_M, 0)):
             is_M = again < times_M
             pair_M = tl.load(order + place_M + again, mask=is_M, other=0).to(tl.int64)
-            _put(y_S[None, :] + pair_M[:, None] * y_row, sum_MS, is_M[:, None] & is_S[None, :], True)
+            _put(y_Y[None, :] + pair_M[:, None] * y_row, sum_MO, is_M[:, None] & is_I[None, :], True)
     else:
-        _put(y_S[None, :] + row_M[:, None] * y_row, sum_MS, is_M[:, None] & is_S[None, :], False)
+        _put(y_Y[None, :] + row_M[:, None] * y_row, sum_MO, is_M[:, None] & is_I[None, :], False)
 
 
 @triton.jit
@@ -366,14 +367,14 @@ def _sum_units(total, x, item, order, first, unit, inputs, x_row, x_column, STRE
     own = tl.load(unit + pair, mask=tl.load(item + pair) >= 0, other=-1)
     if own < 0:
         return
-    input_S = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
-    is_S = input_S < inputs
-    sum_S = tl.zeros([STRETCH], tl.float32)
+    input_I = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    is_I = input_I < inputs
+    sum_Y = tl.zeros([STRETCH], tl.float32)
     for place in range(tl.load(first + own), tl.load(first + own + 1)):
         row = tl.load(order + place).to(tl.int64) * x_row
-        sum_S += tl.load(x + row + input_S * x_column, mask=is_S, other=0.0).to(tl.float32)
-    to_S = total + own.to(tl.int64) * inputs + input_S
-    tl.store(to_S, sum_S.to(total.dtype.element_ty), mask=is_S)
+        sum_Y += tl.load(x + row + input_I * x_column, mask=is_I, other=0.0).to(tl.float32)
+    to_Y = total + own.to(tl.int64) * inputs + input_I
+    tl.store(to_Y, sum_Y.to(total.dtype.element_ty), mask=is_I)
 
 
 @triton.jit
@@ -393,16 +394,16 @@ def _sum_tokens(
 ):
     """y[t] += the products of token t: those of its pairs (FEW), or of the units that begin with them."""
     own = tl.program_id(0)
-    output_S = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
-    is_S = output_S < outputs
-    sum_S = tl.zeros([STRETCH], tl.float32)
+    output_O = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    is_I = output_O < outputs
+    sum_Y = tl.zeros([STRETCH], tl.float32)
     for pair in range(_first_pair(token, own, pairs, steps), _first_pair(token, own + 1, pairs, steps)):
         is_row = tl.load(item + pair) >= 0
         row = pair
         if not FEW:
             row = tl.load(unit + pair, mask=is_row, other=-1)
             is_row = row >= 0
-        from_S = product + tl.cast(row, tl.int64) * outputs + output_S
-        sum_S += tl.load(from_S, mask=is_S & is_row, other=0.0).to(tl.float32)
-    y_S = y + own.to(tl.int64) * y_row + output_S * y_column
-    tl.store(y_S, tl.load(y_S, mask=is_S, other=0.0) + sum_S, mask=is_S)
+        from_Y = product + tl.cast(row, tl.int64) * outputs + output_O
+        sum_Y += tl.load(from_Y, mask=is_I & is_row, other=0.0).to(tl.float32)
+    y_Y = y + own.to(tl.int64) * y_row + output_O * y_column
+    tl.store(y_Y, tl.load(y_Y, mask=is_I, other=0.0) + sum_Y, mask=is_I)

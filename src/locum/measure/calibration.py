@@ -9,8 +9,8 @@ is a class in stats/events.py, a watcher, and the statistics that read it.
 
 Blocks are taken domain by domain, so a batch belongs to one domain. `order_B` is that order; `next_block` counts in it.
 
-Letters: B blocks, S tokens of a block, T = B*S tokens of a batch, K top-k, P = T*K selected (token, expert) pairs, C those
-of a few experts, E experts, D model width, F expert width, G 2F with a gate and F without.
+Letters: B blocks, S tokens of a block, T tokens of a batch, K top-k, P pairs (token, expert), Q pairs of a few experts,
+E experts, D model width, F expert width, G 2F with a gate and F without.
 """
 
 from __future__ import annotations

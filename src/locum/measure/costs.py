@@ -4,8 +4,8 @@ Counted from the plan's layouts and from what really runs: hooks see which exper
 that several tokens share is read once. Operations are those of products with weights, two for each multiplication.
 Left out are activations, the cache of keys and values and the products with it, so what is counted is the least.
 
-Letters: T tokens, K top-k, M main experts, P selected (token, expert) pairs, E experts, N stacked items, V what an
-expert's vectors hold.
+Letters: T tokens, K top-k, M main experts, P pairs (token, expert), E experts, N stacked items, V vocabulary, but
+in `offsets_NV`, a name in files, what one expert stores.
 """
 
 from __future__ import annotations

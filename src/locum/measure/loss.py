@@ -149,14 +149,14 @@ def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> to
     previous = body.__dict__.get("forward")  # accelerate puts its own forward there
     body.forward = lambda *args, **kwargs: part
     try:
-        logits_BCV = model(input_ids=ids_BS[:, stretch].to(model.device), use_cache=False).logits
+        logits_BWV = model(input_ids=ids_BS[:, stretch].to(model.device), use_cache=False).logits
     finally:
         del body.forward
         if previous is not None:
             body.forward = previous
-    if logits_BCV.shape[1] != part.last_hidden_state.shape[1]:
+    if logits_BWV.shape[1] != part.last_hidden_state.shape[1]:
         raise UnsupportedModel(f"{type(model).__name__} does not call its {model.base_model_prefix!r}; it has no body")
-    return logits_BCV.float()
+    return logits_BWV.float()
 
 
 def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
@@ -169,37 +169,37 @@ def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
     for first in range(0, length - 1, step):
         stretch = slice(first, min(first + step, length - 1))
         predicted = slice(stretch.start + 1, stretch.stop + 1)
-        mask_BC = batch.loss_mask_BS[:, predicted]
-        if not mask_BC.any():
+        mask_BW = batch.loss_mask_BS[:, predicted]
+        if not mask_BW.any():
             continue
-        target_N = batch.ids_BS[:, predicted][mask_BC]
-        log_p_NV = _log_probabilities(inner, output, batch, stretch, mask_BC)
-        log_o_NV = None
+        target_M = batch.ids_BS[:, predicted][mask_BW]
+        log_p_MV = _log_probabilities(inner, output, batch, stretch, mask_BW)
+        log_o_MV = None
         if original is not None:
-            log_o_NV = _log_probabilities(original, original_output, batch, stretch, mask_BC).to(log_p_NV.device)
-        values_NQ = _token_values(log_p_NV, log_o_NV, target_N.to(log_p_NV.device)).double().cpu()
-        values_NQ[:, SUMS.index("bytes")] = batch.bytes_BS[:, predicted][mask_BC].double()
-        block_N = torch.nonzero(mask_BC)[:, 0]
-        sums_BQ.index_add_(0, block_N, values_NQ)
+            log_o_MV = _log_probabilities(original, original_output, batch, stretch, mask_BW).to(log_p_MV.device)
+        values_MQ = _token_values(log_p_MV, log_o_MV, target_M.to(log_p_MV.device)).double().cpu()
+        values_MQ[:, SUMS.index("bytes")] = batch.bytes_BS[:, predicted][mask_BW].double()
+        block_M = torch.nonzero(mask_BW)[:, 0]
+        sums_BQ.index_add_(0, block_M, values_MQ)
     return sums_BQ
 
 
-def _log_probabilities(model: Any, output: Any, batch: Batch, stretch: slice, mask_BC: torch.Tensor) -> torch.Tensor:
-    logits_BCV = _logits(model, output, batch.ids_BS, stretch)
-    return logits_BCV[mask_BC.to(logits_BCV.device)].log_softmax(-1)
+def _log_probabilities(model: Any, output: Any, batch: Batch, stretch: slice, mask_BW: torch.Tensor) -> torch.Tensor:
+    logits_BWV = _logits(model, output, batch.ids_BS, stretch)
+    return logits_BWV[mask_BW.to(logits_BWV.device)].log_softmax(-1)
 
 
-def _token_values(log_p_NV: torch.Tensor, log_o_NV: torch.Tensor | None, target_N: torch.Tensor) -> torch.Tensor:
-    """What each predicted token adds to the sums [N, Q]; bytes are left to the caller."""
-    nats_N = -log_p_NV.gather(1, target_N[:, None])[:, 0]
-    zeros_N = torch.zeros_like(nats_N)
-    if log_o_NV is None:
-        return torch.stack([nats_N, zeros_N + 1, zeros_N, zeros_N, zeros_N, zeros_N], 1)
-    original_N = -log_o_NV.gather(1, target_N[:, None])[:, 0]
+def _token_values(log_p_MV: torch.Tensor, log_o_MV: torch.Tensor | None, target_M: torch.Tensor) -> torch.Tensor:
+    """What each predicted token adds to the sums [M, 6]; bytes are left to the caller."""
+    nats_M = -log_p_MV.gather(1, target_M[:, None])[:, 0]
+    zeros_M = torch.zeros_like(nats_M)
+    if log_o_MV is None:
+        return torch.stack([nats_M, zeros_M + 1, zeros_M, zeros_M, zeros_M, zeros_M], 1)
+    original_M = -log_o_MV.gather(1, target_M[:, None])[:, 0]
     # A token that both rule out (log 0 twice) adds nothing; one that the model alone rules out adds infinity.
-    terms_NV = torch.where(log_o_NV == -math.inf, 0.0, log_o_NV.exp() * (log_o_NV - log_p_NV))
-    agreed_N = (log_p_NV.argmax(-1) == log_o_NV.argmax(-1)).to(nats_N.dtype)
-    return torch.stack([nats_N, zeros_N + 1, zeros_N, original_N, terms_NV.sum(-1).clamp_min(0), agreed_N], 1)
+    terms_MV = torch.where(log_o_MV == -math.inf, 0.0, log_o_MV.exp() * (log_o_MV - log_p_MV))
+    agreed_M = (log_p_MV.argmax(-1) == log_o_MV.argmax(-1)).to(nats_M.dtype)
+    return torch.stack([nats_M, zeros_M + 1, zeros_M, original_M, terms_MV.sum(-1).clamp_min(0), agreed_M], 1)
 
 
 # values and intervals

@@ -3,7 +3,7 @@
 A search asks the same questions in the same order whenever its options are the same. What was answered before the
 interruption then comes from the file, at once and to the bit.
 
-Letters: C candidates, E experts, N answers.
+Letters: C candidates, E experts, A answers.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class RememberedAnswers:
         """Write what is known, if there is something new and a place for it."""
         if self.path is not None and len(self.known) > self.saved:
             keys = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).view(-1, KEY_BYTES)
-            values_N = torch.tensor(list(self.known.values()), dtype=torch.float64)
+            values_A = torch.tensor(list(self.known.values()), dtype=torch.float64)
             with whole(self.path) as scratch:
-                save_file({"keys": keys, "values": values_N}, scratch, {"identity": self.identity})
+                save_file({"keys": keys, "values": values_A}, scratch, {"identity": self.identity})
             self.saved = len(self.known)
         self.saved_at = time.monotonic()
 

@@ -15,7 +15,7 @@ Memory: 8 T E^2 bytes for a cached layer (64 MiB for 64 experts and 2,048 tokens
 into `CACHE_BYTES` but one at least; and the hidden state before every decoder layer (`replay.py`).
 
 Letters: C candidates, T tokens of the sample, E experts, K top-k, M experts at the head of a token's order, D model
-width, B blocks, S tokens of a block, P pairs of a token and an expert.
+width, B blocks, S tokens of a block, P pairs (token, expert).
 """
 
 from __future__ import annotations

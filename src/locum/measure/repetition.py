@@ -3,7 +3,7 @@
 A generation ends in a loop when its last tokens are one n-gram again and again: the last max(4 n, 16) tokens have period
 n, for some n up to 32. Text that the model ended itself does not end in a loop.
 
-Letters: B generations, S positions.
+Letters: B blocks (here generations), S tokens of a block.
 """
 
 from __future__ import annotations

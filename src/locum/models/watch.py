@@ -1,6 +1,6 @@
 """Running a live model's experts under observation, and leaving everything as it was.
 
-Letters: T tokens, K top-k, P selected (token, expert) pairs sorted by expert, C pairs of some experts, E experts, D model
+Letters: T tokens, K top-k, P pairs (token, expert) sorted by expert, Q pairs of some experts, E experts, D model
 width, F expert width.
 """
 
@@ -58,17 +58,17 @@ def run_experts(
     for some in _some_experts(counts, room):
         pairs = slice(start, start + sum(counts[some]))
         start = pairs.stop
-        in_CD = x_TD[token_P[pairs]]
-        pre_CG = _project(
-            experts, "gate_up_proj" if experts.has_gate else "up_proj", in_CD, expert_P[pairs], some, counts
+        in_QD = x_TD[token_P[pairs]]
+        pre_QG = _project(
+            experts, "gate_up_proj" if experts.has_gate else "up_proj", in_QD, expert_P[pairs], some, counts
         )
-        hidden_CF = experts._apply_gate(pre_CG) if experts.has_gate else experts.act_fn(pre_CG)
-        out_CD = _project(experts, "down_proj", hidden_CF, expert_P[pairs], some, counts)
+        hidden_QF = experts._apply_gate(pre_QG) if experts.has_gate else experts.act_fn(pre_QG)
+        out_QD = _project(experts, "down_proj", hidden_QF, expert_P[pairs], some, counts)
         if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.23
-            out_CD = experts.post_expert_norm(out_CD)
-        out_PD[pairs] = out_CD
+            out_QD = experts.post_expert_norm(out_QD)
+        out_PD[pairs] = out_QD
         if inside:
-            seen.append((in_CD, hidden_CF))
+            seen.append((in_QD, hidden_QF))
     in_PD, hidden_PF = map(torch.cat, zip(*seen, strict=True)) if seen else (None, None)
     y_TD = _weighted_sum(out_PD, gate_TK, order_P).to(x_TD.dtype)
     return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF), token_P
@@ -86,12 +86,12 @@ def _some_experts(counts: tuple[int, ...], room: int) -> Iterator[slice]:
 
 
 def _project(
-    experts: nn.Module, name: str, x_CI: Tensor, expert_C: Tensor, some: slice, counts: tuple[int, ...]
+    experts: nn.Module, name: str, x_QI: Tensor, expert_Q: Tensor, some: slice, counts: tuple[int, ...]
 ) -> Tensor:
     weight = getattr(experts, name)[some]
     weight_EOI = weight.mT if experts.is_transposed else weight
-    out_CO = grouped_linear(x_CI.to(weight.dtype), weight_EOI, list(counts[some]))
-    return out_CO.add_(getattr(experts, name + "_bias")[expert_C]) if experts.has_bias else out_CO
+    out_QO = grouped_linear(x_QI.to(weight.dtype), weight_EOI, list(counts[some]))
+    return out_QO.add_(getattr(experts, name + "_bias")[expert_Q]) if experts.has_bias else out_QO
 
 
 def _weighted_sum(out_PD: Tensor, gate_TK: Tensor, order_P: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Colours are classes of the page (report_page.py). Cells of one colour are drawn as one path, which keeps the page of a
 model with thousands of experts small; details are in the tooltips of whole columns.
 
-Letters: E experts, C domains.
+Letters: E experts, Z domains.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def use_level(share: float, experts: int) -> int:
 
 
 def use_block(
-    layer: str, domains: Sequence[str], count_CE: Sequence[Sequence[float]], gate_CE: Sequence[Sequence[float]] | None
+    layer: str, domains: Sequence[str], count_ZE: Sequence[Sequence[float]], gate_ZE: Sequence[Sequence[float]] | None
 ) -> str:
     """One layer: a row per domain, a column per expert, the most used first; colour is the share of selections."""
-    experts = len(count_CE[0])
-    share_CE = [[n / (sum(row) or 1) for n in row] for row in count_CE]
-    total_E = [sum(row[e] for row in count_CE) for e in range(experts)]
+    experts = len(count_ZE[0])
+    share_ZE = [[n / (sum(row) or 1) for n in row] for row in count_ZE]
+    total_E = [sum(row[e] for row in count_ZE) for e in range(experts)]
     order = sorted(range(experts), key=lambda e: (-total_E[e], e))
     left = min(18, max(map(len, domains))) * CHARACTER + 12
     wide, tall, top = (VIEW_WIDTH - left) / experts, 13, 20
@@ -58,13 +58,13 @@ def use_block(
     paths: dict[int, list[str]] = {}
     for c, domain in enumerate(domains):
         body.append(text(left - 6, top + tall * c + 10, shorten(domain, 18), "tick", "end"))
-        levels = [use_level(share_CE[c][e], experts) for e in order]
+        levels = [use_level(share_ZE[c][e], experts) for e in order]
         for start, end in _runs(levels):
             box = f"M{left + start * wide:.1f} {top + tall * c}h{(end - start) * wide:.1f}v{tall - 1}H{left + start * wide:.1f}z"
             paths.setdefault(levels[start], []).append(box)
     body += [f'<path class="u{level}" d="{"".join(boxes)}"/>' for level, boxes in sorted(paths.items())]
     for column, e in enumerate(order):
-        told = [f"expert {e}"] + [_told(domain, c, e, share_CE, gate_CE) for c, domain in enumerate(domains)]
+        told = [f"expert {e}"] + [_told(domain, c, e, share_ZE, gate_ZE) for c, domain in enumerate(domains)]
         where = f'x="{left + column * wide:.1f}" y="{top}" width="{wide:.1f}" height="{tall * len(domains)}"'
         body.append(f'<rect {where} class="hit"><title>{escape(chr(10).join(told))}</title></rect>')
     return svg(
@@ -77,9 +77,9 @@ def _runs(levels: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _told(domain: str, c: int, e: int, share_CE: Sequence[Sequence[float]], gate_CE: Sequence | None) -> str:
-    gate = "" if gate_CE is None else f" (of gate weight {gate_CE[c][e] / (sum(gate_CE[c]) or 1):.1%})"
-    return f"{domain}: {share_CE[c][e]:.1%} of selections{gate}"
+def _told(domain: str, c: int, e: int, share_ZE: Sequence[Sequence[float]], gate_ZE: Sequence | None) -> str:
+    gate = "" if gate_ZE is None else f" (of gate weight {gate_ZE[c][e] / (sum(gate_ZE[c]) or 1):.1%})"
+    return f"{domain}: {share_ZE[c][e]:.1%} of selections{gate}"
 
 
 def use_legend() -> str:

@@ -8,7 +8,7 @@ message]}. The first one is "load"; when there are no more, it ends. Programs th
 A measurement is one call of `generate` that goes on with a given text, whatever the model would have said: all models
 then read the same tokens, and none is fast because it repeats itself.
 
-Letters: B prompts, S tokens of a prompt and what follows it, V vocabulary.
+Letters: B blocks (here prompts), S tokens of a block (a prompt and what follows it), V vocabulary.
 """
 
 from __future__ import annotations

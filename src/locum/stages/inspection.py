@@ -1,6 +1,6 @@
 """`inspect`: what a checkpoint holds, what compressing it would save, and the command to type next.
 
-Letters: C domains.
+Letters: Z domains.
 """
 
 from __future__ import annotations
@@ -102,6 +102,6 @@ def even_statistics(shape: ModelShape, names: tuple[str, ...]) -> Statistics:
 
 
 def _ones(layer: LayerShape, axes: str) -> torch.Tensor:
-    """[C, ...] float64, without memory of its own."""
+    """[Z, ...] float64, without memory of its own."""
     sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width}
     return torch.ones((), dtype=torch.float64).expand(1, *(sizes[axis] for axis in axes))

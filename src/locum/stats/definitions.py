@@ -3,7 +3,7 @@
 A definition turns one event (what a router or the experts of one layer did with one batch of one domain, or what a
 search found out about one layer) into what it adds. It knows nothing of models or files.
 
-Letters: T tokens, P selected (token, expert) pairs sorted by expert, N tokens of one expert or sample, E experts,
+Letters: T tokens, P pairs (token, expert) sorted by expert, Q pairs of one expert, or tokens of one sample, E experts,
 D model width, F expert width.
 """
 
@@ -124,7 +124,7 @@ def logit_norm(event: RouterEvent) -> Tensor:
 def logit_cosine(event: RouterEvent) -> Tensor:
     """How alike two experts are routed: the cosine of their logits over a sample's tokens, summed over samples.
 
-    sum_s cos(L_s[:, i], L_s[:, j]),  L_s = the raw logits [N, E] of sample s
+    sum_s cos(L_s[:, i], L_s[:, j]),  L_s = the raw logits [Q, E] of sample s
 
     Needs:    every token's raw router logits, and where samples begin; divide by `samples` for the mean.
     Shapes:   (E, E), symmetric.
@@ -136,10 +136,10 @@ def logit_cosine(event: RouterEvent) -> Tensor:
     """
     num_experts = event.logits_TE.shape[1]
     total_EE = event.wide_TE.new_zeros(num_experts, num_experts, dtype=torch.float64)
-    for logits_NE in event.wide_TE.split(list(event.sample_lengths)):
-        norm_E = torch.linalg.vector_norm(logits_NE, dim=0)
-        unit_NE = logits_NE / torch.where(norm_E > 0, norm_E, 1.0)
-        total_EE += unit_NE.T @ unit_NE
+    for logits_QE in event.wide_TE.split(list(event.sample_lengths)):
+        norm_E = torch.linalg.vector_norm(logits_QE, dim=0)
+        unit_QE = logits_QE / torch.where(norm_E > 0, norm_E, 1.0)
+        total_EE += unit_QE.T @ unit_QE
     return total_EE
 
 

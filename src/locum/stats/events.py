@@ -1,6 +1,6 @@
 """What is observed: the events that calibration and search make, one per layer and batch.
 
-Letters: T tokens, P selected (token, expert) pairs sorted by expert, N tokens of one expert, E experts, D model width,
+Letters: T tokens, P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, D model width,
 F expert width.
 """
 
@@ -58,12 +58,12 @@ class RoutedEvent(Event):
         sum_ED = self.out_PD.new_zeros(num_experts, width, dtype=torch.float64)
         square_ED, square_P = torch.zeros_like(sum_ED), sum_ED.new_empty(len(self.out_PD))
         parts = zip(sum_ED, square_ED, *(x.split(list(self.counts)) for x in (self.out_PD, square_P)), strict=True)
-        for sum_D, square_D, out_ND, square_N in parts:
-            wide_ND = out_ND.double()
-            torch.sum(wide_ND, dim=0, out=sum_D)
-            squared_ND = wide_ND.square()
-            torch.sum(squared_ND, dim=0, out=square_D)
-            torch.sum(squared_ND, dim=1, out=square_N)
+        for sum_D, square_D, out_QD, square_Q in parts:
+            wide_QD = out_QD.double()
+            torch.sum(wide_QD, dim=0, out=sum_D)
+            squared_QD = wide_QD.square()
+            torch.sum(squared_QD, dim=0, out=square_D)
+            torch.sum(squared_QD, dim=1, out=square_Q)
         return sum_ED, square_ED, square_P.sqrt_()
 
     @cached_property
@@ -76,8 +76,8 @@ class RoutedEvent(Event):
 
     def gram(self, x_PI: Tensor) -> Tensor:
         """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
-        by_expert = (wide(x_NI) for x_NI in x_PI.split(list(self.counts)))
-        return torch.stack([(x_NI.T @ x_NI).double() for x_NI in by_expert])
+        by_expert = (wide(x_QI) for x_QI in x_PI.split(list(self.counts)))
+        return torch.stack([(x_QI.T @ x_QI).double() for x_QI in by_expert])
 
 
 @dataclass(frozen=True, eq=False)

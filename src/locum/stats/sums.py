@@ -9,7 +9,7 @@ Precision: what comes from routers (probabilities, norms) and the products of Gr
 wider type, which leaves a relative error near 1e-7 in each; what comes from experts' outputs (norms, squares) and every
 sum over tokens is float64, so that long runs and differences such as a variance lose nothing more.
 
-Letters: E experts, D model width, C domains.
+Letters: E experts, D model width, Z domains.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Statistics:
     """
 
     domains: tuple[str, ...]
-    layers: Mapping[str, Mapping[str, Tensor]]  # [C, ...] float64
+    layers: Mapping[str, Mapping[str, Tensor]]  # [Z, ...] float64
     origin: Origin
     tokens: int
     provenance: dict[str, Any] = field(default_factory=dict)

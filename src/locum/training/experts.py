@@ -2,7 +2,7 @@
 
 LightMoE (arXiv 2603.12645, Eq. 6): a replaced expert's weights are beta W_old + (1 - beta) W_base + B A.
 
-Letters: N stacked rows, D model width, S the pairs of one expert.
+Letters: N stacked items, D model width, Q pairs of one expert.
 """
 
 from __future__ import annotations

@@ -17,14 +17,12 @@ Letters: E experts, D model width, F expert width, R rank, N stacked items.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.quantizer import set_module
 from ..containers.build import old_weights, stack_dense
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
@@ -37,29 +35,6 @@ from ..experts.weights import ExpertWeights
 from ..models.families import MoeLayer, canonical_activation, read_expert, write_expert
 from ..plans.plan import KEPT, LayerPlan
 from .experts import TrainingExperts
-
-EXHAUSTED = 1e-9  # a beta that only rounding keeps above zero
-
-
-def linear(tau: float, steepness: float) -> float:
-    """1 - tau (LightMoE Eq. 7)."""
-    return 1 - tau
-
-
-def exponential(tau: float, steepness: float) -> float:
-    """(exp(-g tau) - exp(-g)) / (1 - exp(-g)) for steepness g (LightMoE Eq. 9): from 1 to 0, most of the way early."""
-    return (math.exp(-steepness * tau) - math.exp(-steepness)) / (1 - math.exp(-steepness))
-
-
-ANNEALING: dict[str, Callable[[float, float], float]] = {"linear": linear, "exponential": exponential}
-
-
-def beta_at(step: int, steps: int, end_fraction: float, annealing: str = "linear", steepness: float = 3.0) -> float:
-    """The share of the old weights before step `step` of `steps`; 0 from step end_fraction * steps on."""
-    end = end_fraction * steps
-    if step >= end - EXHAUSTED:
-        return 0.0
-    return max(ANNEALING[annealing](step / end, steepness), 0.0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +79,7 @@ def open_layer(
     container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     container.requires_grad_(False)
     container.split_bases(num_kept)
-    set_module(model, shape.name, container)
+    model.set_submodule(shape.name, container)
     device = like.device
     if stock is not None:
         if container.post_expert_norm is not None:
@@ -189,7 +164,7 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
             write_expert(layer.stock, e, row_weights(dense, e, layout))
         if layer.container.post_expert_norm is not None:
             layer.stock.post_expert_norm = layer.container.post_expert_norm
-        set_module(model, layer.name, layer.stock)
+        model.set_submodule(layer.name, layer.stock)
         return
     tensors = {}
     for name, shape in layout.tensor_shapes().items():
@@ -198,7 +173,7 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
     container = StandInExperts(layout, layer.container.activate, layer.dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     container.post_expert_norm = layer.container.post_expert_norm
-    set_module(model, layer.name, container)
+    model.set_submodule(layer.name, container)
 
 
 def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ had (after recovery, or without the original), the folder as Locum loads it. Eng
 Logits are compared at every position of some prompts, in 16 bits the likeliest tokens in their place; greedy tokens up to
 the first one that differs, which must be a tie within the tolerance.
 
-Letters: B prompts, S positions, V vocabulary, N likeliest tokens.
+Letters: B blocks (here prompts), S tokens of a block, V vocabulary, J likeliest tokens.
 """
 
 from __future__ import annotations

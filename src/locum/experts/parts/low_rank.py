@@ -9,7 +9,8 @@ Starts say where an adapter begins, each a function beside the statistics that i
 Without a base, gaussian starts would leave every gradient exactly zero (B = 0 in all three projections makes the hidden
 state zero). B is then drawn too, scaled so that B A has the variance of the old weights.
 
-Letters: P pairs (token, expert), S the pairs of one expert, D model width, F expert width, G first product's width, R rank.
+Letters: P pairs (token, expert), Q pairs of one expert, D model width, F expert width, G 2F with a gate and F without,
+R rank.
 """
 
 from __future__ import annotations
@@ -142,12 +143,12 @@ class LowRank(Part):
         low = first_product(inputs, row["gate_up_A"])
         if "gate_B_FR" not in row:
             return linear(low, row["up_B_FR"])
-        gate_SR, up_SR = low.chunk(2, dim=1)
-        return torch.cat([linear(gate_SR, row["gate_B_FR"]), linear(up_SR, row["up_B_FR"])], dim=1)
+        gate_QR, up_QR = low.chunk(2, dim=1)
+        return torch.cat([linear(gate_QR, row["gate_B_FR"]), linear(up_QR, row["up_B_FR"])], dim=1)
 
     @classmethod
-    def second(cls, row: Mapping[str, Tensor], hidden_SF: Tensor, weight_S1: Tensor) -> Tensor:
-        return linear(linear(hidden_SF, row["down_A_RF"]), row["down_B_DR"])
+    def second(cls, row: Mapping[str, Tensor], hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor:
+        return linear(linear(hidden_QF, row["down_A_RF"]), row["down_B_DR"])
 
     @classmethod
     def add_first(

@@ -38,9 +38,9 @@ class OwnBiases(Part):
         return row["gate_up_bias_NG"].expand(len(inputs[0]), -1)
 
     @classmethod
-    def second(cls, row: Mapping[str, Tensor], hidden_SF: Tensor, weight_S1: Tensor) -> Tensor:
+    def second(cls, row: Mapping[str, Tensor], hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor:
         bias_D = row["down_bias_ND"]
-        return weight_S1.to(bias_D.dtype) * bias_D
+        return weight_Q1.to(bias_D.dtype) * bias_D
 
     @classmethod
     def add_first_bias(cls, pre_PG: Tensor, stack: nn.Module, row_P: Tensor) -> None:

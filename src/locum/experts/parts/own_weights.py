@@ -52,10 +52,10 @@ class OwnWeights(Part):
         return first_product(inputs, row["gate_up_NGD"], row.get("gate_up_bias_NG"))
 
     @classmethod
-    def second(cls, row: Mapping[str, Tensor], hidden_SF: Tensor, weight_S1: Tensor) -> Tensor:
-        product_SD = linear(hidden_SF, row["down_NDF"])
+    def second(cls, row: Mapping[str, Tensor], hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor:
+        product_QD = linear(hidden_QF, row["down_NDF"])
         bias_D = row.get("down_bias_ND")
-        return product_SD if bias_D is None else product_SD + weight_S1.to(bias_D.dtype) * bias_D
+        return product_QD if bias_D is None else product_QD + weight_Q1.to(bias_D.dtype) * bias_D
 
     @classmethod
     def add_first(

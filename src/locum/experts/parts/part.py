@@ -9,8 +9,8 @@ Plans, layouts, containers, costs, recovery, exports and the report loop over th
 The tensors of one kind lie side by side in a stack of the container; an expert has a row of it. Parts of one kind that
 cannot lie side by side, such as adapters of different ranks, differ in their `variant`, and have a stack each.
 
-Letters: P pairs (token, expert), S the pairs of one expert, T tokens, D model width, F expert width, G first product's
-width (2F with a gate, gate columns first), R rank.
+Letters: P pairs (token, expert), Q pairs of one expert, T tokens, D model width, F expert width, G 2F with a gate (gate
+columns first) and F without, R rank.
 """
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ class Part(abc.ABC):
 
     @classmethod
     def first(cls, row: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """What the part adds to the first product [S, G] of its inputs [S, D]: one for gate and up, or one each."""
+        """What the part adds to the first product [Q, G] of its inputs [Q, D]: one for gate and up, or one each."""
 
     @classmethod
-    def second(cls, row: Mapping[str, Tensor], hidden_SF: Tensor, weight_S1: Tensor) -> Tensor | None:
-        """What it adds to the output [S, D]. The router weights are multiplied into the hidden states already."""
+    def second(cls, row: Mapping[str, Tensor], hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor | None:
+        """What it adds to the output [Q, D]. The router weights are multiplied into the hidden states already."""
 
     @classmethod
     def output(cls, row: Mapping[str, Tensor]) -> Tensor | None:

@@ -20,8 +20,8 @@ adds exactly nothing in any number format, whereas bfloat16 near one could not h
 Without a gate it is D + F. The main experts' weights stay as the model makes them (the paper), or are scaled by one
 number per token so that they sum to what all K summed to (`renormalise`).
 
-Letters: T tokens, K top-k, M main, X auxiliary, E experts, N stacked items, D model width, F expert width, V the width
-of what one expert stores.
+Letters: T tokens, K top-k, M main, X auxiliary, E experts, N stacked items, D model width, F expert width, V vocabulary, but
+in `offsets_NV`, a name in files, what one expert stores.
 """
 
 from __future__ import annotations

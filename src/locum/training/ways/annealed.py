@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +17,32 @@ from ...options import option
 from ...plans.plan import Plan
 from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
 from ..context import Context
-from ..layer import ANNEALING, beta_at, keep_old, set_beta
+from ..layer import keep_old, set_beta
 from ..states import sample
 from . import way
+
+EXHAUSTED = 1e-9  # a beta that only rounding keeps above zero
+
+
+def linear(tau: float, steepness: float) -> float:
+    """1 - tau (LightMoE Eq. 7)."""
+    return 1 - tau
+
+
+def exponential(tau: float, steepness: float) -> float:
+    """(exp(-g tau) - exp(-g)) / (1 - exp(-g)) for steepness g (LightMoE Eq. 9): from 1 to 0, most of the way early."""
+    return (math.exp(-steepness * tau) - math.exp(-steepness)) / (1 - math.exp(-steepness))
+
+
+ANNEALING: dict[str, Callable[[float, float], float]] = {"linear": linear, "exponential": exponential}
+
+
+def beta_at(step: int, steps: int, end_fraction: float, annealing: str = "linear", steepness: float = 3.0) -> float:
+    """The share of the old weights before step `step` of `steps`; 0 from step end_fraction * steps on."""
+    end = end_fraction * steps
+    if step >= end - EXHAUSTED:
+        return 0.0
+    return max(ANNEALING[annealing](step / end, steepness), 0.0)
 
 
 @way("annealed", source="arXiv 2603.12645 (LightMoE), section 3.3")
