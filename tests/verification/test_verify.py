@@ -99,9 +99,9 @@ def trained(words, tmp_path_factory) -> Path:
     return root
 
 
-FEW = (("adapter", "bf16"), ("whole", "fp32"))  # the others are among the journeys
+ALWAYS = (("adapter", "bf16"), ("whole", "fp32"))  # the others are among the journeys
 EVERY = [
-    pytest.param(name, precision, marks=() if (name, precision) in FEW else pytest.mark.journeys)
+    pytest.param(name, precision, marks=() if (name, precision) in ALWAYS else pytest.mark.journeys)
     for name in ("adapter", "whole")
     for precision in ("fp32", "bf16", "fp16")
 ]
