@@ -66,8 +66,8 @@ COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
-    "calibrate": "MODEL --also --batch-size --data --device --force --json --length --out --seed --split --tokens",
-    "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --recover "
+    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --tokens",
+    "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
@@ -75,13 +75,13 @@ COMMANDS = {
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
-    "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --remove",
+    "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --preset --remove",
     "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --clip --data "
     "--device --force --how --json --learning-rate --length --original --out --precision "
     "--restart --schedule --seed "
     "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
-    "search": "MODEL --batch-size --data --device --force --json --length --method --out --sample --seed --split --tokens",
+    "search": "MODEL --batch-size --data --device --force --json --length --method --out --preset --sample --seed --split --tokens",
     "show": "NAME --json",
     "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -38,12 +39,13 @@ Weights = Callable[[str], Callable[[int], ExpertWeights]]  # weights(layer)(e): 
 
 
 class Method(Protocol[Scored]):
-    """What the rest of Locum needs of a method. The decorator `method` sets the first four."""
+    """What the rest of Locum needs of a method. The decorator `method` sets the first five."""
 
     name: str
     paper: str
     saves: str
     reads_weights: bool
+    published: Mapping[str, Any]
 
     def needs(self) -> tuple[str, ...]:
         """Statistics that scoring and building read."""
@@ -114,15 +116,20 @@ METHODS: Registry[type[Method]] = Registry("method", "locum.methods")
 
 
 def method(
-    name: str, paper: str, saves: str = "stored", reads_weights: bool = False
+    name: str,
+    paper: str,
+    saves: str = "stored",
+    reads_weights: bool = False,
+    published: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[type[Method]], type[Method]]:
     """Register a method under the name its paper gives it.
 
     It `saves` "stored" or "active" parameters. One that `reads_weights` plans only where the checkpoint is at hand.
+    Defaults of options are the best that is known; `published` are the paper's own values where those differ.
     """
 
     def register(cls: type[Method]) -> type[Method]:
-        cls.name, cls.paper, cls.saves, cls.reads_weights = name, paper, saves, reads_weights
+        cls.name, cls.paper, cls.saves, cls.reads_weights, cls.published = name, paper, saves, reads_weights, published
         return METHODS.add(name, cls)
 
     return register

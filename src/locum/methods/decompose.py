@@ -23,7 +23,7 @@ class LowRank:
     """Options and slots of methods that decompose experts."""
 
     start: str = option(
-        "svd", "truncated SVD, plain or of what the calibration tokens see", choices=("svd", "whitened")
+        "whitened", "truncated SVD, plain or of what the calibration tokens see", choices=("svd", "whitened")
     )
     exponent: float = option(0.15, "how much ranks follow importance; 0: all alike", at_least=0, at_most=10)
     minimum: int = option(1, "smallest rank of an expert, rounded up to the multiple", at_least=1)
@@ -37,7 +37,7 @@ class LowRank:
         return [KEPT if rank == dense else stand_in(rank=rank, start=self.start) for rank in ranks]
 
 
-@method("decompose", paper="arXiv 2411.01016 (MoE-I2)")
+@method("decompose", paper="arXiv 2411.01016 (MoE-I2)", published={"start": "svd"})
 @dataclass(frozen=True)
 class Decompose(LowRank):
     """Decompose every expert into low-rank factors, with more rank for experts that matter more.
@@ -48,8 +48,8 @@ class Decompose(LowRank):
     expert whose rank would reach break-even, D F / (D + F), stays whole. Ranks are multiples of `multiple`, which is
     halved until four steps fit into the smaller side of the weights (so below 64 for the default), and never below
     `minimum`; what this frees or takes goes to the others. `exponent=0` or `score="none"` gives all experts one rank
-    (up to a step) without any statistics. `start="whitened"` takes the SVD of W S, S S^T the Gram matrix of an expert's
-    inputs: it keeps what the calibration tokens use.
+    (up to a step); with `start="svd"` as well it needs no statistics. `start="whitened"` takes the SVD of W S, S S^T the
+    Gram matrix of an expert's inputs: it keeps what the calibration tokens use.
 
     Needs:    what the criterion needs; input_gram and hidden_gram for whitened factors.
     Edges:    a never-routed expert gets the smallest rank and a plain SVD; too small weights (break-even at the minimum)

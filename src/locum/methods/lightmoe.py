@@ -33,7 +33,7 @@ class Scores:
     alike_L: Sequence[Tensor]  # of every layer, what its experts are grouped by
 
 
-@method("lightmoe", paper="arXiv 2603.12645 (LightMoE)")
+@method("lightmoe", paper="arXiv 2603.12645 (LightMoE)", published={"start": "gaussian"})
 @dataclass(frozen=True)
 class LightMoE:
     """Replace the experts that carry little gate mass by M shared bases per layer plus a rank-r adapter each.
@@ -42,14 +42,16 @@ class LightMoE:
        of the mass exceeds a threshold; layers with larger router outputs get a lower one.
     2. Grouping (section 3.2): the M replaced experts with the most mass are dominant; every other one joins the
        dominant expert whose routing logits are most alike (mean over samples of the cosine), or k-means on mean outputs.
-    3. Base of a group (Eq. 4): mean of its members' weights, weighted by gate mass. Adapters start at B = 0.
+    3. Base of a group (Eq. 4): mean of its members' weights, weighted by gate mass.
+    4. Start: the adapter that takes the least from what the calibration tokens see, of all of rank r (whitened SVD).
     A replaced expert computes with base + B A; the router is untouched. Recovery anneals the old weights away.
 
-    Needs:    gate_sum, logit_norm, tokens, logit_cosine (or output_sum and count for k-means).
+    Needs:    gate_sum, logit_norm, tokens, logit_cosine (or output_sum and count for k-means); input_gram and hidden_gram
+              for whitened starts.
     Edges:    a layer in which fewer than two experts would be replaced, or nothing saved, stays whole; with at most M
               replaced experts it gets one base fewer than experts. Members without any gate mass weigh alike.
-    Source:   LightMoE, arXiv 2603.12645. Differs: `start="svd"` and `align` are options that the paper does not have;
-              rank 0 gives plain merging.
+    Source:   LightMoE, arXiv 2603.12645. Differs: adapters start whitened, where the paper's start at B = 0
+              (`--preset paper`); `align` is an option that the paper does not have; rank 0 gives plain merging.
     """
 
     selection: str = option("adaptive", "how many experts each layer gives up", choices=SELECTIONS)
@@ -59,12 +61,20 @@ class LightMoE:
     grouping: str = option("dominant", "which experts share a base", choices=GROUPINGS)
     bases: int = option(3, "shared bases per layer", at_least=1)
     rank: int = option(16, "rank of every replaced expert's adapter; 0 merges only", at_least=0)
-    start: str = option("gaussian", "adapters start at zero, or from what the base leaves over", choices=STARTS)
+    start: str = option(
+        "whitened", "adapters start at zero (gaussian), or from what the base leaves over", choices=STARTS
+    )
     align: bool = option(False, "match hidden units to the dominant expert's before averaging")
 
     def needs(self) -> tuple[str, ...]:
         similarity = ("output_sum", "count") if self.grouping == "kmeans" else ("logit_cosine", "samples")
-        return (*CRITERIA[self.score].needs, "logit_norm", "tokens", *similarity, *STARTS[self.start].needs)
+        return (
+            *CRITERIA[self.score].needs,
+            "logit_norm",
+            "tokens",
+            *similarity,
+            *(STARTS[self.start].needs if self.rank else ()),
+        )
 
     def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
         alike = routing_likeness if self.grouping == "dominant" else mean_output

@@ -33,7 +33,7 @@ class Found:
     importance_L: Sequence[Tensor]  # what each of these is worth; all alike where nobody asks
 
 
-@method("moe-i2", paper="arXiv 2411.01016 (MoE-I2)")
+@method("moe-i2", paper="arXiv 2411.01016 (MoE-I2)", published={"start": "svd"})
 @dataclass(frozen=True)
 class MoEI2(LowRank):
     """Prune the experts that a search misses least, then decompose the others, with more rank for what matters more.

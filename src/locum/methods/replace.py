@@ -14,19 +14,20 @@ from ..stats.sums import Statistics
 from . import Weights, method
 
 
-@method("replace", paper="arXiv 2603.12645 (LightMoE)")
+@method("replace", paper="arXiv 2603.12645 (LightMoE)", published={"start": "paper"})
 @dataclass(frozen=True)
 class Replace:
     """Put a rank-r adapter in place of each less important expert, over one shared base per layer or over nothing.
 
-    With `shared`, W = base + B A with one gate-weighted base (start: B = 0); without, W = B A, started from the
-    truncated SVD of the old weights. There is no annealing in the paper's baseline.
+    With `shared`, W = base + B A with one gate-weighted base; without, W = B A. There is no annealing in the paper's
+    baseline.
 
-    Needs:    as LightMoE's selection.
+    Needs:    as LightMoE's selection; input_gram and hidden_gram for whitened starts.
     Edges:    a layer in which nothing would be saved stays whole.
     Source:   "Replace (w. shared)" and "(w/o shared)" of LightMoE, arXiv 2603.12645, sections 1 and 4.1. Differs: the
-              paper states neither their selection rule nor how adapters start; they get LightMoE's selection, and the
-              SVD, because with B = 0 and no base every gradient is exactly zero.
+              paper states neither their selection rule nor how adapters start; they get LightMoE's selection, and start
+              whitened. `--preset paper` starts them at B = 0 over a base and from the SVD without, because with B = 0 and
+              no base every gradient is exactly zero.
     """
 
     shared: bool = option(True, "one shared base per layer under the adapters")
@@ -36,7 +37,7 @@ class Replace:
     clip: float = option(0.2, "largest relative deviation of a layer's threshold", at_least=0)
     rank: int = option(16, "rank of every replaced expert's adapter", at_least=1)
     start: str = option(
-        "default", "where adapters start; default: svd without, gaussian with a base", choices=("default", *STARTS)
+        "whitened", "where adapters start; paper: svd without, gaussian with a base", choices=("paper", *STARTS)
     )
 
     def needs(self) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ class Replace:
     def plan(self, scored: SelectionScores, shape: ModelShape, amount: float) -> list[LayerPlan]:
         how = {"selection": self.selection, "alpha": self.alpha, "clip": self.clip}
         selected = select(scored, shape, amount, **how)
-        start = self.start if self.start != "default" else "gaussian" if self.shared else "svd"
+        start = self.start if self.start != "paper" else "gaussian" if self.shared else "svd"
         plans = []
         for layer, candidates, scores_E in zip(shape.layers, selected, scored.scores_LE, strict=True):
             rank = min(self.rank, layer.hidden_size, layer.expert_width)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 from transformers import PreTrainedModel
 
 from ..checkpoints.convert import check_openable
@@ -15,14 +16,15 @@ from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
-from ..errors import StatisticsError
+from ..errors import OptionError, StatisticsError
+from ..experts.parts.low_rank import STARTS
 from ..files import check_output
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start
 from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
-from ..stats.sums import Statistics, check_needs
+from ..stats.sums import Statistics, check_needs, nbytes
 from .options import (
     BatchSize,
     Data,
@@ -41,6 +43,8 @@ from .options import (
     silent,
 )
 
+WHITENED = STARTS["whitened"].needs
+
 
 def calibrate(
     model: Path,
@@ -51,6 +55,9 @@ def calibrate(
     length: Length = 512,
     batch_size: BatchSize = 8,
     split: Split = "train",
+    gram: Annotated[
+        bool, Help("collect the Gram matrices that whitened starts read; they take the most memory")
+    ] = True,
     also: Annotated[Sequence[str], Help("statistics on demand to collect too; see locum list")] = (),
     seed: Seed = 0,
     device: Device = "auto",
@@ -65,15 +72,31 @@ def calibrate(
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     check_number("batch-size", batch_size, 1)
-    needs = with_defaults([also] if isinstance(also, str) else also)
+    needs = with_defaults([*(WHITENED if gram else ()), *([also] if isinstance(also, str) else also)])
     device = device_of(device)
     shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
+    check_room(shape, needs, len({source.domain for source in parse_sources(data)}))
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
     partial_of(out).unlink(missing_ok=True)
     return statistics
+
+
+def check_room(shape: ModelShape, needs: tuple[str, ...], domains: int) -> None:
+    """Refuse statistics that are larger than the memory that is free, before the model is loaded.
+
+    Sums of every domain are held, and those of the one that is being run.
+    """
+    size, free = nbytes(shape, needs) * (domains + 1), psutil.virtual_memory().available
+    if size > free:
+        grams = nbytes(shape, [name for name in needs if name in WHITENED]) * (domains + 1)
+        without = f"; {grams / 2**30:.1f} GiB are Gram matrices: leave them out (calibrate --no-gram, and plan with --start svd)"
+        raise OptionError(
+            f"statistics of this model over {domains} domains take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB "
+            f"are free{without if grams else '; name fewer with --also, or calibrate fewer domains at a time'}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ from .options import (
     Help,
     Length,
     Out,
+    Preset,
     Progress,
     Remove,
     Seed,
@@ -50,6 +51,7 @@ def compress(
     data: Data = (),
     out: Out,
     method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
+    preset: Preset = "best",
     remove: Remove = None,
     fit: Fit = None,
     tokens: ToObserve = 131072,
@@ -74,13 +76,13 @@ def compress(
     model = Path(model)
     of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
     options = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
-    chosen = chosen_method(method, options)
+    chosen = chosen_method(method, options, preset)
     paths = [source.path for source in parse_sources(data)] if data or chosen.needs() or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
     recovery = _recovery(recover, of_training, seed)
     check_target(remove, fit, method=chosen, shape=read_shape(model))
-    asked = {"method": method, "remove": remove, "fit": fit, **options}
+    asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not chosen.needs():
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
@@ -92,9 +94,9 @@ def compress(
             loaded = load_statistics(keep)
             check_statistics_of(loaded, model, keep)
         elif isinstance(chosen, SearchingMethod):
-            loaded = search(model, method=method, sample=sample, **observed, **options)
+            loaded = search(model, method=method, preset=preset, sample=sample, **observed, **options)
         else:
-            loaded = calibrate(model, also=to_collect(chosen), **observed)
+            loaded = calibrate(model, gram=False, also=to_collect(chosen), **observed)
         decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
         if statistics is not None:
             decided = with_provenance(decided, statistics_file=str(statistics))

@@ -21,7 +21,7 @@ from ..methods import METHODS
 from ..plans.plan import make_plan
 from ..shapes import LayerShape, ModelShape
 from ..stats.origin import Origin
-from ..stats.sums import STATISTICS, Statistics
+from ..stats.sums import STATISTICS, Statistics, axis_sizes
 from .planning import decide
 
 METHOD_OF_CHOICE, REMOVED = "lightmoe", 0.5  # what a first try would be
@@ -103,5 +103,4 @@ def even_statistics(shape: ModelShape, names: tuple[str, ...]) -> Statistics:
 
 def _ones(layer: LayerShape, axes: str) -> torch.Tensor:
     """[Z, ...] float64, without memory of its own."""
-    sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width}
-    return torch.ones((), dtype=torch.float64).expand(1, *(sizes[axis] for axis in axes))
+    return torch.ones((), dtype=torch.float64).expand(1, *axis_sizes(layer, axes))

@@ -44,6 +44,7 @@ ToObserve = Annotated[int, Help("tokens to observe, shared over domains by weigh
 Split = Annotated[str, Help("train, validation, test or all of the documents")]
 Length = Annotated[int, Help("tokens in a block")]
 BatchSize = Annotated[int, Help("blocks in a batch")]
+Preset = Annotated[str, Help("best: the best defaults that are known; paper: the method as it was published")]
 Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
 Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such as 16GiB")]
 

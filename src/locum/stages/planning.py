@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,8 @@ from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters
 from ..data.tokens import fingerprint_tokenizer
-from ..errors import OptionError, StatisticsError
+from ..errors import OptionError, StatisticsError, unknown
+from ..experts.parts.low_rank import STARTS
 from ..files import check_output, provenance
 from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
 from ..models.families import find_layers, read_expert
@@ -25,13 +26,17 @@ from ..plans.plan_file import load_plan, save_plan
 from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
-from .options import Fit, Force, Help, Out, Remove
+from .options import Fit, Force, Help, Out, Preset, Remove
+
+PRESETS = ("best", "paper")
+WHITENED = STARTS["whitened"].needs
 
 
 def plan(
     statistics: Sequence[Path | Statistics] | Path | Statistics,
     *,
     method: Annotated[str, Help("compression method; see locum list")] = "lightmoe",
+    preset: Preset = "best",
     remove: Remove = None,
     fit: Fit = None,
     model: Annotated[Path | None, Help("the checkpoint, for methods that read its weights")] = None,
@@ -46,13 +51,15 @@ def plan(
     """
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
     out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
-    chosen = chosen_method(method, options)
+    chosen = chosen_method(method, options, preset)
     target = check_target(remove, fit, method=chosen)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
     if base is not None and chosen.saves != "active":
         raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
     folder = _folder_of(files, chosen, model)
     shape, total, origin = _planned_from(files, chosen)
+    if total is not None:
+        _check_whole(total, chosen)
     chosen = _as_searched(chosen, options, total)
     weights = read_weights(folder, total) if chosen.reads_weights else None
     result = decide(chosen, total, shape, target, weights)
@@ -164,6 +171,18 @@ def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics |
     return dataclasses.replace(chosen, **searched)
 
 
+def _check_whole(statistics: Statistics, chosen: Method) -> None:
+    """Everything that the method needs must be there, also what is read only when its plan is applied."""
+    layer = statistics.layer(statistics.shape.layers[0].name)
+    for name in chosen.needs():
+        try:
+            layer[name]
+        except StatisticsError as error:
+            if name not in WHITENED or "start" not in vars(chosen):
+                raise
+            raise StatisticsError(f"{error}; or plan with --start svd, which reads no Gram matrices") from error
+
+
 def shape_behind(path: Path) -> ModelShape:
     """The shape of the model that a statistics file or a checkpoint folder is of."""
     return read_shape(path) if Path(path).is_dir() else load_statistics(path).shape
@@ -174,9 +193,11 @@ def diff(a: Path, b: Path) -> list[str]:
     return diff_plans(load_plan(a), load_plan(b))
 
 
-def chosen_method(method: str, options: dict[str, Any]) -> Method:
-    """A method with its options. Raises OptionError for an unknown method, option or criterion."""
-    chosen = make_options(METHODS[method], options)
+def chosen_method(method: str, options: Mapping[str, Any], preset: str) -> Method:
+    """A method with its options, on top of those of the preset. Raises OptionError for anything unknown."""
+    if preset not in PRESETS:
+        raise OptionError(unknown("preset", preset, PRESETS))
+    chosen = make_options(METHODS[method], {**(METHODS[method].published if preset == "paper" else {}), **options})
     chosen.needs()  # knows the criterion
     return chosen
 

@@ -20,7 +20,7 @@ from ..stats.events import SearchEvent
 from ..stats.origin import Origin, SearchedBy
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics
-from .calibration import observe, partial_of, prepare, with_defaults
+from .calibration import check_room, observe, partial_of, prepare, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -30,6 +30,7 @@ from .options import (
     Help,
     Length,
     Out,
+    Preset,
     Progress,
     Seed,
     Split,
@@ -51,6 +52,7 @@ def search(
     data: Data,
     out: Out,
     method: Annotated[str, Help("a method that searches; see locum list")] = "moe-i2",
+    preset: Preset = "best",
     tokens: ToObserve = 131072,
     sample: Sample = SAMPLE,
     length: Length = 512,
@@ -67,7 +69,7 @@ def search(
     An interrupted search goes on where it stopped when the same command is given again.
     """
     model = Path(model)
-    chosen = chosen_method(method, options)
+    chosen = chosen_method(method, options, preset)
     if not isinstance(chosen, SearchingMethod):
         raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
     paths = [source.path for source in parse_sources(data)]
@@ -79,6 +81,7 @@ def search(
     device = device_of(device)
     shape = read_shape(model)
     _check_droppable(model, shape)
+    check_room(shape, with_defaults(to_collect(chosen)), len({source.domain for source in parse_sources(data)}))
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     identity = {
         **subject.origin.words(),

@@ -14,7 +14,8 @@ Letters: E experts, D model width, Z domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -114,7 +115,19 @@ def _how_to_get(name: str) -> str:
         return "Run `locum search`, which finds it on the model, and make the plan from the file it writes"
     on_demand = name in STATISTICS and STATISTICS[name].on_demand
     usual = "this one is collected on demand only" if on_demand else "by default, all but those on demand are collected"
-    return f"Calibrate again with {name!r} among the needs ({usual})"
+    return f"Calibrate again with {name!r} among the needs (--also {name}; {usual})"
+
+
+def nbytes(shape: ModelShape, names: Sequence[str]) -> int:
+    """Bytes of these statistics of one domain."""
+    sizes = (axis_sizes(layer, STATISTICS[name].axes) for layer in shape.layers for name in names)
+    return torch.float64.itemsize * sum(map(math.prod, sizes))
+
+
+def axis_sizes(layer: LayerShape, axes: str) -> tuple[int, ...]:
+    """The shape of a statistic of one layer and domain, from the letters of its axes."""
+    sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width}
+    return tuple(sizes[axis] for axis in axes)
 
 
 @dataclass(frozen=True, eq=False)
