@@ -258,7 +258,7 @@ def test_the_loss_falls_on_what_is_trained(olmoe, how, tmp_path):
     assert summary["tokens"] == 25 * 2 * 2 * 16 and summary["peak_bytes"] > 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines[0]["options"]["how"] == how and lines[0]["trainable_parameters"] == summary["trainable_parameters"]
-    assert [line["event"] for line in lines] == ["start", "validation", *["step"] * 25, "validation"]
+    assert [line["event"] for line in lines] == ["start", "validation", *["step"] * 25, "validation", "kept"]
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 26)) and steps[-1]["loss"] == summary["loss"]
     assert ("beta" in steps[0]) == (how == "annealed")

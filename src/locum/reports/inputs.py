@@ -30,6 +30,7 @@ class RecoveryLog:
     start: dict[str, Any]  # options and provenance of the run, by name
     training: tuple[dict[str, Any], ...]  # lines with "step" and "loss"
     validation: tuple[dict[str, Any], ...]  # lines with "step" and "validation_loss"
+    kept_step: int | None = None  # whose state the run ended with
 
 
 @dataclass
@@ -94,7 +95,8 @@ def read_log(path: Path) -> RecoveryLog:
     lines_of = {
         key: tuple(e for e in entries if _finite(e, "step") and _finite(e, key)) for key in ("loss", "validation_loss")
     }
-    return RecoveryLog(log_name(path), start, lines_of["loss"], lines_of["validation_loss"])
+    kept = next((e["kept_step"] for e in reversed(entries) if isinstance(e.get("kept_step"), int)), None)
+    return RecoveryLog(log_name(path), start, lines_of["loss"], lines_of["validation_loss"], kept)
 
 
 def _said_at_start(line: dict[str, Any]) -> dict[str, Any]:

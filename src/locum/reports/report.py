@@ -344,6 +344,8 @@ def _recovery_caption(log: RecoveryLog) -> str:
     if len(log.validation) > 1:
         first, last = log.validation[0]["validation_loss"], log.validation[-1]["validation_loss"]
         words += f" Validation loss {four_digits(first)} \N{RIGHTWARDS ARROW} {four_digits(last)}."
+    if log.kept_step is not None:
+        words += f" The result is the state of step {log.kept_step}, with the lowest validation loss."
     if any("beta" in entry for entry in log.training):
         words += " Beta is the share of the old weights that is left."
     return words

@@ -13,7 +13,11 @@ The log is a file of JSON lines. The `event` of a line says what it holds:
     resume       the same, of a run that goes on, and resumed_at: the steps done before
     step         step (how many are done), loss, learning_rate, seconds, tokens, balance_loss where there is one, and
                  what the way to recover says of the step
-    validation   step, validation_loss
+    validation   step, validation_loss; step 0 is the model as it came
+    kept         kept_step and kept_loss: the step whose state the run ends with, and its validation loss
+
+Where there is validation text, a run ends with its best validated state, which may be the model as it came: training never
+makes a model worse there. A state counts if the model that runs is the one that the run would give (Way.is_result).
 
 Letters: B blocks of a batch, S tokens of a block, M positions with loss, V vocabulary.
 """
@@ -43,7 +47,7 @@ from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
-from .states import STATE_FILE, STATE_VERSION, State
+from .states import STATE_FILE, STATE_VERSION, Best, State
 
 
 @contextlib.contextmanager
@@ -100,6 +104,7 @@ class Loop:
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.validation: list[tuple[int, float]] = []
         self.loss: float | None = None
+        self.best: Best | None = None
 
     @property
     def seconds(self) -> float:
@@ -109,7 +114,7 @@ class Loop:
         if state.step == 0:
             return
         self.step, self.tokens_seen, self.earlier_seconds = state.step, state.tokens, state.seconds
-        self.validation, self.loss = list(state.validation), state.loss
+        self.validation, self.loss, self.best = list(state.validation), state.loss, state.best
         moments: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():
             for key, tensor in state.tensors.items():
@@ -128,6 +133,8 @@ class Loop:
         tensors = {f"parameter|{name}": p.detach().contiguous() for name, p in self.trained.items()}
         for name, p in self.trained.items():
             tensors |= {f"{kind}|{name}": t.contiguous() for kind, t in self.optimizer.state.get(p, {}).items()}
+        if self.best is not None:
+            tensors |= {f"best|{name}": t for name, t in self.best.tensors.items()}
         notes = {
             "version": STATE_VERSION,
             "identity": identity,
@@ -136,6 +143,7 @@ class Loop:
             "seconds": self.seconds,
             "validation": self.validation,
             "loss": self.loss,
+            "best": None if self.best is None else (self.best.step, self.best.loss),
         }
         workdir.mkdir(parents=True, exist_ok=True)
         with whole(workdir / STATE_FILE) as scratch:
@@ -170,14 +178,29 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.loss = self.step + 1, total
 
+    def remember(self, loss: float) -> None:
+        """Keep the trained parameters as they are now if no state before them had a lower validation loss."""
+        if self.best is None or loss < self.best.loss:
+            tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.trained.items()}
+            self.best = Best(self.step, loss, tensors)
+
     @torch.no_grad()
-    def validate(self) -> float:
-        total, count = 0.0, 0
-        for batch in batches(self.validation_tokens, self.options.batch_size):
-            with self.accelerator.autocast():
-                summed, positions = loss_sum(self.model, batch, self.device)
-            total, count = total + float(summed), count + positions
-        return total / max(count, 1)
+    def take_best(self) -> None:
+        """Go back to the best validated state, if it is not the last one."""
+        if self.best is not None and self.best.step < self.step:
+            for name, tensor in self.best.tensors.items():
+                self.trained[name].copy_(tensor)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, tokens: Tokens, options: Recovery, accelerator: Accelerator) -> float:
+    """Mean cross entropy of the next token, nats, over all positions with loss."""
+    total, count, device = 0.0, 0, next(model.parameters()).device
+    for batch in batches(tokens, options.batch_size):
+        with accelerator.autocast():
+            summed, positions = loss_sum(model, batch, device)
+        total, count = total + float(summed), count + positions
+    return total / max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -185,7 +208,9 @@ class Hooks:
     """What a run tells and asks others."""
 
     at_step: Callable[[int], dict[str, float]]
+    is_result: Callable[[int], bool]
     loss: Loss
+    before: float | None = None  # validation loss of the model as it came, where its first step runs another
     workdir: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     log: Path | None = None
@@ -206,11 +231,15 @@ def train(
         loop.resume(state)
         open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
+        loop.take_best()
+        if loop.best is not None:
+            write_log(hooks.log, {"event": "kept", "kept_step": loop.best.step, "kept_loss": loop.best.loss})
     return {
         "steps": loop.step,
         "loss": loop.loss,
+        "kept_step": loop.step if loop.best is None else loop.best.step,
         "validation_loss_before": loop.validation[0][1] if loop.validation else None,
-        "validation_loss": loop.validation[-1][1] if loop.validation else None,
+        "validation_loss": None if loop.best is None else loop.best.loss,
         "trainable_parameters": sum(p.numel() for p in loop.trained.values()),
         "tokens": loop.tokens_seen,
         "seconds": loop.seconds,
@@ -222,7 +251,9 @@ def _run(loop: Loop, hooks: Hooks) -> None:
     options = loop.options
     stream = training_batches(loop.tokens, options.batch_size, options.seed, loop.step * options.accumulate)
     said = hooks.at_step(loop.step)
-    if loop.step == 0:
+    if loop.step == 0 and hooks.before is not None:
+        _record(loop, hooks, hooks.before)
+    elif loop.step == 0:
         _validate(loop, hooks)
     while loop.step < options.steps:
         rate = learning_rate_at(loop.step, options)
@@ -244,9 +275,15 @@ def _run(loop: Loop, hooks: Hooks) -> None:
 
 def _validate(loop: Loop, hooks: Hooks) -> None:
     if loop.validation_tokens is not None:
-        loop.validation.append((loop.step, loop.validate()))
-        loss = loop.validation[-1][1]
-        write_log(hooks.log, {"event": "validation", "step": loop.step, "validation_loss": loss})
+        loss = validation_loss(loop.model, loop.validation_tokens, loop.options, loop.accelerator)
+        _record(loop, hooks, loss, hooks.is_result(loop.step))
+
+
+def _record(loop: Loop, hooks: Hooks, loss: float, is_result: bool = True) -> None:
+    loop.validation.append((loop.step, loss))
+    write_log(hooks.log, {"event": "validation", "step": loop.step, "validation_loss": loss})
+    if is_result:
+        loop.remember(loss)
 
 
 def open_log(hooks: Hooks, step: int, trainable: int) -> None:

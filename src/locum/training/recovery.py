@@ -18,7 +18,7 @@ from ..errors import OptionError, UnsupportedModel
 from ..files import fingerprint, provenance
 from ..plans.plan import Plan
 from .context import Context, Original
-from .loop import Hooks, train
+from .loop import Hooks, accelerated, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .states import load_state, sample
 from .ways import WAYS, Way
@@ -60,6 +60,8 @@ def recover_model(
     called again with the same arguments; the last state stays there until the caller, having saved the result, calls
     `states.forget(workdir)`. `about` is added to the log's provenance.
 
+    Where there is validation text, the result is the best validated state, which may be the model as it came.
+
     Returns the model, in the layout and dtype it came with, and a summary. If it raises after training has begun, the
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
@@ -76,12 +78,17 @@ def recover_model(
     identity = _identity(context, options, tokens) | way.identity(context)
     state = load_state(workdir, identity, restart)
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+    before = None
+    if validation is not None and state.step == 0 and not way.is_result(context, 0):
+        before = _loss_before(model, validation, options)
     way.prepare(context, state.step)
     _set_precision(model, options.precision)
     made = provenance(data_fingerprint=tokens.fingerprint, identity=identity, **(about or {}))
     header = {"options": options.to_json(), "provenance": made}
     hooks = Hooks(
         at_step=lambda step: way.at_step(context, step),
+        is_result=lambda step: way.is_result(context, step),
+        before=before,
         loss=lambda batch: way.loss(context, batch),
         workdir=workdir,
         identity=identity,
@@ -96,6 +103,19 @@ def recover_model(
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval(), summary
+
+
+def _loss_before(model: PreTrainedModel, validation: Tokens, options: Recovery) -> float:
+    """The validation loss of the model as it came, in the precision of the run."""
+    dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+    if options.precision == "fp32":
+        for _, tensor in _floats(model):
+            tensor.data = tensor.data.float()
+    with accelerated(options.precision, model.device) as accelerator:
+        loss = validation_loss(model.eval(), validation, options, accelerator)
+    for name, tensor in _floats(model):
+        tensor.data = tensor.data.to(dtypes[name])
+    return loss
 
 
 def _identity(context: Context, options: Recovery, tokens: Tokens) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from torch import Tensor
 from ..errors import CheckpointError, OptionError
 
 STATE_FILE = "state.safetensors"
-STATE_VERSION = "1"
+STATE_VERSION = "2"
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The trained parameters, on the CPU, at the validation with the lowest loss so far."""
+
+    step: int
+    loss: float
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class State:
     seconds: float = 0.0
     validation: tuple[tuple[int, float], ...] = ()  # (steps done, loss)
     loss: float | None = None  # of the last step
+    best: Best | None = None
 
 
 def sample(tensor: Tensor) -> bytes:
@@ -59,7 +69,16 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
             f"it, or --restart (restart=True) to discard it"
         )
     validation = tuple((step, loss) for step, loss in notes["validation"])
-    return State(notes["step"], tensors, notes["tokens"], notes["seconds"], validation, notes["loss"])
+    best = {key.removeprefix("best|"): tensors.pop(key) for key in list(tensors) if key.startswith("best|")}
+    return State(
+        notes["step"],
+        tensors,
+        notes["tokens"],
+        notes["seconds"],
+        validation,
+        notes["loss"],
+        None if notes["best"] is None else Best(*notes["best"], best),
+    )
 
 
 def forget(workdir: Path) -> None:

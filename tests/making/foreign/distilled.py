@@ -59,6 +59,9 @@ class Distilled:
         )
         return self.temperature**2 * divergence, int(mask.sum())
 
+    def is_result(self, context: Context, step: int) -> bool:
+        return True
+
     def finish(self, context: Context) -> None:
         pass
 

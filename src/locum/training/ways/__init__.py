@@ -67,6 +67,10 @@ class Way(Protocol):
         """
         ...
 
+    def is_result(self, context: Context, step: int) -> bool:
+        """Whether the model that runs at this step is the one that `finish` would give. A run ends with the best of those."""
+        ...
+
     def finish(self, context: Context) -> None:
         """Gives the model back in the layout that it came with."""
         ...

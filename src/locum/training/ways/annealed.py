@@ -115,6 +115,9 @@ class Annealed:
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         return loss_sum(context.model, batch, context.device)
 
+    def is_result(self, context: Context, step: int) -> bool:
+        return self._beta(context, step) == 0
+
     def finish(self, context: Context) -> None:
         close_adapters(context)
 

@@ -58,5 +58,8 @@ class Vectors:
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         return loss_sum(context.model, batch, context.device)
 
+    def is_result(self, context: Context, step: int) -> bool:
+        return True
+
     def finish(self, context: Context) -> None:
         pass
