@@ -16,7 +16,7 @@ from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_text
 
 demo = importlib.import_module("locum.demonstration")
-METHODS = ("lightmoe", "reap", "replace")
+METHODS = ("lightmoe", "reap")
 MODELS = ["original", *(name + state for name in METHODS for state in ("", " recovered"))]
 bundled = pytest.mark.skipif(
     not (package.MODEL / "model.safetensors").is_file(), reason="the reference model is not here"

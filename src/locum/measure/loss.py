@@ -6,7 +6,7 @@
 - The transformer body runs on a whole batch, the output head on a stretch of positions at a time: float32 logits of
   one stretch stay below LOGIT_BYTES whatever the batch, block and vocabulary.
 
-Shapes: B blocks, S tokens of a block, C positions of a stretch, V vocabulary, N predicted tokens, Q sums per block.
+Letters: B blocks, S tokens of a block, W positions of a stretch, V vocabulary, M predicted tokens, Y sums per block.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def evaluate(
     start = time.perf_counter()
     with _evaluating(model), _evaluating(against), torch.no_grad():
         sums = [_batch_sums(model, against, batch) for batch in batches(tokens, batch_size)]
-    sums_BQ = torch.cat(sums).numpy()
-    _check_finite(sums_BQ, model_name, against_name)
+    sums_BY = torch.cat(sums).numpy()
+    _check_finite(sums_BY, model_name, against_name)
     shared = {
         "seed": seed,
         "seconds": time.perf_counter() - start,
@@ -69,8 +69,8 @@ def evaluate(
     }
     rows = []
     for domain, chosen_B in _domains(tokens):
-        measured = _measure(sums_BQ[chosen_B], f"{seed}:{domain}", resamples, against is not None)
-        n = int(sums_BQ[chosen_B, SUMS.index("tokens")].sum())
+        measured = _measure(sums_BY[chosen_B], f"{seed}:{domain}", resamples, against is not None)
+        n = int(sums_BY[chosen_B, SUMS.index("tokens")].sum())
         for (whose, metric), (value, low, high) in measured.items():
             name, of_plan = (model_name, plan) if whose == "model" else (against_name, None)
             rows.append(Row(name, of_plan, metric, domain, value, low, high, n, **shared))
@@ -105,12 +105,12 @@ def _check(model: Any, against: Any, tokens: Tokens, batch_size: int, resamples:
         )
 
 
-def _check_finite(sums_BQ: np.ndarray, model_name: str, against_name: str) -> None:
+def _check_finite(sums_BY: np.ndarray, model_name: str, against_name: str) -> None:
     for column, name in (("original_nats", against_name), ("nats", model_name), ("kl", model_name)):
-        bad = np.flatnonzero(~np.isfinite(sums_BQ[:, SUMS.index(column)]))
+        bad = np.flatnonzero(~np.isfinite(sums_BY[:, SUMS.index(column)]))
         if len(bad):
             raise LocumError(
-                f"{name} gives {column} that are not finite in {len(bad)} of {len(sums_BQ)} blocks (first: {bad[0]}); "
+                f"{name} gives {column} that are not finite in {len(bad)} of {len(sums_BY)} blocks (first: {bad[0]}); "
                 "its weights hold NaN or overflow in this dtype: try float32, or check how it was made"
             )
 
@@ -140,7 +140,7 @@ def _hidden(model: Any, batch: Batch) -> tuple[Any, Any]:
 
 
 def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> torch.Tensor:
-    """Float32 logits [B, C, V] of a stretch of positions, from a body output that is there already.
+    """Float32 logits [B, W, V] of a stretch of positions, from a body output that is there already.
 
     The model's own forward runs with its body answering from memory, so scaling and soft caps are the model's.
     """
@@ -160,12 +160,12 @@ def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> to
 
 
 def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
-    """Sums per block [B, Q] in float64 on the CPU, in the order of SUMS; the original's are 0 without one."""
+    """Sums per block [B, Y] in float64 on the CPU, in the order of SUMS; the original's are 0 without one."""
     size, length = batch.ids_BS.shape
     inner, output = _hidden(model, batch)
     original, original_output = (None, None) if against is None else _hidden(against, batch)
     step = max(1, LOGIT_BYTES // (4 * size * _vocabulary(model)))
-    sums_BQ = torch.zeros(size, len(SUMS), dtype=torch.float64)
+    sums_BY = torch.zeros(size, len(SUMS), dtype=torch.float64)
     for first in range(0, length - 1, step):
         stretch = slice(first, min(first + step, length - 1))
         predicted = slice(stretch.start + 1, stretch.stop + 1)
@@ -177,11 +177,11 @@ def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
         log_o_MV = None
         if original is not None:
             log_o_MV = _log_probabilities(original, original_output, batch, stretch, mask_BW).to(log_p_MV.device)
-        values_MQ = _token_values(log_p_MV, log_o_MV, target_M.to(log_p_MV.device)).double().cpu()
-        values_MQ[:, SUMS.index("bytes")] = batch.bytes_BS[:, predicted][mask_BW].double()
+        values_MY = _token_values(log_p_MV, log_o_MV, target_M.to(log_p_MV.device)).double().cpu()
+        values_MY[:, SUMS.index("bytes")] = batch.bytes_BS[:, predicted][mask_BW].double()
         block_M = torch.nonzero(mask_BW)[:, 0]
-        sums_BQ.index_add_(0, block_M, values_MQ)
-    return sums_BQ
+        sums_BY.index_add_(0, block_M, values_MY)
+    return sums_BY
 
 
 def _log_probabilities(model: Any, output: Any, batch: Batch, stretch: slice, mask_BW: torch.Tensor) -> torch.Tensor:
@@ -205,9 +205,9 @@ def _token_values(log_p_MV: torch.Tensor, log_o_MV: torch.Tensor | None, target_
 # values and intervals
 
 
-def _metrics(sums_RQ: np.ndarray, compare: bool) -> dict[tuple[str, str], np.ndarray]:
+def _metrics(sums_RY: np.ndarray, compare: bool) -> dict[tuple[str, str], np.ndarray]:
     """Every metric from sums over blocks, one value per row; keyed by whose it is and its name."""
-    nats, tokens, bytes_, original, kl, agreed = sums_RQ.T
+    nats, tokens, bytes_, original, kl, agreed = sums_RY.T
     values = {}
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for whose, sum_R in (("model", nats), ("original", original)) if compare else (("model", nats),):
@@ -222,28 +222,28 @@ def _metrics(sums_RQ: np.ndarray, compare: bool) -> dict[tuple[str, str], np.nda
 
 
 def _measure(
-    sums_BQ: np.ndarray, seed: str, resamples: int, compare: bool
+    sums_BY: np.ndarray, seed: str, resamples: int, compare: bool
 ) -> dict[tuple[str, str], tuple[float, float | None, float | None]]:
     """Value and 95% bootstrap interval of every metric. A metric without a value (no bytes at all) is left out."""
-    values = _metrics(sums_BQ.sum(0, keepdims=True), compare)
-    drawn = _metrics(resample(sums_BQ, seed, resamples), compare)
+    values = _metrics(sums_BY.sum(0, keepdims=True), compare)
+    drawn = _metrics(resample(sums_BY, seed, resamples), compare)
     measured = {}
     for key, value in values.items():
         known = drawn[key][np.isfinite(drawn[key])]  # a resample may hold no predicted token
         if math.isfinite(value[0]):
-            spread = np.percentile(known, INTERVAL).tolist() if len(sums_BQ) > 1 and len(known) else (None, None)
+            spread = np.percentile(known, INTERVAL).tolist() if len(sums_BY) > 1 and len(known) else (None, None)
             measured[key] = (float(value[0]), *spread)
     return measured
 
 
-def resample(sums_BQ: np.ndarray, seed: str, resamples: int) -> np.ndarray:
+def resample(sums_BY: np.ndarray, seed: str, resamples: int) -> np.ndarray:
     """Sums [R, Q] over `resamples` draws of B blocks with replacement; a function of the seed alone."""
     generator = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest(), 16))
-    blocks = len(sums_BQ)
+    blocks = len(sums_BY)
     # Blockwise counts rather than indices, a few resamples at a time: a long evaluation has many blocks.
     group = max(1, 4_000_000 // blocks)
     sums = []
     for first in range(0, resamples, group):
         counts_RB = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=min(group, resamples - first))
-        sums.append(counts_RB.astype(np.float64) @ sums_BQ)
+        sums.append(counts_RB.astype(np.float64) @ sums_BY)
     return np.concatenate(sums)
