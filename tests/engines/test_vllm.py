@@ -167,10 +167,11 @@ def test_a_part_and_a_policy_of_another_package_are_served(tmp_path, monkeypatch
     ]
     apply_plan(model, make_plan(shape, layers), None)
     model.save_pretrained(tmp_path / "made")
-    (answer,) = serve(tmp_path, [{"folder": str(tmp_path / "made"), "prompts": ids}], PYTHONPATH=str(site))
+    jobs = [{"folder": str(tmp_path / "made"), "prompts": ids}]
+    (answer,) = serve(tmp_path / "with", jobs, PYTHONPATH=str(site))
     assert answer.get("error") is None
     assert answer["tokens"] == greedy(model, ids)
-    (lacking,) = serve(tmp_path, [{"folder": str(tmp_path / "made"), "prompts": ids}])
+    (lacking,) = serve(tmp_path / "without", jobs)
     assert "unknown routing policy 'skip_light'" in lacking["error"][1]
     for name in [name for name in sys.modules if name.startswith("locum_foreign")]:
         monkeypatch.delitem(sys.modules, name)
