@@ -9,7 +9,7 @@ SPREAD := --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton check fix install clean
+.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -127,6 +127,11 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.active --rounds 5 --out $(TIMED)/active_latency.jsonl
 	$(BIN)/python -m benchmarks.speed.reference --out $(TIMED)/reference_speed.jsonl
 	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
+
+# Damaged files of every kind and senseless options, 1,200 of them, and what Locum answers; exit code 1 where there is a fault.
+# `make fuzz FUZZ="--only 417"` shows one of them, `FUZZ="--kinds plan,options --count 300"` tries some.
+fuzz: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m fuzzing $(FUZZ)
 
 # On a machine with a CUDA device (without one it says so): whether the container is right there, how fast, what memory it
 # takes, and whole models; then the Triton kernels' own tests. PART=speed runs one part. Where there is no environment, the

@@ -1,0 +1,1 @@
+"""Damages everything that Locum reads, gives the command line senseless values, and counts what Locum answers: `make fuzz`."""
