@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 
 from locum.containers.layout import Layout
-from locum.plans.plan import NOTHING, LayerPlan
+from locum.errors import UnsupportedModel
+from locum.experts.policies.main_with_vectors import MainWithVectors
+from locum.plans.plan import KEPT, NOTHING, LayerPlan
 from making.containers import (
     KINDS,
     D,
@@ -181,3 +184,56 @@ def test_state_dict_has_the_layouts_names_and_survives_a_deepcopy():
     twin = copy.deepcopy(container)
     x, index, gates = routing(container.num_experts, 8, 2)
     assert torch.equal(twin(x, index, gates), container(x, index, gates))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_what_no_token_used_has_a_gradient_of_zeros(kind, annealed, tokens):
+    """As fused stock experts have: data-parallel training waits for the gradient of every parameter."""
+    container = random_container(kind, 3, annealed=annealed)
+    x, _, gates = routing(container.num_experts, tokens, 1)
+    index, gates = torch.zeros(tokens, 1, dtype=torch.long), gates.requires_grad_()
+    wanted = {"gates": gates, **dict(container.named_parameters())}
+    container(x, index, gates).sum().backward()
+    loss = slow(container, x, index, gates).sum()
+    there = [tensor for tensor in wanted.values() if loss.requires_grad]
+    expected = torch.autograd.grad(loss, there, allow_unused=True, materialize_grads=True) if there else ()
+    for name, gradient in zip(wanted, expected or [torch.zeros_like(t) for t in wanted.values()], strict=True):
+        assert wanted[name].grad is not None, name
+        assert_near(wanted[name].grad, gradient, 1e-4)
+
+
+def test_a_layer_of_mere_nothings_hands_its_router_a_gradient():
+    container = filled(Layout.of(LayerPlan("experts", (NOTHING,) * E), layer_shape()), swiglu)
+    x, index, gates = routing(E, 5, 2)
+    container(x, index, gates.requires_grad_()).sum().backward()
+    assert torch.equal(gates.grad, torch.zeros_like(gates))
+
+
+def test_vectors_that_no_token_used_have_a_gradient_of_zeros():
+    plan = LayerPlan("experts", (KEPT,) * E, routing=MainWithVectors(2))
+    container = filled(Layout.of(plan, layer_shape()), swiglu)
+    x, index, gates = routing(E, 5, 2)  # both run, and leave nothing to vectors
+    container(x, index, gates).sum().backward()
+    assert torch.equal(container.offsets_NV.grad, torch.zeros_like(container.offsets_NV))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_come_through_the_modules_that_hold_them(kind):
+    """Hooks of accelerate put weights on a device for one call of a module, and take them away after it."""
+    container = random_container(kind, 4)
+    x, index, gates = routing(container.num_experts, 9, 3)
+    with torch.no_grad():
+        expected = container(x, index, gates)
+        accelerate.cpu_offload(container, torch.device("cpu"))
+        assert {p.device.type for p in container.parameters()} == {"meta"}
+        assert torch.equal(container(x, index, gates), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 400])
+def test_weights_that_are_elsewhere_are_refused(tokens):
+    """Compiled products are handed addresses, and memory that holds nothing has none."""
+    container = random_container("swiglu", 0).to("meta")
+    with torch.no_grad(), pytest.raises((UnsupportedModel, RuntimeError, NotImplementedError)):
+        container(*routing(container.num_experts, tokens, 2))

@@ -4,66 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+from io import StringIO
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from locum.data.documents import Document, Source, parse_sources, passages, read_documents
-from locum.data.tokens import batches, fingerprint_tokenizer, load_tokens, training_batches
+from locum.data.documents import Source, parse_sources, read_documents
+from locum.data.rows import Document
+from locum.data.text import passages
+from locum.data.tokens import batches, fingerprint_tokenizer, training_batches
 from locum.errors import DataError, OptionError
+from making.data import TALK, THINKING, load, make_tokenizer, many, write_rows
 
-CHAT = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + ('<|end|>\n' if m.role == 'assistant' else '\n') }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-# Like Qwen3: only the last answer shows its (empty) thoughts, so history is edited by what follows it.
-THINKING = CHAT.replace("m.content", "('<think></think>\n' if m.role == 'assistant' and loop.last else '') + m.content")
-TALK = [
-    {"role": "user", "content": "red or blue?"},
-    {"role": "assistant", "content": "blue it is"},
-    {"role": "user", "content": "and then?"},
-    {"role": "assistant", "content": "red"},
-]
 WORLD = "Grüße, 世界! 🎉🏳️‍🌈 naïve café\n\tdef f(x):  return x  "
-
-
-def make_tokenizer(folder, template=CHAT, bos=None):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>"] + ([bos] if bos else [])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["the red fox and the blue dog then ran over the hill"] * 4, trainer)
-    if bos:
-        head = (bos, backend.token_to_id(bos))
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[head])
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", bos_token=bos)
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def many(path, count=60, word="fox"):
-    return write_rows(path, [{"text": f"{word} number {i} ran over the hill"} for i in range(count)])
-
-
-def load(specs, tokenizer, **options):
-    return load_tokens(specs, tokenizer, **({"split": "all", "length": 16} | options))
 
 
 def text_with_loss(tokens, tokenizer):
@@ -142,11 +102,11 @@ def test_a_dataset_keeps_its_own_splits(tmp_path, tokenizer):
 
 def test_passages_gather_paragraphs_and_keep_all_text():
     paragraphs = [f"paragraph {i}\n    indented" + " and so on" * 30 for i in range(40)]
-    parts = passages("\n\n".join(paragraphs))
+    parts = list(passages(StringIO("\n\n".join(paragraphs))))
     assert "\n\n".join(parts) == "\n\n".join(paragraphs)
     assert all(2_000 <= len(part) < 2_500 for part in parts[:-1])
-    assert len(passages("a line of text\n" * 1_000)) == 8
-    assert passages("one\n\ntwo") == ["one\n\ntwo"]
+    assert len(list(passages(StringIO("a line of text\n" * 1_000)))) == 8
+    assert list(passages(StringIO("one\n\ntwo"))) == ["one\n\ntwo"]
 
 
 def test_split_depends_on_the_document_alone():
@@ -183,6 +143,33 @@ def test_splits_share_no_document_and_ignore_order(tmp_path, tokenizer):
         ("a.jsonl", '{"messages": []}', ["line 1", "no answer"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["line 1", "no answer", "user"]),
         ("a.parquet", "not parquet", ["a.parquet", "Parquet"]),
+        ("a.ndjson", '{"text": "x"}\n5\n', ["line 2", "object"]),
+        ("a.jsonl.txt", '{"text": "x"}\n5\n', ["line 2", "object"]),
+        ("a.csv", "label,words\n1,x\n", ["row 1", "'label'", "'words'", "'messages'"]),
+        ("a.csv", "text\nx,y\n", ["row 1", "more cells"]),
+        ("a.csv", 'text\n"x" y\n', ["a.csv", "table"]),
+        ("a.tsv", "label\ttext\n1\n", ["row 1", "NoneType"]),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000 + "\n", ["line 2"]),
+        ("a.jsonl", '{"text": "x", "n": ' + "9" * 6_000 + "}", ["line 1", "cannot be read"]),
+        ("a.json", '[{"text": ' + "9" * 6_000 + "}]", ["line 1", "cannot be read"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\ud83d"}]}', ["line 1", "'messages'", "surrogate"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "\\ud83d": 1}]}', ["line 1", "'messages'", "surrogate"]),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}]}",
+            ["line 1", "levels deep"],
+        ),
+        ("a.jsonl", '{"messages": [{"role": "a"}], "tools": 5}', ["line 1", "'tools' must be a list"]),
+        ("a.jsonl", '{"messages": [{"role": "a"}], "tools": "[5"}', ["line 1", "'tools'", "not JSON"]),
+        ("a.jsonl", '{"messages": [{"role": "a"}], "tools": [{"a": "\\udc00"}]}', ["line 1", "'tools'", "surrogate"]),
+        ("a.jsonl", '{"messages": [{"role": "a"}], "images": ["x.png"]}', ["line 1", "'images' changes what"]),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "system": "c"}', ["line 1", "'system' changes what"]),
+        ("a.jsonl", '{"messages": [{"role": "a"}], "chat_template_kwargs": [1]}', ["line 1", "must be an object"]),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "a"}], "chat_template_kwargs": {"chat_template": "x"}}',
+            ["line 1", "may not set"],
+        ),
         ("a.txt", "short", ["'a'", "6 tokens", "64 needed", "lower length"]),
     ],
 )

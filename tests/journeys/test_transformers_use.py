@@ -5,6 +5,7 @@ That decoding compiles into one graph is in test_products.py.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -86,6 +87,26 @@ def test_device_map(small, model):
     with torch.no_grad():
         ours = placed(tiny_ids().to(placed.device)).logits.cpu()
         assert torch.allclose(ours, model(tiny_ids()).logits, atol=1e-4)
+
+
+def test_a_layer_on_disk(small, model, tmp_path):
+    """One that does not fit is read for each call of its modules, and let go."""
+    where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    placed = AutoModelForCausalLM.from_pretrained(
+        small, device_map={**where, "model.layers.1": "disk"}, offload_folder=tmp_path / "kept"
+    ).eval()
+    with torch.no_grad():
+        assert torch.allclose(placed(tiny_ids()).logits, model(tiny_ids()).logits, atol=1e-5)
+
+
+def test_pickle(model):
+    """torch.save of a whole model, spawned workers, Ray."""
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    again = torch.load(kept, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(tiny_ids()).logits, model(tiny_ids()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -264,6 +264,42 @@ def test_damaged_discovered_files_are_listed_and_given_ones_raise(tmp_path):
         make_report([results], plans=[tmp_path / "plan.json"])
 
 
+def test_rows_do_not_make_it_read_what_is_elsewhere(tmp_path):
+    """Rows may be anybody's, and could name any file of the machine."""
+    plan = make_a_plan(tmp_path / "plan.json")
+    make_log(tmp_path / "far" / "recovery.jsonl")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "linked.json").symlink_to(tmp_path / "plan.json")
+    for name in (str(tmp_path / "plan.json"), "../plan.json", "linked.json"):
+        named = {"plan_file": name, "recovery_log": str(tmp_path / "far" / "recovery.jsonl")}
+        results = write_results(folder / "r.jsonl", rows_of("small", 2, 0.9, plan=plan.id, provenance=named))
+        parsed = Balanced(make_report([results]))
+        assert "plan" not in parsed.ids and "recovery" not in parsed.ids, name
+        assert parsed.text.count("outside the folder of the results") == 2, name
+        assert "plan" in Balanced(make_report([results], plans=[tmp_path / "plan.json"])).ids
+
+
+@pytest.mark.parametrize("key", ["plan_file", "recovery_log", "statistics_file"])
+def test_rows_do_not_make_it_read_files_without_end(key, tmp_path):
+    with (tmp_path / "run").with_suffix(".big").open("wb") as file:
+        file.truncate(2**40)
+    rows = rows_of("small", 2, 0.9, provenance={key: "run.big"})
+    text = Balanced(make_report([write_results(tmp_path / "r.jsonl", rows)])).text
+    assert "has 1,099,511,627,776 bytes, too many" in text
+
+
+@pytest.mark.parametrize("line", ['{"a": ' + "9" * 6_000 + "}", "[" * 100_000], ids=["digits", "deep"])
+def test_lines_that_are_no_json_in_any_way_are_named(line, tmp_path):
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"r\.jsonl, line 1: not JSON"):
+        make_report([tmp_path / "r.jsonl"])
+    (tmp_path / "log.jsonl").write_text(line + "\n{}\n")
+    results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
+    with pytest.raises(DataError, match=r"log\.jsonl, line 1: not JSON"):
+        make_report([results], logs=[tmp_path / "log.jsonl"])
+
+
 def test_a_recovery_says_how_it_was_done(tmp_path):
     results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
     log = make_log(tmp_path / "small" / "recovery.jsonl")

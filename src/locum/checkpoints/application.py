@@ -21,6 +21,7 @@ from ..models.families import (
     MoeLayer,
     canonical_activation,
     find_layers,
+    leave_router_logits,
     read_expert,
     set_expert_count,
     slice_experts,
@@ -32,9 +33,9 @@ from ..plans.plan import LayerPlan, Plan
 from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
+from .announced import settle_config
 from .quantizer import LocumConfig
-
-KEEP_FILES = ("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+from .side_files import copy_side_files
 
 
 def make_container(
@@ -89,13 +90,20 @@ def apply_plan(
             set_expert_count(config, len(plan.layers[0].survivors))
     if layouts:
         model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
+    if not stock and any(_counts_differ(plan.layer(name), layer) for name, layer in layers.items()):
+        leave_router_logits(model)
     return model
 
 
 def _is_uneven(layer: MoeLayer) -> bool:
     """Whether a stock layer has another number of experts than its config says, as one opened from a container may."""
+    return _counts_differ(None, layer)
+
+
+def _counts_differ(plan: LayerPlan | None, layer: MoeLayer) -> bool:
+    """Whether a layer has, or after its plan will have, another number of experts than its config says."""
     counts = (getattr(layer.experts.config, name, None) for name in EXPERT_COUNTS)
-    return layer.shape.num_experts not in counts
+    return (layer.shape.num_experts if plan is None else len(plan.survivors)) not in counts
 
 
 def _read_by(plan: LayerPlan, statistics: Statistics | None) -> LayerStatistics | None:
@@ -130,15 +138,14 @@ def save_checkpoint(
 ) -> None:
     """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
 
-    From `source` come the files that saving a model does not write; `extra` files are copied in under their names.
+    From `source` comes what is not weights and not written anew; `extra` files are copied in under their names.
     `write` puts the model itself into the folder.
     """
     with whole(out, "folder") as folder:
         write(model, folder)
+        settle_config(folder)
         tokenizer.save_pretrained(folder)
-        for name in KEEP_FILES:
-            if (source / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(source / name, folder / name)
+        copy_side_files(source, folder)
         if plan is not None:
             save_plan(plan, folder / "plan.json")
         for file in extra:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -18,6 +21,11 @@ def describe_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def plain(text: Any) -> str:
+    """Text from a file or an option as one line of Markdown that says it and does nothing else."""
+    return re.sub(r"([\\`*_{}\[\]#|!~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
 def _saved(plan: Plan, shape: ModelShape) -> str:
     """What a plan saves, in words: parameters that are stored, or those that a token uses, whichever it is about."""
     said = [f"{plan.removed(shape):.1%} of the routed experts' parameters removed"] if plan.removed(shape) > 0 else []
@@ -27,29 +35,32 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
     return ", ".join(said) or "nothing removed"
 
 
-def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any]) -> str:
-    """Markdown with a Hub header: what was done, how to load it, sizes, fates of the experts, provenance."""
-    size = plan.size(shape)
-    stock = plan.is_stock(shape)
-    fates: Counter[str] = Counter(slot.fate for layer in plan.layers for slot in layer.slots)
-    load = [
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        "```",
-    ]
+def _loading(name: str, opens: str, stock: bool, base: str | None) -> list[str]:
+    """What it needs to load, and the call."""
+    call = [f"from transformers import {opens}", f"model = {opens}.from_pretrained({json.dumps(name)})"]
     needs = (
         "It is an ordinary checkpoint and loads without Locum."
         if stock
         else "Its compressed layers need Locum to load: without `import locum` first, transformers only warns of an unknown "
         "quantization type and fills the experts at random."
     )
-    if over := provenance.get("adapter"):
+    if base is not None:
         needs = "It holds routers and the vectors of experts alone; all weights are those of its base."
-        load[1:3] = ["import locum", f'model = locum.load_model("{name}")  # over {over["base"]}']
+        call = ["import locum", f"model = locum.load_model({json.dumps(name)})  # over {json.dumps(base)}"]
     elif not stock:
-        load.insert(1, "import locum  # registers the loader for its layers")
-    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+        call.insert(0, "import locum  # registers the loader for its layers")
+    return [needs, "", "```python", *call, "```"]
+
+
+def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any], opens: str) -> str:
+    """Markdown with a Hub header: what was done, how to load it, sizes, fates of the experts, provenance.
+
+    `opens` is the class of transformers that loads it.
+    """
+    size = plan.size(shape)
+    over = provenance.get("adapter")
+    fates: Counter[str] = Counter(slot.fate for layer in plan.layers for slot in layer.slots)
+    options = ", ".join(f"{plain(key)}={plain(value)}" for key, value in plan.options.items())
     rows = [
         ("parameters", f"{shape.parameters:,}", f"{size.parameters:,}"),
         ("expert parameters", f"{shape.expert_parameters:,}", f"{size.expert_parameters:,}"),
@@ -62,13 +73,11 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
         "library_name: transformers",
         "tags: [mixture-of-experts, compressed, locum]",
         "---",
-        f"# {name}",
+        f"# {plain(name)}",
         "",
-        f"Made with Locum: {_saved(plan, shape)} by `{plan.method}`" + (f" ({options})." if options else "."),
+        f"Made with Locum: {_saved(plan, shape)} by {plain(plan.method)}" + (f" ({options})." if options else "."),
         "",
-        needs,
-        "",
-        *load,
+        *_loading(name, opens, plan.is_stock(shape), None if over is None else over["base"]),
         "",
         "| | original | this |",
         "|---|---|---|",
@@ -78,7 +87,11 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
         "",
         "## Provenance",
         "",
-        *(f"- {key}: {value}" for key, value in provenance.items() if key not in ("original", "original_shape")),
+        *(
+            f"- {plain(key)}: {plain(value)}"
+            for key, value in provenance.items()
+            if key not in ("original", "original_shape")
+        ),
         "",
     ]
     return "\n".join(lines)

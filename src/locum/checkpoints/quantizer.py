@@ -11,6 +11,7 @@ ordinary `AutoModelForCausalLM.from_pretrained` does the rest. Nothing executabl
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, PlanError
-from ..models.families import canonical_activation, find_layers, slice_router
+from ..models.families import canonical_activation, find_layers, leave_router_logits, slice_router
 from ..shapes import LayerShape
 from .read import read_header
 
@@ -57,8 +58,8 @@ class LocumQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        place_containers(model, self.quantization_config.layers)
-        _check_files(model, checkpoint_files or [])
+        names = place_containers(model, self.quantization_config.layers)
+        _check_files(model, names, checkpoint_files or [])
         if hasattr(model.config, "auto_map"):  # names a file that saving the model does not write (remote_code.py)
             del model.config.auto_map
 
@@ -80,13 +81,16 @@ class LocumQuantizer(HfQuantizer):
         return True
 
 
-def _check_files(model: nn.Module, files: list[str]) -> None:
-    """Refuse damaged files, and tensors of another shape than their container's, which transformers calls missing."""
+def _check_files(model: nn.Module, names: dict[str, str], files: list[str]) -> None:
+    """Refuse damaged files, and tensors of another shape than their container's, which transformers calls missing.
+
+    `names` are those of the containers in the files, by those in the model.
+    """
     headers = {name: entry for file in files for name, entry in read_header(Path(file)).items()}
     for name, container in containers_of(model):
         for tensor, shape in container.layout.tensor_shapes().items():
-            if entry := headers.get(f"{name}.{tensor}"):
-                check_shape(f"{name}.{tensor}", tuple(entry["shape"]), shape)
+            if entry := headers.get(f"{names[name]}.{tensor}"):
+                check_shape(f"{names[name]}.{tensor}", tuple(entry["shape"]), shape)
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -116,13 +120,19 @@ def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
         )
 
 
-def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
-    """Swap the experts modules named in `layers` for empty containers, and make room in their routers."""
+def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, str]:
+    """Swap the experts modules named in `layers` for empty containers, and make room in their routers.
+
+    Returns the names of the containers in `layers` by those that they have in this model.
+    """
     found = {layer.shape.name: layer for layer in find_layers(model)}
-    for name, data in layers.items():
-        if name not in found:
-            raise CheckpointError(f"config.json describes a container for {name!r}, which this model does not have")
-        layer, layout = found[name], read_layout(name, data)
+    names = {}
+    for said, data in layers.items():
+        name = by_place(said, found)
+        if name is None:
+            raise CheckpointError(f"config.json describes a container for {said!r}, which this model does not have")
+        names[name] = said
+        layer, layout = found[name], read_layout(said, data)
         check_layout(name, layout, layer.shape)
         weight = layer.experts.down_proj
         container = StandInExperts(layout, canonical_activation(layer.experts), weight.dtype, weight.device)
@@ -131,6 +141,20 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
         layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
         if layout.num_experts != layer.shape.num_experts:
             slice_router(layer, layout.num_experts)
+            leave_router_logits(model)
+    return names
+
+
+def by_place(said: str, found: Iterable[str]) -> str | None:
+    """The layer that a config means. A family's classes put the same layers under different names: the bare model has no
+    head around it, the one for text alone no towers beside it. The place in the stack of layers is the same."""
+    alike = [said] if said in found else [name for name in found if _place(name) == _place(said)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _place(name: str) -> str:
+    numbered = re.search(r"[^.]+\.\d+\..*", name)
+    return numbered[0] if numbered else name
 
 
 def read_layout(name: str, data: Any) -> Layout:

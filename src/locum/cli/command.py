@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from ..errors import LocumError, did_you_mean, unknown
 from .parameters import Choice, flags_of, options_of, parameters_of
 from .progress import progress_lines
+from .shown import say
 
 RESUMABLE = ("calibrate", "search", "compress", "recover")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
@@ -44,7 +45,7 @@ def one_line(command: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         message = f"no space left on the disk of {error.filename or 'the output'}; free some and run it again"
-    click.echo(f"{f'locum {command}'.strip()}: error: {message}", err=True)
+    say(f"{f'locum {command}'.strip()}: error: {message}", err=True)
     raise click.exceptions.Exit(2)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..stages.options import Progress as Report
+from .shown import shown
 
 console = Console(stderr=True)
 
@@ -17,7 +18,7 @@ class progress_lines:
 
     def __enter__(self) -> Report:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -29,6 +30,7 @@ class progress_lines:
         return self.report
 
     def report(self, stage: str, done: int, total: int) -> None:
+        stage = shown(stage)
         head = stage.split(":")[0]
         if head not in self.tasks:
             self.tasks[head] = self.bar.add_task(stage, total=total)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints.card import describe_size
 from ..exports.export import larger
 from ..speed import page
 from ..verification.folder import FAILED, Check
+from .shown import add_row, print_table, say, shown
 
 
 def emit(data: Any, as_json: bool, human: Callable[[Any], None]) -> None:
@@ -31,12 +31,12 @@ def show_inspect(result: dict[str, Any], as_json: bool) -> None:
 
 def _inspect_table(result: dict[str, Any]) -> None:
     share = result["expert_parameters"] / result["parameters"]
-    click.echo(
+    say(
         f"{result['model_type']}{' (compressed by Locum)' if result['compressed'] else ''}: "
         f"{result['parameters']:,} parameters, {describe_size(result['bytes'])}; "
         f"routed experts {result['expert_parameters']:,} ({share:.1%})"
     )
-    click.echo(
+    say(
         f"active for a token, at most: {result['active_parameters']:,} parameters, {describe_size(result['active_bytes'])}"
     )
     table = Table("layers", "experts", "top-k", "width", "router", "groups", "shared", box=None)
@@ -45,13 +45,13 @@ def _inspect_table(result: dict[str, Any]) -> None:
         sizes = f"{first['hidden_size']} x {first['expert_width']}"
         counts = (first[key] for key in ("num_groups", "shared_experts"))
         top_k = str(first["top_k"]) + (f" ({first['routing']})" if first["routing"] else "")
-        table.add_row(alike, str(first["num_experts"]), top_k, sizes, kind, *map(str, counts))
-    Console(width=120).print(table)
+        add_row(table, alike, str(first["num_experts"]), top_k, sizes, kind, *map(str, counts))
+    print_table(table, 120)
     for note in result["notes"]:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     if result["would_save"]:
-        click.echo(_saving(result["would_save"]))
-    click.echo(f"next, with your own text in place of text.txt:\n  {result['next']}")
+        say(_saving(result["would_save"]))
+    say(f"next, with your own text in place of text.txt:\n  {result['next']}")
 
 
 def _saving(would: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def show_statistics(result: Any, as_json: bool) -> None:
     emit(
         data,
         as_json,
-        lambda d: click.echo(f"{d['tokens']:,} tokens of {', '.join(d['domains'])} in {d['layers']} layers"),
+        lambda d: say(f"{d['tokens']:,} tokens of {', '.join(d['domains'])} in {d['layers']} layers"),
     )
 
 
@@ -95,24 +95,23 @@ def show_summary(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
         for key in ("parameters", "expert_parameters", "active_parameters", "bytes"):
             before, after = d[key]
-            click.echo(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
-        click.echo(
-            f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}"
-        )
-        click.echo(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
+            say(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
+        say(f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}")
+        say(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
 
     emit(result, as_json, human)
 
 
 def show_recovery(result: dict[str, Any], as_json: bool) -> None:
-    emit(result, as_json, lambda d: click.echo("\n".join(f"{key}: {value}" for key, value in d.items())))
+    emit(result, as_json, lambda d: say("\n".join(f"{key}: {value}" for key, value in d.items())))
 
 
 def show_rows(rows: list[Any], as_json: bool) -> None:
     def human(_: Any) -> None:
         table = Table("model", "domain", "metric", "value", "95% interval", "n", box=None)
         for row in rows:
-            table.add_row(
+            add_row(
+                table,
                 row.model,
                 row.domain,
                 row.metric,
@@ -120,7 +119,7 @@ def show_rows(rows: list[Any], as_json: bool) -> None:
                 "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}",
                 f"{row.n:,}",
             )
-        Console().print(table)
+        print_table(table)
 
     emit([dataclasses.asdict(row) for row in rows], as_json, human)
 
@@ -129,8 +128,8 @@ def show_checks(checks: list[Check], as_json: bool) -> None:
     def human(_: Any) -> None:
         table = Table("check", "engine", "result", "detail", box=None)
         for check in checks:
-            table.add_row(*dataclasses.astuple(check))
-        Console(width=max(120, Console().width)).print(table, markup=False)
+            add_row(table, *dataclasses.astuple(check))
+        print_table(table, 120)
 
     emit([dataclasses.asdict(check) for check in checks], as_json, human)
     if any(check.result == FAILED for check in checks):
@@ -141,30 +140,32 @@ def show_bench(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
         table = Table(*page.HEADS, box=None)
         for row in d["rows"]:
-            table.add_row(*page.cells(row))
-        Console(width=max(170, Console().width)).print(table)
+            add_row(table, *page.cells(row))
+        print_table(table, 170)
         for name, model in d["models"].items():
-            click.echo(page.memory_line(name, model))
+            say(page.memory_line(name, model))
         for x in d["not_run"]:
-            click.echo(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
+            say(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
 
     emit(result, as_json, human)
 
 
 def show_export(result: dict[str, Any], as_json: bool) -> None:
-    emit(result, as_json, lambda d: click.echo(larger(d)))
+    emit(result, as_json, lambda d: say(larger(d)))
 
 
 def show_demo(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
         domains = list(d["models"][0]["bits_per_byte"])
-        table = Table("model", "size", *domains, "seconds", title="bits per byte on held-out text (lower is better)")
+        table = Table(
+            "model", "size", *map(shown, domains), "seconds", title="bits per byte on held-out text (lower is better)"
+        )
         for m in d["models"]:
             spent = "" if m["seconds"] is None else f"{m['seconds']:.0f}"
             values = (f"{m['bits_per_byte'][domain]:.3f}" for domain in domains)
-            table.add_row(m["model"], describe_size(m["bytes"]), *values, spent)
-        Console(width=150).print(table)
-        click.echo(d["report"])
+            add_row(table, m["model"], describe_size(m["bytes"]), *values, spent)
+        print_table(table, 150)
+        say(d["report"])
 
     emit(result, as_json, human)
 
@@ -173,4 +174,4 @@ def show_plan(result: Any, as_json: bool) -> None:
     if isinstance(result, dict):
         show_summary(result, as_json)
     else:
-        emit(result, as_json, lambda lines: click.echo("\n".join(lines or ["the plans do the same"])))
+        emit(result, as_json, lambda lines: say("\n".join(lines or ["the plans do the same"])))

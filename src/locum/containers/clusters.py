@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,11 @@ class Container(Protocol):
     post_expert_norm: nn.Module | None
     paths: list[tuple[str, StackLayout]]
 
+    policy_tensors: tuple[str, ...]
+
     def stack(self, path: str) -> nn.Module: ...
 
-    def stacks(self) -> list[nn.Module]: ...
+    def held(self) -> dict[str, Any]: ...
 
     def table(self, device: torch.device) -> Tensor: ...
 
@@ -91,20 +93,25 @@ class Terms:
     """The terms of a container's rows and experts. `way`: how parts over a dense row are made, if all at once."""
 
     def __init__(self, container: Container, x_TD: Tensor) -> None:
-        self.container, self.layout = container, container.layout
-        same = all(stack.dtype == x_TD.dtype for (stack, _, _) in self._beside_dense())
+        self.container, self.layout, self.held = container, container.layout, container.held()
+        same = all(container.stack(path).dtype == x_TD.dtype for path, _ in self._beside_dense())
         self.way: Products | None = NATIVE if same and native.serves(x_TD) else None
         # One unbind, not an index per row: its gradient is one stack, where each index would cost a whole one of zeros.
         self.rows = [
-            (stack, unbound(container.stack(path), stack.kind.tensors(stack.variant, self.layout)))
+            (stack, unbound(self.held[path], stack.kind.tensors(stack.variant, self.layout)))
             for path, stack in container.paths
         ]
         self.rows.sort(key=lambda pair: not pair[0].kind.fades_in)
 
-    def _beside_dense(self) -> list[tuple[nn.Module, StackLayout, str]]:
+    def _beside_dense(self) -> list[tuple[str, StackLayout]]:
         """Stacks of parts with products that are added over a dense row."""
         pairs = ((path, stack) for path, stack in self.container.paths if stack.part != OwnWeights.name)
-        return [(self.container.stack(path), stack, path) for path, stack in pairs if stack.kind.has_products]
+        return [(path, stack) for path, stack in pairs if stack.kind.has_products]
+
+    def anything(self) -> Iterator[Tensor]:
+        """A piece of every tensor that these terms are made of, whatever was routed."""
+        yield from (tensors[0] for _, rows in self.rows for tensors in rows.values() if tensors)
+        yield from (getattr(self.container, name) for name in self.container.policy_tensors)
 
     def fade(self, e: int) -> float:
         """How far an expert's parts have come in for its old weights: all the way, where nothing is annealed."""
@@ -130,14 +137,14 @@ class Terms:
                 found.append(term.scale * constant_D)
         return found
 
-    def grouped(self, members: list[Selected]) -> list[tuple[type[Part], nn.Module, Tensor]]:
+    def grouped(self, members: list[Selected]) -> list[tuple[type[Part], Any, Tensor]]:
         """Stacks with grouped products that members have rows of, and for every pair its row there or -1."""
         counts = torch.tensor([at.stop - at.start for _, at in members], device="cpu")
         found = []
-        for module, stack, _ in self._beside_dense():
+        for path, stack in self._beside_dense():
             rows = [stack.rows[e] for e, _ in members]
             if stack.kind.at_once and max(rows) >= 0:
-                found.append((stack.kind, module, torch.tensor(rows, device="cpu").repeat_interleave(counts)))
+                found.append((stack.kind, self.held[path], torch.tensor(rows, device="cpu").repeat_interleave(counts)))
         return found
 
     def own(self, e: int, grouped: bool = False) -> list[Term]:
@@ -161,13 +168,25 @@ class Terms:
         return not other and dtype == x_TD.dtype and self.container.is_compiled_activation()
 
 
-def unbound(module: nn.Module, leaves: Mapping[str, object]) -> dict[str, tuple[Tensor, ...]]:
+def unbound(held: object, leaves: Mapping[str, object]) -> dict[str, tuple[Tensor, ...]]:
     """The rows of each of these tensors of a stack."""
-    return {leaf: getattr(module, leaf).unbind(0) for leaf in leaves}
+    return {leaf: getattr(held, leaf).unbind(0) for leaf in leaves}
 
 
 def forward(terms: Terms, routed: Routed) -> Tensor:
-    """The sum over each token's experts of router weight times output [T, D], in float32 at least."""
+    """The sum over each token's experts of router weight times output [T, D], in float32 at least.
+
+    What no token used gets a gradient of zeros and not none, as in fused stock experts: data-parallel training waits for
+    the gradient of every parameter. So nothing of everything is added.
+    """
+    total_TD = _outputs(terms, routed)
+    trained = [piece for piece in (*terms.anything(), routed.weight_TM) if piece.requires_grad]
+    if not trained:
+        return total_TD
+    return total_TD + torch.cat([piece.reshape(-1)[:0].to(total_TD.dtype) for piece in trained]).sum()
+
+
+def _outputs(terms: Terms, routed: Routed) -> Tensor:
     x_TD, container = routed.inputs[0], terms.container
     if not len(x_TD):
         return x_TD.clone()  # a sum of nothing that gradients can still be asked of

@@ -20,11 +20,13 @@ width, F expert width, G 2F with a gate and F without, X what the table holds of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..experts.parts.part import Part
 from ..experts.policies.policy import Routed, modulate
 from ..kernels import choice, native
 from ..kernels.products import Products
@@ -103,6 +105,13 @@ class StandInExperts(nn.Module):
         """The module that holds a stack's tensors."""
         return self.get_submodule(path) if path else self
 
+    def held(self) -> dict[str, Any]:
+        """What holds each stack's tensors during one forward call, by its path."""
+        stacks = {path: self.stack(path) for path, _ in self.paths}
+        if torch.compiler.is_compiling():  # no hooks in a graph, which could not hold what a stack hands out
+            return stacks
+        return {path: stack() if path else self for path, stack in stacks.items()}
+
     def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routed = self.routed(x_TD, top_k_index, top_k_weights)
         way = choice.LOOP
@@ -170,32 +179,31 @@ class StandInExperts(nn.Module):
         weight_P1 = routed.weight_TM.reshape(-1, 1)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+        held = self.held()
+        stacks = [(stack.kind, held[path], row_P) for (path, stack), row_P in zip(self.paths, row_XP, strict=True)]
         if self.post_expert_norm is None:
-            self._add_products(total_TD, routed, row_XP, token_P, weight_P1, way)
+            self._add_products(total_TD, routed, stacks, token_P, weight_P1, way)
         else:  # outputs are normed one by one, so nothing can be summed before
             out_PD = total_TD.new_zeros(pairs, x_TD.shape[1])
             each_P = torch.arange(pairs, device=x_TD.device)
-            self._add_products(out_PD, routed.of(token_P), row_XP, each_P, torch.ones_like(weight_P1), way)
+            self._add_products(out_PD, routed.of(token_P), stacks, each_P, torch.ones_like(weight_P1), way)
             total_TD.index_add_(0, token_P, (self.post_expert_norm(out_PD.to(x_TD.dtype)) * weight_P1).to(wide))
-        for (path, stack), row_P in zip(self.paths, row_XP, strict=True):
-            stack.kind.add_output(total_TD, token_P, weight_P1, self.stack(path), row_P)
+        for kind, stack, row_P in stacks:
+            kind.add_output(total_TD, token_P, weight_P1, stack, row_P)
         return total_TD
 
     def _add_products(
         self,
         total_TD: Tensor,
         routed: Routed,
-        row_XP: list[Tensor],
+        stacks: list[tuple[type[Part], Any, Tensor]],
         token_P: Tensor,
         weight_P1: Tensor,
         way: Products,
     ) -> None:
-        """Add to each token its pairs' router weights times outputs, constants left out."""
+        """Add to each token its pairs' router weights times outputs, constants left out. `stacks`: kind, tensors, rows."""
         f, each_P = self.layout.expert_width, torch.arange(len(token_P), device=token_P.device)
         pre_PG = routed.inputs[0].new_zeros(len(token_P), f * (2 if self.layout.has_gate else 1))
-        stacks = [
-            (stack.kind, self.stack(path), row_P) for (path, stack), row_P in zip(self.paths, row_XP, strict=True)
-        ]
         for kind, stack, row_P in stacks:
             kind.add_first(way, pre_PG, routed.inputs, token_P, stack, row_P, each_P)
         for kind, stack, row_P in stacks:

@@ -1,25 +1,21 @@
-"""Files of any common kind into documents, and the split that each document belongs to.
+"""What `--data` names, and the documents in it: files of any common kind, read in pieces.
 
-A document's split depends on its own normalised text alone: neither order nor other documents move it.
+A document's split depends on its own normalised text alone (rows.py): neither order nor other documents move it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-
-PASSAGE_CHARACTERS = 2_000
-COLUMNS = ("text", "messages", "prompt", "completion")
+from .rows import Document, dataset_rows, reader_of
+from .text import MOST_CHARACTERS, documents_in, pieces
 
 
 @dataclass(frozen=True)
@@ -29,29 +25,6 @@ class Source:
     domain: str
     path: Path
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `prompt` is context without loss; `messages`, where given, replaces both."""
-
-    where: str
-    text: str = ""
-    prompt: str = ""
-    messages: tuple[dict[str, Any], ...] | None = None
-    own_split: str | None = None  # of a dataset that comes with splits
-
-    @property
-    def key(self) -> str:
-        """Equal for documents that differ in white space or Unicode form alone."""
-        turns = [str(m.get("content")) for m in self.messages] if self.messages else [self.prompt + self.text]
-        normal = [" ".join(unicodedata.normalize("NFKC", turn).split()) for turn in turns]
-        return hashlib.sha256("\x1e".join(normal).encode()).hexdigest()
-
-    @property
-    def split(self) -> str:
-        bucket = int(self.key, 16) % 100
-        return self.own_split or ("train" if bucket < 80 else "validation" if bucket < 90 else "test")
 
 
 def parse_sources(specs: Any) -> tuple[Source, ...]:
@@ -95,114 +68,43 @@ def _source(spec: str | Path | Source) -> Source:
     return Source(named[1], Path(named[2])) if named else Source(Path(text).stem, Path(text))
 
 
-def read_documents(path: Path) -> list[Document]:
-    """Every document of a file or folder, in a fixed order."""
+def read_documents(path: Path) -> Iterator[Document]:
+    """Every document of a file or folder, in a fixed order, one after another. Raises DataError where there is none."""
     if path.is_dir():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-        documents = _dataset(path) if saved else _folder(path)
-    elif path.suffix.lower() == ".parquet":
-        documents = _parquet(path)
-    elif path.suffix.lower() in (".jsonl", ".json"):
-        documents = _json_rows(path)
+        documents = dataset_rows(path) if saved else _folder(path)
+    elif reader := reader_of(path):
+        documents = reader(path)
     else:
-        documents = (Document(f"{path}, passage {i + 1}", part) for i, part in enumerate(passages(_text(path))))
-    documents = [document for document in documents if document.messages is not None or document.text.strip()]
-    if not documents:
+        documents = (Document(f"{path}, passage {i + 1}", part) for i, part in enumerate(documents_in(path)))
+    found = False
+    for document in documents:
+        if document.messages is not None or document.text.strip():
+            found = True
+            yield document
+    if not found:
         raise DataError(f"{path} holds no text; give a file or folder with text in it")
-    return documents
-
-
-def passages(text: str) -> list[str]:
-    """Cut at form feeds if there are any, else gather paragraphs (or their lines) to about 2,000 characters."""
-    if "\f" in text:
-        return [part for part in text.split("\f") if part.strip()]
-    pieces: list[tuple[str, str]] = []  # what joins a piece to the one before it, and the piece
-    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")):
-        lines = paragraph.split("\n") if len(paragraph) > 2 * PASSAGE_CHARACTERS else [paragraph]
-        pieces += [("\n" if i else "\n\n", line) for i, line in enumerate(lines)]
-    parts = [""]
-    for joint, piece in pieces:
-        if len(parts[-1]) >= PASSAGE_CHARACTERS:
-            parts.append("")
-        parts[-1] += (joint if parts[-1] else "") + piece
-    return [part for part in parts if part.strip()]
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        byte = f"byte {data[error.start]:#04x} at offset {error.start}"
-        raise DataError(f"{path} is not UTF-8: {byte}; convert it (iconv -t UTF-8) or take it out") from None
 
 
 def _folder(path: Path) -> Iterator[Document]:
-    """One document per text file, the rows of .jsonl and .parquet files; hidden files and folders are not data."""
+    """The rows of files that have rows, every other file as one text; hidden files and folders are not data."""
     for file in sorted(path.rglob("*")):
         if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
             continue
-        if file.suffix.lower() in (".jsonl", ".parquet"):  # a .json file among code is text
-            yield from read_documents(file)
+        if (reader := reader_of(file)) and file.suffix.lower() != ".json":  # a .json file among code is text
+            yield from reader(file)
         else:
-            yield Document(str(file), _text(file))
+            yield from _one_text(file)
 
 
-def _json_rows(path: Path) -> Iterator[Document]:
-    text = _text(path)
-    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
-    for i, part in enumerate(parts):
-        try:
-            value = json.loads(part) if part.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {i + error.lineno}: not JSON ({error.msg}); one object per line") from None
-        rows = value if isinstance(value, list) else [value]
-        unit = "row" if rows is value else "line"
-        yield from (_document(row, f"{path}, {unit} {i + n + 1}") for n, row in enumerate(rows))
-
-
-def _parquet(path: Path) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
-    names = [name for name in file.schema_arrow.names if name in COLUMNS] or file.schema_arrow.names
-    rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
-    yield from (_document(row, f"{path}, row {i + 1}") for i, row in enumerate(rows))
-
-
-def _dataset(path: Path) -> Iterator[Document]:
-    import datasets
-
-    data = datasets.load_from_disk(str(path))
-    parts = data if isinstance(data, datasets.DatasetDict) else {"rows": data}
-    for name, part in parts.items():
-        # One split alone says nothing about what to hold out, so it is split by document like anything else.
-        own = name if len(parts) > 1 else None
-        yield from (_document(row, f"{path}/{name}, row {i + 1}", own) for i, row in enumerate(part))
-
-
-def _document(row: Any, where: str, own_split: str | None = None) -> Document:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {type(row).__name__} where an object is needed, such as {{'text': ...}}")
-    if row.get("messages") is not None:
-        if not (
-            isinstance(row["messages"], list) and all(isinstance(m, dict) and "role" in m for m in row["messages"])
-        ):
-            raise DataError(f"{where}: 'messages' must be a list of {{'role': ..., 'content': ...}}")
-        # Parquet gives every message the keys of all of them; templates test for presence.
-        turns = tuple({key: value for key, value in m.items() if value is not None} for m in row["messages"])
-        return Document(where, messages=turns, own_split=own_split)
-    names = ("prompt", "completion") if "prompt" in row and "completion" in row else ("text",)
-    if names[0] not in row:
-        allowed = "'text', or 'messages', or 'prompt' and 'completion'"
-        raise DataError(f"{where}: needs {allowed}; found the columns {', '.join(map(repr, row)) or '(none)'}")
-    for name in names:
-        if not isinstance(row[name], str):
-            raise DataError(f"{where}: {name!r} is {type(row[name]).__name__}, not a string")
-        if re.search("[\ud800-\udfff]", row[name]):
-            raise DataError(f"{where}: {name!r} has half a surrogate pair, which is not Unicode text")
-    return Document(where, row[names[-1]], row["prompt"] if len(names) == 2 else "", own_split=own_split)
+def _one_text(file: Path) -> Iterator[Document]:
+    """A file as one document; one of many million characters as several."""
+    held: list[str] = []
+    size = 0
+    for text in pieces(file):
+        held.append(text)
+        size += len(text)
+        if size >= MOST_CHARACTERS:
+            yield Document(str(file), "".join(held))
+            held, size = [], 0
+    yield Document(str(file), "".join(held))

@@ -12,11 +12,13 @@ Shapes: B blocks (or the blocks of one batch), S tokens of a block, T tokens of 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,13 @@ import torch
 
 from ..errors import DataError, OptionError, unknown
 from ..files import fingerprint
-from .documents import Document, Source, parse_sources, read_documents
+from .documents import Source, parse_sources, read_documents
+from .rows import Document
 
 SPLITS = ("train", "validation", "test", "all")
 Spans = list[tuple[int, int]]  # character ranges of a text
+TOGETHER = 2**20  # characters of documents that are tokenised together, at least
+CHARACTERS = 16  # of a token, more than nearly any text has: so many are held to begin with
 ROUND_SAMPLES = 1_000  # least samples of one training round: domain weights are exact to 1 in so many
 
 
@@ -69,41 +74,44 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     return fingerprint(json.dumps(state, sort_keys=True))
 
 
-def _render(tokenizer: Any, messages: Iterable[dict[str, Any]], where: str, *, ask: bool = False) -> str:
-    import jinja2
-
+def _render(tokenizer: Any, chat: Document, end: int | None = None, *, ask: bool = False) -> str:
+    """The first messages of a conversation as the chat template has them. Templates are programs, and fail as they like."""
+    tools = None if chat.tools is None else list(chat.tools)
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from None
+        settings = {"tools": tools, "tokenize": False, "add_generation_prompt": ask}
+        return tokenizer.apply_chat_template(list(chat.messages[:end]), **settings, **chat.template_options)
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{chat.where}: the tokenizer's chat template refuses these messages: {said[:300]}") from None
 
 
-def _answer(tokenizer: Any, full: str, messages: tuple[dict[str, Any], ...], i: int, where: str) -> Any:
+def _answer(tokenizer: Any, full: str, chat: Document, i: int) -> Any:
     """The range of `full` that is the answer messages[i]; None if the template changes what went before."""
-    asked, done = (_render(tokenizer, messages[:end], where) for end in (i, i + 1))
+    asked, done = (_render(tokenizer, chat, end) for end in (i, i + 1))
     if not (full.startswith(asked) and full.startswith(done)):
         return None
     # Some templates open an answer with more than they keep of it (such as a tag for thoughts).
-    opening = _render(tokenizer, messages[:i], where, ask=True)
+    opening = _render(tokenizer, chat, i, ask=True)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opening, full, strict=False))
     return sum(1 for _ in same), len(done)
 
 
-def _chat(tokenizer: Any, messages: tuple[dict[str, Any], ...], where: str) -> list[tuple[str, Spans]]:
+def _chat(tokenizer: Any, chat: Document) -> list[tuple[str, Spans]]:
     """The conversation as text with the ranges of its answers; one text per answer where the template edits history."""
+    where = chat.where
     if not getattr(tokenizer, "chat_template", None):
         advice = "give 'text' or 'prompt' and 'completion', or use the tokenizer of the chat model"
         raise DataError(f"{where}: 'messages' need a chat template, and this tokenizer has none; {advice}")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
     if not answers:
-        roles = ", ".join(str(message["role"]) for message in messages) or "(none)"
+        roles = ", ".join(str(message["role"]) for message in chat.messages) or "(none)"
         raise DataError(f"{where}: no answer to learn from: no 'assistant' message after another; roles: {roles}")
-    full = _render(tokenizer, messages, where)
-    spans = [_answer(tokenizer, full, messages, i, where) for i in answers]
+    full = _render(tokenizer, chat)
+    spans = [_answer(tokenizer, full, chat, i) for i in answers]
     if None not in spans:
         return [(full, spans)]
-    texts = [_render(tokenizer, messages[: i + 1], where) for i in answers]
-    spans = [_answer(tokenizer, text, messages, i, where) for text, i in zip(texts, answers, strict=True)]
+    texts = [_render(tokenizer, chat, i + 1) for i in answers]
+    spans = [_answer(tokenizer, text, chat, i) for text, i in zip(texts, answers, strict=True)]
     if None in spans:
         number = answers[spans.index(None)] + 1
         raise DataError(f"{where}: the chat template rewrites the messages before message {number}, an answer")
@@ -112,11 +120,11 @@ def _chat(tokenizer: Any, messages: tuple[dict[str, Any], ...], where: str) -> l
 
 def _texts(document: Document, tokenizer: Any) -> list[tuple[str, Spans]]:
     """What to tokenise, with the character ranges that have loss."""
-    messages = document.messages
-    if messages is None and document.prompt and getattr(tokenizer, "chat_template", None):
-        messages = ({"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.text})
-    if messages is not None:
-        return _chat(tokenizer, messages, document.where)
+    if document.messages is None and document.prompt and getattr(tokenizer, "chat_template", None):
+        turns = {"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.text}
+        document = replace(document, messages=turns)
+    if document.messages is not None:
+        return _chat(tokenizer, document)
     return [(document.prompt + document.text, [(len(document.prompt), len(document.prompt + document.text))])]
 
 
@@ -145,16 +153,19 @@ def _token_bytes(text: str, ends_T: np.ndarray, special_T: np.ndarray) -> np.nda
     return np.where(special_T, 0, np.diff(total_T, prepend=0))
 
 
-def _stream(documents: list[Document], tokenizer: Any, wanted: float) -> tuple[np.ndarray, int]:
-    """Tokenise documents in order until there are `wanted` tokens: rows [ids, loss, bytes, attention], documents."""
+def _stream(documents: Sequence[Document], tokenizer: Any, wanted: float) -> tuple[np.ndarray, int, bool]:
+    """Tokenise documents in order until there are `wanted` tokens: rows [ids, loss, bytes, attention], documents used,
+    and whether there were enough."""
     eos = tokenizer.eos_token_id
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {eos}  # unknown text is still text
     parts = [np.zeros((4, 0), dtype=np.int64)]
     count = used = 0
     while count < wanted and used < len(documents):
-        numbered = enumerate(documents[used : used + 64], used + 1)
-        marked = [(n, *t, t[0] == d.prompt + d.text) for n, d in numbered for t in _texts(d, tokenizer)]
+        some = documents[used : used + _some(documents, used)]
+        marked = [
+            (n, *t, t[0] == d.prompt + d.text) for n, d in enumerate(some, used + 1) for t in _texts(d, tokenizer)
+        ]
         encoded = _encode(tokenizer, [text for _, text, _, _ in marked])
         for (n, text, spans, stop), (ids_T, starts_T, ends_T) in zip(marked, encoded, strict=True):
             loss_T = np.zeros(len(ids_T), dtype=bool)
@@ -167,7 +178,13 @@ def _stream(documents: list[Document], tokenizer: Any, wanted: float) -> tuple[n
             count, used = count + len(ids_T), n
             if count >= wanted:
                 break
-    return np.concatenate(parts, axis=1), used
+    return np.concatenate(parts, axis=1), used, count >= wanted
+
+
+def _some(documents: Sequence[Document], start: int) -> int:
+    """How many documents to tokenise together: 64, or fewer long ones."""
+    sizes = itertools.accumulate(document.characters for document in documents[start : start + 64])
+    return 1 + sum(size < TOGETHER for size in sizes)
 
 
 def _cut(rows: np.ndarray, length: int, bos: int | None, limit: float, keep_partial: bool) -> list[np.ndarray]:
@@ -200,17 +217,49 @@ def _begin_of_text(tokenizer: Any) -> int | None:
     return bos if bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos] else None
 
 
-def _select(source: Source, split: str) -> list[Document]:
-    documents = read_documents(source.path)
-    chosen = [document for document in documents if split in ("all", document.split)]
-    if not chosen:
-        names = [document.split for document in documents]
-        found = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names)))
+def _select(source: Source, split: str) -> Iterator[Document]:
+    """The documents of one split, in order."""
+    counts: Counter[str] = Counter()
+    for document in read_documents(source.path):
+        counts[document.split] += 1
+        if split in ("all", document.split):
+            yield document
+    if not (counts if split == "all" else counts[split]):
+        found = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         where = f"domain {source.domain!r}: no document of {source.path} falls into the split {split!r}"
         raise DataError(
             f"{where} (documents: {found}); give more or shorter documents, or another --split where there is one"
         )
-    return chosen
+
+
+def _draw(source: Source, split: str, seed: int, characters: float) -> tuple[list[Document], bool]:
+    """The documents that come first in the order of a seed, with so many characters between them; whether more are left.
+
+    Only these are held, however many are read.
+    """
+    held: list[tuple[int, int, Document]] = []  # the last of them first
+    size, more = 0, False
+    for i, document in enumerate(_select(source, split)):
+        digest = hashlib.sha256(f"{seed}:{document.key}".encode()).digest()
+        heapq.heappush(held, (-int.from_bytes(digest, "big"), -i, document))
+        size += document.characters
+        while len(held) > 1 and size - held[0][2].characters >= characters:
+            size -= heapq.heappop(held)[2].characters
+            more = True
+    return [document for _, _, document in sorted(held, reverse=True)], more
+
+
+def _tokenised(source: Source, split: str, tokenizer: Any, limit: float, seed: int | None) -> tuple[np.ndarray, int]:
+    """The stream of one source up to a limit of tokens, and the documents used; drawn by a seed, or in order."""
+    if seed is None:
+        return _stream(list(_select(source, split)), tokenizer, limit)[:2]
+    characters = CHARACTERS * limit
+    while True:
+        documents, more = _draw(source, split, seed, characters)
+        stream, used, is_enough = _stream(documents, tokenizer, limit)
+        if is_enough or not more:
+            return stream, used
+        characters *= 8
 
 
 def load_tokens(
@@ -225,12 +274,9 @@ def load_tokens(
     _check_options(split, length, tokens, tokenizer)
     unit, bos, weights = 1 if keep_partial else length, _begin_of_text(tokenizer), tuple(s.weight for s in sources)
     limits = [math.inf] * len(sources) if tokens is None else [unit * n for n in _apportion(tokens // unit, weights)]
-    chosen = [_select(source, split) for source in sources]
     rows, domain, described = [], [], []
-    for i, (source, documents, limit) in enumerate(zip(sources, chosen, limits, strict=True)):
-        if tokens is not None:
-            documents = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{d.key}".encode()).digest())
-        stream, used = _stream(documents, tokenizer, limit)
+    for i, (source, limit) in enumerate(zip(sources, limits, strict=True)):
+        stream, used = _tokenised(source, split, tokenizer, limit, None if tokens is None else seed)
         blocks = _cut(stream, length, bos, limit, keep_partial)
         _check_blocks(source, stream.shape[1], blocks, length, limit)
         rows += blocks

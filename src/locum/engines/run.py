@@ -3,8 +3,8 @@
     python -P run.py ENGINE JOBS ANSWERS
 
 JOBS is a JSON list of objects: "folder" (a GGUF file for llamacpp), "adapter" (a folder to put over it, or none), "dtype",
-"import_locum", "prompts" (rows of token ids, equally long), "texts" (to be cut into tokens), "new_tokens" and "more"
-(further arguments of the engine). ANSWERS becomes a list of as many:
+"import_locum", "opens" (the class of transformers that loads it), "prompts" (rows of token ids, equally long), "texts" (to
+be cut into tokens), "new_tokens" and "more" (further arguments of the engine). ANSWERS becomes a list of as many:
 
     version    of the engine
     values     name of a .npy file beside ANSWERS: float32 [B, S, V] logits, or log-probabilities [B, S, J] of "ids"
@@ -36,14 +36,14 @@ MORE_ROOM = 8  # positions beyond prompt and continuation
 
 
 def in_transformers(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """As a user loads it: AutoModelForCausalLM, an adapter over it, then `generate` with its cache."""
+    """As a user loads it: AutoModelForCausalLM or another class, an adapter over it, then `generate` with its cache."""
     import torch
     import transformers
 
     if job["import_locum"]:
         import locum  # noqa: F401 (registers the loader)
     dtype = getattr(torch, job["dtype"])
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, job["opens"]).from_pretrained(
         job["folder"], dtype="auto" if job["adapter"] else dtype, local_files_only=True, output_loading_info=True
     )
     if job["adapter"]:
@@ -154,7 +154,7 @@ def main() -> None:
         out = answers.parent / str(i)
         out.mkdir()
         try:
-            said = answer_one({"adapter": None, "more": {}, **job}, out)
+            said = answer_one({"adapter": None, "opens": "AutoModelForCausalLM", "more": {}, **job}, out)
             said |= {name: f"{i}/{said[name]}" for name in ("values", "ids") if name in said}
         except Exception as error:  # engines fail in any way they like; whoever asked wants to read how
             said = {"error": [type(error).__name__, str(error)]}

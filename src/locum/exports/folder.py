@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.application import save_checkpoint
+from ..checkpoints.card import plain
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import fingerprint_checkpoint
 from ..files import provenance
@@ -25,8 +26,8 @@ def save_folder(
 ) -> None:
     """Write what became of the checkpoint `model`, whole or not at all. `words` go on from "Written by Locum from it,"."""
     card = (
-        f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, compressed, locum]\n---\n# {out.name}\n\n"
-        f"Written by Locum from {model.name}, {words}.\n"
+        f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, compressed, locum]\n---\n# {plain(out.name)}\n\n"
+        f"Written by Locum from {plain(model.name)}, {words}.\n"
     )
     save_checkpoint(live, tokenizer, out, None, card, model, _notes(model), write=write)
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModel
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a cache may be shared by machines, and the name of the library says all that it depends on.
 FLAGS = (
@@ -59,6 +61,7 @@ def gated(x_XI: Tensor, weight_NGI: Tensor, scale_P1: Tensor, item_P: Tensor, to
 def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
     """y[token[p]] += x[p], y in float32."""
     x_PO = x_PO if x_PO.stride(1) == 1 else x_PO.contiguous()
+    _check((y_TO, torch.float32), (x_PO, x_PO.dtype), (token_P, torch.int64))
     getattr(library(), f"locum_spread_{FORMATS[x_PO.dtype]}")(
         *(x_PO.data_ptr(), x_PO.stride(0), token_P.data_ptr(), y_TO.data_ptr(), y_TO.stride(0)),
         *(*x_PO.shape, torch.get_num_threads()),
@@ -69,10 +72,22 @@ def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
     """scale[p] silu(x[p, :F]) x[p, F:], rounded once; [P, F]."""
     x_PG = x_PG if x_PG.stride(1) == 1 else x_PG.contiguous()
     y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float().contiguous()
+    _check((x_PG, x_PG.dtype), (scale_P, torch.float32))
     getattr(library(), f"locum_swiglu_{FORMATS[x_PG.dtype]}")(
         *(x_PG.data_ptr(), x_PG.stride(0), scale_P.data_ptr(), y_PF.data_ptr(), *y_PF.shape, torch.get_num_threads())
     )
     return y_PF
+
+
+def _check(*tensors: tuple[Tensor, torch.dtype]) -> None:
+    """Refuse what has no numbers in this process's memory, or others than these: C++ would read what it finds there."""
+    for tensor, dtype in tensors:
+        there = tensor.device.type == "cpu" and tensor.stride()[-1:] in ((), (1,))
+        if not there or tensor.dtype != dtype or (tensor.numel() and not tensor.data_ptr()):
+            raise UnsupportedModel(
+                f"the experts' products got a tensor of {tensor.dtype} on {tensor.device}, expected {dtype} on cpu; put the "
+                f"weights of a layer where its input is, in one number format"
+            )
 
 
 def _call(
@@ -82,6 +97,8 @@ def _call(
     outputs = rows if scale_P is None else rows // 2
     x = x if x.stride(1) == 1 else x.contiguous()
     weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
+    of_y = torch.float32 if name == "scatter" else x.dtype
+    _check((y, of_y), (x, x.dtype), (weight_NOI, x.dtype), (item_P, torch.int64), (token_P, torch.int64))
     getattr(library(), f"locum_{name}_{FORMATS[x.dtype]}")(
         *(x.data_ptr(), x.stride(0), weight_NOI.data_ptr(), weight_NOI.stride(0)),
         *(item_P.data_ptr(), token_P.data_ptr(), None if scale_P is None else scale_P.data_ptr()),

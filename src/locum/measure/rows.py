@@ -63,8 +63,9 @@ KINDS: dict[str, Any] = {
 def _row(line: str, where: str) -> Row:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
+        said = getattr(error, "msg", error)
+        raise DataError(f"{where}: not JSON ({said}); remove the line or measure again") from None
     fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     if not isinstance(data, dict) or set(data) != set(fields):
         found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__

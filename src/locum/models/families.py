@@ -11,7 +11,6 @@ Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
@@ -29,6 +28,7 @@ from ..containers.container import StandInExperts
 from ..errors import UnsupportedModel
 from ..experts.weights import ExpertWeights
 from ..shapes import LayerShape
+from .activation import Activation
 from .routers import RouterRule, RouterTensor, probe_router, router_tensors
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # where configs hold E
@@ -45,7 +45,13 @@ KNOWN_FLAGS = frozenset(  # of the decorator that puts experts behind transforme
     )
 )
 OTHER_TOWERS = ("vision", "visual", "audio", "talker")  # parts of a module's path that text does not run through
-CLASSES = ("CAUSAL_LM", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "TOKEN_CLASSIFICATION")  # of models, in order of choice
+AUTO_CLASSES = {  # by the task of their models, in order of choice
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "MULTIMODAL_LM": "AutoModelForMultimodalLM",
+    "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
+    "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
+}
+CLASSES = tuple(AUTO_CLASSES)
 
 
 @dataclass(frozen=True)
@@ -181,9 +187,17 @@ def _decorate(model: nn.Module, class_name: str) -> None:
 @functools.cache
 def _decorated(experts_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass with transformers' own decorator, for modules that are built already."""
-    return use_experts_implementation(
-        type(experts_class.__name__, (experts_class,), {"__init__": lambda self, config: None})
-    )
+    own = {
+        "__init__": lambda self, config: None,
+        "__reduce__": lambda self: (_unpickled, (experts_class,), self.__dict__),
+    }
+    return use_experts_implementation(type(experts_class.__name__, (experts_class,), own))
+
+
+def _unpickled(experts_class: type[nn.Module]) -> nn.Module:
+    """What pickle fills again: the decorated class itself has no place that it could be found by."""
+    decorated = _decorated(experts_class)
+    return decorated.__new__(decorated)
 
 
 def unread_tensors(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
@@ -303,6 +317,15 @@ def _groups(router: nn.Module, top_k: int) -> dict[str, int]:
     return {"num_groups": int(groups), "min_per_group": max(2, -(-top_k // open_groups)) if groups > 1 else 1}
 
 
+def opening_class(config: PreTrainedConfig) -> str:
+    """The name, in transformers, of what opens a checkpoint as `model_class` does: an AutoModel, or else that class."""
+    name = model_class(config).__name__
+    for task, auto in AUTO_CLASSES.items():
+        if getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(config.model_type) == name:
+            return auto
+    return name
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that holds a whole checkpoint: of a multimodal model its towers too, which a text class would lose."""
     for name in getattr(config, "architectures", None) or ():
@@ -321,19 +344,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def canonical_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The family's own activation as a function of [P, G] with all gate columns before all up columns.
-
-    It works on a copy of the module without weights, so that holding it holds no memory.
-    """
-    if isinstance(experts, StandInExperts):
-        return experts.activate
-    shell = copy.copy(experts)
-    shell._parameters = {}
-    if not experts.has_gate:
-        return shell.act_fn
-    if experts.is_concatenated:
-        return shell._apply_gate
-    return lambda pre_PG: shell._apply_gate(torch.stack(pre_PG.chunk(2, dim=-1), dim=-1).flatten(-2))
+    """The family's own activation as a function of [P, G] with all gate columns before all up columns."""
+    return experts.activate if isinstance(experts, StandInExperts) else Activation(experts)
 
 
 def read_expert(experts: nn.Module, e: int) -> ExpertWeights:
@@ -398,6 +410,16 @@ def slice_experts(experts: nn.Module, keep: tuple[int, ...]) -> None:
             experts, name, nn.Parameter(parameter.detach()[list(keep)].clone(), requires_grad=parameter.requires_grad)
         )
     experts.num_experts = len(keep)
+
+
+def leave_router_logits(model: nn.Module) -> None:
+    """Do not ask a model's routers for their logits where its config does.
+
+    Families make one loss of all of them, by one number of experts; where numbers differ there is none.
+    """
+    for module in model.modules():
+        if getattr(config := getattr(module, "config", None), "output_router_logits", False):
+            config.output_router_logits = False
 
 
 def set_expert_count(config: object, count: int) -> None:

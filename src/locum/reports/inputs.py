@@ -2,6 +2,8 @@
 
 A path in a row is looked for as it stands, then from the folder of its results file, then by ever shorter ends of it
 from there: a folder of results can be moved or copied whole. A plan counts only if it is the one that the row names.
+Rows may be anybody's, so what they name is read only where it lies beside them, in the folder of the results file or
+below, and is no larger than such files are.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..plans.plan_file import load_plan
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 
+MOST_BYTES = {"plan": 2**26, "recovery log": 2**28, "statistics": 2**32}  # of what is read because a row names it
 CHECKPOINT_PARTS = {"plan_file": "plan.json", "recovery_log": "recovery.jsonl"}  # beside the weights of a checkpoint
 
 
@@ -84,10 +87,11 @@ def read_log(path: Path) -> RecoveryLog:
     for number, words in enumerate(lines, 1):
         try:
             entry = json.loads(words)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
             if number == len(lines) and entries:
                 break
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); is this a recovery log?") from error
+            said = getattr(error, "msg", error)
+            raise DataError(f"{path}, line {number}: not JSON ({said}); is this a recovery log?") from error
         if not isinstance(entry, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object, found {type(entry).__name__}")
         entries.append(entry)
@@ -143,6 +147,9 @@ def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
         why = "not found"
         # all recovery logs are called the same, so the name alone would find another model's
         for path in _candidates(Path(name), source.parent, 2 if kind == "recovery log" else 1):
+            if reason := _why_unread(kind, path, source.parent):
+                why = f"found {path}, which {reason}"
+                continue
             try:
                 what = read(kind, path)
             except LocumError as error:
@@ -156,6 +163,14 @@ def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
         else:
             if sure and (kind, name, why) not in found.missed:
                 found.missed.append((kind, name, why))
+
+
+def _why_unread(kind: str, path: Path, folder: Path) -> str:
+    """Why a file that a row names is left alone, if so."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return "is outside the folder of the results, and is not read; put the two together"
+    size = path.stat().st_size
+    return f"has {size:,} bytes, too many for a {kind} that nobody asked for" if size > MOST_BYTES[kind] else ""
 
 
 def _named(row: Row) -> Iterator[tuple[str, str, bool]]:

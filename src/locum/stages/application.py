@@ -10,10 +10,12 @@ from ..checkpoints.card import model_card
 from ..checkpoints.convert import check_openable
 from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import read_shape
 from ..containers.build import check_statistics
 from ..errors import PlanError, StatisticsError
 from ..files import check_output, provenance
+from ..models.families import opening_class
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
 from ..stats.statistics_file import load_statistics
@@ -39,6 +41,7 @@ def apply(
     check_number("seed", seed, 0, MOST_SEED)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
     shape = read_shape(model)
+    side_files(model)  # all of them may go along
     check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
     observed = statistics_for(decided, statistics, model) if decided.needs else None
@@ -59,7 +62,8 @@ def apply(
         plan=decided.id,
         seed=seed,
     )
-    save_checkpoint(live, tokenizer, out, decided, model_card(decided, shape, out.name, made), model, made)
+    card = model_card(decided, shape, out.name, made, opening_class(live.config))
+    save_checkpoint(live, tokenizer, out, decided, card, model, made)
     return out
 
 

@@ -11,11 +11,13 @@ from ..checkpoints.load import load_model
 from ..checkpoints.notes import original_of, plan_of, read_notes
 from ..checkpoints.patch import adapter_notes, write_adapter
 from ..checkpoints.read import base_of, fingerprint_checkpoint, is_adapter, load_tokenizer, read_config
+from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import is_compressed, read_shape
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import CheckpointError, OptionError
 from ..files import check_output, provenance
+from ..models.families import opening_class
 from ..models.stored import write_model
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
 from ..shapes import ModelShape
@@ -61,10 +63,10 @@ def recover(
         )
     check_number("validation-tokens", validation_tokens, 1)
     device = device_of(device)
-    config = read_config(model)
     shape = read_shape(model)
+    side_files(model)  # all of them may go along
     decided = plan_of(model)
-    if decided is None and is_compressed(config):
+    if decided is None and is_compressed(read_config(model)):
         raise CheckpointError(
             f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
         )
@@ -123,7 +125,7 @@ def _save(
     notes.pop("adapter", None)  # of an adapter that was trained on
     if base is not None:
         notes["adapter"] = adapter_notes(live, base)
-    card = model_card(plan, before, out.name, notes)
+    card = model_card(plan, before, out.name, notes, opening_class(live.config))
     write = write_model if base is None else write_adapter
     kept = plan if plan_of(model) is not None else None
     save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)

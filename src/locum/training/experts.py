@@ -75,9 +75,13 @@ class TrainingTerms(Terms):
     def __init__(self, container: TrainingExperts, x_TD: Tensor) -> None:
         super().__init__(container, x_TD)
         leaves = OwnWeights.tensors((), container.layout)
-        self.shared = {} if container.shared is None else unbound(container.shared, leaves)
-        self.old = {} if container.old is None else unbound(container.old, leaves)
+        self.shared = {} if container.shared is None else unbound(container.shared(), leaves)
+        self.old = {} if container.old is None else unbound(container.old(), leaves)
         self.num_own = container.layout.num_dense - len(self.shared.get("down_NDF", ()))
+
+    def anything(self) -> Iterator[Tensor]:
+        yield from super().anything()
+        yield from (tensors[0] for rows in (self.shared, self.old) for tensors in rows.values() if tensors)
 
     def fade(self, e: int) -> float:
         return 1 - self.container.beta if self.container.old_of[e] >= 0 else 1.0

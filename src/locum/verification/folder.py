@@ -19,9 +19,11 @@ from ..checkpoints.card import describe_size
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import is_adapter, load_tokenizer, read_config, read_headers, read_json, shard_files
+from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
 from ..containers.layout import Layout
 from ..errors import CheckpointError, LocumError, PlanError
+from ..models.families import opening_class
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape
 
@@ -97,7 +99,8 @@ def check_config(folder: Folder) -> str:
     config = read_config(folder.path)
     layouts = layouts_of(folder.path)
     skeleton(config)
-    return f"{config.model_type}, {len(layouts) or 'no'} layer{'s' if len(layouts) != 1 else ''} in Locum's container"
+    count = f"{len(layouts) or 'no'} layer{'s' if len(layouts) != 1 else ''} in Locum's container"
+    return f"{config.model_type}, opened by {opening_class(config)}, {count}"
 
 
 def check_tensors(folder: Folder) -> str:
@@ -218,6 +221,18 @@ def check_generation(folder: Folder) -> str:
     return "as the original's" if theirs is not None else "can be read"
 
 
+def check_side_files(folder: Folder) -> str:
+    """Processors and whatever else the original has besides weights."""
+    if folder.original is None:
+        raise NotApplicable("the original is not there")
+    names = [file.name for file in side_files(folder.original)]
+    if gone := [name for name in names if not (folder.path / name).is_file()]:
+        raise CheckpointError(
+            f"{', '.join(gone)} of the original {'is' if len(gone) == 1 else 'are'} missing; copy from there"
+        )
+    return f"all {len(names)} that the original has"
+
+
 # In this order; a check is skipped when one that it builds on has failed.
 CHECKS: dict[str, tuple[Callable[[Folder], str], tuple[str, ...]]] = {
     "files": (check_headers, ()),
@@ -228,6 +243,7 @@ CHECKS: dict[str, tuple[Callable[[Folder], str], tuple[str, ...]]] = {
     "tokenizer": (check_tokenizer, ("config",)),
     "chat template": (check_template, ("tokenizer",)),
     "generation config": (check_generation, ()),
+    "other files": (check_side_files, ("tokenizer", "generation config")),
 }
 
 

@@ -23,13 +23,14 @@ from ..checkpoints.application import apply_plan
 from ..checkpoints.card import describe_size
 from ..checkpoints.load import open_model, set_dtype
 from ..checkpoints.notes import original_of
-from ..checkpoints.read import base_of, is_adapter
+from ..checkpoints.read import base_of, is_adapter, read_config
 from ..checkpoints.skeleton import layouts_of
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form
 from ..formats.plain import COMPUTE_DTYPES
 from ..measure.repetition import loops, more_than_chance
+from ..models.families import opening_class
 from ..options import make_options
 from ..stages.application import statistics_for
 from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
@@ -217,6 +218,7 @@ def check_engine(
             "dtype": str(dtype).removeprefix("torch."),
             "device": folder.device,
             "import_locum": bool(layouts_of(folder.path)),
+            "opens": opening_class(read_config(folder.path)),
             "prompts": promise.ids_BS.tolist(),
             "texts": texts,
             "new_tokens": new_tokens,

@@ -1,0 +1,48 @@
+"""What a checkpoint folder has besides weights: it goes along, as it is, into the folders that are made of it.
+
+Processors, vocabularies, licences and whatever else there is, but for what is written anew, code, and weights of any kind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..files import NOTES
+
+ANEW = ("config.json", "README.md", "plan.json", "recovery.jsonl", NOTES)
+OVER_WEIGHTS = ("adapter_config.json",)  # says that there are weights, which are not copied
+# Names that weights, their lists, and code end in.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl")
+LISTS, CODE = (".index.json",), (".py", ".pyc", ".so", ".sh")
+
+
+def side_files(source: Path) -> list[Path]:
+    """The files of a checkpoint folder that go along. Raises CheckpointError for a link that leads out of the folder."""
+    found = []
+    for file in sorted(Path(source).iterdir()):
+        name = file.name.lower()
+        if name.startswith(".") or file.name in ANEW + OVER_WEIGHTS or name.endswith(WEIGHTS + LISTS + CODE):
+            continue
+        if file.is_file():
+            _check_place(file, Path(source))
+            found.append(file)
+    return found
+
+
+def _check_place(file: Path, source: Path) -> None:
+    """A hub's cache keeps the files of a snapshot as blobs beside it; no other link may lead out of a checkpoint."""
+    target, root = file.resolve(), source.resolve()
+    is_blob = root.parent.name == "snapshots" and target.parent == root.parents[1] / "blobs"
+    if not (is_blob or target.is_relative_to(root)):
+        raise CheckpointError(
+            f"{file} is a link out of the checkpoint, to {target}; put the file itself there, or take the link away"
+        )
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy what goes along, except for what is there already."""
+    for file in side_files(source):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
