@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from locum.errors import OutputError, PlanError, StatisticsError
-from locum.files import NOTES, check_output, fingerprint, provenance, remove, sweep, whole, write_text
+from locum.files import NOTES, check_output, clear, fingerprint, provenance, sweep, whole, write_text
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
@@ -113,8 +113,8 @@ def test_an_output_whose_run_was_killed_while_replacing_it_comes_back(tmp_path, 
     (old / "a.txt").write_text("old")
     sweep(tmp_path / "out")
     assert tree(tmp_path) == {"out": b"", "out/a.txt": b"old"}
-    remove(tmp_path / "out")
-    remove(tmp_path / "out")
+    clear(tmp_path / "out")
+    clear(tmp_path / "out")
     assert tree(tmp_path) == {}
 
 

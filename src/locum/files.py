@@ -219,7 +219,7 @@ def _open_permissions(path: Path) -> None:
         file.chmod(0o666 & ~umask)
 
 
-def remove(path: Path) -> None:
+def clear(path: Path) -> None:
     """Remove a file or folder, and what killed processes left of it, if there is any."""
     sweep(path)
     _remove(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
-from .files import check_place, remove, sweep
+from .files import check_place, clear, sweep
 
 try:
     import fcntl
@@ -105,6 +105,6 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 def set_aside(path: Path, why: str) -> None:
     """Move what an interrupted run left, and this one cannot go on from, out of the way, with a word."""
     aside = path.with_name(f"{path.name}.aside")
-    remove(aside)
+    clear(aside)
     os.replace(path, aside)
     logger.warning("%s; it was set aside as %s, and the run begins afresh", why, aside)

@@ -75,7 +75,7 @@ SPOILED = {
     "no tensors": (None, lambda held: held.clear(), "is not there and should be"),
     "no parameters": (None, without("parameter|"), "parameter of .* is not there"),
     "one parameter fewer": (None, lambda held: held.pop(first(held, "parameter|")), "parameter of .* is not there"),
-    "no moments": (None, without("exp_avg"), "exp_avg of .* is not there"),
+    "no moments": (None, without("exp_avg"), "exp_avg.* of .* is not there"),
     "no step counts": (None, without("step|"), "step of .* is not there"),
     "a parameter of another": (None, lambda held: held.update({"parameter|x": torch.zeros(2)}), "should be not there"),
     "another shape": (None, of_shape("parameter|", lambda t: t[..., :1].contiguous()), "and should be"),

@@ -18,7 +18,7 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import OptionError, StatisticsError
 from ..experts.parts.low_rank import STARTS
-from ..files import check_output, remove
+from ..files import check_output, clear
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
 from ..runs import set_aside
@@ -83,7 +83,7 @@ def calibrate(
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
-    remove(partial_of(out))
+    clear(partial_of(out))
     return statistics
 
 
@@ -182,7 +182,8 @@ def finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics
     try:
         statistics = load_statistics(path)
         differ = statistics.unlike(origin, asked)
-        if missing := sorted(set(asked["needs"]) - set(statistics.names)):
+        missing = sorted(set(asked["needs"]) - set(statistics.names))
+        if missing and not differ:
             differ = f"it lacks {', '.join(missing)}"
     except StatisticsError as error:
         differ = _first_part(error)

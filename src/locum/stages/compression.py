@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError
-from ..files import check_output, remove
+from ..files import check_output, clear
 from ..measure.removals import SAMPLE
 from ..methods import Method, SearchingMethod
 from ..plans.plan import Plan, with_provenance
@@ -105,7 +105,7 @@ def compress(
         decided = with_provenance(decided, statistics_file=str(statistics))
     made = _finish(model, decided, loaded, out, recovery, **shared)
     if statistics is None:
-        remove(keep)  # nobody named them; until here, a run that was cut short goes on from them
+        clear(keep)  # nobody named them; until here, a run that was cut short goes on from them
     return made
 
 
@@ -165,4 +165,4 @@ def _finish(
         recover_stage(draft, out=out, force=force, **training)
         return out
     finally:
-        remove(draft)  # also that of a run that was killed
+        clear(draft)  # also that of a run that was killed

@@ -11,7 +11,7 @@ from ..checkpoints.convert import check_openable
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError, UnsupportedModel
-from ..files import check_output, provenance, remove
+from ..files import check_output, clear, provenance
 from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
@@ -94,7 +94,7 @@ def search(
     if statistics is None:
         statistics = observe(subject, needs, calibrated, batch_size=batch_size, progress=progress)
         save_statistics(statistics, calibrated)
-        remove(partial_of(calibrated))
+        clear(partial_of(calibrated))
     explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
     answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), {**subject.origin.words(), **asked})
     try:
@@ -110,7 +110,7 @@ def search(
     )
     save_statistics(result, out)
     for left in (calibrated, answers.path):
-        remove(left)
+        clear(left)
     return result
 
 
