@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from locum.errors import OutputError, PlanError, StatisticsError
-from locum.files import NOTES, check_output, fingerprint, provenance, whole, write_text
+from locum.files import NOTES, check_output, clear, fingerprint, provenance, sweep, whole, write_text
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
@@ -86,6 +87,91 @@ def test_a_leftover_of_a_killed_run_is_no_obstacle(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def dead():
+    """The number of a process that is gone."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@KINDS
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path, kind, dead):
+    names = [f".out.part-{dead}", f".out.old-{dead}", f".out.part-{os.getppid()}", f".outer.part-{dead}", ".out.part-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    with whole(tmp_path / "out", kind) as scratch:
+        write(scratch, kind, "one")
+    # The only copy of an output had the name again before it was replaced.
+    assert {p.name for p in tmp_path.iterdir()} == {"out", *names[2:]}
+
+
+def test_an_output_whose_run_was_killed_while_replacing_it_comes_back(tmp_path, dead):
+    old = tmp_path / f".out.old-{dead}"
+    old.mkdir()
+    (old / "a.txt").write_text("old")
+    sweep(tmp_path / "out")
+    assert tree(tmp_path) == {"out": b"", "out/a.txt": b"old"}
+    clear(tmp_path / "out")
+    clear(tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("system", ["exchanges", "renames"])
+def test_a_folder_is_replaced_with_and_without_an_exchange(tmp_path, system, monkeypatch):
+    renamed = []
+    real = os.replace
+    monkeypatch.setattr("locum.files.os.replace", lambda *pair: (renamed.append(pair), real(*pair)))
+    if system == "renames":
+        monkeypatch.setattr("locum.files._exchange", lambda one, two: False)
+    for text in ("one", "two"):
+        with whole(tmp_path / "out", "folder") as scratch:
+            write(scratch, "folder", text)
+    if system == "exchanges" and len(renamed) > 1:
+        pytest.skip("this file system cannot exchange two folders")
+    assert len(renamed) == (3 if system == "renames" else 1)
+    assert tree(tmp_path) == {"out": b"", "out/a.txt": b"two"}
+
+
+@KINDS
+def test_a_link_stays_a_link(tmp_path, kind):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there" / "real")
+    for text in ("one", "two"):
+        with whole(tmp_path / "out", kind) as scratch:
+            write(scratch, kind, text)
+        assert (tmp_path / "out").is_symlink() and read(tmp_path / "there" / "real", kind) == text
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["real"]
+
+
+@KINDS
+def test_content_is_on_the_disk_before_it_has_the_name(tmp_path, kind, monkeypatch):
+    done, real_sync, real_replace = [], os.fsync, os.replace
+
+    def sync(handle):
+        done.append(os.path.realpath(f"/proc/self/fd/{handle}"))
+        real_sync(handle)
+
+    def replace(*pair):
+        done.append("renamed")
+        real_replace(*pair)
+
+    monkeypatch.setattr("locum.files.os.fsync", sync)
+    monkeypatch.setattr("locum.files.os.replace", replace)
+    with whole(tmp_path / "out", kind) as scratch:
+        write(scratch, kind, "one")
+    inside = [str(scratch / "a.txt")] if kind == "folder" else []
+    assert done == [*inside, str(scratch), "renamed", str(tmp_path)]
+
+
+def test_a_pipe_that_appears_while_an_output_is_written_stays(tmp_path):
+    with pytest.raises(OutputError, match="never replaced"), whole(tmp_path / "out") as scratch:
+        scratch.write_text("new")
+        os.mkfifo(tmp_path / "out")
+    assert (tmp_path / "out").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 @KINDS
 def test_a_file_that_was_never_written_is_no_output(tmp_path, kind):
     if kind == "file":
@@ -133,6 +219,12 @@ def test_a_full_device_is_an_output_error(tmp_path):
 def test_a_full_quota_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="no space left"), whole(tmp_path / "out"):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def test_a_disk_that_fills_up_while_a_folder_is_copied_is_an_output_error(tmp_path):
+    failed = [("a", "b", str(OSError(errno.ENOSPC, "No space left on device", "b")))]
+    with pytest.raises(OutputError, match="no space left"), whole(tmp_path / "out", "folder"):
+        raise shutil.Error(failed)
 
 
 # --- check_output -----------------------------------------------------------------------------------------------
@@ -191,6 +283,29 @@ def test_an_output_below_a_file_or_where_nothing_may_be_written(tmp_path):
         check_output("/proc/locum-test", False)
 
 
+@pytest.mark.parametrize("force", [True, False])
+def test_pipes_and_devices_are_no_outputs(tmp_path, force):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(OutputError, match=rf"{name} is a device, pipe or socket, which is never replaced"):
+            check_output(tmp_path / name, force)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "to-file").symlink_to(tmp_path / "file")
+    assert check_output(tmp_path / "to-file", True) == tmp_path / "to-file"
+
+
+def test_names_that_cannot_be_written_later(tmp_path):
+    with pytest.raises(OutputError, match=r"x\\xff is not a name in UTF-8.*rename it"):
+        check_output(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"), False)
+    with pytest.raises(OutputError, match="has 201 bytes; allowed: 200"):
+        check_output(tmp_path / ("x" * 201), False)
+    for kind in ("file", "folder"):
+        name = tmp_path / (kind.ljust(200, "x"))
+        with whole(name.with_name(f".{name.name}.statistics.safetensors"), kind) as scratch:
+            write(scratch, kind, "its neighbours have longer names")
+
+
 # --- plans ------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +344,7 @@ def statistics(**more):
         known,
         SearchedBy("moe-i2", {"seed": 3, "pruned": 0.5}),
         7,
+        {"batch_size": 8, "needs": ["count"]},
     )
 
 
@@ -237,7 +353,7 @@ def test_statistics_come_back_as_they_were(tmp_path):
     save_statistics(before, tmp_path / "s.safetensors")
     after = load_statistics(tmp_path / "s.safetensors")
     assert (after.domains, after.provenance) == (before.domains, json.loads(json.dumps(before.provenance)))
-    for field in ("origin", "tokens", "searched", "next_block"):
+    for field in ("origin", "tokens", "searched", "next_block", "asked"):
         assert getattr(after, field) == getattr(before, field)
     assert after.layers.keys() == before.layers.keys()
     for name, named in before.layers.items():
@@ -289,6 +405,18 @@ def test_statistics_files_that_are_none(tmp_path):
         save_file({"x": torch.zeros(2)}, path, {"locum-statistics": notes})
         with pytest.raises(StatisticsError, match=r"s\.safetensors"):
             load_statistics(path)
+
+
+def test_statistics_that_may_not_be_read_say_so(tmp_path, monkeypatch):
+    """safetensors says of such a file that it is not there."""
+    save_statistics(statistics(), tmp_path / "s.safetensors")
+
+    def refuse(*given):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("locum.files.Path.open", refuse)
+    with pytest.raises(StatisticsError, match=r"s\.safetensors cannot be read: Permission denied; let this user"):
+        load_statistics(tmp_path / "s.safetensors")
 
 
 # --- provenance -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .measure.rows import Row, write_rows
 from .stages.application import apply
 from .stages.calibration import calibrate
 from .stages.evaluation import evaluate
-from .stages.options import Force, Help, Progress, check_number, silent
+from .stages.options import Force, Help, Progress, alone, check_number, silent
 from .stages.planning import plan
 from .stages.recovery import recover
 from .stages.reporting import report
@@ -29,6 +29,7 @@ COMPRESSED = {
 RECOVERY = {"how": "lora", "rank": 4, "batch_size": 4, "learning_rate": 1e-3, "validation_tokens": 8192}
 
 
+@alone
 def demo(
     *,
     out: Annotated[Path, Help("folder for everything the demonstration makes")] = Path("locum-demo"),

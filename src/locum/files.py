@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -16,9 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from .errors import OutputError
 
 NOTES = "locum.json"  # what Locum says of a checkpoint it made, beside the weights
+LONGEST_NAME = 200  # bytes: file systems allow 255, and what stands beside an output for a while has a longer name
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def provenance(**more: Any) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def check_output(path: str | Path, force: bool, kind: str = "file", inputs: Iter
     Never replaced, whatever `force` says: what is being read (`inputs`), the current folder, folders not by Locum.
     """
     path = Path(path)
-    _check_folder(path)
+    check_place(path)
     for source in [Path.cwd(), *(s for s in inputs if isinstance(s, (str, Path)))]:
         if path.exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise OutputError(f"output {path} would replace {source}, which is in use; choose another name")
@@ -66,10 +73,28 @@ def check_output(path: str | Path, force: bool, kind: str = "file", inputs: Iter
     return path
 
 
+def check_place(path: Path) -> None:
+    """Refuse a path at which Locum cannot write, whatever is there and whatever is to be written."""
+    name = os.fsencode(os.path.realpath(path))
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        shown = name.decode("utf-8", "backslashreplace")
+        raise OutputError(
+            f"output {shown} is not a name in UTF-8, and files beside it would name it; rename it"
+        ) from error
+    if (length := len(os.path.basename(name))) > LONGEST_NAME:
+        raise OutputError(
+            f"the name of output {path} has {length} bytes; allowed: {LONGEST_NAME}; choose a shorter one"
+        )
+    _check_folder(path)
+    _check_replaceable(path)
+
+
 def _check_folder(path: Path) -> None:
     """The nearest folder that exists above a path must be one that can be written to."""
     try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not folder.is_dir():
             raise OutputError(f"cannot write {path}: {folder} is a file, not a folder; choose another name")
         with tempfile.TemporaryFile(dir=folder):
@@ -78,20 +103,30 @@ def _check_folder(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
 
 
+def _check_replaceable(path: Path) -> None:
+    """A device or a pipe would be gone for all others, not written to."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OutputError(f"output {path} is a device, pipe or socket, which is never replaced; name a file")
+
+
 @contextlib.contextmanager
 def whole(path: Path, kind: str = "file") -> Iterator[Path]:
     """A temporary neighbour of `path` to write into; it takes the name only when the block ends well.
 
-    On any error or interrupt the neighbour is removed and whatever was at `path` stays. A full disk is an OutputError.
+    On any error or interrupt the neighbour is removed and whatever was at `path` stays. What a killed process left of
+    its neighbour goes too. A link stays a link: what it leads to is written. A full disk is an OutputError.
     """
+    path = Path(os.path.realpath(path))
     scratch = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        _remove(scratch)
+        sweep(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "folder":
             scratch.mkdir()
         yield scratch
         _open_permissions(scratch)
+        _sync(scratch)
+        _check_replaceable(path)
         _put(scratch, path)
     except Exception as error:
         if _is_full(error):
@@ -102,22 +137,78 @@ def whole(path: Path, kind: str = "file") -> Iterator[Path]:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether an error says that the disk is full. Those of Rust libraries say so in words alone."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
+    """Whether an error says that the disk is full. Those of Rust libraries and of copied folders say so in words alone."""
+    said = str(error)
+    in_words = any(f"(os error {number})" in said or f"[Errno {number}]" in said for number in NO_SPACE)
+    return getattr(error, "errno", None) in NO_SPACE or in_words
 
 
 def _put(scratch: Path, path: Path) -> None:
-    """Give a finished neighbour its name. A folder in its place goes only when the new one is there."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.is_dir():
-        os.replace(path, old)
-    try:
+    """Give a finished neighbour its name. A folder that has it changes places with the new one, or steps aside."""
+    if not path.is_dir():
         os.replace(scratch, path)
-    except BaseException:
-        if old.exists():
+    elif not _exchange(scratch, path):
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.replace(path, old)
+        try:
+            os.replace(scratch, path)
+        except BaseException:
             os.replace(old, path)
-        raise
-    _remove(old)
+            raise
+        _remove(old)
+    _sync_one(path.parent)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two paths change places in one step, so that both are there at any moment. False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    places = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(two))
+    return rename is not None and rename(*places, RENAME_EXCHANGE) == 0
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of their neighbours of a path; the only copy of an output gets its name back."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(part|old)-(\d+)")
+    with contextlib.suppress(OSError):  # a courtesy: what another user left is not in the way
+        for left in sorted(path.parent.iterdir()):
+            found = pattern.fullmatch(left.name)
+            if found is None or _is_alive(int(found[2])):
+                continue
+            if found[1] == "old" and not path.exists():
+                os.replace(left, path)
+            else:
+                _remove(left)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process has this number. Our own, in a leftover, was that of one before: containers repeat them."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _sync(path: Path) -> None:
+    """Have the content on the disk before the name: after a power cut, a name never stands for what was not written."""
+    for place in [*path.rglob("*"), path]:
+        _sync_one(place)
+
+
+def _sync_one(place: Path) -> None:
+    if place.is_symlink():
+        return
+    try:
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not place.is_dir():  # some systems cannot do it for folders
+            raise
 
 
 def _open_permissions(path: Path) -> None:
@@ -126,6 +217,12 @@ def _open_permissions(path: Path) -> None:
     os.umask(umask)
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         file.chmod(0o666 & ~umask)
+
+
+def clear(path: Path) -> None:
+    """Remove a file or folder, and what killed processes left of it, if there is any."""
+    sweep(path)
+    _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -139,6 +236,14 @@ def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     with whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata. Raises SafetensorError, and OSError in the system's words."""
+    with path.open("rb"):  # safetensors says of what may not be read that it is not there
+        pass
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def fingerprint(*parts: bytes | str) -> str:

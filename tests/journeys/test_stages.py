@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import locum
 from locum.checkpoints.read import fingerprint_checkpoint
-from making.checkpoints import tree, write_checkpoint, write_rows
+from making.checkpoints import tree, write_checkpoint, write_rows, write_text
 from making.tiny_models import CONFIGS, tiny_ids
 
 SHORT = {"tokens": 2048, "length": 64}
@@ -55,6 +55,70 @@ def test_compress_writes_the_statistics_it_is_told_to_and_uses_them_again(checkp
     plan = locum.load_plan(tmp_path / "one" / "plan.json")
     assert plan.needs
     assert plan.provenance["statistics_file"] == str(tmp_path / "stats")
+
+
+@pytest.fixture(scope="module")
+def cut_short(checkpoint, words, tmp_path_factory):
+    """A `compress` that failed after calibration, and what it was asked. Tests copy its folder."""
+    folder = tmp_path_factory.mktemp("cut")
+    asked = {"data": str(words), "method": "prune", "remove": 0.25, **SHORT}
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("locum.stages.application.save_checkpoint", _press)
+        locum.compress(checkpoint, out=folder / "out", **asked)
+    assert [p.name for p in folder.iterdir()] == [".out.statistics.safetensors"]
+    return folder, asked
+
+
+def _press(*given, **named):
+    raise KeyboardInterrupt
+
+
+def test_compress_goes_on_from_the_statistics_that_it_made(checkpoint, cut_short, tmp_path, monkeypatch):
+    folder, asked = cut_short
+    locum.compress(checkpoint, out=tmp_path / "whole", **asked)
+    shutil.copytree(folder, tmp_path / "again")
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", None)
+    locum.compress(checkpoint, out=tmp_path / "again" / "out", **asked | {"remove": 0.25})
+    one, two = (tmp_path / place / "model.safetensors" for place in ("whole", "again/out"))
+    assert one.read_bytes() == two.read_bytes()
+    assert [p.name for p in (tmp_path / "again").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"tokens": 512}, "data_fingerprint was"),
+        ({"length": 32}, "data_fingerprint was"),
+        ({"seed": 5}, "data_fingerprint was"),
+        ({"batch_size": 3}, "batch_size was"),
+        ({"data": "other"}, "data_fingerprint was"),
+        ({"model": "other"}, "model_fingerprint was"),
+        ({"method": "decompose", "start": "whitened"}, "needs was"),
+        ({"method": "moe-i2"}, "method was None and is 'moe-i2'"),
+    ],
+    ids=str,
+)
+def test_compress_calibrates_anew_for_another_question(
+    changed, said, checkpoint, cut_short, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(cut_short[0], tmp_path / "again")
+    asked = cut_short[1] | changed
+    if changed.get("data"):
+        asked["data"] = str(write_text(tmp_path / "b.txt", seed=9))
+    model = write_checkpoint(tmp_path / "model", seed=9) if asked.pop("model", None) else checkpoint
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", _press)
+    with pytest.raises(KeyboardInterrupt):
+        locum.compress(model, out=tmp_path / "again" / "out", **asked)
+    assert said in caplog.text and "begins afresh" in caplog.text
+    assert [p.name for p in (tmp_path / "again").iterdir()] == [".out.statistics.safetensors.aside"]
+
+
+@pytest.mark.parametrize("content", [b"", b"half"])
+def test_damaged_partial_statistics_are_set_aside_with_a_word(content, checkpoint, words, tmp_path, caplog):
+    (tmp_path / ".out.partial").write_bytes(content)
+    locum.calibrate(checkpoint, data=str(words), out=tmp_path / "out", **SHORT)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.partial.aside"}
+    assert ".out.partial cannot be gone on from" in caplog.text and "begins afresh" in caplog.text
 
 
 def test_statistics_files_add_up_in_a_plan(checkpoint, words, tmp_path):

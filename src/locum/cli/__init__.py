@@ -39,6 +39,7 @@ from ..verification.verify import verify
 from . import listing, results
 from .command import Command, Commands
 from .parameters import Choice
+from .stopping import stop_politely
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -142,4 +143,5 @@ cli.add_section(
 
 def main() -> None:
     """Entry point of the console script."""
+    stop_politely()
     sys.exit(cli(prog_name="locum"))

@@ -1,12 +1,12 @@
 """A command that is generated from the function that does the work; `locum` itself, which groups commands.
 
-Errors that Locum raises become one line and exit code 2, and so does Ctrl-C; nothing half-written stays behind.
+Errors that Locum raises become one line and exit code 2, and so do Ctrl-C and whatever the system refuses; nothing
+half-written stays behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +19,7 @@ from ..errors import LocumError, did_you_mean, unknown
 from .parameters import Choice, flags_of, options_of, parameters_of
 from .progress import progress_lines
 from .shown import say
+from .system_errors import in_words
 
 RESUMABLE = ("calibrate", "search", "compress", "recover")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
@@ -26,7 +27,7 @@ Show = Callable[[Any, bool], None]  # what a function returned, and whether to p
 
 @contextlib.contextmanager
 def one_line(command: str) -> Iterator[None]:
-    """Known failures, wrong usage and Ctrl-C become one line on stderr and exit code 2."""
+    """Known failures, wrong usage, errors of the system and Ctrl-C become one line on stderr and exit code 2."""
     try:
         yield
         return
@@ -41,12 +42,23 @@ def one_line(command: str) -> Iterator[None]:
             message += "; the same command again goes on from the last saved state, if there is one"
     except torch.OutOfMemoryError as error:
         message = f"the device has too little memory ({str(error).splitlines()[0]}); lower --batch-size or --length"
+    except MemoryError:
+        message = "there is too little memory; close other programs, or lower --batch-size or --length"
+    except BrokenPipeError:  # who reads the output has seen enough: click ends without a word
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"no space left on the disk of {error.filename or 'the output'}; free some and run it again"
+        message = " ".join(in_words(error).split())
     say(f"{f'locum {command}'.strip()}: error: {message}", err=True)
     raise click.exceptions.Exit(2)
+
+
+def _check_utf8(word: str) -> None:
+    """Names may be any bytes on Linux, but not in the JSON and safetensors files that name them."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise click.UsageError(f"{shown} is not text in UTF-8; rename the file or folder") from error
 
 
 def _typed(ctx: click.Context) -> str:
@@ -94,6 +106,8 @@ class Command(click.Command):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            _check_utf8(word)
         ctx.obj = self._typed_choices(args)
         try:
             return super().parse_args(ctx, args)

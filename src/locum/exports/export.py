@@ -12,7 +12,7 @@ from ..checkpoints.skeleton import read_shape
 from ..errors import OptionError, unknown
 from ..files import check_output
 from ..options import make_options
-from ..stages.options import Force, Help, Out, needed
+from ..stages.options import Force, Help, Out, alone, needed
 from .target import TARGETS, Target, write_form
 
 
@@ -21,6 +21,7 @@ def _forms() -> str:
     return "; ".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in TARGETS.items())
 
 
+@alone
 def export(
     model: Path,
     *,

@@ -33,7 +33,7 @@ from ..models.watch import evaluating, experts_implementation, observable_layers
 from ..stats.definitions import STATISTICS
 from ..stats.events import Event, RoutedEvent, RouterEvent
 from ..stats.origin import Origin
-from ..stats.sums import Statistics, Sums, check_needs
+from ..stats.sums import Statistics, Sums, check_needs, taken_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +66,7 @@ def calibrate(
     for a bad option and StatisticsError for a `start` that belongs to something else.
     """
     needs = check_needs(needs)
+    asked = question(needs, batch_size)
     for name, value in (("batch_size", batch_size), ("save_every", save_every)):
         if value < 1:
             raise OptionError(f"{name} is {value!r}; allowed: whole numbers from 1")
@@ -75,18 +76,24 @@ def calibrate(
     observer = Observer(model, needs)
     origin = origin or Origin(shape_of(model), data_fingerprints=(tokens.fingerprint,))
     if start is not None:
-        check_start(start, origin, needs, len(tokens.domain_B))
+        check_start(start, origin, asked, len(tokens.domain_B))
     words = make_provenance(**{"seed": None, **(provenance or {})})
-    done, next_block = (None, 0) if start is None else (replace(start, next_block=None), start.next_block)
     order_B = torch.argsort(tokens.domain_B, stable=True)
+    done: Statistics | None = None
     sums: Sums | None = None
+    next_block = 0
+    if start is not None:
+        done, next_block = replace(start, next_block=None, provenance=words), start.next_block
+        if next_block < len(order_B):
+            domain = tokens.domains[int(tokens.domain_B[order_B[next_block]])]
+            done, sums = taken_up(done, domain, needs)
 
     def so_far() -> Statistics | None:
         """What is done with the running sums on top. Sums of a domain without tokens add nothing."""
         if sums is None or sums.num_tokens == 0:
             return done
         more = sums.statistics(origin, words)
-        return more if done is None else done + more
+        return replace(more if done is None else done + more, asked=asked)
 
     with observed(observer), evaluating(model):
         for number, (domain, blocks_B) in enumerate(_batches(tokens, order_B[next_block:], batch_size), start=1):
@@ -127,19 +134,19 @@ def _batches(tokens: Tokens, order_B: Tensor, batch_size: int) -> Iterator[tuple
 # --- where it comes from ----------------------------------------------------------------------------------------
 
 
-def check_start(start: Statistics, origin: Origin, needs: tuple[str, ...], num_blocks: int) -> None:
+def question(needs: tuple[str, ...], batch_size: int) -> dict[str, Any]:
+    """What the numbers of a pass depend on, beside its origin; the last bits depend on the batches."""
+    return {"needs": sorted(needs), "batch_size": batch_size}
+
+
+def check_start(start: Statistics, origin: Origin, asked: Mapping[str, Any], num_blocks: int) -> None:
     """Raise StatisticsError unless a pass that was interrupted goes on to what is asked for now."""
-    start.origin.check_same_model(origin)
-    if start.origin.data_fingerprints != origin.data_fingerprints:
+    if differ := start.unlike(origin, asked):
         raise StatisticsError(
-            f"the partial statistics are of data {', '.join(start.origin.data_fingerprints)}, but these tokens are "
-            f"{', '.join(origin.data_fingerprints)}; go on with the same data, length and seed, or start afresh"
+            f"the partial statistics answer something else: {differ}; go on with what was asked then, or start afresh"
         )
-    if set(start.names) != set(needs):
-        raise StatisticsError(
-            f"the partial statistics hold {', '.join(start.names)}, but {', '.join(sorted(needs))} are to be collected; go "
-            f"on with the same needs, or start afresh"
-        )
+    if not set(asked["needs"]) <= set(start.names):
+        raise StatisticsError(f"the partial statistics lack some of {', '.join(asked['needs'])}; start afresh")
     if start.next_block is None or not 0 <= start.next_block <= num_blocks:
         raise StatisticsError(f"next_block is {start.next_block!r}; allowed: 0 to {num_blocks}, the number of blocks")
 

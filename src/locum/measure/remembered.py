@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import whole
+from ..files import read_tensors, whole
 from ..methods import Explorer
+from ..runs import differences, set_aside
 from ..shapes import ModelShape
 
 SAVE_EVERY = 30.0  # seconds
 KEY_BYTES = 16
+VERSION = 1  # of the questions: what a key is made of
 
 
 class RememberedAnswers:
@@ -37,7 +39,7 @@ class RememberedAnswers:
 
     def __init__(self, explorer: Explorer, path: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
         self.explorer, self.path = explorer, path
-        self.identity = json.dumps(identity or {}, sort_keys=True, default=str)
+        self.identity = json.dumps({"version": VERSION, **(identity or {})}, sort_keys=True, default=str)
         self.known: dict[bytes, float] = _load(path, self.identity)
         self.saved, self.saved_at = len(self.known), time.monotonic()
         self.pruned = b""  # a digest of what was pruned so far
@@ -90,14 +92,19 @@ class RememberedAnswers:
 
 
 def _load(path: Path | None, identity: str) -> dict[bytes, float]:
-    """Answers given under this identity; none where the file is of something else, or is not such a file."""
-    if path is None or not path.is_file():
+    """Answers given under this identity; a file of something else, or a damaged one, is set aside."""
+    if path is None or not path.exists():
         return {}
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("identity") != identity:
-                return {}
-            keys, values = file.get_tensor("keys"), file.get_tensor("values")
-    except SafetensorError:
+        tensors, header = read_tensors(path)
+        theirs, keys_A, values_A = json.loads(header["identity"]), tensors["keys"], tensors["values"]
+        differ = differences(theirs, json.loads(identity))
+        fits = keys_A.dtype == torch.uint8 and values_A.dtype == torch.float64 and values_A.ndim == 1
+        if not fits or keys_A.shape != (len(values_A), KEY_BYTES):
+            differ = "it does not hold answers"
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        differ = f"it is damaged ({error!r})"
+    if differ:
+        set_aside(path, f"answers of a search in {path} cannot be used again: {differ}")
         return {}
-    return dict(zip((bytes(row) for row in keys.tolist()), values.tolist(), strict=True))
+    return dict(zip((bytes(row) for row in keys_A.tolist()), values_A.tolist(), strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import check_output, write_text
+from ..runs import reserved
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Row:
 def write_rows(path: str | Path, rows: list[Row]) -> None:
     """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them."""
     path = check_output(path, force=True)
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    old += "\n" if old and not old.endswith("\n") else ""
-    write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    with reserved(path, wait=True):  # of two evaluations that end together, neither loses its rows
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        old += "\n" if old and not old.endswith("\n") else ""
+        write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -28,7 +28,7 @@ from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
 from ..formats.plain import COMPUTE_DTYPES
-from ..stages.options import Device, Force, Help, Out, Progress, check_number, device_of, silent
+from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
 from . import page
 
 KIND, FORMAT_VERSION = "locum-bench", 1
@@ -36,6 +36,7 @@ CHARACTERS_PER_TOKEN = 10  # of text, on the safe side
 PHASES = ("prefill", "decode")
 
 
+@alone
 def bench(
     model: Path,
     *,

@@ -20,9 +20,10 @@ from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
-from .options import MOST_SEED, Force, Help, Out, Progress, Seed, check_number, needed, silent, timed
+from .options import MOST_SEED, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
 
 
+@alone
 def apply(
     model: Path,
     *,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 from transformers import PreTrainedModel
@@ -18,9 +18,10 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import OptionError, StatisticsError
 from ..experts.parts.low_rank import STARTS
-from ..files import check_output
+from ..files import check_output, clear
 from ..measure.calibration import calibrate as calibrate_model
-from ..measure.calibration import check_start
+from ..measure.calibration import check_start, question
+from ..runs import set_aside
 from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
@@ -37,6 +38,7 @@ from .options import (
     Seed,
     Split,
     ToObserve,
+    alone,
     check_number,
     device_of,
     needed,
@@ -46,6 +48,7 @@ from .options import (
 WHITENED = STARTS["whitened"].needs
 
 
+@alone
 def calibrate(
     model: Path,
     *,
@@ -80,7 +83,7 @@ def calibrate(
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
-    partial_of(out).unlink(missing_ok=True)
+    clear(partial_of(out))
     return statistics
 
 
@@ -121,11 +124,17 @@ def prepare(
     device: str,
 ) -> Subject:
     """Tokenise the text, then load the model. `shape` is that of its files."""
-    tokenizer = load_tokenizer(model)
-    blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
+    blocks, origin = read_text(model, shape, data, split=split, length=length, tokens=tokens, seed=seed)
     words = {"model": str(model), "sources": list(blocks.sources), "seed": seed}
-    origin = Origin(shape, fingerprint_checkpoint(model), fingerprint_tokenizer(tokenizer), (blocks.fingerprint,))
     return Subject(open_model(model, device=device), blocks, origin, words)
+
+
+def read_text(model: Path, shape: ModelShape, data: Sequence[str], **cut: Any) -> tuple[Tokens, Origin]:
+    """Text in a model's tokens, and what statistics of both would be of; no weights are loaded."""
+    tokenizer = load_tokenizer(model)
+    blocks = load_tokens(data, tokenizer, **cut)
+    model_print, tokenizer_print = fingerprint_checkpoint(model), fingerprint_tokenizer(tokenizer)
+    return blocks, Origin(shape, model_print, tokenizer_print, (blocks.fingerprint,))
 
 
 def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: int, progress: Progress) -> Statistics:
@@ -140,7 +149,7 @@ def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: 
         provenance=subject.words,
         progress=lambda done, total: progress("calibrate", done, total),
         on_batch=lambda so_far: save_statistics(so_far, partial),
-        start=_left_behind(partial, subject, needs),
+        start=_left_behind(partial, subject, question(needs, batch_size)),
     )
 
 
@@ -153,13 +162,37 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def _left_behind(path: Path, subject: Subject, needs: tuple[str, ...]) -> Statistics | None:
-    """What an interrupted pass with the same model, data and needs left behind, if anything."""
-    if not path.is_file():
+def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Statistics | None:
+    """What an interrupted pass left behind, if this one can go on from it."""
+    if not path.exists():
         return None
     try:
         start = load_statistics(path)
-        check_start(start, subject.origin, needs, len(subject.blocks))
-    except StatisticsError:
+        check_start(start, subject.origin, asked, len(subject.blocks))
+    except StatisticsError as error:
+        set_aside(path, f"{path} cannot be gone on from: {_first_part(error)}")
         return None
     return start
+
+
+def finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics | None:
+    """Statistics that an interrupted run left behind whole, if they answer what this one asks."""
+    if not path.exists():
+        return None
+    try:
+        statistics = load_statistics(path)
+        differ = statistics.unlike(origin, asked)
+        missing = sorted(set(asked["needs"]) - set(statistics.names))
+        if missing and not differ:
+            differ = f"it lacks {', '.join(missing)}"
+    except StatisticsError as error:
+        differ = _first_part(error)
+    if differ:
+        set_aside(path, f"{path} cannot be used again: {differ}")
+        return None
+    return statistics
+
+
+def _first_part(error: StatisticsError) -> str:
+    """What is wrong, without what to do: that is done at once."""
+    return str(error).partition(";")[0]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError
-from ..files import check_output
+from ..files import check_output, clear
 from ..measure.removals import SAMPLE
-from ..methods import SearchingMethod
+from ..methods import Method, SearchingMethod
 from ..plans.plan import Plan, with_provenance
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
 from ..training.recovery import check_fits
 from .application import apply
-from .calibration import calibrate
+from .calibration import calibrate, finished, read_text
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -34,17 +34,19 @@ from .options import (
     Remove,
     Seed,
     ToObserve,
+    alone,
     check_number,
     needed,
     silent,
 )
 from .planning import check_statistics_of, check_target, chosen_method, plan
 from .recovery import recover as recover_stage
-from .searching import Sample, search, to_collect
+from .searching import Sample, question_of, search, to_collect
 
 PREFIX = "recover_"  # of an option of the training, beside those of the method
 
 
+@alone
 def compress(
     model: Path,
     *,
@@ -86,24 +88,46 @@ def compress(
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not chosen.needs():
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
-    keep = statistics if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
-    observed = {"tokens": tokens, "length": length, "batch_size": batch_size, "seed": seed, "device": device}
-    observed |= {"data": data, "out": Path(keep), "progress": progress}
-    try:
-        if Path(keep).is_file():
-            loaded = load_statistics(keep)
-            check_statistics_of(loaded, model, keep)
-        elif isinstance(chosen, SearchingMethod):
+    keep = Path(statistics) if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
+    text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
+    if statistics is None:
+        loaded = _left_behind(keep, model, chosen, text, batch_size=batch_size, sample=sample)
+    else:
+        loaded = _named(keep, model)
+    if loaded is None:
+        observed = {**text, "batch_size": batch_size, "device": device, "out": keep, "progress": progress}
+        if isinstance(chosen, SearchingMethod):
             loaded = search(model, method=method, preset=preset, sample=sample, **observed, **options)
         else:
             loaded = calibrate(model, gram=False, also=to_collect(chosen), **observed)
-        decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
-        if statistics is not None:
-            decided = with_provenance(decided, statistics_file=str(statistics))
-        return _finish(model, decided, loaded, out, recovery, **shared)
-    finally:
-        if statistics is None:
-            Path(keep).unlink(missing_ok=True)
+    decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
+    if statistics is not None:
+        decided = with_provenance(decided, statistics_file=str(statistics))
+    made = _finish(model, decided, loaded, out, recovery, **shared)
+    if statistics is None:
+        clear(keep)  # nobody named them; until here, a run that was cut short goes on from them
+    return made
+
+
+def _named(path: Path, model: Path) -> Statistics | None:
+    """The statistics in a file that the user named, if it is there."""
+    if not path.is_file():
+        return None
+    loaded = load_statistics(path)
+    check_statistics_of(loaded, model, path)
+    return loaded
+
+
+def _left_behind(
+    path: Path, model: Path, chosen: Method, text: dict[str, Any], *, batch_size: int, sample: int
+) -> Statistics | None:
+    """The statistics that an interrupted run made for the same question, if there are any."""
+    if not path.exists():
+        return None
+    _, origin = read_text(model, read_shape(model), split="train", **text)
+    if isinstance(chosen, SearchingMethod):
+        chosen = dataclasses.replace(chosen, seed=text["seed"])
+    return finished(path, origin, question_of(chosen, batch_size=batch_size, sample=sample))
 
 
 def _recovery(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
@@ -130,15 +154,15 @@ def _finish(
     progress: Progress,
 ) -> Path:
     """Apply a plan and train the result if asked to; `out` appears when both are done."""
-    if recovery is None:
-        return apply(model, plan=decided, out=out, statistics=statistics, seed=seed, force=force, progress=progress)
-    check_fits(recovery.way, decided, "--recover")
-    draft, options = out.with_name(f".{out.name}.unrecovered"), recovery.to_json()
+    draft = out.with_name(f".{out.name}.unrecovered")
+    asked = {"plan": decided, "statistics": statistics, "seed": seed, "progress": progress}
     try:
-        apply(model, plan=decided, out=draft, statistics=statistics, seed=seed, force=True, progress=progress)
-        recover_stage(
-            draft, data=data, out=out, original=model, device=device, force=force, progress=progress, **options
-        )
+        if recovery is None:
+            return apply(model, out=out, force=force, **asked)
+        check_fits(recovery.way, decided, "--recover")
+        apply(model, out=draft, force=True, **asked)
+        training = {"data": data, "original": model, "device": device, "progress": progress, **recovery.to_json()}
+        recover_stage(draft, out=out, force=force, **training)
+        return out
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return out
+        clear(draft)  # also that of a run that was killed

@@ -6,16 +6,20 @@ and on the command line. Options of methods and of recovery are those of their o
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 
 from ..errors import OptionError
+from ..runs import reserved
 
 MOST_SEED = 2**31 - 1
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -47,6 +51,23 @@ BatchSize = Annotated[int, Help("blocks in a batch")]
 Preset = Annotated[str, Help("best: the best defaults that are known; paper: the method as it was published")]
 Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
 Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such as 16GiB")]
+
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
+
+
+def alone(stage: Stage) -> Stage:
+    """A stage beside which no other run writes to its `out`: reserved before it is looked at, and until the end."""
+
+    default = inspect.signature(stage).parameters["out"].default
+
+    @functools.wraps(stage)
+    def run(*given: Any, **options: Any) -> Any:
+        out = options.get("out", default)
+        with reserved(out) if isinstance(out, (str, Path)) else contextlib.nullcontext():
+            return stage(*given, **options)
+
+    return run  # type: ignore[return-value]
 
 
 def silent(stage: str, done: int, total: int) -> None:

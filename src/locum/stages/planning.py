@@ -26,12 +26,13 @@ from ..plans.plan_file import load_plan, save_plan
 from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
-from .options import Fit, Force, Help, Out, Preset, Remove
+from .options import Fit, Force, Help, Out, Preset, Remove, alone
 
 PRESETS = ("best", "paper")
 WHITENED = STARTS["whitened"].needs
 
 
+@alone
 def plan(
     statistics: Sequence[Path | Statistics] | Path | Statistics,
     *,

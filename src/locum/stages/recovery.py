@@ -26,11 +26,12 @@ from ..training.options import DEFAULT_WAY, make_recovery
 from ..training.recovery import check_fits, recover_model
 from ..training.states import STATE_FILE, forget
 from ..training.ways import WAYS
-from .options import Data, Device, Force, Help, Out, Progress, check_number, device_of, needed, silent
+from .options import Data, Device, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
 
 
+@alone
 def recover(
     model: Path,
     *,

@@ -8,9 +8,10 @@ from typing import Annotated
 
 from ..files import check_output, write_text
 from ..reports.report import make_report
-from .options import Force, Help, Out, needed
+from .options import Force, Help, Out, alone, needed
 
 
+@alone
 def report(
     results: Sequence[Path],
     *,

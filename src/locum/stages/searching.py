@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoints.convert import check_openable
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
-from ..errors import LocumError, OptionError, UnsupportedModel
-from ..files import check_output, provenance
+from ..errors import OptionError, UnsupportedModel
+from ..files import check_output, clear, provenance
+from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
 from ..methods import Method, SearchingMethod
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
 from ..stats.events import SearchEvent
-from ..stats.origin import Origin, SearchedBy
-from ..stats.statistics_file import load_statistics, save_statistics
+from ..stats.origin import SearchedBy
+from ..stats.statistics_file import save_statistics
 from ..stats.sums import Statistics
-from .calibration import check_room, observe, partial_of, prepare, with_defaults
+from .calibration import check_room, finished, observe, partial_of, prepare, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -35,6 +37,7 @@ from .options import (
     Seed,
     Split,
     ToObserve,
+    alone,
     check_number,
     device_of,
     needed,
@@ -46,6 +49,7 @@ from .planning import chosen_method
 Sample = Annotated[int, Help("tokens on which removals are tried, for methods that search")]
 
 
+@alone
 def search(
     model: Path,
     *,
@@ -83,23 +87,16 @@ def search(
     _check_droppable(model, shape)
     check_room(shape, with_defaults(to_collect(chosen)), len({source.domain for source in parse_sources(data)}))
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
-    identity = {
-        **subject.origin.words(),
-        "method": chosen.name,
-        "options": dataclasses.asdict(chosen),
-        "sample": sample,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
+    asked = question_of(chosen, batch_size=batch_size, sample=sample)
     calibrated = out.with_name(f".{out.name}.calibrated")
     needs = with_defaults(to_collect(chosen))
-    statistics = _reusable(calibrated, subject.origin, needs)
+    statistics = finished(calibrated, subject.origin, question(needs, batch_size))
     if statistics is None:
         statistics = observe(subject, needs, calibrated, batch_size=batch_size, progress=progress)
         save_statistics(statistics, calibrated)
-        partial_of(calibrated).unlink(missing_ok=True)
+        clear(partial_of(calibrated))
     explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
-    answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), identity)
+    answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), {**subject.origin.words(), **asked})
     try:
         found = chosen.explore(answers, timed(progress))
     except BaseException:
@@ -107,12 +104,13 @@ def search(
         raise
     result = dataclasses.replace(
         with_found(statistics, found),
-        searched=SearchedBy(chosen.name, identity["options"]),
+        searched=SearchedBy(chosen.name, dataclasses.asdict(chosen)),
+        asked=asked,
         provenance={**statistics.provenance, **provenance(sample=sample)},
     )
     save_statistics(result, out)
     for left in (calibrated, answers.path):
-        left.unlink(missing_ok=True)
+        clear(left)
     return result
 
 
@@ -128,14 +126,12 @@ def to_collect(chosen: Method) -> tuple[str, ...]:
     return tuple(name for name in chosen.needs() if not STATISTICS[name].searched)
 
 
-def _reusable(path: Path, origin: Origin, needs: tuple[str, ...]) -> Statistics | None:
-    """The calibration that an interrupted search left behind, if it is what this one needs."""
-    try:
-        statistics = load_statistics(path)
-    except LocumError:
-        return None
-    fits = statistics.origin == origin and set(needs) <= set(statistics.names)
-    return statistics if fits else None
+def question_of(chosen: Method, *, batch_size: int, sample: int) -> dict[str, Any]:
+    """What statistics for a method depend on, beside their origin. A method that searches has its seed as an option."""
+    asked = question(with_defaults(to_collect(chosen)), batch_size)
+    if isinstance(chosen, SearchingMethod):
+        asked |= {"method": chosen.name, "options": dataclasses.asdict(chosen), "sample": sample}
+    return json.loads(json.dumps(asked))
 
 
 def with_found(statistics: Statistics, found: dict[str, dict[str, Any]]) -> Statistics:

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StatisticsError
-from ..files import whole
+from ..files import read_tensors, whole
 from ..shapes import ModelShape
 from .origin import Origin, SearchedBy
 from .sums import Statistics
@@ -37,6 +37,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "tokens": statistics.tokens,
         "searched": None if statistics.searched is None else asdict(statistics.searched),
         "next_block": statistics.next_block,
+        "asked": statistics.asked,
         "provenance": statistics.provenance,
     }
     with whole(path) as scratch:  # one entry of metadata: safetensors writes several in a random order
@@ -51,9 +52,9 @@ def load_statistics(path: str | Path) -> Statistics:
             f"no statistics file at {path}; make one with: locum calibrate MODEL --data ... --out {path}"
         )
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        tensors, header = read_tensors(path)
+    except OSError as error:
+        raise StatisticsError(f"statistics {path} cannot be read: {error.strerror}; let this user read it") from error
     except SafetensorError as error:
         raise StatisticsError(
             f"{path} is not a statistics file, or is damaged ({error}); make one with: locum calibrate"
@@ -71,14 +72,14 @@ def load_statistics(path: str | Path) -> Statistics:
         origin = Origin(shape, data["model_fingerprint"], data["tokenizer_fingerprint"], fingerprints)
         searched = None if found is None else SearchedBy(found["name"], found["options"])
         domains, tokens = tuple(notes["domains"]), int(notes["tokens"])
-        words, next_block = dict(notes["provenance"]), notes["next_block"]
+        words, next_block, asked = dict(notes["provenance"]), notes["next_block"], notes.get("asked")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StatisticsError(f"statistics {path} have damaged notes ({error!r}); calibrate again") from error
     layers: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}
     for key, tensor in tensors.items():
         layer, _, name = key.partition("|")
         layers.setdefault(layer, {})[name] = tensor
-    return Statistics(domains, layers, origin, tokens, words, searched, next_block)
+    return Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
 
 
 def _from_version_1(notes: dict[str, Any]) -> dict[str, Any]:

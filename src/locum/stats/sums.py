@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, StatisticsError, unknown
+from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event
@@ -65,7 +66,8 @@ class Sums:
         for definition in self.definitions:
             if definition.event is type(event):
                 name, increment = definition.name, definition.increment(event)
-                sums[name] = sums[name].add_(increment) if name in sums else increment.clone()
+                known = name in sums
+                sums[name] = sums[name].to(increment.device).add_(increment) if known else increment.clone()
 
     def statistics(self, origin: Origin, provenance: Mapping[str, Any] | None = None) -> Statistics:
         """A copy of the sums so far. Raises StatisticsError for a layer of the shape that an event is missing from."""
@@ -80,6 +82,28 @@ class Sums:
                 )
             layers[name] = {d.name: sums[d.name].cpu().clone().unsqueeze(0) for d in self.definitions}
         return Statistics((self.domain,), layers, origin, self.num_tokens, dict(provenance or {}))
+
+
+def taken_up(statistics: Statistics, domain: str, needs: tuple[str, ...]) -> tuple[Statistics | None, Sums]:
+    """Statistics in two: what is done with, and the running sums of one domain, to which the next events add.
+
+    The sums are those that were saved, so adding goes on to the bit. Statistics count the tokens of all domains
+    together: where the domain has begun, its sums have that count.
+    """
+    sums = Sums(domain, needs)
+    if domain not in statistics.domains:
+        return statistics, sums
+    row = statistics.domains.index(domain)
+    sums.num_tokens = statistics.tokens
+    sums._layers = {
+        layer: {name: tensor[row].clone() for name, tensor in named.items()}
+        for layer, named in statistics.layers.items()
+    }
+    rest = [i for i in range(len(statistics.domains)) if i != row]
+    if not rest:
+        return None, sums
+    layers = {layer: {n: tensor[rest] for n, tensor in named.items()} for layer, named in statistics.layers.items()}
+    return replace(statistics, domains=tuple(statistics.domains[i] for i in rest), layers=layers, tokens=0), sums
 
 
 # --- the result -------------------------------------------------------------------------------------------------
@@ -163,6 +187,7 @@ class Statistics:
     provenance: dict[str, Any] = field(default_factory=dict)
     searched: SearchedBy | None = None  # where a search added what it found
     next_block: int | None = None  # where an interrupted pass over the data goes on
+    asked: Mapping[str, Any] | None = None  # what else the numbers depend on, as JSON; None where they were added up
 
     def __post_init__(self) -> None:
         for layer, named in self.layers.items():
@@ -181,6 +206,13 @@ class Statistics:
     def names(self) -> tuple[str, ...]:
         """Statistics that every layer has."""
         return tuple(sorted(set.intersection(*(set(named) for named in self.layers.values()))))
+
+    def unlike(self, origin: Origin, asked: Mapping[str, Any]) -> str:
+        """How the question that these answer differs from this one, in words; empty where it does not."""
+        return differences(
+            {**self.origin.words(), "shape": self.shape.fingerprint, **(self.asked or {})},
+            {**origin.words(), "shape": origin.shape.fingerprint, **asked},
+        )
 
     def words(self) -> dict[str, Any]:
         """All that is to be said of the statistics, for people."""

@@ -37,17 +37,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
-from ..files import whole
+from ..files import write_text
 from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
-from .states import STATE_FILE, STATE_VERSION, Best, State
+from .states import Best, State, save_state
 
 
 @contextlib.contextmanager
@@ -113,6 +112,7 @@ class Loop:
     def resume(self, state: State) -> None:
         if state.step == 0:
             return
+        state.check_tensors(self.trained)
         self.step, self.tokens_seen, self.earlier_seconds = state.step, state.tokens, state.seconds
         self.validation, self.loss, self.best = list(state.validation), state.loss, state.best
         moments: dict[str, dict[str, Tensor]] = {}
@@ -129,25 +129,12 @@ class Loop:
             self.optimizer.state[self.trained[name]] = {kind: t.to(place[kind]) for kind, t in tensors.items()}
 
     def save(self, workdir: Path, identity: dict[str, Any]) -> None:
-        """Write the state whole or not at all; the one before it stays until then."""
         tensors = {f"parameter|{name}": p.detach().contiguous() for name, p in self.trained.items()}
         for name, p in self.trained.items():
             tensors |= {f"{kind}|{name}": t.contiguous() for kind, t in self.optimizer.state.get(p, {}).items()}
-        if self.best is not None:
-            tensors |= {f"best|{name}": t for name, t in self.best.tensors.items()}
-        notes = {
-            "version": STATE_VERSION,
-            "identity": identity,
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "seconds": self.seconds,
-            "validation": self.validation,
-            "loss": self.loss,
-            "best": None if self.best is None else (self.best.step, self.best.loss),
-        }
-        workdir.mkdir(parents=True, exist_ok=True)
-        with whole(workdir / STATE_FILE) as scratch:
-            save_file(tensors, scratch, {"locum-recovery": json.dumps(notes)})
+        bare = tuple(name for name, p in self.trained.items() if not self.optimizer.state.get(p))
+        done = (self.step, tensors, self.tokens_seen, self.seconds, tuple(self.validation), self.loss, self.best, bare)
+        save_state(workdir, identity, State(*done))
 
     def one_step(self, parts: list[Batch]) -> None:
         """One optimizer step on these batches together; the loss is the mean over all of their positions with loss."""
@@ -295,7 +282,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
         lines = hooks.log.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _logged_step(line) <= step]
     hooks.log.parent.mkdir(parents=True, exist_ok=True)
-    hooks.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(hooks.log, "".join(line + "\n" for line in kept))
     first = {"event": "resume", "resumed_at": step} if step else {"event": "start"}
     write_log(hooks.log, first | hooks.header | {"trainable_parameters": trainable})
 
@@ -303,7 +290,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
 def _logged_step(line: str) -> float:
     try:
         return json.loads(line).get("step", 0)
-    except ValueError:  # the line that was being written when the run was killed
+    except (ValueError, AttributeError):  # the line that was being written when the run was killed
         return math.inf
 
 

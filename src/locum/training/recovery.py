@@ -75,7 +75,7 @@ def recover_model(
     if original is None and way.needs_original(plan):
         raise OptionError(f"--how {way.name} needs the original model; give it with --original (original=...)")
     way.check(context)
-    identity = _identity(context, options, tokens) | way.identity(context)
+    identity = _identity(context, options, tokens, validation) | way.identity(context)
     state = load_state(workdir, identity, restart)
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
     before = None
@@ -118,12 +118,13 @@ def _loss_before(model: PreTrainedModel, validation: Tokens, options: Recovery) 
     return loss
 
 
-def _identity(context: Context, options: Recovery, tokens: Tokens) -> dict[str, Any]:
+def _identity(context: Context, options: Recovery, tokens: Tokens, validation: Tokens | None) -> dict[str, Any]:
     """What a run's course depends on; a state is resumed only by a run with the same."""
     tracked = {name: value for name, value in options.to_json().items() if name not in UNTRACKED}
     samples = [part for name, tensor in context.model.state_dict().items() for part in (name, sample(tensor))]
     plan = None if context.plan is None else context.plan.id
-    return {**tracked, "data": tokens.fingerprint, "model": fingerprint(*samples), "plan": plan}
+    data = {"data": tokens.fingerprint, "validation": None if validation is None else validation.fingerprint}
+    return {**tracked, **data, "model": fingerprint(*samples), "plan": plan}
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
+from ..files import read_tensors, whole
+from ..runs import differences, set_aside
 
 STATE_FILE = "state.safetensors"
-STATE_VERSION = "2"
+STATE_VERSION = "3"
+NOTES = "locum-recovery"  # the entry of the file's metadata
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW; a parameter that never had a gradient has none
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +45,46 @@ class State:
     validation: tuple[tuple[int, float], ...] = ()  # (steps done, loss)
     loss: float | None = None  # of the last step
     best: Best | None = None
+    without_moments: tuple[str, ...] = ()
+    path: Path | None = None
+
+    def check_tensors(self, trained: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless every trained parameter is there with its moments, and nothing else is."""
+        wanted = {f"parameter|{name}": _form(p) for name, p in trained.items()}
+        for name in trained.keys() - set(self.without_moments):
+            wanted |= {f"{kind}|{name}": _form(trained[name]) for kind in MOMENTS}
+        there = {key: _form(tensor) for key, tensor in self.tensors.items()}
+        if self.best is not None:
+            wanted |= {f"best|{name}": _form(p) for name, p in trained.items()}
+            there |= {f"best|{name}": _form(tensor) for name, tensor in self.best.tensors.items()}
+        wanted |= {key: "[] torch.float32" for key in wanted if key.startswith("step|")}
+        for key in sorted({*wanted, *there}):
+            found, right = (x.get(key, "not there") for x in (there, wanted))
+            if found != right:
+                raise _unfit(self.path, f"{key.replace('|', ' of ')} is {found} and should be {right}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def save_state(workdir: Path, identity: dict[str, Any], state: State) -> None:
+    """Write a state whole or not at all; the one before it stays until then."""
+    notes = {
+        "version": STATE_VERSION,
+        "identity": identity,
+        "step": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "validation": state.validation,
+        "loss": state.loss,
+        "best": None if state.best is None else (state.best.step, state.best.loss),
+        "without_moments": state.without_moments,
+    }
+    best = {} if state.best is None else {f"best|{name}": t for name, t in state.best.tensors.items()}
+    workdir.mkdir(parents=True, exist_ok=True)
+    with whole(workdir / STATE_FILE) as scratch:
+        save_file(state.tensors | best, scratch, {NOTES: json.dumps(notes)})
 
 
 def sample(tensor: Tensor) -> bytes:
@@ -46,38 +94,64 @@ def sample(tensor: Tensor) -> bytes:
 
 
 def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
-    """The state an interrupted run left in `workdir`, or a fresh one. Raises OptionError if it was another run's."""
-    if workdir is None or not (workdir / STATE_FILE).is_file():
+    """The state an interrupted run left in `workdir`, or a fresh one.
+
+    A file that cannot be read is set aside. Raises OptionError for another run's, and CheckpointError for one that can
+    be read and does not hold what a state holds: it may be of another version of Locum, and hours behind it.
+    """
+    if workdir is None or not (workdir / STATE_FILE).exists():
         return State()
     if restart:
         forget(workdir)
         return State()
     path = workdir / STATE_FILE
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-        notes = json.loads(header["locum-recovery"])
+        tensors, header = read_tensors(path)
+        notes = json.loads(header[NOTES])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); start over with --restart (restart=True)") from error
-    theirs = notes["identity"]
-    differ = [key for key in sorted({*identity, *theirs}) if identity.get(key) != theirs.get(key)]
-    if differ:
-        changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {identity.get(key)!r}" for key in differ)
+        set_aside(path, f"{path} cannot be read ({error!r})")
+        return State()
+    if not isinstance(notes, dict) or notes.get("version") != STATE_VERSION:
+        version = notes.get("version") if isinstance(notes, dict) else None
+        raise _unfit(path, f"its version is {version!r} and should be {STATE_VERSION!r}")
+    theirs = notes.get("identity")
+    if differ := differences(theirs if isinstance(theirs, dict) else {}, identity):
         raise OptionError(
-            f"{workdir} holds an interrupted run of something else: {changes}; give what that run was given to resume "
+            f"{workdir} holds an interrupted run of something else: {differ}; give what that run was given to resume "
             f"it, or --restart (restart=True) to discard it"
         )
-    validation = tuple((step, loss) for step, loss in notes["validation"])
     best = {key.removeprefix("best|"): tensors.pop(key) for key in list(tensors) if key.startswith("best|")}
-    return State(
-        notes["step"],
-        tensors,
-        notes["tokens"],
-        notes["seconds"],
-        validation,
-        notes["loss"],
-        None if notes["best"] is None else Best(*notes["best"], best),
+    return _checked(State(path=path, tensors=tensors, **_fields(path, notes, best)), identity.get("steps"))
+
+
+def _fields(path: Path, notes: dict[str, Any], best: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of a state from its notes, with their types."""
+    try:
+        loss, at = notes["loss"], notes["best"]
+        return {
+            "step": operator.index(notes["step"]),
+            "tokens": operator.index(notes["tokens"]),
+            "seconds": float(notes["seconds"]),
+            "validation": tuple((operator.index(step), float(value)) for step, value in notes["validation"]),
+            "loss": None if loss is None else float(loss),
+            "best": None if at is None else Best(operator.index(at[0]), float(at[1]), best),
+            "without_moments": tuple(map(str, notes["without_moments"])),
+        }
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _unfit(path, f"its notes are damaged ({error!r})") from error
+
+
+def _checked(state: State, steps: int | None) -> State:
+    most = math.inf if steps is None else steps
+    if not 1 <= state.step <= most:
+        raise _unfit(state.path, f"it is of step {state.step}, and the run has steps 1 to {most}")
+    return state
+
+
+def _unfit(path: Path | None, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"no run can go on from {path}: {why}; go on with the version of Locum that wrote it, or start over with "
+        f"--restart (restart=True)"
     )
 
 

@@ -1,0 +1,128 @@
+"""States of an interrupted training run: taken whole, refused where something is wrong, set aside where unreadable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from locum.errors import CheckpointError, OptionError
+from locum.training.states import STATE_FILE
+from making.tiny_models import tiny_model
+from making.training import Killed, compressed, light, run, tiny_tokens
+
+ASKED = {"how": "lora", "steps": 4, "checkpoint_every": 2}
+
+
+def training(workdir, progress=None, validation=None, **options):
+    model = tiny_model("olmoe")
+    plan = light(model)
+    given = {**ASKED, "workdir": workdir, "progress": progress, **options}
+    return run(compressed(model, plan), plan, model, validation, **given)
+
+
+def kill(step, steps, loss):
+    if step == 3:
+        raise Killed
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The work folder of a run that was killed after step 3, with the state of step 2. Tests copy it."""
+    workdir = tmp_path_factory.mktemp("states") / "work"
+    with pytest.raises(Killed):
+        training(workdir, kill)
+    return workdir
+
+
+@pytest.fixture
+def workdir(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "work")
+
+
+def change(workdir, notes=None, tensors=None):
+    """Write the state again with other notes and tensors."""
+    path = workdir / STATE_FILE
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["locum-recovery"])
+    held = load_file(path)
+    (tensors or (lambda _: None))(held)
+    said = (notes or (lambda known: known))(said)
+    save_file(held, path, {"locum-recovery": json.dumps(said)})
+
+
+def without(kind):
+    return lambda held: [held.pop(key) for key in list(held) if key.startswith(kind)]
+
+
+def first(held, kind):
+    return next(key for key in sorted(held) if key.startswith(kind))
+
+
+def of_shape(kind, make):
+    def spoil(held):
+        key = first(held, kind)
+        held[key] = make(held[key])
+
+    return spoil
+
+
+SPOILED = {
+    "no tensors": (None, lambda held: held.clear(), "is not there and should be"),
+    "no parameters": (None, without("parameter|"), "parameter of .* is not there"),
+    "one parameter fewer": (None, lambda held: held.pop(first(held, "parameter|")), "parameter of .* is not there"),
+    "no moments": (None, without("exp_avg"), "exp_avg.* of .* is not there"),
+    "no step counts": (None, without("step|"), "step of .* is not there"),
+    "a parameter of another": (None, lambda held: held.update({"parameter|x": torch.zeros(2)}), "should be not there"),
+    "another shape": (None, of_shape("parameter|", lambda t: t[..., :1].contiguous()), "and should be"),
+    "another type": (None, of_shape("exp_avg_sq|", torch.Tensor.double), "float64 and should be .*float32"),
+    "another version": (lambda n: n | {"version": "99"}, None, "its version is '99'"),
+    "no version": (lambda n: {k: v for k, v in n.items() if k != "version"}, None, "its version is None"),
+    "a list": (lambda n: [n], None, "its version is None"),
+    "a step beyond the end": (lambda n: n | {"step": 5}, None, "of step 5, and the run has steps 1 to 4"),
+    "no step": (lambda n: n | {"step": 0}, None, "of step 0"),
+    "a step in words": (lambda n: n | {"step": "2"}, None, "notes are damaged"),
+    "half a step": (lambda n: n | {"step": 1.5}, None, "notes are damaged"),
+    "no tokens": (lambda n: n | {"tokens": None}, None, "notes are damaged"),
+    "validation in words": (lambda n: n | {"validation": ["a"]}, None, "notes are damaged"),
+    "no loss": (lambda n: {k: v for k, v in n.items() if k != "loss"}, None, "notes are damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_state_that_is_not_whole_is_refused_and_kept(name, workdir):
+    notes, tensors, message = SPOILED[name]
+    change(workdir, notes, tensors)
+    before = (workdir / STATE_FILE).read_bytes()
+    with pytest.raises(CheckpointError, match=rf"state\.safetensors: .*{message}.*--restart") as caught:
+        training(workdir)
+    assert "\n" not in str(caught.value)
+    assert (workdir / STATE_FILE).read_bytes() == before
+
+
+def test_a_state_that_was_only_written_again_is_taken(workdir):
+    change(workdir)
+    seen = []
+    training(workdir, lambda step, *_: seen.append(step))
+    assert seen == [3, 4]
+
+
+@pytest.mark.parametrize("left", [b"", b"half of it", "cut"])
+def test_a_state_that_cannot_be_read_is_set_aside_with_a_word(left, workdir, caplog):
+    path = workdir / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-9] if left == "cut" else left)
+    seen = []
+    training(workdir, lambda step, *_: seen.append(step))
+    assert seen == [1, 2, 3, 4]
+    assert (workdir / f"{STATE_FILE}.aside").is_file()
+    assert "cannot be read" in caplog.text and "begins afresh" in caplog.text
+
+
+def test_other_validation_data_is_another_run(workdir):
+    """Losses on one set would be told as those on another."""
+    with pytest.raises(OptionError, match="validation was None and is '3'"):
+        training(workdir, validation=tiny_tokens(2, seed=3))
