@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..json_text import parse_json
 
 PASSAGE_CHARACTERS = 2_000
 COLUMNS = ("text", "messages", "prompt", "completion")
@@ -153,7 +154,7 @@ def _json_rows(path: Path) -> Iterator[Document]:
     parts = [text] if text.lstrip().startswith("[") else text.split("\n")
     for i, part in enumerate(parts):
         try:
-            value = json.loads(part) if part.strip() else []
+            value = parse_json(part) if part.strip() else []
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {i + error.lineno}: not JSON ({error.msg}); one object per line") from None
         rows = value if isinstance(value, list) else [value]

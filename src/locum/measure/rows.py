@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import check_output, write_text
+from ..json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ KINDS: dict[str, Any] = {
 
 def _row(line: str, where: str) -> Row:
     try:
-        data = json.loads(line)
+        data = parse_json(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
     fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
 from ..files import whole
+from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
@@ -302,7 +303,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
 
 def _logged_step(line: str) -> float:
     try:
-        return json.loads(line).get("step", 0)
+        return parse_json(line).get("step", 0)
     except ValueError:  # the line that was being written when the run was killed
         return math.inf
 

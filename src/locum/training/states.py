@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
+from ..json_text import parse_json
 
 STATE_FILE = "state.safetensors"
 STATE_VERSION = "2"
@@ -57,7 +57,7 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-        notes = json.loads(header["locum-recovery"])
+        notes = parse_json(header["locum-recovery"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}); start over with --restart (restart=True)") from error
     theirs = notes["identity"]
