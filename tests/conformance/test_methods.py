@@ -208,7 +208,7 @@ def test_lightmoe_grouping_and_eq_4_equal_a_slow_loop(seed: int, num_bases: int)
         for b, (base, group) in enumerate(zip(layer.bases, groups, strict=True)):
             assert list(base.experts) == sorted(group)
             assert base.weights == pytest.approx([group[e] for e in sorted(group)])
-            assert all(layer.slots[e] == stand_in(base=b, rank=8) for e in group)
+            assert all(layer.slots[e] == stand_in(base=b, rank=8, start="whitened") for e in group)
         assert all(layer.slots[e] == KEPT for e in range(16) if e not in layer.replaced)
 
 
@@ -336,8 +336,10 @@ def test_rank_0_is_plain_merging() -> None:
 @pytest.mark.parametrize(
     ("options", "base", "start"),
     [
-        ({}, 0, "gaussian"),
-        ({"shared": False}, None, "svd"),
+        ({}, 0, "whitened"),
+        ({"shared": False}, None, "whitened"),
+        ({"start": "paper"}, 0, "gaussian"),
+        ({"shared": False, "start": "paper"}, None, "svd"),
         ({"start": "svd"}, 0, "svd"),
         ({"shared": False, "start": "gaussian"}, None, "gaussian"),
     ],

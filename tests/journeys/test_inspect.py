@@ -63,7 +63,7 @@ def test_it_is_near_what_real_statistics_plan(checkpoint, statistics_file, tmp_p
 
 def test_a_method_that_reads_no_statistics_is_no_estimate(monkeypatch):
     assert would_save(model(8, 8), method="decompose")["estimate"]
-    monkeypatch.setitem(METHODS._items, "decompose", functools.partial(METHODS["decompose"], score="none"))
+    monkeypatch.setitem(METHODS._items, "decompose", functools.partial(METHODS["decompose"], score="none", start="svd"))
     assert not would_save(model(8, 8), method="decompose")["estimate"]
 
 
