@@ -39,7 +39,7 @@ from locum.training.recovery import count_trainable, recover_model
 from locum.training.ways import WAYS
 
 RESULTS = Path(__file__).parents[1] / "results"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "locum"
 SEEDS = (0, 1, 2)
 LENGTH = 256
 MEASURED = {"validation": 32768, "test": 49152}  # tokens

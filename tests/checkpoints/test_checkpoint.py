@@ -265,6 +265,9 @@ def test_a_container_for_an_unknown_layer(compressed):
 
 
 TAMPERED = {
+    "a row that is a thousand million": {
+        "stacks": [{"part": "own_weights", "variant": [], "rows": [10**9, 0, 1, 2, 3, 4, 5]}]
+    },
     "rows left out": {"stacks": [{"part": "own_weights", "variant": [], "rows": [0, 1, 2, 4, 4, 4, 4]}]},
     "unknown entry": {"heads": 3},
     "not a number": {"hidden_size": "32"},

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +24,8 @@ from locum.checkpoints.load import load_model, open_model
 from locum.checkpoints.read import read_headers
 from locum.checkpoints.skeleton import layouts_of, read_shape
 from locum.containers.container import StandInExperts
-from locum.errors import EngineError, OptionError, UnsupportedModel
+from locum.errors import CheckpointError, EngineError, OptionError, UnsupportedModel
+from locum.exports import gguf_run
 from locum.exports.gguf import Gguf
 from locum.exports.stock import stock_faults
 from locum.exports.target import write_form
@@ -214,3 +219,46 @@ def test_faults_are_refused_from_python_too(tmp_path):
     made = written(tmp_path, PLANS["constants"])
     with pytest.raises(UnsupportedModel, match="constants"):
         locum.export(made, to="stock", out=tmp_path / "out")
+
+
+def test_a_folder_for_remote_code_has_nothing_hidden_and_follows_no_link_out(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("token = secret")
+    (folder / "more").mkdir()
+    (folder / "more" / "inside.txt").symlink_to(folder / "config.json")
+    locum.export(folder, to="remote-code", out=tmp_path / "out")
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert copied == {path.name for path in folder.iterdir()} - {".git"} | {"remote_code.py"}
+    (tmp_path / "secret").write_text("secret")
+    (folder / "more" / "inside.txt").unlink()
+    (folder / "more" / "inside.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"inside\.txt leads out of the checkpoint's folder"):
+        locum.export(folder, to="remote-code", out=tmp_path / "again")
+    (folder / "more" / "inside.txt").unlink()
+    os.mkfifo(folder / "more" / "pipe")
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        locum.export(folder, to="remote-code", out=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_converter_runs_no_code_of_a_folder(monkeypatch):
+    """It asks for trust_remote_code=True itself, for the tokenizers of some families."""
+    asked = []
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoProcessor):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *given, **named: asked.append(named["trust_remote_code"]))
+    converter, base = types.ModuleType("convert_hf_to_gguf"), types.ModuleType("conversion.base")
+    base.TextModel = type("TextModel", (), {"get_vocab_base_pre": None})
+    base.ModelBase = type("ModelBase", (), {"get_tensors": None})
+    converter.get_model_class = None
+
+    def main() -> None:
+        transformers.AutoTokenizer.from_pretrained("x", trust_remote_code=True)
+        transformers.AutoConfig.from_pretrained("x")
+
+    converter.main = main
+    for name, module in (("convert_hf_to_gguf", converter), ("conversion", base), ("conversion.base", base)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys, "argv", ["gguf_run.py", "", "x"])
+    gguf_run.main()
+    assert asked == [False, False]

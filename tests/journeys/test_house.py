@@ -10,7 +10,7 @@ from pathlib import Path
 
 import locum
 
-ROOMS = """errors options registry files runs shapes bundled; stats data; formats kernels; experts; plans;
+ROOMS = """errors options registry files json_text runs shapes bundled; stats data; formats kernels; experts; plans;
     criteria budgets methods; containers; models checkpoints; measure training reports; stages;
     engines exports verification speed; demonstration registries cli __init__ __main__"""
 SRC = Path(locum.__file__).parent
@@ -73,6 +73,12 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     except graphlib.CycleError as error:
         return [error.args[1]]
     return []
+
+
+def test_json_is_read_in_one_place():
+    """`json.loads` alone ends in a traceback for deep text. The script that engines' own interpreters run has no Locum."""
+    reads = {name for name, path in FILES.items() if re.search(r"\bjson\.loads?\(", path.read_text(encoding="utf-8"))}
+    assert reads == {"json_text", "engines.run"}
 
 
 def test_names_shadow_nothing():

@@ -198,7 +198,7 @@ def _goes_on_to_the_same_weights(arguments, folder):
             "recover {small} --data {words} --length 64 --steps 1 --out recovered",
         ),
         ("locum.stages.recovery.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
-        ("locum.checkpoints.skeleton.read_headers", "inspect {model}"),
+        ("locum.checkpoints.skeleton.file_headers", "inspect {model}"),
         ("locum.stages.evaluation.write_rows", "eval {small} --data {words} --json results.jsonl"),
         ("locum.demonstration._run", "demo --out demo"),
     ],

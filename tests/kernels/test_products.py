@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,4 +391,61 @@ def test_the_library_is_compiled_once_and_a_failure_is_said(monkeypatch, tmp_pat
         assert native.library.__wrapped__() is None
         assert "torch's own are used" in caplog.text
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert native.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("named", ["", "cache", "./cache"])
+def test_a_cache_that_is_no_absolute_path_is_none(named, monkeypatch, tmp_path):
+    """The current folder may be a checkpoint's, which anybody may have made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    with pytest.raises(subprocess.CalledProcessError):
+        native.compile_source(a_compiler(tmp_path))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["home"]
+
+
+def a_compiler(folder: Path) -> str:
+    """Says its version, makes a file of what it is given with -o, and fails for flags that are none."""
+    script = folder / "c++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in --version) echo 1;; *--no-such-flag*) exit 1;; '
+        '*) for last; do :; done; echo made > "$last"; chmod 777 "$last";; esac\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_only_a_library_that_nobody_else_can_change_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiler = a_compiler(tmp_path)
+    file = native.compile_source(compiler)
+    assert not (file.stat().st_mode | file.parent.stat().st_mode) & 0o022
+    file.write_text("mine")
+    assert native.compile_source(compiler).read_text() == "mine"
+    file.chmod(0o777)
+    assert native.compile_source(compiler).read_text() == "made\n"
+    file.unlink()
+    file.symlink_to(tmp_path / "c++")
+    assert not native.compile_source(compiler).is_symlink()
+    file.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="remove it, or set XDG_CACHE_HOME"):
+        native.compile_source(compiler)
+    file.parent.chmod(0o700)
+    monkeypatch.setattr("os.geteuid", lambda: file.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match=str(file.parent)):
+        native.compile_source(compiler)
+
+
+def test_a_library_without_the_functions_and_a_compiler_of_the_current_folder_are_none(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setenv("CXX", a_compiler(tmp_path))
+    assert native.library.__wrapped__() is None
+    assert "torch's own are used" in caplog.text
+    monkeypatch.setattr(native, "compile_source", lambda compiler: pytest.fail(f"{compiler} was run"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./c++")
     assert native.library.__wrapped__() is None

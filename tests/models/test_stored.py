@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import locum
 from locum.checkpoints.load import load_model
-from locum.checkpoints.read import ADAPTER
 from locum.checkpoints.skeleton import read_shape
+from locum.checkpoints.weight_files import ADAPTER
 from locum.containers.container import StandInExperts
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of

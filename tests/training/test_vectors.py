@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.notes import plan_of
 from locum.checkpoints.patch import load_adapter, vectors_and_routers
-from locum.checkpoints.read import ADAPTER
+from locum.checkpoints.read import fingerprint_checkpoint
 from locum.checkpoints.skeleton import read_shape
+from locum.checkpoints.weight_files import ADAPTER
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
 from locum.experts.policies.main_with_vectors import VECTORS, MainWithVectors
 from locum.models.families import find_layers
@@ -301,6 +304,18 @@ def test_every_stage_takes_an_adapter_for_the_checkpoint_it_makes(both, words, t
     locum.recover(both / "adapter", how="full", out=tmp_path / "whole", **options)
     assert "adapter" not in json.loads((tmp_path / "whole" / "locum.json").read_text())
     assert load_model(tmp_path / "whole") is not None and plan_of(tmp_path / "whole") == plan_of(both / "merged")
+
+
+def test_an_adapter_over_an_adapter_is_refused(both, tmp_path):
+    """Itself too: its fingerprint does not cover what its notes say of the base."""
+    folder = Path(shutil.copytree(both / "adapter", tmp_path / "adapter"))
+    notes = json.loads((folder / "locum.json").read_text())
+    for base in (folder, both / "adapter"):
+        notes["adapter"] |= {"base": str(base), "base_fingerprint": fingerprint_checkpoint(base)}
+        (folder / "locum.json").write_text(json.dumps(notes))
+        for call in (load_model, read_shape):
+            with pytest.raises(CheckpointError, match=f"{re.escape(str(base))}, which is an adapter itself"):
+                call(folder)
 
 
 def test_over_weights_that_were_trained_the_base_is_the_trained_checkpoint(both, words, tmp_path):

@@ -260,6 +260,19 @@ def test_an_engine_that_is_not_there_fails_only_by_name(monkeypatch):
         nowhere.python()
 
 
+def test_no_interpreter_is_taken_from_the_current_folder(tmp_path, monkeypatch):
+    """It may be a checkpoint's, which anybody may have made."""
+    for _, engine in ENGINES.items():
+        python = tmp_path / (engine.folder or "none") / "bin" / "python"
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text("#!/bin/sh")
+        python.chmod(0o755)
+    before = {name: engine.python() for name, engine in ENGINES.items()}
+    monkeypatch.chdir(tmp_path)
+    assert {name: engine.python() for name, engine in ENGINES.items()} == before
+    assert not [path for path in before.values() if path and path.is_relative_to(tmp_path)]
+
+
 def test_engines_by_name():
     assert list(chosen_engines(None)) == list(ENGINES) == ["llamacpp", "transformers", "vllm"]
     assert list(chosen_engines("llamacpp, transformers")) == ["llamacpp", "transformers"]

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .read import read_headers, read_json
+from .inside import read_json
+from .read import read_headers
 
 COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 PREDICTS = re.compile(r"(^|\.)(mtp\w*|nextn\w*|eh_proj)(\.|$)")

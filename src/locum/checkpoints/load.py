@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError
-from ..models.families import model_class
+from ..errors import CheckpointError, LocumError
+from ..models.families import model_class, unread_tensors
 from ..models.stored import note_stored
 from .convert import check_openable, open_containers
 from .patch import load_adapted
-from .read import file_headers, is_adapter, read_config
-from .skeleton import layers_of, layouts_of, skeleton
+from .read import first_line
+from .skeleton import Source, check_loadable, layouts_of, open_source, skeleton
+from .weight_files import is_adapter
 
 WRONG_KEYS = {
     "missing_keys": "tensors are missing",
@@ -26,21 +27,38 @@ WRONG_KEYS = {
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A checkpoint as a live model in eval mode. Every tensor must be there and have its place."""
-    config = read_config(path)
-    layers_of(path, config)  # refuse what is unsupported before reading gigabytes
-    headers = file_headers(path)
+    source = open_source(path)  # refuse what is unsupported, or does not fit, before reading gigabytes
     if is_adapter(path):
         return load_adapted(Path(path), lambda base: load_model(base, dtype, device))
-    model, info = model_class(config).from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )  # mismatched sizes are not ignored: they are in `info`, by name
+    check_loadable(path, source)
+    model, info = _from_pretrained(path, source, dtype)
     for what, words in WRONG_KEYS.items():
-        if info.get(what):
-            first = min(map(str, info[what]))
-            raise CheckpointError(f"{path}: {len(info[what])} {words} (first: {first}); fetch the checkpoint again")
+        names = {str(name) for name in info.get(what) or ()}
+        if what == "unexpected_keys":
+            names -= unread_tensors(model, names)
+        if names:
+            raise CheckpointError(f"{path}: {len(names)} {words} (first: {min(names)}); fetch it again")
     if dtype == "auto":
-        note_stored(model, headers)
+        note_stored(model, source.files)
     return model.to(device).eval()
+
+
+def _from_pretrained(
+    path: str | Path, source: Source, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What transformers makes of a folder. Whatever it raises on the way is one line about the folder."""
+    options = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        # Mismatched sizes are not ignored: they are in what is returned, by name.
+        return model_class(source.config).from_pretrained(
+            path, config=source.config, dtype=dtype, ignore_mismatched_sizes=True, **options
+        )
+    except (LocumError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # it reads more than weights, such as generation_config.json
+        raise CheckpointError(
+            f"{path} cannot be loaded by transformers: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def open_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:

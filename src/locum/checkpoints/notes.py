@@ -9,7 +9,8 @@ from ..errors import CheckpointError, OptionError
 from ..files import NOTES
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
-from .read import fingerprint_checkpoint, read_json
+from .inside import read_json
+from .read import fingerprint_checkpoint
 
 
 def read_notes(model: Path) -> dict[str, Any]:

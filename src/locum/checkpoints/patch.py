@@ -31,8 +31,9 @@ from ..models.stored import stored_tensors
 from ..plans.plan_file import load_plan
 from .application import apply_plan
 from .convert import open_containers
-from .read import ADAPTER, about_adapter, fingerprint_checkpoint
+from .read import about_adapter, base_of, fingerprint_checkpoint
 from .skeleton import layouts_of
+from .weight_files import ADAPTER
 
 SAMPLES = 64  # values of each tensor that tell one base from another
 
@@ -130,7 +131,7 @@ def _whole(experts: nn.Module) -> bool:
 def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """The base that an adapter names, opened by `load`, with the adapter in it."""
     about = about_adapter(folder)
-    base = Path(str(about.get("base")))
+    base = base_of(folder)
     if not (base / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter over {base}, which is not there; put the base back, or load it from where it is and "

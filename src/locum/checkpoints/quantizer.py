@@ -26,6 +26,7 @@ from ..containers.layout import Layout
 from ..errors import CheckpointError, PlanError
 from ..models.families import canonical_activation, find_layers, leave_router_logits, slice_router
 from ..shapes import LayerShape
+from .fit import check_shape, check_shapes
 from .read import read_header
 
 FORMAT_VERSION = 2
@@ -59,7 +60,8 @@ class LocumQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         names = place_containers(model, self.quantization_config.layers)
-        _check_files(model, names, checkpoint_files or [])
+        if checkpoint_files:
+            _check_files(model, names, checkpoint_files)
         if hasattr(model.config, "auto_map"):  # names a file that saving the model does not write (remote_code.py)
             del model.config.auto_map
 
@@ -81,16 +83,23 @@ class LocumQuantizer(HfQuantizer):
         return True
 
 
-def _check_files(model: nn.Module, names: dict[str, str], files: list[str]) -> None:
-    """Refuse damaged files, and tensors of another shape than their container's, which transformers calls missing.
+def _check_files(model: PreTrainedModel, names: dict[str, str], files: list[str]) -> None:
+    """Refuse damaged files and tensors of another shape, and containers whose tensors are not there: transformers would
+    make them, as large as config.json says, before anybody sees that they are missing.
 
     `names` are those of the containers in the files, by those in the model.
     """
     headers = {name: entry for file in files for name, entry in read_header(Path(file)).items()}
-    for name, container in containers_of(model):
-        for tensor, shape in container.layout.tensor_shapes().items():
-            if entry := headers.get(f"{names[name]}.{tensor}"):
-                check_shape(f"{names[name]}.{tensor}", tuple(entry["shape"]), shape)
+    check_shapes(model, headers)
+    expected = {
+        f"{names[name]}.{tensor}": shape
+        for name, container in containers_of(model)
+        for tensor, shape in container.layout.tensor_shapes().items()
+    }
+    if missing := [name for name in expected if name not in headers]:
+        raise CheckpointError(f"{len(missing)} tensors are missing (first: {min(missing)}); fetch it again")
+    for name, shape in expected.items():
+        check_shape(name, tuple(headers[name]["shape"]), shape)
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -101,7 +110,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
         if parameter.device.type == "meta" or any(re.search(pattern, name) for pattern in may_lack):
             continue
         if not getattr(parameter, "_is_hf_initialized", False):
-            raise CheckpointError(f"tensors are missing (first: {name}); fetch the checkpoint again")
+            raise CheckpointError(f"tensors are missing (first: {name}); fetch it again")
     for name, container in containers_of(model):
         for tensor, shape in container.layout.tensor_shapes().items():
             check_shape(f"{name}.{tensor}", tuple(container.get_parameter(tensor).shape), shape)
@@ -109,15 +118,6 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 def containers_of(model: nn.Module) -> list[tuple[str, StandInExperts]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, StandInExperts)]
-
-
-def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Refuse a container's tensor of another shape than its layout gives it."""
-    if found != expected:
-        raise CheckpointError(
-            f"{name} has shape {list(found)} in the file, but config.json lays out {list(expected)}; fetch the "
-            f"checkpoint again"
-        )
 
 
 def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, str]:

@@ -1,21 +1,33 @@
-"""What a checkpoint folder holds, without building a model: config, headers, shards, fingerprint, tokenizer."""
+"""What a checkpoint folder holds, without building a model: config, headers, fingerprint, tokenizer.
+
+Which files are its weights, weight_files.py says: the same to whoever reads, sizes, fingerprints or loads them.
+No code of a checkpoint is ever run.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError, LocumError, UnsupportedModel
 from ..files import NOTES, fingerprint
+from ..formats.plain import ENTRY_BYTES, FLOAT_ENTRIES
+from ..json_text import parse_json
+from .fit import check_sizes
+from .inside import check_links, read_json
+from .weight_files import PEFT, is_adapter, shard_files
 
+DTYPES = tuple(FLOAT_ENTRIES.values())  # in which a model can be computed
+LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
 SUBSTITUTED = "approximate_experts"  # a config entry of the form that is for vLLM alone (substitution.py)
-ADAPTER = "vectors.safetensors"  # instead of weights, in a folder that needs a base (adapter.py)
 UNIMPORTANT = ("_name_or_path", "transformers_version")  # config entries that say nothing of the model
 
 
@@ -24,67 +36,51 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no such folder: {path}; give the path of a checkpoint folder with a config.json")
+    if path.is_dir() and (path / PEFT).is_file() and not (path / "config.json").is_file():
+        raise UnsupportedModel(f"{path} holds an adapter of PEFT, no model; merge it into its base and save the whole")
     if not path.is_dir() or not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a model: expected a folder with config.json and safetensors files")
+    check_links(path)
     entries = read_json(path / "config.json")
     if SUBSTITUTED in entries:
         raise UnsupportedModel(f"{path} is in a form for vLLM alone; give the checkpoint that it was exported from")
     kind = entries.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type, so {path} is not a transformers checkpoint")
     if kind not in CONFIG_MAPPING:
-        known = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=3, cutoff=0.8)
+        known = difflib.get_close_matches(kind, CONFIG_MAPPING, n=3, cutoff=0.8)
         hint = f" (did you mean {' or '.join(known)}?)" if known else ""
         raise UnsupportedModel(
             f"{path}: the installed transformers does not know the model type {kind!r}{hint}; update transformers if "
             f"the model is new"
         )
+    check_sizes(entries, str(path / "config.json"))
+    _check_dtypes(entries, str(path / "config.json"))
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except LocumError:
         raise
     except Exception as error:  # every family checks its entries in its own way
         raise CheckpointError(f"{path / 'config.json'} is not a config of {kind!r}: {error!s:.300}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint, or one clear error."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}; copy or download it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__} where a JSON object is needed; download it again")
-    return data
+def _check_dtypes(entries: dict[str, Any], where: str) -> None:
+    """Refuse a name that is no dtype a model can be computed in, in a config or in those of its parts."""
+    for key in ("dtype", "torch_dtype"):
+        name = entries.get(key)
+        if name is not None and (not isinstance(name, str) or getattr(torch, name, None) not in DTYPES):
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CheckpointError(
+                f"{where} says {key}={name!r}, in which no model is computed; allowed: {allowed}; name the one that the "
+                f"weights are to be computed in"
+            )
+    for key, part in entries.items():
+        if key.endswith("_config") and key != "quantization_config" and isinstance(part, dict):
+            _check_dtypes(part, f"{where}, {key},")
 
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds vectors and routers alone, over the weights of a base."""
-    return (Path(path) / ADAPTER).is_file()
-
-
-def shard_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; raises when one that the index names is missing."""
-    if is_adapter(path):
-        return [path / ADAPTER]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} names no files in a 'weight_map'; download it again") from error
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise CheckpointError(f"{path} lacks shard {missing[0]} that its index names; download it again")
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if any(path.glob("*.bin")):
-        raise CheckpointError(f"{path} holds .bin weights, which can run code when loaded; convert them to safetensors")
-    raise CheckpointError(f"{path} has no model.safetensors and no model.safetensors.index.json; fetch its weights")
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -92,11 +88,12 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-        if 8 + length > size:
+        if 8 + length > size or length > LONGEST_HEADER:
             raise CheckpointError(f"{file} is no safetensors file, or truncated ({size:,} bytes); fetch it again")
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
+            wrong = next((name for name, entry in header.items() if not _is_entry(entry)), None)
             needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a safetensors file ({first_line(error)}); fetch it again") from error
@@ -104,7 +101,18 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{file} is damaged: its header asks for {needed:,} bytes, it has {size:,}; fetch it again"
         )
+    if wrong is not None:
+        raise CheckpointError(f"{file} is damaged: what its header says of {wrong} is not possible; fetch it again")
     return header
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether a tensor's numbers agree: sizes that are whole, and as many bytes as they need."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or not isinstance(entry["dtype"], str):
+        return False
+    itemsize = ENTRY_BYTES.get(entry["dtype"])
+    return begin <= end and (itemsize is None or end - begin == math.prod(shape) * itemsize)
 
 
 def read_headers(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -121,8 +129,13 @@ def file_headers(path: str | Path) -> dict[Path, dict[str, dict[str, Any]]]:
 
 
 def base_of(folder: Path) -> Path:
-    """The base that an adapter folder names. Raises CheckpointError where it names none."""
-    return Path(str(about_adapter(folder).get("base")))
+    """The base that an adapter folder names. Raises CheckpointError where it names none, or one that is none."""
+    base = Path(str(about_adapter(folder).get("base")))
+    if is_adapter(base):
+        raise CheckpointError(
+            f"{folder} is an adapter over {base}, which is an adapter itself; put back the checkpoint that it was made for"
+        )
+    return base
 
 
 def about_adapter(folder: Path) -> dict[str, Any]:
@@ -151,11 +164,16 @@ def fingerprint_checkpoint(path: str | Path) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a checkpoint folder. transformers makes one without words where there are no files: refused."""
+    """The tokenizer of a checkpoint folder. transformers makes one without words where there are no files: refused.
+
+    Code that a folder brings for it is not run: a tokenizer that transformers does not have itself is refused.
+    """
+    check_links(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer("a 1", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # every tokenizer reads its files in its own way
         raise CheckpointError(f"{path} has no usable tokenizer: {first_line(error)}; copy its files there") from error
-    if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
+    if not ids:
         raise CheckpointError(f"{path} has no usable tokenizer: it makes no tokens of text; copy its files there")
     return tokenizer

@@ -1,33 +1,51 @@
-"""The model of a checkpoint without its weights, and the sizes that follow from it."""
+"""The model of a checkpoint without its weights, and the sizes that follow from it.
+
+`open_source` is the one reading of a folder: which files, which tensors, which dtype. Sizes and loading both go by it.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
 from ..formats.format import check_declared, format_of
-from ..models.families import MoeLayer, find_layers, model_class, notes_on, unread_tensors
+from ..formats.plain import FLOAT_ENTRIES
+from ..models.families import MoeLayer, check_supported, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, shape_of, stored_shapes
-from ..models.stored import note_stored
+from ..models.stored import live_names, note_stored
 from ..shapes import ModelShape
+from .fit import check_fit, check_sizes
+from .inside import read_json
 from .quantizer import LocumConfig, place_containers, read_layout
-from .read import base_of, file_headers, is_adapter, read_config, read_headers
+from .read import base_of, file_headers, first_line, read_config
+from .weight_files import is_adapter, other_weights
+
+COMPARED = 2**22  # numbers of two matrices that are in memory at a time
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config without weights, in the dtypes it will have when loaded, containers in place."""
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    layers = _locum_layers(config)
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype)
+    layers, cls = _locum_layers(config), model_class(config)
+    try:
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype)
+    except Exception as error:  # every family builds itself in its own way
+        raise CheckpointError(
+            f"transformers cannot build what config.json describes: {first_line(error)}; restore the config.json that was "
+            f"written with the weights"
+        ) from error
     if wide := model._get_dtype_plan(dtype):  # some tensors stay float32 whatever the rest, such as selection biases
         for name, tensor in model.state_dict(keep_vars=True).items():
             if re.search("|".join(key.replace("*", ".*") for key in wide), name):
@@ -52,21 +70,82 @@ def is_compressed(config: PreTrainedConfig) -> bool:
     return bool(_locum_layers(config))
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint is loaded from: its config, with the dtype and the ties that its files have, the headers of those
+    files, its model without weights, and the MoE layers of that."""
+
+    config: PreTrainedConfig
+    files: dict[Path, dict[str, dict[str, Any]]]
+    model: PreTrainedModel
+    layers: tuple[MoeLayer, ...]
+
+    @functools.cached_property
+    def headers(self) -> dict[str, dict[str, Any]]:
+        return {name: entry for header in self.files.values() for name, entry in header.items()}
+
+
+def open_source(path: str | Path) -> Source:
+    """Read a folder: config and headers, no weight. Raises before anything of the sizes that it names is built.
+
+    The files of an adapter are its own and those of its base, where that is there.
+    """
+    path = Path(path)
+    config, files = read_config(path), file_headers(path)
+    if is_adapter(path) and ((base := base_of(path)) / "config.json").is_file():
+        files = file_headers(base) | files
+    check_sizes(read_json(path / "config.json"), str(path / "config.json"), list(files.values()))
+    if config.dtype is None:
+        config.dtype = _dtype_in(next(iter(files.values()), {}))
+    model, layers = layers_of(path, config)
+    if _is_untied(model, files):  # transformers sees that too as it loads, and keeps both
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        model, layers = layers_of(path, config)
+    return Source(config, files, model, layers)
+
+
+def _dtype_in(header: dict[str, dict[str, Any]]) -> torch.dtype | None:
+    """The dtype that transformers takes where a config names none: of the first tensor that a model could be computed in."""
+    found = (FLOAT_ENTRIES.get(header[name]["dtype"]) for name in sorted(header))
+    return next((dtype for dtype in found if dtype is not None), None)
+
+
+def _is_untied(model: PreTrainedModel, files: dict[Path, dict[str, dict[str, Any]]]) -> bool:
+    """Whether config.json ties matrices of which the files hold two that differ, such as an output head of its own."""
+    ties = model.all_tied_weights_keys
+    if not ties:
+        return False
+    where = {name: file for file, header in files.items() for name in header if ".experts." not in name}
+    names = {live: name for name, live in live_names(model, where).items()}
+    both = [(names[tied], names[source]) for tied, source in ties.items() if tied in names and source in names]
+    return len(both) == len(ties) and not any(_equal(where[a], a, where[b], b, model.dtype) for a, b in both)
+
+
+def _equal(file: Path, name: str, other_file: Path, other_name: str, dtype: torch.dtype) -> bool:
+    """Whether two matrices of files are equal in a dtype, read some rows at a time and to the first difference alone."""
+    with safe_open(file, "pt") as ours, safe_open(other_file, "pt") as theirs:
+        a, b = ours.get_slice(name), theirs.get_slice(other_name)
+        if (shape := a.get_shape()) != b.get_shape() or not shape:
+            return False
+        rows = max(1, COMPARED // max(1, math.prod(shape[1:])))
+        steps = (slice(i, i + rows) for i in range(0, shape[0], rows))
+        return all(torch.equal(a[step].to(dtype), b[step].to(dtype)) for step in steps)
+
+
 def read_shape(path: str | Path) -> ModelShape:
     """The shape of a checkpoint from its config and safetensors headers; no weight is read."""
-    config = read_config(path)
-    headers = read_headers(path)
-    if config.dtype is None:  # transformers then takes that of the weights
-        formats = (format_of({"": entry}) for entry in headers.values())
-        config.dtype = next((found.dtype for found in formats if found is not None and found.dtype is not None), None)
-    model, layers = layers_of(path, config)
+    return shape_in(path, open_source(path))
+
+
+def shape_in(path: str | Path, source: Source) -> ModelShape:
+    """The shape of a checkpoint whose folder was read."""
+    model, layers, headers = source.model, source.layers, source.headers
+    note_stored(model, source.files)
     if is_adapter(path):  # as large as what base and adapter make together
-        if ((base := base_of(Path(path))) / "config.json").is_file():
-            note_stored(model, file_headers(base) | file_headers(path))
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
-    note_stored(model, file_headers(path))
     unread = unread_tensors(model, headers)
-    again = {tied for tied, source in model.all_tied_weights_keys.items() if source in headers}  # the same, twice
+    again = {tied for tied, to in model.all_tied_weights_keys.items() if to in headers}  # the same, twice
     headers = {name: entry for name, entry in headers.items() if name not in unread | again}
     counts = [math.prod(entry["shape"]) for entry in headers.values()]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
@@ -74,12 +153,27 @@ def read_shape(path: str | Path) -> ModelShape:
     expert_formats = [found for entry in of_experts.values() if (found := format_of({"": entry})) is not None]
     itemsize = max((found.nbytes((1,)) for found in expert_formats), default=expert_itemsize(model, layers[0]))
     shapes, notes = stored_shapes(model, layers), notes_on(model, layers, unread)
-    return ModelShape(config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
+    if others := other_weights(Path(path)):
+        notes += (
+            f"transformers loads {next(iter(source.files)).name}, and so does Locum; the folder "
+            f"holds {others[0]} too, which other engines may read instead: keep one of them",
+        )
+    return ModelShape(source.config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
+
+
+def check_loadable(path: str | Path, source: Source) -> None:
+    """Refuse a folder whose tensors are not those of the model that its config describes. Headers alone are asked.
+
+    Of an adapter, whose tensors lie in two folders, `load_adapter` knows more.
+    """
+    if not is_adapter(path):
+        check_fit(path, source.model, source.headers)
 
 
 def layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[MoeLayer, ...]]:
     try:
-        model = skeleton(config)
+        check_supported(config.model_type)
+        model = skeleton(copy.deepcopy(config))
         return model, find_layers(model)
     except (CheckpointError, UnsupportedModel) as error:
         raise type(error)(f"{path}: {error}") from error

@@ -171,7 +171,8 @@ class Layout:
                 return f"{name} are those of {len(stack.rows)} experts, not {self.num_experts}"
             if reason := stack.kind.variant_fault(stack.variant, self):
                 return reason
-            if set(stack.rows) - {-1} != set(range(stack.num_rows)) or not stack.num_rows:
+            used = set(stack.rows) - {-1}
+            if not used or min(used) < 0 or len(used) != stack.num_rows:  # no set of rows: a file may name any number
                 return f"{name} lie below -1, or leave some out"
         keys = [(stack.part, stack.variant) for stack in self.stacks]
         if len(set(keys)) < len(keys):

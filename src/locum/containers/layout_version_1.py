@@ -14,7 +14,7 @@ def from_version_1(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"its lists name {[len(x) for x in (dense, rank_of, adapter_of, constant)]} experts")
     if any((a < 0) != (r < 0) for a, r in zip(adapter_of, rank_of, strict=True)):
         raise ValueError("an adapter without a rank, or a rank without an adapter")
-    if set(rank_of) - {-1} != set(range(len(ranks))):
+    if len(ranks) > len(rank_of) or set(rank_of) - {-1} != set(range(len(ranks))):
         raise ValueError(f"rank_of = {rank_of} does not use the ranks {ranks}")
     biased = [bool(given["has_bias"]) and d < 0 <= r for d, r in zip(dense, rank_of, strict=True)]
     biases = [sum(biased[:e]) if biased[e] else -1 for e in range(len(dense))]

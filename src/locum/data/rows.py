@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..json_text import parse_json
 from .text import lines
 
 TEXT = ("text", "messages", "prompt", "completion")
@@ -96,7 +97,7 @@ def json_rows(path: Path) -> Iterator[Document]:
 
 def _rows_of(text: str, path: Path, number: int) -> Iterator[Document]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise DataError(f"{path}, line {line}: not JSON ({error.msg}); one object per line") from None
@@ -237,7 +238,7 @@ def _parsed(name: str, value: Any, where: str) -> Any:
     """A value, or what its JSON says: tables have no other way to hold tools of any form."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
+            value = parse_json(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {name!r} is a string that is not JSON ({error})") from None
     _check_value(name, value, where)

@@ -26,6 +26,7 @@ import torch
 
 from ..errors import DataError, OptionError, unknown
 from ..files import fingerprint
+from ..json_text import parse_json
 from .documents import Source, parse_sources, read_documents
 from .rows import Document
 
@@ -68,7 +69,7 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     if backend is None:
         state: Any = sorted(tokenizer.get_vocab().items())
     else:
-        full = json.loads(backend.to_str())
+        full = parse_json(backend.to_str())
         added = sorted((token["id"], token["content"]) for token in full["added_tokens"])
         state = [full["model"], full["normalizer"], full["pre_tokenizer"], added]
     return fingerprint(json.dumps(state, sort_keys=True))

@@ -22,6 +22,7 @@ import torch
 
 from ..errors import EngineError, OptionError
 from ..files import write_text
+from ..json_text import parse_json
 from ..registry import Registry
 
 SCRIPT = Path(__file__).with_name("run.py")
@@ -57,9 +58,9 @@ class Engine:
                     f"{self.variable}={named} is not there; give the path of the interpreter of {self.title}"
                 )
             return Path(named)
-        roots = (Path.cwd(), Path(__file__).parents[3])
-        found = (root / self.folder / "bin" / "python" for root in roots)
-        return next((path for path in found if path.is_file()), None)
+        # Beside Locum's own source alone: the current folder may be a checkpoint that somebody else made.
+        made = Path(__file__).parents[3] / self.folder / "bin" / "python"
+        return made if made.is_file() else None
 
     @property
     def absence(self) -> str:
@@ -144,7 +145,7 @@ def ask_all(
     done = subprocess.run(command, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode or not answers.is_file():
         raise EngineError(f"{engine.title} ended with code {done.returncode}: {last_words(done.stderr)}")
-    return json.loads(answers.read_text(encoding="utf-8"))
+    return parse_json(answers.read_text(encoding="utf-8"))
 
 
 def ask(engine: Engine, python: Path, job: Mapping[str, Any], workdir: Path) -> Answer:

@@ -44,7 +44,11 @@ def in_transformers(job: dict[str, Any], out: Path) -> dict[str, Any]:
         import locum  # noqa: F401 (registers the loader)
     dtype = getattr(torch, job["dtype"])
     model, info = getattr(transformers, job["opens"]).from_pretrained(
-        job["folder"], dtype="auto" if job["adapter"] else dtype, local_files_only=True, output_loading_info=True
+        job["folder"],
+        dtype="auto" if job["adapter"] else dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     if job["adapter"]:
         from locum.checkpoints.load import set_dtype  # absolute: a script has no package to be relative to

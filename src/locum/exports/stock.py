@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
-from ..checkpoints.read import is_adapter, load_tokenizer, read_config
+from ..checkpoints.read import load_tokenizer, read_config
 from ..checkpoints.skeleton import is_compressed, layouts_of, read_shape, skeleton
+from ..checkpoints.weight_files import is_adapter
 from ..models.families import find_layers
 from ..shapes import LayerShape, ModelShape
 from .folder import save_folder

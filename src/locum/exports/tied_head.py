@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.read import is_adapter, read_config, read_headers
+from ..checkpoints.read import read_config, read_headers
 from ..checkpoints.skeleton import skeleton
+from ..checkpoints.weight_files import is_adapter
 
 
 def lacks_head(model: Path) -> bool:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..checkpoints.read import is_adapter, read_json
+from ..checkpoints.inside import check_link, read_json
+from ..checkpoints.weight_files import is_adapter
+from ..errors import CheckpointError
 from ..files import whole
 from .stock import has_stock_layout
 from .target import target
 
 LOADER = Path(__file__).with_name("remote_code.py")  # transformers loads it by this name
+HIDDEN = shutil.ignore_patterns(".*")  # such as .git: no part of the checkpoint
 
 
 @target("remote-code")
@@ -32,8 +35,9 @@ class RemoteCode:
 
     def write(self, model: Path, out: Path) -> str:
         config = read_json(model / "config.json") | {"auto_map": {"AutoConfig": f"{LOADER.stem}.Config"}}
+        _check_files(model)
         with whole(out, "folder") as folder:
-            shutil.copytree(model, folder, dirs_exist_ok=True)
+            shutil.copytree(model, folder, dirs_exist_ok=True, ignore=HIDDEN)
             shutil.copyfile(LOADER, folder / LOADER.name)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             with (folder / "README.md").open("a", encoding="utf-8") as card:
@@ -42,3 +46,13 @@ class RemoteCode:
                     f"transformers run `{LOADER.name}`, which imports it.\n"
                 )
         return "the same folder, which also loads with trust_remote_code=True"
+
+
+def _check_files(model: Path) -> None:
+    """Refuse a folder that cannot be copied as it is: links that lead out of it, and what is neither file nor folder."""
+    for file in sorted(model.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(model).parts):
+            continue
+        check_link(file, model)
+        if not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{file} is neither a file nor a folder; remove it from the checkpoint")

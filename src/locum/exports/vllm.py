@@ -10,8 +10,9 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ..checkpoints.load import load_model
-from ..checkpoints.read import SUBSTITUTED, is_adapter, load_tokenizer, read_config
+from ..checkpoints.read import SUBSTITUTED, load_tokenizer, read_config
 from ..checkpoints.skeleton import layouts_of
+from ..checkpoints.weight_files import is_adapter
 from .folder import save_folder
 from .stock import has_stock_layout, stock_faults
 from .target import target

@@ -5,7 +5,7 @@ matrix first and need two to three times that; these read it once, straight from
 Nothing needs them: without a compiler, or on another processor, torch's own kernels serve.
 
 The library is kept in the user's cache under a name made of source, flags and compiler, so it is compiled once per
-machine. Letters: P pairs (token, expert), X rows of x, N stacked items, O outputs, I inputs.
+machine. It is loaded only from a folder that nobody else can write to. Letters: P pairs (token, expert), X rows of x, N stacked items, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -125,13 +126,15 @@ def available() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled products, or None, with the reason in the log, where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is not None and not os.path.isabs(compiler):  # found in the current folder, which may be anybody's
+        compiler = None
     if not torch.cpu._is_avx512_bf16_supported() or compiler is None:
         logger.info("torch's own products are used: %s", "no C++ compiler" if compiler is None else "no avx512_bf16")
         return None
     try:
         return load(compile_source(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning("Locum's faster products did not compile, torch's own are used: %s", error)
         return None
 
@@ -148,12 +151,32 @@ def compile_source(compiler: str) -> Path:
     """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "locum"
+    folder = _cache() / "locum" / "kernels"
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    if not _only_ours(folder):
+        raise PermissionError(
+            f"others own {folder} or can write to it; remove it, or set XDG_CACHE_HOME to a cache of your own"
+        )
     file = folder / f"products-{key}.so"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not _only_ours(file):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may compile it too
             made = Path(scratch) / file.name
             subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, text=True)
+            made.chmod(0o700)
             made.replace(file)
     return file
+
+
+def _cache() -> Path:
+    """The user's cache, by the XDG rules: a variable that is empty, or no absolute path, counts as not set."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether a file or folder is there, no link, and nobody but its owner, who runs this, can change it."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISLNK(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022

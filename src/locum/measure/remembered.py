@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import read_tensors, whole
+from ..json_text import parse_json
 from ..methods import Explorer
 from ..runs import differences, set_aside
 from ..shapes import ModelShape
@@ -97,8 +98,8 @@ def _load(path: Path | None, identity: str) -> dict[bytes, float]:
         return {}
     try:
         tensors, header = read_tensors(path)
-        theirs, keys_A, values_A = json.loads(header["identity"]), tensors["keys"], tensors["values"]
-        differ = differences(theirs, json.loads(identity))
+        theirs, keys_A, values_A = parse_json(header["identity"]), tensors["keys"], tensors["values"]
+        differ = differences(theirs, parse_json(identity))
         fits = keys_A.dtype == torch.uint8 and values_A.dtype == torch.float64 and values_A.ndim == 1
         if not fits or keys_A.shape != (len(values_A), KEY_BYTES):
             differ = "it does not hold answers"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import check_output, write_text
+from ..json_text import parse_json
 from ..runs import reserved
 
 
@@ -64,10 +65,9 @@ KINDS: dict[str, Any] = {
 
 def _row(line: str, where: str) -> Row:
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
-        said = getattr(error, "msg", error)
-        raise DataError(f"{where}: not JSON ({said}); remove the line or measure again") from None
+        data = parse_json(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); remove the line or measure again") from None
     fields = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     if not isinstance(data, dict) or set(data) != set(fields):
         found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__

@@ -44,6 +44,7 @@ KNOWN_FLAGS = frozenset(  # of the decorator that puts experts behind transforme
         "has_post_expert_norm",
     )
 )
+PAST_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # were in files once; models make them anew
 OTHER_TOWERS = ("vision", "visual", "audio", "talker")  # parts of a module's path that text does not run through
 AUTO_CLASSES = {  # by the task of their models, in order of choice
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -135,6 +136,12 @@ def family_of(model_type: str) -> Family:
     return FAMILIES.get(model_type) or FAMILIES.get(model_type.removesuffix("_text")) or Family()
 
 
+def check_supported(model_type: str) -> None:
+    """Refuse a family on which nothing is safe."""
+    if reason := family_of(model_type).refuse:
+        raise UnsupportedModel(f"model type {model_type!r} is not supported: {reason}")
+
+
 @dataclass(frozen=True)
 class MoeLayer:
     """A live layer: its shape, its two modules and the block that holds them. `experts` may be a container."""
@@ -158,9 +165,8 @@ def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     Raises UnsupportedModel for a dense model, a family that is refused and a layer that does not fit the rule.
     """
     model_type = model.config.model_type
+    check_supported(model_type)
     family = family_of(model_type)
-    if family.refuse:
-        raise UnsupportedModel(f"model type {model_type!r} is not supported: {family.refuse}")
     _decorate(model, family.undecorated)
     modules = dict(model.named_modules())
     experts = [n for n, m in modules.items() if is_stock_experts(m) or isinstance(m, StandInExperts)]
@@ -202,7 +208,10 @@ def _unpickled(experts_class: type[nn.Module]) -> nn.Module:
 
 def unread_tensors(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
     """Those of a checkpoint's tensors that transformers leaves out on purpose, such as multi-token-prediction heads."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *PAST_BUFFERS]
+    config = model.config.get_text_config()
+    first, more = (getattr(config, name, None) or 0 for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    patterns += [rf"\blayers\.{layer}\." for layer in range(first, first + more)]
     known = model.state_dict().keys()  # parts bring their patterns along, which may match what the whole does have
     return frozenset(n for n in names if n not in known and any(re.search(pattern, n) for pattern in patterns))
 
@@ -255,6 +264,8 @@ def _layer(
     top_k = int(getattr(router, "top_k", 0) or getattr(block, "top_k", 0) or kind.top_k)
     if not top_k:
         raise UnsupportedModel(f"{router_name} ({model_type}): it does not say how many experts it selects (top_k)")
+    groups = _groups(router, top_k)
+    _check_selection(f"{router_name} ({model_type})", experts.num_experts, top_k, router, groups["num_groups"])
     sizes = _sizes(experts)
     shape = LayerShape(
         name=name,
@@ -265,7 +276,7 @@ def _layer(
         router=router_name,
         router_kind=kind.scores,
         renormalised=kind.renormalised,
-        **_groups(router, top_k),
+        **groups,
         shared_experts=sum("shared_" in n and "gate" not in n for n, _ in block.named_children()),
         has_gate=sizes[2],
         has_bias=sizes[3],
@@ -312,7 +323,7 @@ def _groups(router: nn.Module, top_k: int) -> dict[str, int]:
     groups = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
     if (getattr(router, "topk_method", None) or "").startswith("greedy"):
         groups = 1  # DeepSeek-V2 keeps the setting but does not use it
-    open_groups = getattr(router, "topk_group", None) or 1
+    open_groups = max(1, getattr(router, "topk_group", None) or 1)
     # Groups are ranked by the sum of their best two; the selected ones must hold top-k experts between them.
     return {"num_groups": int(groups), "min_per_group": max(2, -(-top_k // open_groups)) if groups > 1 else 1}
 
@@ -326,6 +337,26 @@ def opening_class(config: PreTrainedConfig) -> str:
     return name
 
 
+def _check_selection(where: str, num_experts: int, top_k: int, router: nn.Module, num_groups: int) -> None:
+    """Refuse a router that selects what is not there: sizes of config.json that its forward pass would fail on."""
+    if not 1 <= top_k <= num_experts:
+        raise UnsupportedModel(
+            f"{where}: it selects {top_k} of {num_experts} experts; possible are 1 to {num_experts}; restore config.json"
+        )
+    open_groups = getattr(router, "topk_group", None) or 1
+    if num_groups == 1:
+        return
+    if (
+        not 1 <= open_groups <= num_groups
+        or num_experts % num_groups
+        or top_k > open_groups * num_experts // num_groups
+    ):
+        raise UnsupportedModel(
+            f"{where}: it selects {top_k} experts from {open_groups} of {num_groups} equal groups of {num_experts} experts, "
+            f"which cannot be; restore config.json"
+        )
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that holds a whole checkpoint: of a multimodal model its towers too, which a text class would lose."""
     for name in getattr(config, "architectures", None) or ():
@@ -336,8 +367,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for task in order:
         if found := getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(config.model_type):
             return getattr(transformers, found)
-    if reason := family_of(config.model_type).refuse:
-        raise UnsupportedModel(f"model type {config.model_type!r} is not supported: {reason}")
+    check_supported(config.model_type)
     raise UnsupportedModel(
         f"model type {config.model_type!r} is not a language model that transformers can load as one"
     )

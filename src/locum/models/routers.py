@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 
+MOST_PROBED = 2**24  # numbers of a router; the largest there are have a sixth of that
+
 
 @dataclass(frozen=True)
 class RouterRule:
@@ -121,7 +123,9 @@ class RouterKind:
 def probe_router(
     router: nn.Module, block: nn.Module, hidden_size: int, num_experts: int, rule: RouterRule
 ) -> RouterKind:
-    """Try a copy of a router, filled at random, on random tokens."""
+    """Try a copy of a router, filled at random, on random tokens. One that is too large to be any is not tried."""
+    if num_experts + sum(tensor.numel() for tensor in router.state_dict().values()) > MOST_PROBED:
+        return RouterKind()
     biases = [torch.zeros(num_experts) for _ in _biases_of_block(block, num_experts)]
     twin = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)

@@ -74,18 +74,47 @@ def _widest(stored: Iterable[Stored]) -> torch.dtype:
     return max((x.dtype for x in stored), key=lambda dtype: dtype.itemsize)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a file goes in a live model, and whether it is changed or joined with others on its way."""
+
+    name: str
+    converted: bool
+
+
 def live_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """The names that tensors of files have in a live model, as `from_pretrained` finds them; without those it leaves out."""
+    return {name: place.name for name, place in places_of(model, names).items()}
+
+
+def converts_to_several(model: PreTrainedModel) -> bool:
+    """Whether some tensor of the files becomes several of the model: its place is then that of the first."""
+    mapping = get_model_conversion_mapping(model)
+    return any(isinstance(x, WeightConverter) and len(x.target_patterns) > 1 for x in mapping)
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
+    """The places that tensors of files have in a live model, as `live_names`. Experts of a layer that become one tensor
+    are renamed together: a checkpoint may have a hundred thousand of them."""
+    of_one = {name: ONE_EXPERT.sub("0", name) for name in names}
+    together = _places_of_each(model, set(of_one.values()))
+    joined = {name for name, place in together.items() if place.converted}
+    apart = _places_of_each(model, {name for name, one in of_one.items() if one != name and one not in joined})
+    found = {n: apart.get(n) if one != n and one not in joined else together.get(one) for n, one in of_one.items()}
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def _places_of_each(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
     known, mapping = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
     found = {}
     for name in sorted(names, key=dot_natural_key):  # some renamings wait for the first of a group
-        live_name, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        live_name, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if live_name not in known and name in known:
-            live_name = name
+            live_name, converter = name, None
         if live_name in known:
-            found[name] = live_name
+            found[name] = Place(live_name, converter is not None)
     return found
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from ..errors import OptionError, PlanError
 from ..experts.parts.part import PARTS
 from ..experts.policies.policy import POLICIES
+from ..json_text import parse_json
 from ..registry import Registry
 from . import version_1
 from .entries import bases_from_json, by_expert, checked, once
@@ -84,10 +85,10 @@ def dumps(plan: Mapping[str, Any]) -> str:
 def loads(text: str, where: str) -> dict[str, Any]:
     """The fields of a plan from its text. Raises PlanError for anything else."""
     try:
-        data = json.loads(text, object_pairs_hook=lambda pairs: once(pairs, where))
+        data = parse_json(text, object_pairs_hook=lambda pairs: once(pairs, where))
     except PlanError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PlanError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("kind") != "locum-plan":
         raise PlanError(f'{where} is not a Locum plan: expected a JSON object with "kind": "locum-plan"')

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, LocumError
+from ..json_text import parse_json
 from ..measure.rows import Row, read_rows
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
@@ -86,8 +87,8 @@ def read_log(path: Path) -> RecoveryLog:
     entries = []
     for number, words in enumerate(lines, 1):
         try:
-            entry = json.loads(words)
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
+            entry = parse_json(words)
+        except json.JSONDecodeError as error:
             if number == len(lines) and entries:
                 break
             said = getattr(error, "msg", error)

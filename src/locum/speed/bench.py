@@ -28,6 +28,7 @@ from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, provenance, write_text
 from ..formats.plain import COMPUTE_DTYPES
+from ..json_text import parse_json
 from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
 from . import page
 
@@ -160,7 +161,7 @@ class Asked:
                 f"the process that times the {self.name} ended with code {self.process.wait()} (-9: the system ended it, as "
                 f"it does when memory runs out): {last_words(self.said.read_text(errors='replace'))}"
             )
-        answer = json.loads(line)
+        answer = parse_json(line)
         if "error" in answer:
             raise _Failed(self.name, *answer["error"])
         return answer["answer"]

@@ -30,6 +30,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..checkpoints.load import load_model
 from ..checkpoints.skeleton import read_shape
 from ..errors import UnsupportedModel
+from ..json_text import parse_json
 from ..measure.costs import Call, counted
 from ..measure.memory import peak_bytes, start_peak
 from ..models.families import find_layers, is_stock_experts
@@ -200,7 +201,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     worker = Worker()
     for line in sys.stdin:
-        question = json.loads(line)
+        question = parse_json(line)
         try:
             said = {"answer": getattr(worker, question.pop("do"))(**question)}
         except Exception as error:  # whoever asked wants to read why

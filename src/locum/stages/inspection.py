@@ -14,8 +14,16 @@ import torch
 
 from ..budgets.target import Target
 from ..checkpoints.notes import plan_of, read_notes
-from ..checkpoints.read import fingerprint_checkpoint, read_config
-from ..checkpoints.skeleton import active_parameters_in, expert_parameters_in, is_compressed, layouts_of, read_shape
+from ..checkpoints.read import fingerprint_checkpoint
+from ..checkpoints.skeleton import (
+    active_parameters_in,
+    check_loadable,
+    expert_parameters_in,
+    is_compressed,
+    layouts_of,
+    open_source,
+    shape_in,
+)
 from ..errors import PlanError
 from ..methods import METHODS
 from ..plans.plan import make_plan
@@ -32,8 +40,9 @@ def inspect(model: Path) -> dict[str, Any]:
 
     It ends with what the method of choice would save, and with the next command to type.
     """
-    shape = read_shape(model)
-    config = read_config(model)
+    source = open_source(model)
+    check_loadable(model, source)
+    shape, config = shape_in(model, source), source.config
     experts, active = expert_parameters_in(model, shape), active_parameters_in(model, shape)
     layouts = layouts_of(model)
     policies = {layer.name: layer.name in layouts and layouts[layer.name].routing for layer in shape.layers}

@@ -10,9 +10,10 @@ from ..checkpoints.card import model_card
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import original_of, plan_of, read_notes
 from ..checkpoints.patch import adapter_notes, write_adapter
-from ..checkpoints.read import base_of, fingerprint_checkpoint, is_adapter, load_tokenizer, read_config
+from ..checkpoints.read import base_of, fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import is_compressed, read_shape
+from ..checkpoints.weight_files import is_adapter
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import CheckpointError, OptionError

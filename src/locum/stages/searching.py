@@ -12,6 +12,7 @@ from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError, UnsupportedModel
 from ..files import check_output, clear, provenance
+from ..json_text import parse_json
 from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
@@ -131,7 +132,7 @@ def question_of(chosen: Method, *, batch_size: int, sample: int) -> dict[str, An
     asked = question(with_defaults(to_collect(chosen)), batch_size)
     if isinstance(chosen, SearchingMethod):
         asked |= {"method": chosen.name, "options": dataclasses.asdict(chosen), "sample": sample}
-    return json.loads(json.dumps(asked))
+    return parse_json(json.dumps(asked))
 
 
 def with_found(statistics: Statistics, found: dict[str, dict[str, Any]]) -> Statistics:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import StatisticsError
 from ..files import read_tensors, whole
+from ..json_text import parse_json
 from ..shapes import ModelShape
 from .origin import Origin, SearchedBy
 from .sums import Statistics
@@ -60,7 +61,7 @@ def load_statistics(path: str | Path) -> Statistics:
             f"{path} is not a statistics file, or is damaged ({error}); make one with: locum calibrate"
         ) from error
     try:
-        notes = json.loads(header.get("locum-statistics", "{}"))
+        notes = parse_json(header.get("locum-statistics", "{}"))
         if notes.get("format_version") not in (1, STATISTICS_VERSION):
             raise StatisticsError(
                 f"{path} is not a Locum statistics file of version 1 or {STATISTICS_VERSION} "

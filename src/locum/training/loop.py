@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
 from ..files import write_text
+from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
@@ -289,7 +290,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
 
 def _logged_step(line: str) -> float:
     try:
-        return json.loads(line).get("step", 0)
+        return parse_json(line).get("step", 0)
     except (ValueError, AttributeError):  # the line that was being written when the run was killed
         return math.inf
 

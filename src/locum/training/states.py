@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
 from ..files import read_tensors, whole
+from ..json_text import parse_json
 from ..runs import differences, set_aside
 
 STATE_FILE = "state.safetensors"
@@ -107,7 +108,7 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
     path = workdir / STATE_FILE
     try:
         tensors, header = read_tensors(path)
-        notes = json.loads(header[NOTES])
+        notes = parse_json(header[NOTES])
     except (SafetensorError, KeyError, ValueError) as error:
         set_aside(path, f"{path} cannot be read ({error!r})")
         return State()

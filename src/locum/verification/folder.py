@@ -16,11 +16,13 @@ from transformers import GenerationConfig
 
 from ..bundled import sample_texts
 from ..checkpoints.card import describe_size
+from ..checkpoints.inside import read_json
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
-from ..checkpoints.read import is_adapter, load_tokenizer, read_config, read_headers, read_json, shard_files
+from ..checkpoints.read import load_tokenizer, read_config, read_headers
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
+from ..checkpoints.weight_files import is_adapter, shard_files
 from ..containers.layout import Layout
 from ..errors import CheckpointError, LocumError, PlanError
 from ..models.families import opening_class

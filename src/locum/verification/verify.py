@@ -23,8 +23,9 @@ from ..checkpoints.application import apply_plan
 from ..checkpoints.card import describe_size
 from ..checkpoints.load import open_model, set_dtype
 from ..checkpoints.notes import original_of
-from ..checkpoints.read import base_of, is_adapter, read_config
+from ..checkpoints.read import base_of, read_config
 from ..checkpoints.skeleton import layouts_of
+from ..checkpoints.weight_files import is_adapter
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form

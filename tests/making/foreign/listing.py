@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from locum.checkpoints.read import is_adapter, read_headers
+from locum.checkpoints.read import read_headers
+from locum.checkpoints.weight_files import is_adapter
 from locum.exports.target import target
 from locum.files import write_text
 from locum.options import option

@@ -1,0 +1,83 @@
+"""JSON that nobody wrote by accident: it is refused with one line by whatever reads it, never followed into a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from locum.json_text import parse_json
+from making.checkpoints import locum as command
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = '{"x": ' + "9" * 5000 + "}"
+
+
+def test_what_is_json_is_read():
+    assert (
+        parse_json('{"a": [1, 2.5, null]}')
+        == json.loads(b'{"a": [1, 2.5, null]}')
+        == parse_json(b'{"a": [1, 2.5, null]}')
+    )
+    assert parse_json('{"a": 1, "a": 2}', object_pairs_hook=list) == [("a", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, LONG, "{", "", b"\xff", '{"a": ' * 5000],
+    ids=["deep", "long", "open", "empty", "bytes", "open and deep"],
+)
+def test_what_is_none_is_a_value_error(text):
+    with pytest.raises((json.JSONDecodeError, UnicodeDecodeError)):
+        parse_json(text)
+
+
+def one_line(*arguments) -> str:
+    result = command(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("config.json", "inspect {folder}"),
+        ("model.safetensors.index.json", "inspect {folder}"),
+        ("locum.json", "recover {folder} --data {words} --out {out}"),
+        ("plan.json", "recover {folder} --data {words} --out {out}"),
+        ("tokenizer_config.json", "eval {folder} --data {words}"),
+        ("tokenizer.json", "eval {folder} --data {words}"),
+        ("generation_config.json", "eval {folder} --data {words} --tokens 128 --length 64"),
+    ],
+)
+def test_in_a_checkpoint(name, line, text, small, words, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "small")
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(text)
+    said = one_line(*line.format(folder=folder, words=words, out=tmp_path / "out").split())
+    assert str(folder) in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
+def test_in_the_header_of_weights(text, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "small")
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    assert "model.safetensors" in one_line("inspect", folder)
+
+
+@pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
+def test_in_other_inputs(text, checkpoint, tmp_path):
+    rows, notes, plan = tmp_path / "rows.jsonl", tmp_path / "statistics.safetensors", tmp_path / "plan.json"
+    rows.write_text(text + "\n")
+    plan.write_text(text)
+    save_file({"x": torch.zeros(1)}, notes, {"locum-statistics": text})
+    assert str(rows) in one_line("report", rows, "--out", tmp_path / "page.html")
+    assert str(rows) in one_line("calibrate", checkpoint, "--data", rows, "--out", tmp_path / "out")
+    assert str(notes) in one_line("plan", notes, "--remove", 0.5, "--out", tmp_path / "out.json")
+    assert str(plan) in one_line("apply", checkpoint, "--plan", plan, "--out", tmp_path / "out")
