@@ -59,9 +59,9 @@ class LocumQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        names = place_containers(model, self.quantization_config.layers)
+        place_containers(model, self.quantization_config.layers)
         if checkpoint_files:
-            _check_files(model, names, checkpoint_files)
+            _check_files(model, checkpoint_files)
         if hasattr(model.config, "auto_map"):  # names a file that saving the model does not write (remote_code.py)
             del model.config.auto_map
 
@@ -83,23 +83,14 @@ class LocumQuantizer(HfQuantizer):
         return True
 
 
-def _check_files(model: PreTrainedModel, names: dict[str, str], files: list[str]) -> None:
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse damaged files and tensors of another shape, and containers whose tensors are not there: transformers would
-    make them, as large as config.json says, before anybody sees that they are missing.
-
-    `names` are those of the containers in the files, by those in the model.
-    """
+    make them, as large as config.json says, before anybody sees that they are missing."""
     headers = {name: entry for file in files for name, entry in read_header(Path(file)).items()}
-    check_shapes(model, headers)
-    expected = {
-        f"{names[name]}.{tensor}": shape
-        for name, container in containers_of(model)
-        for tensor, shape in container.layout.tensor_shapes().items()
-    }
-    if missing := [name for name in expected if name not in headers]:
+    found = {place.name for place in check_shapes(model, headers).values()}
+    names = (f"{name}.{tensor}" for name, module in containers_of(model) for tensor in module.layout.tensor_shapes())
+    if missing := [name for name in names if name not in found]:
         raise CheckpointError(f"{len(missing)} tensors are missing (first: {min(missing)}); fetch it again")
-    for name, shape in expected.items():
-        check_shape(name, tuple(headers[name]["shape"]), shape)
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -120,18 +111,13 @@ def containers_of(model: nn.Module) -> list[tuple[str, StandInExperts]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, StandInExperts)]
 
 
-def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, str]:
-    """Swap the experts modules named in `layers` for empty containers, and make room in their routers.
-
-    Returns the names of the containers in `layers` by those that they have in this model.
-    """
+def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
+    """Swap the experts modules named in `layers` for empty containers, and make room in their routers."""
     found = {layer.shape.name: layer for layer in find_layers(model)}
-    names = {}
     for said, data in layers.items():
         name = by_place(said, found)
         if name is None:
             raise CheckpointError(f"config.json describes a container for {said!r}, which this model does not have")
-        names[name] = said
         layer, layout = found[name], read_layout(said, data)
         check_layout(name, layout, layer.shape)
         weight = layer.experts.down_proj
@@ -142,7 +128,6 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str
         if layout.num_experts != layer.shape.num_experts:
             slice_router(layer, layout.num_experts)
             leave_router_logits(model)
-    return names
 
 
 def by_place(said: str, found: Iterable[str]) -> str | None:
