@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from locum.checkpoints.load import load_model
+from locum.checkpoints.notes import read_notes
 from locum.checkpoints.quantizer import LocumConfig
 from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config, read_headers
 from locum.checkpoints.skeleton import is_compressed, read_shape, skeleton
@@ -318,3 +319,22 @@ def test_the_hook_leaves_an_ordinary_model(compressed):
     model.float()
     with torch.no_grad():
         assert model(tiny_ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("original", 7, "'original' is 7, not text"),
+        ("original", None, "'original' is None, not text"),
+        ("plan", ["a"], "'plan' is .*, not text"),
+        ("recovery", "lora", "'recovery' is 'lora', not an object"),
+        ("seed", 0.5, "'seed' is 0.5, not a whole number"),
+        ("original_shape", {}, "'original_shape' is no shape"),
+        ("original_shape", {"model_type": 1, "layers": [{}]}, "'original_shape' is no shape"),
+    ],
+)
+def test_notes_of_the_wrong_kind_are_refused(entry, value, words, compressed):
+    notes = json.loads((compressed / "locum.json").read_text())
+    (compressed / "locum.json").write_text(json.dumps({**notes, entry: value}))
+    with pytest.raises(CheckpointError, match=f"locum.json: {words}"):
+        read_notes(compressed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tracemalloc
 
 import pytest
 
-from locum.data.documents import read_documents
+from locum.data.documents import parse_sources, read_documents
 from locum.data.text import MOST_CHARACTERS, documents_in, lines
 from locum.errors import DataError
 from making.data import load, make_tokenizer, many
@@ -75,3 +76,10 @@ def test_drawing_takes_the_first_of_the_seeds_order_however_few_are_held(tmp_pat
     monkeypatch.setattr("locum.data.tokens.CHARACTERS", 1e-3)  # far too few to begin with: it has to come back for more
     again = load(file, tokenizer, tokens=400, seed=3)
     assert again.fingerprint == whole.fingerprint and again.sources == whole.sources
+
+
+def test_what_is_neither_file_nor_folder_is_refused_before_it_is_opened(tmp_path):
+    """A pipe that nobody writes to would be waited for without end."""
+    os.mkfifo(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        parse_sources([str(tmp_path / "rows.parquet")])

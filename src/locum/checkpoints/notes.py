@@ -9,14 +9,36 @@ from ..errors import CheckpointError, OptionError
 from ..files import NOTES
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
+from ..shapes import ModelShape
 from .inside import read_json
 from .read import fingerprint_checkpoint
+
+# What Locum reads of its own notes.
+KINDS = {
+    **dict.fromkeys(("original", "original_fingerprint", "plan", "recovered_from"), str),
+    **dict.fromkeys(("original_shape", "adapter", "recovery"), dict),
+    "seed": int,
+}
+WORDS = {str: "text", dict: "an object", int: "a whole number"}
 
 
 def read_notes(model: Path) -> dict[str, Any]:
     """What Locum wrote about a checkpoint when it made it; empty for any other checkpoint."""
     path = Path(model) / NOTES
-    return read_json(path) if path.is_file() else {}
+    notes = read_json(path) if path.is_file() else {}
+    for name, kind in KINDS.items():
+        if name in notes and not isinstance(notes[name], kind):
+            raise CheckpointError(
+                f"{path}: {name!r} is {notes[name]!r:.60}, not {WORDS[kind]}; restore what Locum wrote, or remove the entry"
+            )
+    if "original_shape" in notes:
+        try:
+            ModelShape.from_json(notes["original_shape"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: 'original_shape' is no shape ({error!r}); restore what Locum wrote"
+            ) from error
+    return notes
 
 
 def plan_of(model: Path) -> Plan | None:

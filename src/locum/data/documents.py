@@ -45,6 +45,10 @@ def _check_source(source: Source, paths: list[Path]) -> None:
     domain, path = source.domain, source.path
     if not path.exists():
         raise DataError(f"data path {str(path)!r} of domain {domain!r} does not exist; write [domain=]PATH[@WEIGHT]")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"data path {str(path)!r} of domain {domain!r} is neither a file nor a folder; write it to a file"
+        )
     if not 0 < source.weight < math.inf:
         raise DataError(f"bad weight of data {path}: after '@' write a number above 0, such as {path}@2")
     if domain == "all":
