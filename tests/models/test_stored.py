@@ -123,7 +123,7 @@ def test_an_adapter_holds_routers_as_its_base_has_them(family, kind, words, tmp_
     plan = locum.plan([original], method="compressed-experts")
     half = locum.apply(original, plan=plan, out=tmp_path / "half")
     assert_as_before(original, half)
-    few = {"steps": 1, "batch_size": 1, "length": 32, "validation_tokens": 64}
+    few = {"steps": 8, "learning_rate": 1e-2, "batch_size": 2, "length": 32, "validation_tokens": 256}
     locum.recover(half, data=[str(words)], how="vectors", adapter_only=True, out=tmp_path / "adapter", **few)
     base, own = load_file(half / "model.safetensors"), load_file(tmp_path / "adapter" / ADAPTER)
     names = live_names(load_model(half), base)

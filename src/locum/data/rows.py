@@ -101,8 +101,6 @@ def _rows_of(text: str, path: Path, number: int) -> Iterator[Document]:
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise DataError(f"{path}, line {line}: not JSON ({error.msg}); one object per line") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
-        raise DataError(f"{path}, line {number}: cannot be read ({error}); take it out") from None
     where = f"{path}, line {number}"
     if isinstance(value, list):
         yield from (document_of(row, f"{where}, row {n + 1}") for n, row in enumerate(value))
@@ -239,7 +237,7 @@ def _parsed(name: str, value: Any, where: str) -> Any:
     if isinstance(value, str):
         try:
             value = parse_json(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(f"{where}: {name!r} is a string that is not JSON ({error})") from None
     _check_value(name, value, where)
     return value
