@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from making import foreign
 
 TESTS = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ SUITES = {
 }
 
 
+@pytest.mark.journeys
 def test_every_suite_passes_over_what_another_package_offers(tmp_path):
     site = foreign.install(tmp_path / "site")
     names = [name for name, _ in foreign.OFFERS.values()]

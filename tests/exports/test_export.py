@@ -92,6 +92,7 @@ torch.save(model(torch.arange(2, 40)[None]).logits, sys.argv[2])
 """
 
 
+@pytest.mark.journeys
 def test_an_exported_folder_needs_no_locum(tmp_path):
     made = written(tmp_path, mixed)
     result = command("export", made, "--to", "stock", "--out", tmp_path / "stock", "--json")

@@ -276,6 +276,7 @@ def test_diff_of_plans(statistics_file, plan_file, tmp_path):
     assert "two plan files" in wrong.stderr
 
 
+@pytest.mark.journeys
 def test_python_dash_m(checkpoint):
     run = subprocess.run([sys.executable, "-m", "locum", "inspect", checkpoint], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -327,6 +327,7 @@ def test_an_unwritable_folder(fill, disk):
         assert f"cannot write {folder}/out: Read-only file system; choose a folder you may write to" in result.stderr
 
 
+@pytest.mark.journeys
 def test_a_process_that_is_killed_leaves_the_old_output(fill, tmp_path, checkpoint):
     """kill -9 cannot be cleaned up after, but what was there must still be there, whole."""
     assert command(*fill("apply {model} --plan {plan} --out small")).exit_code == 0

@@ -248,6 +248,7 @@ def test_a_recovered_checkpoint_loads_in_a_fresh_process(recovered, small, tmp_p
     assert locum.load_plan(recovered / "plan.json").id == locum.load_plan(small / "plan.json").id
 
 
+@pytest.mark.journeys
 def test_a_recovered_pruned_checkpoint_needs_no_locum(pruned_recovered, pruned, tmp_path):
     assert torch.equal(fresh_logits(pruned_recovered, False, tmp_path), live_logits(pruned_recovered))
     with (

@@ -197,6 +197,7 @@ def remote(small, tmp_path_factory):
     return out
 
 
+@pytest.mark.journeys
 def test_a_tool_that_imports_nothing_loads_it_and_saves_it(remote, small, model, tmp_path):
     saved, logits = tmp_path / "saved", tmp_path / "logits.pt"
     run = [sys.executable, "-c", IMPORTS_NOTHING, str(remote), str(saved), str(logits)]

@@ -52,6 +52,7 @@ def test_the_kernels_compile_for_hopper():
         assert made["kernel"] != "_many" or made["wgmma"]
 
 
+@pytest.mark.journeys
 def test_nothing_of_locum_needs_triton():
     said = run(
         "-c",

@@ -66,6 +66,7 @@ def test_a_way_that_is_wrong_is_named_and_fails(gpu, monkeypatch, capsys):
     assert run(gpu, monkeypatch, *arguments) == 1
 
 
+@pytest.mark.journeys
 def test_whole_models_answer_the_same(gpu, monkeypatch, tmp_path):
     out = tmp_path / "gpu.jsonl"
     assert run(gpu, monkeypatch, "--device", "cpu", "--part", "model", "--rounds", 1, "--out", out) == 0

@@ -248,6 +248,7 @@ def test_held_out_pieces_are_many_and_of_different_documents():
 # --- building ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.journeys
 def test_two_builds_give_the_same_bytes(parent, sources, tmp_path):
     recipe = dataclasses.replace(RECIPE, joint_steps=2, granularity=2)
     first = smolmoe.build(recipe, tmp_path / "first", threads=1, sources=sources)
@@ -272,6 +273,7 @@ def test_a_build_is_an_ordinary_checkpoint_with_a_record(sources, tmp_path):
     assert torch.isfinite(logits(model)).all()
 
 
+@pytest.mark.journeys
 def test_a_stopped_build_goes_on_with_the_next_expert(sources, tmp_path, monkeypatch):
     whole = smolmoe.build(RECIPE, tmp_path / "whole", threads=1, sources=sources)
     again = dataclasses.replace(sources, work=lambda: tmp_path / "again")

@@ -70,6 +70,7 @@ def test_a_stock_checkpoint_is_opened_without_locum(name, request, tmp_path, mon
         assert "must do without Locum" in checks[-1].detail
 
 
+@pytest.mark.journeys
 def test_wrong_weights_do_not_keep_the_promise(small, tmp_path):
     """Right names, shapes and sizes: only running it shows."""
     folder = Path(shutil.copytree(small, tmp_path / "wrong"))
@@ -116,6 +117,7 @@ def test_what_was_recovered_passes(name, precision, trained):
     assert "it was trained since" in said["logits"]
 
 
+@pytest.mark.journeys
 def test_what_an_adapter_computes_is_compared(trained, monkeypatch):
     def changed(*arguments):
         model = load_adapter(*arguments)
