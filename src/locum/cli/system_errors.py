@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import shutil
 
+from ..files import NO_SPACE
+
 OTHER = "look at that file and its disk, and run it again"
 ADVICE = {
     errno.EACCES: "let this user read or write it, or name another",
@@ -17,7 +19,6 @@ ADVICE = {
     errno.ELOOP: "its links lead in a circle; name what they should lead to",
     errno.ENOMEM: "close other programs, or ask for less at a time (--batch-size, --length)",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def in_words(error: OSError) -> str:
@@ -28,7 +29,7 @@ def in_words(error: OSError) -> str:
             source, target, why = first[0]
             first = f"{source} could not be copied to {target}: {why}"
         return f"{_line(first)}; {OTHER}"
-    if error.errno in FULL:
+    if error.errno in NO_SPACE:
         return f"no space left on the disk of {error.filename or 'the output'}; free some and run it again"
     if error.errno is None:  # of libraries, in their own words
         return f"{_line(error)}; {OTHER}"
