@@ -11,15 +11,17 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import locum
 from families.tiny_families import decorated_families, tiny
+from locum.checkpoints.application import apply_plan
 from locum.checkpoints.card import model_card
 from locum.checkpoints.quantizer import by_place, containers_of
 from locum.checkpoints.read import read_config
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.run import in_transformers
 from locum.models.families import opening_class
+from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, make_plan, stand_in
 from making.checkpoints import write_checkpoint, write_tokenizer
-from making.tiny_models import tiny_ids
+from making.tiny_models import tiny_ids, tiny_model
 
 
 def light(shape):
@@ -136,3 +138,15 @@ def test_router_logits_are_not_asked_of_layers_that_differ(tmp_path):
     config = json.loads((uneven / "config.json").read_text())  # as an earlier Locum wrote it
     (uneven / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
     assert AutoModelForCausalLM.from_pretrained(uneven)(tiny_ids(), labels=tiny_ids()).loss.isfinite()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_a_model_that_was_pruned_in_memory_balances_by_its_own_number_of_experts(family):
+    """As `locum verify` has it, and Python users: before it was ever saved and loaded."""
+    model = tiny_model(family)
+    model.config.output_router_logits = True
+    layers = [LayerPlan(x.name, (DROPPED, DROPPED, *[KEPT] * 6)) for x in shape_of(model).layers]
+    apply_plan(model, make_plan(shape_of(model), layers))
+    answer = model(tiny_ids(), labels=tiny_ids(), output_router_logits=True)
+    assert answer.loss.isfinite() and answer.aux_loss.isfinite()
+    assert {logits.shape[-1] for logits in answer.router_logits} == {6}

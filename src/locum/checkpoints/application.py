@@ -74,6 +74,7 @@ def apply_plan(
     for layer_plan in plan.layers:
         check_statistics(layer_plan, _read_by(layer_plan, statistics))
     stock = plan.is_stock(shape)
+    experts = [layer.experts for layer in layers.values()]
     layouts = {}
     for index, layer_plan in enumerate(plan.layers):
         layer = layers[layer_plan.layer]
@@ -86,8 +87,13 @@ def apply_plan(
                 slice_router(layer, layer_plan.survivors)
         progress(layer_plan.layer)
     if stock and plan.layers:
-        for config in (model.config, *(layer.experts.config for layer in layers.values())):
-            set_expert_count(config, len(plan.layers[0].survivors))
+        above = [m for m in model.modules() if isinstance(m, PreTrainedModel) and set(m.modules()) & {*experts}]
+        for holder in (
+            model.config,
+            *(module.config for module in experts),
+            *above,
+        ):  # models keep the number to balance by
+            set_expert_count(holder, len(plan.layers[0].survivors))
     if layouts:
         model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
     if not stock and any(_counts_differ(plan.layer(name), layer) for name, layer in layers.items()):

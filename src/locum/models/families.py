@@ -452,8 +452,8 @@ def leave_router_logits(model: nn.Module) -> None:
             config.output_router_logits = False
 
 
-def set_expert_count(config: object, count: int) -> None:
-    """Write the number of experts into a config, under whichever names it has."""
+def set_expert_count(holder: object, count: int) -> None:
+    """Write the number of experts into a config or a model, under whichever names it has."""
     for name in EXPERT_COUNTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, count)
+        if isinstance(getattr(holder, name, None), int):
+            setattr(holder, name, count)
