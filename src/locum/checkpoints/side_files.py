@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import CheckpointError
 from ..files import NOTES
+from .inside import check_link
 
 ANEW = ("config.json", "README.md", "plan.json", "recovery.jsonl", NOTES)
 OVER_WEIGHTS = ("adapter_config.json",)  # says that there are weights, which are not copied
@@ -26,19 +26,9 @@ def side_files(source: Path) -> list[Path]:
         if name.startswith(".") or file.name in ANEW + OVER_WEIGHTS or name.endswith(WEIGHTS + LISTS + CODE):
             continue
         if file.is_file():
-            _check_place(file, Path(source))
+            check_link(file, Path(source))
             found.append(file)
     return found
-
-
-def _check_place(file: Path, source: Path) -> None:
-    """A hub's cache keeps the files of a snapshot as blobs beside it; no other link may lead out of a checkpoint."""
-    target, root = file.resolve(), source.resolve()
-    is_blob = root.parent.name == "snapshots" and target.parent == root.parents[1] / "blobs"
-    if not (is_blob or target.is_relative_to(root)):
-        raise CheckpointError(
-            f"{file} is a link out of the checkpoint, to {target}; put the file itself there, or take the link away"
-        )
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

@@ -180,6 +180,8 @@ def forward(terms: Terms, routed: Routed) -> Tensor:
     the gradient of every parameter. So nothing of everything is added.
     """
     total_TD = _outputs(terms, routed)
+    if not torch.is_grad_enabled():
+        return total_TD
     trained = [piece for piece in (*terms.anything(), routed.weight_TM) if piece.requires_grad]
     if not trained:
         return total_TD

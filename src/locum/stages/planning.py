@@ -15,7 +15,6 @@ from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters
 from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
-from ..experts.parts.low_rank import STARTS
 from ..files import check_output, provenance
 from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
 from ..models.families import find_layers, read_expert
@@ -26,10 +25,10 @@ from ..plans.plan_file import load_plan, save_plan
 from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
+from .calibration import WHITENED
 from .options import Fit, Force, Help, Out, Preset, Remove, alone
 
 PRESETS = ("best", "paper")
-WHITENED = STARTS["whitened"].needs
 
 
 @alone
