@@ -1,0 +1,193 @@
+"""What users get who choose nothing: every method at half of the experts, before and after `--recover lora`.
+
+    python -m benchmarks.experiments.defaults select [--steps 60]     learning rates and schedules, on validation
+    python -m benchmarks.experiments.defaults test   [--steps 60]     every method with its default options, on test
+    python -m benchmarks.experiments.defaults table
+
+The commands' own functions run, with their defaults; `--steps` alone is another (the default is 300). Text is the
+bundled one, which the reference model never saw in training: statistics and training on its train split, choices on its
+validation split, figures on its test split. A seed is that of calibration, plan and training. Original and compressed
+models see the same tokens in the same run, so intervals of `loss_delta` are paired. A job that is in the results already is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import locum
+from benchmarks.experiments.experiment import CACHE, RESULTS, SEEDS, read
+from benchmarks.speed.timing import commit
+from locum.bundled import MODEL, reference_data
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lightmoe": {"method": "lightmoe", "remove": 0.5},
+    "replace": {"method": "replace", "remove": 0.5},
+    "moe-i2": {"method": "moe-i2", "remove": 0.5},
+    "decompose": {"method": "decompose", "remove": 0.5},
+    "mone": {"method": "mone", "remove": 0.5},
+    "prune, REAP": {"method": "prune", "remove": 0.5, "score": "reap"},
+    "prune, frequency": {"method": "prune", "remove": 0.5, "score": "frequency"},
+    "prune, random": {"method": "prune", "remove": 0.5, "score": "random"},
+    "compressed-experts": {"method": "compressed-experts"},
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+# What is chosen, the way and the method that stands for its use; every rate with a cosine, the middle ones also without.
+CHOSEN = (("lora", "lightmoe"), ("lora", "prune, REAP"), ("lora", "decompose"), ("annealed", "lightmoe"))
+CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 32768  # tokens
+WAY = "lora"
+
+
+def file_of(phase: str) -> Path:
+    return RESULTS / f"defaults_{phase}.jsonl"
+
+
+def statistics(seed: int) -> Path:
+    """Calibration on text drawn with this seed, Gram matrices included; made once."""
+    path = CACHE / f"defaults.{seed}.statistics.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locum.calibrate(MODEL, data=reference_data(), tokens=CALIBRATED, seed=seed, out=path)
+    return path
+
+
+def compress(name: str, seed: int, out: Path) -> Path:
+    """One method with its default options. A search calibrates by itself, on fewer tokens."""
+    options: dict[str, Any] = {"data": reference_data(), "seed": seed, "tokens": CALIBRATED}
+    if name == "moe-i2":
+        options["statistics"] = CACHE / f"defaults.{seed}.searched.safetensors"
+    elif name != "compressed-experts":
+        options["statistics"] = statistics(seed)
+    return locum.compress(MODEL, out=out, **options, **METHODS[name])
+
+
+def recover(small: Path, out: Path, how: str, seed: int, steps: int, **options: Any) -> dict[str, Any]:
+    data = reference_data()
+    more = {"validation_tokens": VALIDATED, "validate_every": max(steps // 2, 1), **options}
+    return locum.recover(small, data=data, original=MODEL, out=out, how=how, steps=steps, seed=seed, **more)
+
+
+def select(steps: int, shard: tuple[int, int]) -> None:
+    """Validation loss before and after, by rate and schedule, seed 0."""
+    jobs = [
+        (how, name, rate, schedule)
+        for how, name in CHOSEN
+        for schedule, rates in (("cosine", RATES), ("constant", RATES[:4]))
+        for rate in rates
+    ]
+    file = file_of("selection")
+    done = {tuple(row[k] for k in ("how", "method", "learning_rate", "schedule")) for row in read(file)}
+    for how, name, rate, schedule in jobs[shard[0] :: shard[1]]:
+        if (how, name, rate, schedule) in done:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            small = compress(name, 0, Path(scratch) / "small")
+            tried = {"learning_rate": rate, "schedule": schedule}
+            made = recover(small, Path(scratch) / "out", how, 0, steps, **tried)
+        row = {"how": how, "method": name, **tried, "steps": steps, "seed": 0, "commit": commit()}
+        keys = ("validation_loss_before", "validation_loss", "kept_step", "loss", "seconds")
+        write(file, shard, [row | {key: made[key] for key in keys}])
+        print(json.dumps(row | {"after": made["validation_loss"], "kept": made["kept_step"]}), flush=True)
+
+
+def test(steps: int, shard: tuple[int, int]) -> None:
+    """Every method before and after, three seeds."""
+    jobs = [(name, seed) for seed in SEEDS for name in METHODS]
+    file = file_of("test")
+    done = {(row["method"], row["seed"]) for row in read(file)}
+    for name, seed in jobs[shard[0] :: shard[1]]:
+        if (name, seed) in done:
+            continue
+        rows: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            small = compress(name, seed, Path(scratch) / "small")
+            made = recover(small, Path(scratch) / "out", WAY, seed, steps)
+            for stage, model in (("before", small), ("after", Path(scratch) / "out")):
+                measured = locum.evaluate(
+                    model, data=reference_data(), against=MODEL, tokens=MEASURED, name=name, seed=seed
+                )
+                about = {"method": name, "seed": seed, "stage": stage, "steps": steps, "commit": commit()}
+                about |= {"training_seconds": made["seconds"], "kept_step": made["kept_step"]}
+                rows += [
+                    about | row for row in map(short, measured) if row["model"] != "original" or name == "lightmoe"
+                ]
+        write(file, shard, rows)
+        print(name, seed, *(f"{r['stage']} {r['value']:.4f}" for r in rows if is_loss(r)), flush=True)
+
+
+def short(row: Any) -> dict[str, Any]:
+    """A row of results without what is alike for all."""
+    kept = {key: row.provenance[key] for key in ("parameters", "expert_parameters") if key in row.provenance}
+    told = ("model", "metric", "domain", "value", "low", "high", "n")
+    return {key: value for key, value in dataclasses.asdict(row).items() if key in told} | kept
+
+
+def is_loss(row: dict[str, Any]) -> bool:
+    return (row["metric"], row["domain"]) == ("loss", "all") and row["model"] != "original"
+
+
+def write(file: Path, shard: tuple[int, int], rows: list[dict[str, Any]]) -> None:
+    part = file if shard[1] == 1 else file.with_name(f"{file.stem}.{shard[0]}.jsonl")
+    with part.open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def cells(rows: list[dict[str, Any]], metric: str) -> Iterator[str]:
+    """Mean over seeds and the widest of their intervals, before and after."""
+    for stage in ("before", "after"):
+        mine = [r for r in rows if (r["stage"], r["metric"], r["domain"]) == (stage, metric, "all")]
+        if mine:
+            low, high = min(r["low"] for r in mine), max(r["high"] for r in mine)
+            yield f"{sum(r['value'] for r in mine) / len(mine):.3f} ({low:.3f} to {high:.3f})"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | expert parameters | seeds | loss above the original, before | after | KL, before | after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        mine = [r for r in rows if r["method"] == name and r["model"] != "original"]
+        if mine:
+            seeds = len({r["seed"] for r in mine})
+            told = [*cells(mine, "loss_delta"), *cells(mine, "kl")]
+            lines.append(f"| {name} | {mine[0]['expert_parameters']:,} | {seeds} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=("select", "test", "join", "table"))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--shard", default="0/1", help="this process's part of the jobs, such as 0/2")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    index, count = map(int, arguments.shard.split("/"))
+    if arguments.phase == "table":
+        print(table(read(file_of("test"))))
+    elif arguments.phase == "join":
+        for phase in ("selection", "test"):
+            join(file_of(phase))
+    else:
+        {"select": select, "test": test}[arguments.phase](arguments.steps, (index, count))
+
+
+def join(file: Path) -> None:
+    """One results file from the shards'."""
+    rows = read(file)
+    for part in RESULTS.glob(f"{file.stem}.*.jsonl"):
+        part.unlink()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
