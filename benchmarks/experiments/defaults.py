@@ -39,10 +39,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "prune, random": {"method": "prune", "remove": 0.5, "score": "random"},
     "compressed-experts": {"method": "compressed-experts"},
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-# What is chosen, the way and the method that stands for its use; every rate with a cosine, the middle ones also without.
-CHOSEN = (("lora", "lightmoe"), ("lora", "prune, REAP"), ("lora", "decompose"), ("annealed", "lightmoe"))
-CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 32768  # tokens
+# The way, the method that stands for its use, the rates tried with a cosine, and those tried without a schedule.
+TRIED = (
+    ("lora", "prune, REAP", (3e-4, 1e-3, 3e-3), ()),
+    ("lora", "decompose", (3e-4, 1e-3, 3e-3), ()),
+    ("annealed", "lightmoe", (1e-4, 3e-4, 1e-3), ()),
+    ("lora", "lightmoe", (1e-4, 3e-4, 1e-3, 3e-3), (1e-4, 1e-3)),
+)
+CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 16384  # tokens
 WAY = "lora"
 
 
@@ -79,8 +83,8 @@ def select(steps: int, shard: tuple[int, int]) -> None:
     """Validation loss before and after, by rate and schedule, seed 0."""
     jobs = [
         (how, name, rate, schedule)
-        for how, name in CHOSEN
-        for schedule, rates in (("cosine", RATES), ("constant", RATES[:4]))
+        for how, name, with_cosine, constant in TRIED
+        for schedule, rates in (("cosine", with_cosine), ("constant", constant))
         for rate in rates
     ]
     file = file_of("selection")
