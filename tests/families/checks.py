@@ -26,6 +26,7 @@ from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.skeleton import read_shape
+from locum.checkpoints.streamed import stream_model
 from locum.cli import cli
 from locum.containers.container import StandInExperts
 from locum.data.tokens import Tokens
@@ -33,6 +34,7 @@ from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.measure.calibration import CurrentBatch, Observer, calibrate, observed
 from locum.measure.removals import ModelExplorer
 from locum.models.families import MoeLayer, find_layers
+from locum.models.layer_major import passes
 from locum.models.replay import Recording
 from locum.models.routers import router_logits
 from locum.models.sizes import shape_of
@@ -449,6 +451,19 @@ def experts_output(model: PreTrainedModel, name: str, ids_BS: Tensor) -> Tensor:
     return seen[0]
 
 
+def check_streamed(case: Case) -> None:
+    """One decoder layer in memory at a time gives the logits of the whole model, to the bit, on every batch."""
+    batches = [case.ids_BS[:1], case.ids_BS[1:, :9], case.ids_BS]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        case.model().save_pretrained(folder)
+        whole, streamed = load_model(folder), stream_model(folder)
+        jobs = [lambda ids_BS=ids_BS: streamed(input_ids=ids_BS, use_cache=False).logits for ids_BS in batches]
+        again = list(passes(streamed, jobs))
+        for ids_BS, logits in zip(batches, again, strict=True):
+            assert torch.equal(logits, whole(input_ids=ids_BS, use_cache=False).logits)
+        assert [p.device.type for x in find_layers(streamed) for p in x.experts.parameters()].count("cpu") == 0
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "inspect": check_inspect,
     "observed": check_observed,
@@ -462,6 +477,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "generate": check_generate,
     "compressed experts": check_compressed_experts,
     "explore": check_explore,
+    "streamed": check_streamed,
 }
 
 

@@ -66,12 +66,13 @@ COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
-    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --tokens",
+    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --stream "
+    "--tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
-    "--task-path --tasks --tokens",
+    "--stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",

@@ -16,6 +16,7 @@ E experts, D model width, F expert width, G 2F with a gate and F without.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from ..data.tokens import check_vocabulary
 from ..errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from ..files import provenance as make_provenance
 from ..models.families import MoeLayer
+from ..models.layer_major import passes, together
 from ..models.routers import router_logits
 from ..models.sizes import shape_of
 from ..models.watch import evaluating, experts_implementation, observable_layers, run_experts
@@ -60,7 +62,7 @@ def calibrate(
     the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
     `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches; to go on from there, pass what it got as
-    `start`. Afterwards, also after an error or Ctrl-C, the model is as it was.
+    `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same. Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
     for a bad option and StatisticsError for a `start` that belongs to something else.
@@ -96,31 +98,61 @@ def calibrate(
         return replace(more if done is None else done + more, asked=asked)
 
     with observed(observer), evaluating(model):
-        for number, (domain, blocks_B) in enumerate(_batches(tokens, order_B[next_block:], batch_size), start=1):
-            if sums is None or domain != sums.domain:
-                done, sums = so_far(), Sums(domain, needs)
-            _run_batch(model, tokens, blocks_B, observer, sums)
-            next_block += len(blocks_B)
+        batches = _batches(tokens, order_B[next_block:], batch_size)
+        for number, some in enumerate(together(model, batches, batch_size * tokens.length), start=1):
+            of_domain = {} if sums is None else {sums.domain: sums}
+            for domain, _ in some:
+                of_domain.setdefault(domain, Sums(domain, needs))
+            before, count = next_block, sum(len(blocks_B) for _, blocks_B in some)
+
+            def streamed(layer: int, layers: int, before: int = before, count: int = count) -> None:
+                if progress is not None:
+                    progress(before + count * layer // (layers + 1), len(order_B))
+
+            _run_batches(model, tokens, [(of_domain[d], b) for d, b in some], observer, streamed)
+            next_block += count
+            for running in of_domain.values():  # in the order of the domains
+                if running is not sums:
+                    done, sums = so_far(), running
             if progress is not None:
                 progress(next_block, len(order_B))
-            if on_batch is not None and number % save_every == 0 and (now := so_far()) is not None:
+            if on_batch is not None and (number % save_every == 0 or len(some) > 1) and (now := so_far()) is not None:
                 on_batch(replace(now, next_block=next_block))
     return so_far()
 
 
-def _run_batch(model: PreTrainedModel, tokens: Tokens, blocks_B: Tensor, observer: Observer, sums: Sums) -> None:
-    """One forward pass, cut to what is not padding: whole blocks and, at the end, whole columns."""
-    blocks_B = blocks_B[(tokens.attention_BS[blocks_B] != 0).any(dim=1)]
-    if not len(blocks_B):
-        return
-    width = int((tokens.attention_BS[blocks_B] != 0).any(dim=0).nonzero().max()) + 1
-    attention_BS = tokens.attention_BS[blocks_B, :width] != 0
-    observer.batch = CurrentBatch.of(sums, attention_BS, model.device)
-    sums.num_tokens += int(attention_BS.sum())
+def _run_batches(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    batches: list[tuple[Sums, Tensor]],
+    observer: Observer,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Forward passes of blocks, each for the sums of their domain."""
+    jobs, current = [], []
+    for sums, blocks_B in batches:
+        blocks_B = blocks_B[(tokens.attention_BS[blocks_B] != 0).any(dim=1)]
+        if not len(blocks_B):
+            continue
+        # Cut to what is not padding: whole blocks and, at the end, whole columns.
+        width = int((tokens.attention_BS[blocks_B] != 0).any(dim=0).nonzero().max()) + 1
+        attention_BS = tokens.attention_BS[blocks_B, :width] != 0
+        current.append(CurrentBatch.of(sums, attention_BS, model.device))
+        sums.num_tokens += int(attention_BS.sum())
+        jobs.append(functools.partial(_run_batch, model, tokens.ids_BS[blocks_B, :width], attention_BS))
+
+    def turn(job: int) -> None:
+        observer.batch = current[job]
+
+    for _ in passes(model, jobs, turn, progress):
+        pass
+
+
+def _run_batch(model: PreTrainedModel, ids_BS: Tensor, attention_BS: Tensor) -> None:
     mask_BS = None if bool(attention_BS.all()) else attention_BS.to(model.device, torch.int64)
     with torch.inference_mode():
         # The body without the language-modelling head: nobody reads the logits over the vocabulary.
-        model.base_model(tokens.ids_BS[blocks_B, :width].to(model.device), attention_mask=mask_BS, use_cache=False)
+        model.base_model(ids_BS.to(model.device), attention_mask=mask_BS, use_cache=False)
 
 
 def _batches(tokens: Tokens, order_B: Tensor, batch_size: int) -> Iterator[tuple[str, Tensor]]:

@@ -12,10 +12,12 @@ Letters: B blocks, S tokens of a block, W positions of a stretch, V vocabulary, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary
 from ..errors import LocumError, OptionError, UnsupportedModel
+from ..models.layer_major import is_streamed, passes, together
 from .memory import peak_bytes
 from .rows import Row
 
@@ -58,7 +61,11 @@ def evaluate(
     _check(model, against, tokens, batch_size, resamples)
     start = time.perf_counter()
     with _evaluating(model), _evaluating(against), torch.no_grad():
-        sums = [_batch_sums(model, against, batch) for batch in batches(tokens, batch_size)]
+        sums = [
+            made
+            for some in _together([model, against], batches(tokens, batch_size), batch_size * tokens.length)
+            for made in _sums_of(model, against, some)
+        ]
     sums_BY = torch.cat(sums).numpy()
     _check_finite(sums_BY, model_name, against_name)
     shared = {
@@ -136,7 +143,8 @@ def _hidden(model: Any, batch: Batch) -> tuple[Any, Any]:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
     body = getattr(model, model.base_model_prefix)
-    return model, body(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
+    with torch.no_grad():  # a streamed model runs in threads of its own
+        return model, body(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
 
 
 def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> torch.Tensor:
@@ -159,12 +167,28 @@ def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> to
     return logits_BWV.float()
 
 
-def _batch_sums(model: Any, against: Any, batch: Batch) -> torch.Tensor:
-    """Sums per block [B, Y] in float64 on the CPU, in the order of SUMS; the original's are 0 without one."""
+def _together(models: list[Any], given: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
+    """Batches in lists that every model takes at once."""
+    return together(next((m for m in models if is_streamed(m)), models[0]), given, tokens)
+
+
+def _sums_of(model: Any, against: Any, some: list[Batch]) -> Iterator[torch.Tensor]:
+    """The sums of each of these batches. A streamed model has seen all of them before the first is there."""
+    ours = passes(model, [functools.partial(_hidden, model, batch) for batch in some])
+    theirs: Iterator[Any] = repeat((None, None))
+    if against is not None:
+        theirs = passes(against, [functools.partial(_hidden, against, batch) for batch in some])
+    for batch, output, original in zip(some, ours, theirs, strict=False):
+        yield _batch_sums(*output, *original, batch)
+
+
+def _batch_sums(inner: Any, output: Any, original: Any, original_output: Any, batch: Batch) -> torch.Tensor:
+    """Sums per block [B, Y] in float64 on the CPU, in the order of SUMS; the original's are 0 without one.
+
+    A model inside its adapters and its body's output on the batch, then the same of the original, or None twice.
+    """
     size, length = batch.ids_BS.shape
-    inner, output = _hidden(model, batch)
-    original, original_output = (None, None) if against is None else _hidden(against, batch)
-    step = max(1, LOGIT_BYTES // (4 * size * _vocabulary(model)))
+    step = max(1, LOGIT_BYTES // (4 * size * _vocabulary(inner)))
     sums_BY = torch.zeros(size, len(SUMS), dtype=torch.float64)
     for first in range(0, length - 1, step):
         stretch = slice(first, min(first + step, length - 1))

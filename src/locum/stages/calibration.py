@@ -26,6 +26,7 @@ from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics, check_needs, nbytes
+from .opening import Stream, check_stock, is_to_stream, open_to_run
 from .options import (
     BatchSize,
     Data,
@@ -64,6 +65,7 @@ def calibrate(
     also: Annotated[Sequence[str], Help("statistics on demand to collect too; see locum list")] = (),
     seed: Seed = 0,
     device: Device = "auto",
+    stream: Stream = None,
     force: Force = False,
     progress: Progress = silent,
 ) -> Statistics:
@@ -80,7 +82,11 @@ def calibrate(
     shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
     check_room(shape, needs, len({source.domain for source in parse_sources(data)}))
-    subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
+    streamed = is_to_stream([model], stream, device)
+    if streamed:
+        check_stock(model)
+    cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
+    subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
     save_statistics(statistics, out)
     clear(partial_of(out))
@@ -122,11 +128,12 @@ def prepare(
     tokens: int,
     seed: int,
     device: str,
+    streamed: bool = False,
 ) -> Subject:
-    """Tokenise the text, then load the model. `shape` is that of its files."""
+    """Tokenise the text, then open the model. `shape` is that of its files."""
     blocks, origin = read_text(model, shape, data, split=split, length=length, tokens=tokens, seed=seed)
     words = {"model": str(model), "sources": list(blocks.sources), "seed": seed}
-    return Subject(open_model(model, device=device), blocks, origin, words)
+    return Subject(open_to_run(model, streamed, device, whole=open_model), blocks, origin, words)
 
 
 def read_text(model: Path, shape: ModelShape, data: Sequence[str], **cut: Any) -> tuple[Tokens, Origin]:

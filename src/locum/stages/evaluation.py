@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import load_tokenizer
 from ..checkpoints.skeleton import active_parameters_in, check_vocabularies, expert_parameters_in, read_shape
@@ -18,6 +17,7 @@ from ..measure.loss import evaluate as evaluate_models
 from ..measure.rows import Row, read_rows, write_rows
 from ..measure.tasks import evaluate_tasks, find_tasks
 from ..plans.plan import Plan
+from .opening import Stream, is_to_stream, open_to_run
 from .options import BatchSize, Data, Device, Help, Length, Seed, check_number, device_of
 from .recovery import LOG
 
@@ -39,6 +39,7 @@ def evaluate(
     name: Annotated[str | None, Help("what to call the model in the results; default: its folder")] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    stream: Stream = None,
 ) -> list[Row]:
     """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals; the same for
     what the model scores on tasks with gold answers."""
@@ -63,8 +64,11 @@ def evaluate(
     blocks = None
     if data:
         blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
-    live = load_model(model, device=device)
-    original = None if against is None else load_model(against, device=device)
+    streamed = is_to_stream([model, *([] if against is None else [against])], stream, device)
+    if streamed and asked:
+        raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
+    live = open_to_run(model, streamed, device)
+    original = None if against is None else open_to_run(against, streamed, device)
     called = name or model.resolve().name
     plan = plan_of(model)
     shared = {

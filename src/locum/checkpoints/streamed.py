@@ -1,0 +1,158 @@
+"""Checkpoints as live models of which one decoder layer has weights at a time.
+
+All that is not a decoder layer (embeddings, norms, the output head, other towers) is loaded at once and stays. A layer's
+tensors are read when it is its turn, by transformers' own conversion, and dropped after it. Results are those of the whole
+model, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from ..errors import CheckpointError, UnsupportedModel
+from ..models.layer_major import NOTE
+from ..models.stored import note_stored, places_of
+from .read import first_line
+from .skeleton import Source, check_loadable, open_source
+from .weight_files import is_adapter
+
+
+def stream_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:
+    """A checkpoint as a live model in eval mode whose decoder layers get their weights one at a time (models/layer_major.py).
+
+    Raises as `load_model`, and UnsupportedModel for an adapter and for a model whose layers are in no one stack.
+    """
+    path = Path(path)
+    source = open_source(path)
+    if is_adapter(path):
+        raise UnsupportedModel(
+            f"{path} is an adapter, which is not streamed; leave --stream out, or merge it into its base"
+        )
+    check_loadable(path, source)
+    model = source.model
+    note_stored(model, source.files)
+    layers = LayersOfFiles(path, source, device)
+    setattr(model, NOTE, layers)
+    return model.eval()
+
+
+class LayersOfFiles:
+    """The stack of decoder layers of a model without weights, and where the files hold those of each."""
+
+    def __init__(self, path: Path, source: Source, device: str) -> None:
+        self.path, self.model, self.device = path, source.model, device
+        self.headers = source.files
+        self.name, self.modules = _stack_of(source)
+        where = {name: file for file, header in source.files.items() for name in header}
+        self.files: dict[int | None, dict[str, Path]] = {None: {}, **{i: {} for i in range(len(self.modules))}}
+        for name, place in places_of(self.model, where).items():
+            self.files[self._layer_of(place.name)][name] = where[name]
+        self._load(None)
+        with _one_line(path):
+            # Buffers that no file holds, such as rotary frequencies; then what is tied to what was read.
+            self.model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
+            self.model.tie_weights()
+            self.model._initialize_missing_keys(False)
+        self._check_filled((n, t) for n, t in self.model.named_parameters() if self._layer_of(n) is None)
+
+    def _layer_of(self, live_name: str) -> int | None:
+        """The layer that a tensor of the model belongs to; None for what is outside of the stack."""
+        number = live_name.removeprefix(f"{self.name}.").partition(".")[0]
+        return int(number) if live_name.startswith(f"{self.name}.") else None
+
+    def bring(self, index: int) -> None:
+        self._load(index)
+        self._check_filled(self.modules[index].named_parameters())
+        self._announce(index + 1)
+
+    def drop(self, index: int) -> None:
+        for module in self.modules[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _load(self, index: int | None) -> None:
+        """Read what belongs to a layer, or to none. Files are open for as long as that takes."""
+        model, dtype = self.model, self.model.dtype
+        with contextlib.ExitStack() as stack, _one_line(self.path):
+            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(self.files[index].values())}
+            slices = {name: opened[file].get_slice(name) for name, file in self.files[index].items()}
+            how = LoadStateDictConfig(
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
+                device_map={"": self.device},
+                weight_mapping=get_model_conversion_mapping(model),
+            )
+            with _quiet():
+                convert_and_load_state_dict_in_model(model, slices, how, None)
+
+    def _announce(self, index: int) -> None:
+        """Tell the system what is read next, so that the disk works while a layer is computed."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file in set(self.files.get(index, {}).values()):
+            with file.open("rb") as stream:
+                start = 8 + struct.unpack("<Q", stream.read(8))[0]
+                for name in (name for name, of in self.files[index].items() if of == file):
+                    begin, end = self.headers[file][name]["data_offsets"]
+                    os.posix_fadvise(stream.fileno(), start + begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _check_filled(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if empty := [name for name, tensor in parameters if tensor.device.type == "meta"]:
+            raise CheckpointError(
+                f"{self.path}: {len(empty)} tensors are missing (first: {min(empty)}); fetch it again"
+            )
+
+
+def _stack_of(source: Source) -> tuple[str, Sequence[nn.Module]]:
+    """The list of decoder layers: the outermost one that holds the MoE layers."""
+    name = source.layers[0].shape.name
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    prefix = ".".join(parts[:number])
+    stack = source.model.get_submodule(prefix) if number else None
+    if not isinstance(stack, nn.ModuleList) or not all(
+        layer.shape.name.startswith(f"{prefix}.") for layer in source.layers
+    ):
+        raise UnsupportedModel(
+            f"the MoE layers of {source.config.model_type!r} are in no one stack of decoder layers, so it cannot be streamed"
+        )
+    return prefix, list(stack)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, of which there would be one a layer."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Whatever transformers raises while it reads is one line about the folder."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded by transformers: {type(error).__name__}: {first_line(error)}"
+        ) from error

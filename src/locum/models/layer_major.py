@@ -1,0 +1,197 @@
+"""Running many batches through a model layer by layer, with the weights of one decoder layer in memory at a time.
+
+The model's own forward runs for every batch, each in a thread of its own. Where it calls a decoder layer, the thread waits
+and this one computes the layer's output: first that of all batches at layer 0, then at layer 1, and so on. Whatever a model
+does around its layers (masks, rotary embeddings, arguments of a layer) thus stays its own code, of any family, and only one
+thread computes at a time.
+
+    together(model, batches)   lists of batches that go through the model in one run: one each, or many where it is streamed
+    passes(model, jobs)        the results of jobs that run a model: one after the other, or layer by layer where it is streamed
+
+A job is any function that runs the model's forward once.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModel
+
+NOTE = "_locum_layers"  # the attribute of a live model that is streamed
+HELD, COPIES = (
+    2**30,
+    4,
+)  # bytes of hidden states between two layers; a layer's input and output, and what lies beside them
+Result = TypeVar("Result")
+Batch = TypeVar("Batch")
+Job = Callable[[], Result]
+
+
+class Layers(Protocol):
+    """The decoder layers of a streamed model."""
+
+    @property
+    def modules(self) -> Sequence[nn.Module]: ...
+
+    def bring(self, index: int) -> None:
+        """Give layer `index` its weights."""
+        ...
+
+    def drop(self, index: int) -> None:
+        """Take them away."""
+        ...
+
+
+def is_streamed(model: Any) -> bool:
+    return getattr(model, NOTE, None) is not None
+
+
+def together(model: PreTrainedModel, batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
+    """Batches of at most so many tokens, in lists that `passes` can take at once. A streamed model reads its weights once for
+    each list, and holds the hidden states of all of it: at most HELD bytes of them, or one batch."""
+    count = 1
+    if is_streamed(model):
+        states = tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize * COPIES
+        count = max(1, HELD // states)
+    rest = iter(batches)
+    while some := list(islice(rest, count)):
+        yield some
+
+
+def passes(
+    model: PreTrainedModel,
+    jobs: Sequence[Job[Result]],
+    turn: Callable[[int], None] = lambda job: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Result]:
+    """The results of the jobs, in order. `turn(i)` is called whenever it is job i that computes from now on.
+
+    One after the other, each when its result is asked for; or, on a streamed model, all of them layer by layer before the first
+    result is there, `progress(done, total)` in layers. Raises what a job raises.
+    """
+    layers: Layers | None = getattr(model, NOTE, None)
+    if layers is None:
+        for index, job in enumerate(jobs):
+            turn(index)
+            yield job()
+    else:
+        yield from _LayerMajor(layers, jobs, turn).run(progress)
+
+
+class _Stopped(BaseException):
+    """Raised in the threads of a run that is given up."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A decoder layer called by a job, with what the thread's state of torch was."""
+
+    layer: int
+    given: tuple[Any, ...]
+    named: dict[str, Any]
+    context: contextvars.Context
+    inference: bool
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a job ended."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+
+class _LayerMajor:
+    """One run. Of the threads, at most one is not waiting."""
+
+    def __init__(self, layers: Layers, jobs: Sequence[Job[Any]], turn: Callable[[int], None]) -> None:
+        self.layers, self.jobs, self.turn = layers, jobs, turn
+        self.from_jobs: queue.SimpleQueue[_Call | _End] = queue.SimpleQueue()
+        self.to_jobs: list[queue.SimpleQueue[_End]] = [queue.SimpleQueue() for _ in jobs]
+        self.now: list[_Call | _End | None] = [None] * len(jobs)
+        self.forwards = [module.forward for module in layers.modules]
+        self.job = threading.local()
+
+    def run(self, progress: Callable[[int, int], None]) -> Iterator[Any]:
+        threads = [threading.Thread(target=self._work, args=(index,), daemon=True) for index in range(len(self.jobs))]
+        started = 0
+        try:
+            for index, module in enumerate(self.layers.modules):
+                module.forward = self._asking(index)
+            for index, thread in enumerate(threads):
+                self.turn(index)
+                thread.start()
+                started += 1
+                self._listen(index)
+            for layer in range(len(self.forwards)):
+                self.layers.bring(layer)
+                for index in range(len(self.jobs)):
+                    self._compute(index, layer)
+                self.layers.drop(layer)
+                progress(layer + 1, len(self.forwards))
+            if any(isinstance(now, _Call) for now in self.now):
+                raise UnsupportedModel(
+                    "the model does not call its decoder layers in their order, so it cannot be streamed"
+                )
+        finally:
+            for index in range(started):
+                if isinstance(self.now[index], _Call):
+                    self.to_jobs[index].put(_End(error=_Stopped()))
+            for thread in threads[:started]:
+                thread.join()
+            for module in self.layers.modules:
+                module.__dict__.pop("forward", None)
+        for end in self.now:
+            yield end.result
+
+    def _work(self, index: int) -> None:
+        """A job's thread."""
+        self.job.index = index
+        try:
+            end = _End(self.jobs[index]())
+        except BaseException as error:
+            end = _End(error=error)
+        self.from_jobs.put(end)
+
+    def _asking(self, layer: int) -> Callable[..., Any]:
+        """What stands in for a layer's forward: ask the run for its output, and wait."""
+
+        def forward(*given: Any, **named: Any) -> Any:
+            state = (contextvars.copy_context(), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+            self.from_jobs.put(_Call(layer, given, named, *state))
+            end = self.to_jobs[self.job.index].get()
+            if end.error is not None:
+                raise end.error
+            return end.result
+
+        return forward
+
+    def _listen(self, index: int) -> None:
+        """Wait until job `index` calls a layer or ends."""
+        self.now[index] = self.from_jobs.get()
+        if isinstance(self.now[index], _End) and self.now[index].error is not None:
+            raise self.now[index].error
+
+    def _compute(self, index: int, layer: int) -> None:
+        """Answer a job for as long as it calls this layer."""
+        while isinstance(call := self.now[index], _Call) and call.layer == layer:
+            self.turn(index)
+            self.now[index] = None
+            try:
+                with torch.inference_mode(call.inference), torch.set_grad_enabled(call.gradients):
+                    end = _End(call.context.run(self.forwards[layer], *call.given, **call.named))
+            except BaseException as error:  # the job unwinds, and ends with it
+                end = _End(error=error)
+            self.to_jobs[index].put(end)
+            self._listen(index)

@@ -1,0 +1,55 @@
+"""Opening a checkpoint to be run: whole, or with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoints.load import load_model
+from ..checkpoints.skeleton import layouts_of
+from ..checkpoints.streamed import stream_model
+from ..checkpoints.weight_files import is_adapter, shard_files
+from ..errors import UnsupportedModel
+from .options import Help
+
+Stream = Annotated[
+    bool | None,
+    Help(
+        "hold one decoder layer in memory at a time; default: where the checkpoint is larger than the memory that is free"
+    ),
+]
+
+
+def is_to_stream(models: Sequence[Path], stream: bool | None, device: str) -> bool:
+    """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit."""
+    if stream is not None:
+        return stream
+    files = [file for model in models if not is_adapter(model) for file in shard_files(Path(model))]
+    return sum(file.stat().st_size for file in files) > free_bytes(device)
+
+
+def free_bytes(device: str) -> int:
+    """Memory in which weights could be put, of a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def open_to_run(
+    model: Path, streamed: bool, device: str, whole: Callable[..., PreTrainedModel] = load_model
+) -> PreTrainedModel:
+    """A live model. `whole` opens it where it is not streamed."""
+    return stream_model(model, device) if streamed else whole(model, device=device)
+
+
+def check_stock(model: Path) -> None:
+    """Refuse to stream a pruned checkpoint into stock experts, which its containers become only in a whole model."""
+    if layouts_of(model):
+        raise UnsupportedModel(
+            f"{model} is pruned to unequal numbers of experts; it is looked at whole: give --no-stream, or the original"
+        )
