@@ -42,11 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
 # The way, the method that stands for its use, the rates tried with a cosine, and those tried without a schedule.
 TRIED = (
     ("lora", "prune, REAP", (3e-4, 1e-3, 3e-3), ()),
-    ("lora", "decompose", (3e-4, 1e-3, 3e-3), ()),
-    ("annealed", "lightmoe", (1e-4, 3e-4, 1e-3), ()),
-    ("lora", "lightmoe", (1e-4, 3e-4, 1e-3, 3e-3), (1e-4, 1e-3)),
+    ("lora", "decompose", (3e-4, 1e-3, 3e-3), (3e-4, 1e-3)),
+    ("annealed", "lightmoe", (1e-4, 3e-4, 1e-3), (1e-3,)),
+    ("layerwise", "lightmoe", (), (3e-4, 1e-3, 3e-3)),
+    ("lora", "lightmoe", (1e-4, 3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)),
 )
-CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 16384  # tokens
+CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 8192  # tokens
 WAY = "lora"
 
 

@@ -20,9 +20,20 @@ def option(
     at_least: float = -math.inf,
     at_most: float = math.inf,
     above: float = -math.inf,
+    kind: type | None = None,
 ) -> Any:
-    """A dataclass field that is an option: its default, one line of help, and what is allowed."""
-    allowed = {"help": help, "choices": tuple(choices), "at_least": at_least, "at_most": at_most, "above": above}
+    """A dataclass field that is an option: its default, one line of help, and what is allowed.
+
+    Its type is that of its default; `kind` says it where the default is None, for an option that need not have a value.
+    """
+    allowed = {
+        "kind": kind or type(default),
+        "help": help,
+        "choices": tuple(choices),
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+    }
     return dataclasses.field(default=default, metadata=allowed)
 
 
@@ -37,7 +48,9 @@ def check_options(options: Any, prefix: str = "") -> None:
     OptionError, which names flags with the prefix."""
     for item in option_fields(options):
         value, allowed, name = getattr(options, item.name), item.metadata, (prefix + item.name).replace("_", "-")
-        kind = type(item.default)
+        kind = allowed["kind"]
+        if value is None and item.default is None:
+            continue
         if kind in KINDS and not (type(value) is kind or (kind is float and type(value) is int)):
             raise OptionError(f"--{name} is {value!r}; it takes {KINDS[kind]}")
         if allowed.get("choices") and value not in allowed["choices"]:

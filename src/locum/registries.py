@@ -51,7 +51,7 @@ KINDS: Mapping[str, Kind] = {
     "statistics": Kind(
         STATISTICS, documented=lambda item: item.increment, facts=lambda item: {"axes": item.axes or "a single number"}
     ),
-    "ways": Kind(WAYS, facts=lambda cls: {"paper": cls.source}),
+    "ways": Kind(WAYS, facts=lambda cls: {"paper": cls.source, "learning_rate": cls.learning_rate}),
     "parts": Kind(PARTS),
     "policies": Kind(POLICIES),
     "exports": Kind(TARGETS),

@@ -331,7 +331,7 @@ def test_annealing_that_has_ended_needs_no_original(small, words, tmp_path):
     copy = shutil.copytree(small, tmp_path / "copy")
     notes = (copy / "locum.json").read_text().replace('"original":', '"was":')
     (copy / "locum.json").write_text(notes)
-    asked = {"data": str(words), "length": 64, "batch_size": 2, "steps": 1}
+    asked = {"data": str(words), "length": 64, "batch_size": 2, "steps": 1, "how": "annealed"}
     with pytest.raises(locum.OptionError, match="name the original checkpoint with --original"):
         locum.recover(copy, out=tmp_path / "no", **asked)
     locum.recover(copy, out=tmp_path / "yes", end_fraction=0.0, **asked)

@@ -56,7 +56,7 @@ def compressed(model, plan):
 
 def run(model, plan, original=None, validation=None, **options):
     kwargs = {k: options.pop(k) for k in ("workdir", "log", "progress", "restart") if k in options}
-    options = make_recovery({**QUICK, **options})
+    options = make_recovery({"how": "annealed", **QUICK, **options})
     known = None if original is None else Original.of(original)
     return recover_model(model, plan, tiny_tokens(), validation, options, known, **kwargs)
 

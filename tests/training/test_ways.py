@@ -176,8 +176,26 @@ def test_its_options_are_its_own_and_are_checked(name):
         make_recovery({"how": name, "stepz": 7})
 
 
+def slow_layers(model, original, batch) -> float:
+    """Layer by layer: the error of each position of what the model gives its block, relative to the layer's mean output."""
+    total, mask_BS = 0.0, batch.loss_mask_BS[:, 1:]
+    for layer, teacher in zip(find_layers(model), find_layers(original), strict=True):
+        seen = {}
+        hook = layer.block.register_forward_hook(lambda _, given, output, s=seen: s.update(given=given, output=output))
+        model(batch.ids_BS)
+        hook.remove()
+        ours_BSD, theirs_BSD = seen["output"], teacher.block(*seen["given"])
+        places = mask_BS.nonzero().tolist()
+        squares = [float((theirs_BSD[b, s] ** 2).sum()) for b, s in places]
+        errors = [float(((ours_BSD[b, s] - theirs_BSD[b, s]) ** 2).sum()) for b, s in places]
+        total += sum(errors) / (sum(squares) / len(squares))
+    return total
+
+
 def slow_loss(name: str, model, original, batch) -> float:
     """The loss of one batch, position by position."""
+    if name == "layerwise":
+        return slow_layers(model, original, batch)
     total = 0.0
     logits, teacher = (m(batch.ids_BS).logits.double().log_softmax(-1) for m in (model, original))
     for b, s in (batch.loss_mask_BS[:, 1:]).nonzero().tolist():
@@ -219,8 +237,22 @@ def test_a_way_must_not_take_the_name_of_an_option_of_every_run(monkeypatch):
 # --- options --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_run_without_a_rate_has_that_of_its_way(name):
+    assert make_recovery({"how": name}).learning_rate == WAYS[name].learning_rate > 0
+    assert make_recovery({"how": name, "learning_rate": 0.5}).learning_rate == 0.5
+    again = make_recovery({"how": name}).to_json()
+    assert make_recovery(again).to_json() == again
+
+
+@pytest.mark.parametrize("value", ["1e-3", True, 0, -1.0, float("nan")])
+def test_a_rate_is_a_number_above_0(value):
+    with pytest.raises(OptionError, match="--learning-rate is"):
+        make_recovery({"how": "lora", "learning_rate": value})
+
+
 def test_an_option_of_another_way_says_whose_it_is():
-    with pytest.raises(OptionError, match="'full' has no option --rank; ways that have it: annealed, lora"):
+    with pytest.raises(OptionError, match="'full' has no option --rank; ways that have it: annealed, layerwise, lora"):
         make_recovery({"how": "full", "rank": 4})
     with pytest.raises(OptionError, match="'lora' has no option --recover-end-fraction; ways that have it: annealed"):
         make_recovery({"how": "lora", "end_fraction": 0.5}, "recover_")

@@ -59,8 +59,7 @@ def options_of(options: type | None, prefix: str = "") -> list[click.Option]:
     """One option for every option field of a dataclass, its name after the prefix; none for None."""
     if options is None:
         return []
-    hints = typing.get_type_hints(options)
-    return [_field_option(field, hints[field.name], prefix) for field in option_fields(options)]
+    return [_field_option(field, prefix) for field in option_fields(options)]
 
 
 def flags_of(options: Sequence[click.Parameter]) -> list[str]:
@@ -68,10 +67,10 @@ def flags_of(options: Sequence[click.Parameter]) -> list[str]:
     return [flag for option in options for flag in (*option.opts, *option.secondary_opts) if flag.startswith("-")]
 
 
-def _field_option(field: Any, kind: Any, prefix: str) -> click.Option:
+def _field_option(field: Any, prefix: str) -> click.Option:
     choices = field.metadata.get("choices", ())
     shown = {"metavar": f"[{'|'.join(choices)}]"} if choices else {}
-    return _option(prefix + field.name, kind, field.metadata["help"], default=field.default, **shown)
+    return _option(prefix + field.name, field.metadata["kind"], field.metadata["help"], default=field.default, **shown)
 
 
 def _option(name: str, kind: Any, help_text: str, **given: Any) -> click.Option:

@@ -11,7 +11,7 @@ from ..errors import OptionError
 from ..options import check_names, check_options, option, option_fields
 from .ways import WAYS, Way
 
-DEFAULT_WAY = "annealed"
+DEFAULT_WAY = "lora"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # to accelerate's names
 
 
@@ -28,14 +28,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 @dataclass(frozen=True)
 class Recovery:
-    """A way to recover, and the options of a run of any way. The learning rate is that of LightMoE (arXiv 2603.12645).
+    """A way to recover, and the options of a run of any way. `make_recovery` makes one from names and values.
 
-    `make_recovery` makes one from names and values.
+    Rates and schedule were chosen on validation text (docs/results.md, "What choosing nothing gives"). LightMoE (arXiv
+    2603.12645) has 1e-4, constant after a warm-up of 3% of the steps.
     """
 
     way: Way
     steps: int = option(300, "optimizer steps", at_least=1)
-    learning_rate: float = option(1e-4, "highest learning rate", above=0)
+    learning_rate: float = option(None, "highest learning rate; default: the way's own", above=0, kind=float)
     schedule: str = option("constant", "course of the learning rate after warm-up", choices=SCHEDULES)
     warmup_fraction: float = option(
         0.03, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1
@@ -50,6 +51,10 @@ class Recovery:
     seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0, at_most=2**31 - 1)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", self.way.learning_rate)
 
     def to_json(self) -> dict[str, Any]:
         """All options by name, those of the way beside those of the run: what `make_recovery` takes."""

@@ -32,6 +32,7 @@ class Way(Protocol):
 
     name: ClassVar[str]  # set by @way
     source: ClassVar[str]  # set by @way
+    learning_rate: ClassVar[float]  # set by @way: the one to use where none is given
     changes_weights: ClassVar[
         bool
     ]  # False: only routers and vectors change, so a small adapter file can hold the result
@@ -80,11 +81,14 @@ WAYS: Registry[type[Way]] = Registry("way to recover", entry_points="locum.ways"
 Class = TypeVar("Class", bound=type)
 
 
-def way(name: str, source: str) -> Callable[[Class], Class]:
-    """Register the class below as a way to recover. `source` says where it is from: an arXiv id, or a word."""
+def way(name: str, source: str, learning_rate: float = 1e-3) -> Callable[[Class], Class]:
+    """Register the class below as a way to recover. `source` says where it is from: an arXiv id, or a word.
+
+    `learning_rate` is the highest of a run for which the user names none; choose it on validation text.
+    """
 
     def register(cls: Class) -> Class:
-        cls.name, cls.source = name, source
+        cls.name, cls.source, cls.learning_rate = name, source, learning_rate
         return WAYS.add(name, cls)
 
     return register

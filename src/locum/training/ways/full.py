@@ -14,7 +14,7 @@ from ..context import Context
 from . import way
 
 
-@way("full", source="arXiv 2503.00634 (Compressed Experts), section 4")
+@way("full", source="arXiv 2503.00634 (Compressed Experts), section 4", learning_rate=3e-4)
 @dataclass(frozen=True)
 class Full:
     """Train every parameter of the model; nothing is added.

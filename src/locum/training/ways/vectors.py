@@ -15,7 +15,7 @@ from ..context import Context, check_layers
 from . import way
 
 
-@way("vectors", source="arXiv 2205.05638 (IA3), on routers and auxiliary experts")
+@way("vectors", source="arXiv 2205.05638 (IA3), on routers and auxiliary experts", learning_rate=1e-4)
 @dataclass(frozen=True)
 class Vectors:
     """Train the routers and the vectors that auxiliary experts leave behind; every weight stays as it is.
