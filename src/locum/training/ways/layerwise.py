@@ -1,0 +1,149 @@
+"""Train every layer's stand-ins to give what the original's layer gives, on the compressed model's own hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...data.tokens import Batch
+from ...errors import OptionError
+from ...files import fingerprint
+from ...models.families import find_layers
+from ...options import option
+from ...plans.plan import Plan
+from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ..context import Context
+from ..states import sample
+from . import way
+
+
+@way("layerwise", source="arXiv 2411.19146 (Puzzle), its blockwise local distillation")
+@dataclass(frozen=True)
+class Layerwise:
+    """Train adapters, shared bases and constants so that every MoE layer gives what the original's gives.
+
+        loss = sum_l sum_t |y_l(h_t) - y*_l(h_t)|^2 / mean_t |y*_l(h_t)|^2
+
+    y_l is MoE layer l, y*_l that of the original, h_t its inputs in the compressed model, which training does not reach
+    through: a layer learns from its own error alone, however deep the model.
+
+    Trained:  as by `lora`; with `routers` the routers too.
+    Loss:     above. Validation is the cross entropy of the next token, as for every way.
+    Needs:    the whole original.
+    Edges:    a layer that the plan leaves as it was does not change.
+    Raises:   OptionError where the plan changes no layer, without the original model, or for one that lacks layers.
+    Cost:     a forward pass of the compressed model and of the original's MoE layers; gradients of one layer at a time.
+    Source:   Puzzle, arXiv 2411.19146. Differs: all layers learn at once, on inputs that the compressed layers before make.
+    """
+
+    changes_weights: ClassVar[bool] = True
+    rank: int = rank_option()
+    train_bases: bool = train_bases_option()
+    routers: bool = option(False, "train the routers of the layers too")
+
+    def objection(self, plan: Plan | None) -> str | None:
+        if _changed(plan):
+            return None
+        what = "a model without a plan has none" if plan is None else f"the plan ({plan.method}) changes none"
+        return f"learns from the error of layers that the plan changed, and {what}"
+
+    def needs_original(self, plan: Plan | None) -> bool:
+        return True
+
+    def check(self, context: Context) -> None:
+        check_adapters(context, self.rank)
+        if context.original.model is None:
+            raise OptionError(
+                "--how layerwise needs the whole original model, not its experts alone; give it with --original"
+            )
+        known = {layer.shape.name for layer in find_layers(context.original.model)}
+        missing = [layer.shape.name for layer in find_layers(context.model) if layer.shape.name not in known]
+        if missing:
+            raise OptionError(
+                f"the original lacks {len(missing)} of the model's layers (first: {missing[0]}); give the model that this one "
+                f"was compressed from with --original"
+            )
+
+    def identity(self, context: Context) -> dict[str, str]:
+        return {"original": fingerprint(*map(sample, context.original.model.parameters()))}
+
+    def prepare(self, context: Context, start: int) -> None:
+        open_adapters(context, self.rank, self.train_bases)
+        if self.routers:
+            for layer in find_layers(context.model):
+                for tensor in layer.router.parameters():
+                    tensor.requires_grad_(tensor.is_floating_point())
+
+    def at_step(self, context: Context, step: int) -> dict[str, float]:
+        return {}
+
+    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
+        mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(context.device)
+        losses: list[Tensor] = []
+        with _learning(context, mask_BS, losses), torch.no_grad():
+            ids_BS, attention_BS = batch.ids_BS.to(context.device), batch.attention_BS.to(context.device)
+            context.model.base_model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
+        return torch.stack(losses).sum(), int(mask_BS.sum())
+
+    def is_result(self, context: Context, step: int) -> bool:
+        return True
+
+    def finish(self, context: Context) -> None:
+        close_adapters(context)
+
+
+def _changed(plan: Plan | None) -> set[str]:
+    """Layers with an error. The others have rounding alone, which AdamW would take for something to learn from."""
+    return {layer.layer for layer in (plan.layers if plan else ()) if not layer.is_identity}
+
+
+@contextlib.contextmanager
+def _learning(context: Context, mask_BS: Tensor, losses: list[Tensor]) -> Iterator[None]:
+    """Let every block with experts add its loss to a list as it runs."""
+    teachers = {layer.shape.name: layer.block for layer in find_layers(context.original.model)}
+    layers = [layer for layer in find_layers(context.model) if layer.shape.name in _changed(context.plan)]
+    blocks = [(layer.block, teachers[layer.shape.name]) for layer in layers]
+    try:
+        for block, teacher in blocks:
+            block.forward = functools.partial(_learn, block.forward, teacher, mask_BS, losses)
+        yield
+    finally:
+        for block, _ in blocks:
+            del block.forward
+
+
+def _learn(forward: Any, teacher: nn.Module, mask_BS: Tensor, losses: list[Tensor], *given: Any, **named: Any) -> Any:
+    """A block's output, without a gradient, after its loss was taken. What comes in has no gradient either."""
+    with torch.enable_grad():
+        output = forward(*given, **named)
+        ours_MD = _first(output)[mask_BS].float()
+    dtype = next(teacher.parameters()).dtype
+    theirs = teacher(*_in(given, dtype), **_in(named, dtype))
+    theirs_MD = _first(theirs)[mask_BS].float()
+    with torch.enable_grad():
+        scale = theirs_MD.square().sum(dim=-1).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        losses.append((ours_MD - theirs_MD).square().sum() / scale)
+    return _map(output, Tensor.detach)
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _in(given: Any, dtype: torch.dtype) -> Any:
+    return _map(given, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _map(value: Any, change: Any) -> Any:
+    """A nest of tuples, lists and dictionaries with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return type(value)(_map(item, change) for item in value) if isinstance(value, (tuple, list)) else value
