@@ -22,6 +22,7 @@ from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, make_plan, stand_in
 from locum.stages.application import apply
+from locum.stages.inspection import inspect
 from making.checkpoints import write_checkpoint
 from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
@@ -295,11 +296,36 @@ def test_a_tampered_layout_is_refused_before_weights_are_read(compressed, what):
         assert_refused(compressed, CheckpointError, "config.json", name, calls=[call])
 
 
-def test_layers_that_are_no_table(compressed):
-    for value in ([], "all", 3, {"model.layers.1.mlp.experts": None}):
-        change_config(compressed, of_quantization(lambda q, value=value: q.update(layers=value)))
-        if value:
-            assert_refused(compressed, CheckpointError, "config.json")
+@pytest.mark.parametrize("value", [[], {}, None, 0, "all", 3, {"model.layers.1.mlp.experts": None}])
+def test_layers_that_are_no_table(compressed, value):
+    change_config(compressed, of_quantization(lambda q: q.update(layers=value)))
+    for call in (read_shape, load_model, AutoModelForCausalLM.from_pretrained):
+        assert_refused(compressed, CheckpointError, "config.json", calls=[call])
+
+
+RENAMED = {
+    "layers renamed": (lambda q: q.update({" layers": q.pop("layers")}), ("lacks layers", "' layers'")),
+    "layers gone": (lambda q: q.pop("layers"), ("lacks layers",)),
+    "version gone": (lambda q: q.pop("format_version"), ("lacks format_version",)),
+    "an entry more": (lambda q: q.update(bits=4), ("has 'bits'",)),
+    "a version that is no number": (lambda q: q.update(format_version=True), ("format version True",)),
+    "a version that is no whole number": (lambda q: q.update(format_version=2.0), ("format version 2.0",)),
+    "a stack's entry renamed": (lambda q: first_stack(q).update(row=first_stack(q).pop("rows")), ("rows",)),
+    "a stack's entry more": (lambda q: first_stack(q).update(columns=[]), ("columns",)),
+}
+
+
+def first_stack(quantization):
+    return quantization["layers"]["model.layers.1.mlp.experts"]["stacks"][0]
+
+
+@pytest.mark.parametrize("what", RENAMED)
+def test_entries_that_are_missing_or_unknown_are_refused_by_name(compressed, what):
+    """Without its layers, a compressed model would pass for a stock one."""
+    change, words = RENAMED[what]
+    change_config(compressed, of_quantization(change))
+    for call in (inspect, load_model, AutoModelForCausalLM.from_pretrained):
+        assert_refused(compressed, CheckpointError, *words, calls=[call])
 
 
 def test_rows_that_do_not_fit_the_weights_are_refused(compressed):

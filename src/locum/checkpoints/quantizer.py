@@ -2,7 +2,7 @@
 
 A layer that the stock layout cannot hold is named in `config.json`:
 
-    "quantization_config": {"quant_method": "locum", "format_version": 1, "layers": {experts module: layout}}
+    "quantization_config": {"quant_method": "locum", "format_version": 2, "layers": {experts module: layout}}
 
 `import locum` registers a quantizer for it. Before weights load, it puts containers where the config says, and the
 ordinary `AutoModelForCausalLM.from_pretrained` does the rest. Nothing executable is ever loaded.
@@ -31,6 +31,7 @@ from .read import read_header
 
 FORMAT_VERSION = 2
 READS = (1, FORMAT_VERSION)  # versions differ in how a layout is written (containers/layout_version_1.py)
+ENTRIES = ("quant_method", "format_version", "layers")
 
 
 @register_quantization_config("locum")
@@ -38,18 +39,35 @@ class LocumConfig(QuantizationConfigMixin):
     """Which layers of a checkpoint are containers, and their layouts."""
 
     def __init__(
-        self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+        self, layers: dict[str, Any], format_version: int = FORMAT_VERSION, quant_method: str = "locum"
     ) -> None:
-        if format_version not in READS:
-            raise CheckpointError(
-                f"the checkpoint has Locum format version {format_version!r}; this Locum reads version {FORMAT_VERSION}; "
-                f"install the version that wrote it, or a newer one"
-            )
-        if not isinstance(layers or {}, dict):
-            raise CheckpointError(f"config.json lists Locum's layers as {layers!r}; expected a table of layer names")
-        self.quant_method = "locum"  # type: ignore[assignment]
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
-        self.layers = layers or {}
+        self.layers = layers
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The entry of a config.json. Raises CheckpointError for what is not as Locum writes it: without its layers, a
+        compressed model would pass for a stock one."""
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if type(version) is not int or version not in READS:
+            raise CheckpointError(
+                f"the checkpoint has Locum format version {version!r}; this Locum reads version {FORMAT_VERSION}; install "
+                f"the version that wrote it, or a newer one"
+            )
+        lacks, more = (sorted({*a} - {*b}) for a, b in ((ENTRIES, config_dict), (config_dict, ENTRIES)))
+        if lacks or more:
+            said = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(map(repr, more))}"] * bool(more)
+            raise CheckpointError(
+                f"quantization_config in config.json {' and '.join(said)}; its entries are {', '.join(ENTRIES)}; restore the "
+                f"config.json that was written with the weights"
+            )
+        if not isinstance(config_dict["layers"], dict) or not config_dict["layers"]:
+            raise CheckpointError(
+                f"config.json lists Locum's layers as {config_dict['layers']!r:.100}; expected a table of layer names, one or "
+                f"more; restore the config.json that was written with the weights"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 @register_quantizer("locum")

@@ -63,7 +63,7 @@ def _locum_layers(config: PreTrainedConfig) -> dict[str, Any]:
     if data.get("quant_method") != "locum":
         check_declared(data)
         return {}
-    return LocumConfig(**{k: v for k, v in data.items() if k != "quant_method"}).layers
+    return LocumConfig.from_dict(data).layers
 
 
 def is_compressed(config: PreTrainedConfig) -> bool:

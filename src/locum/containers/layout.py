@@ -148,7 +148,7 @@ class Layout:
         try:
             given = dict(from_version_1(data) if "dense_of" in data else data)
             policy = given.pop("policy", None)
-            stacks = tuple(StackLayout(s["part"], tuple(s["variant"]), tuple(s["rows"])) for s in given.pop("stacks"))
+            stacks = tuple(StackLayout(**{**s, **_tuples(s)}) for s in given.pop("stacks"))
             layout = cls(**given, stacks=stacks, routing=None if policy is None else _policy(policy))
             reason = layout._fault()
         except (TypeError, AttributeError, KeyError, ValueError, OptionError) as error:
@@ -166,7 +166,7 @@ class Layout:
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             return "sizes, ranks and rows are whole numbers"
         for prefix, stack in self.prefixed():
-            name = f"{prefix or stack.part}: rows {list(stack.rows)}"
+            name = f"{prefix or stack.part}: rows {str(list(stack.rows)):.200}"
             if len(stack.rows) != self.num_experts:
                 return f"{name} are those of {len(stack.rows)} experts, not {self.num_experts}"
             if reason := stack.kind.variant_fault(stack.variant, self):
@@ -183,6 +183,10 @@ class Layout:
 def _place(item: tuple[tuple[type[Part], tuple[int, ...]], Any]) -> tuple[Any, ...]:
     kind, variant = item[0]
     return not kind.is_whole, not kind.has_products, kind.prefix == "", kind.name, variant
+
+
+def _tuples(stack: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(stack[name]) for name in ("variant", "rows")}
 
 
 def _policy(data: dict[str, Any]) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 
@@ -17,7 +18,7 @@ def from_version_1(data: dict[str, Any]) -> dict[str, Any]:
     if len(ranks) > len(rank_of) or set(rank_of) - {-1} != set(range(len(ranks))):
         raise ValueError(f"rank_of = {rank_of} does not use the ranks {ranks}")
     biased = [bool(given["has_bias"]) and d < 0 <= r for d, r in zip(dense, rank_of, strict=True)]
-    biases = [sum(biased[:e]) if biased[e] else -1 for e in range(len(dense))]
+    biases = [count - 1 if has_one else -1 for count, has_one in zip(accumulate(biased), biased, strict=True)]
     stacks = [("own_weights", (), dense)]
     for index, rank in enumerate(ranks):
         rows = [a if r == index else -1 for a, r in zip(adapter_of, rank_of, strict=True)]

@@ -34,7 +34,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ..checkpoints.fit import check_shape
-from ..checkpoints.quantizer import LocumConfig, read_layout
+from ..checkpoints.quantizer import ENTRIES, LocumConfig, read_layout
 from ..checkpoints.read import read_headers
 from ..checkpoints.skeleton import skeleton
 from ..checkpoints.weight_files import other_weights
@@ -66,7 +66,8 @@ class LocumQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LocumQuantization:
-        return cls(LocumConfig(**{key: value for key, value in config.items() if key != "quant_method"}).layers)
+        known = {name: value for name, value in config.items() if name in ENTRIES}  # vLLM may have added entries
+        return cls(LocumConfig.from_dict(known).layers)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
