@@ -132,6 +132,13 @@ def test_what_was_compressed_from_a_named_file_loads(folder):
     assert torch.equal(load_model(out).model.norm.weight, load_model(folder).model.norm.weight)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000 + "]" * 100_000])
+def test_an_index_that_cannot_be_read_is_refused_also_where_it_is_not_needed(text, folder, nothing_loaded):
+    """Other engines go by it."""
+    (folder / INDEX).write_text(text)
+    refusal(folder, str(folder / INDEX), "download it again")
+
+
 @pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", "", None, 3, "sub/../../x.safetensors"])
 def test_an_index_that_leads_out_is_refused(name, folder, nothing_loaded):
     (folder / WEIGHTS).unlink()
@@ -257,6 +264,30 @@ def test_tensors_without_a_place_are_named_with_what_they_are(change, folder, no
     change_weights(folder, change)
     said = refusal(folder, "have no place in the model that config.json describes", STRANGE[change])
     assert "fetch" not in said
+
+
+ONE, ALL = "experts.3.up_proj.weight", ".experts."
+SHAPES = {
+    "one expert with a dimension more": (ONE, lambda t: t[None]),
+    "all experts with a dimension more": (ALL, lambda t: t[None]),
+    "one expert with a dimension less": (ONE, lambda t: t.flatten()),
+    "one expert with a row less": (ONE, lambda t: t[:-1].clone()),
+    "one expert transposed": (ONE, lambda t: t.T.contiguous()),
+    "a matrix with a dimension more": ("q_proj.weight", lambda t: t[None]),
+    "a norm with a dimension more": ("model.norm.weight", lambda t: t[None]),
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tensors_of_another_shape_are_refused_by_name(what, sharded, folder, nothing_loaded):
+    part, change = SHAPES[what]
+    names = sorted(name for name in load_file(folder / WEIGHTS) if part in name)
+    change_weights(folder, lambda tensors: tensors.update({name: change(tensors[name]) for name in names}))
+    if sharded:
+        only_shards(folder)
+    said = refusal(folder, "has shape", "fetch it again")
+    assert any(name in said for name in names)
 
 
 def test_tensors_that_are_missing_are_found_by_inspect(folder, nothing_loaded):

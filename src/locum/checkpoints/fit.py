@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..models.families import unread_tensors
-from ..models.stored import Place, converts_to_several, places_of
+from ..models.stored import ONE_EXPERT, Place, converts_to_several, places_of
 
 Headers = Mapping[str, Mapping[str, Any]]
 
@@ -63,6 +63,7 @@ def check_shapes(model: PreTrainedModel, headers: Headers) -> dict[str, Place]:
         place = places.get(name)
         if place is not None and not place.converted:
             check_shape(name, tuple(entry["shape"]), tuple(live[place.name].shape))
+    _check_alike(live, headers, {name: place.name for name, place in places.items() if place.converted})
     needed = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in live.values()}.values())
     found = sum(math.prod(entry["shape"]) for entry in headers.values())
     if needed > 2 * found + MOST_NUMBERS:
@@ -70,6 +71,25 @@ def check_shapes(model: PreTrainedModel, headers: Headers) -> dict[str, Place]:
             f"tensors are missing: config.json describes {needed:,} numbers, the files hold {found:,}; fetch it again"
         )
     return places
+
+
+def _check_alike(live: Mapping[str, Any], headers: Headers, places: Mapping[str, str]) -> None:
+    """Refuse experts of a layer that differ in shape, or have too many dimensions or too few to be stacked."""
+    firsts: dict[str, str] = {}
+    for name, live_name in places.items():
+        if not ONE_EXPERT.search(name):
+            continue
+        shape, dims = headers[name]["shape"], live[live_name].dim() - 1
+        if len(shape) != dims:
+            raise CheckpointError(
+                f"{name} has shape {shape} in the file, and the tensor of one expert has {dims} dimensions; fetch it again"
+            )
+        like = firsts.setdefault(ONE_EXPERT.sub("0", name), name)
+        if shape != headers[like]["shape"]:
+            raise CheckpointError(
+                f"{name} has shape {shape} in the file, but {like} has {headers[like]['shape']}, and experts of a layer "
+                f"have one shape; fetch it again"
+            )
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -43,6 +43,8 @@ def shard_files(path: Path) -> list[Path]:
             )
         return _shards_of(file) if file.name.endswith(".json") else [file]
     if (path / WEIGHTS).is_file():
+        if (path / INDEX).is_file():
+            read_json(path / INDEX)  # transformers does not look at it, but other engines go by it
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
         return _shards_of(path / INDEX)
