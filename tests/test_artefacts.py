@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from locum.errors import OutputError, PlanError, StatisticsError
-from locum.files import NOTES, check_output, clear, fingerprint, provenance, sweep, whole, write_text
+from locum.files import NOTES, check_output, clear, fingerprint, provenance, sweep, watched, whole, write_text
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
@@ -170,6 +170,52 @@ def test_a_pipe_that_appears_while_an_output_is_written_stays(tmp_path):
         scratch.write_text("new")
         os.mkfifo(tmp_path / "out")
     assert (tmp_path / "out").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+@KINDS
+@pytest.mark.parametrize("before", ["nothing", "something"])
+@pytest.mark.parametrize("name", ["out", "out.json"])
+def test_what_another_program_puts_at_a_watched_output_stays(tmp_path, kind, before, name):
+    path = tmp_path / name
+    if before == "something":
+        with whole(path, kind) as scratch:
+            write(scratch, kind, "old")
+    beside = tmp_path / ("out.2.json" if (kind, name) == ("file", "out.json") else f"{name}.2")
+    with watched(path):
+        clear(path)
+        (tmp_path / "theirs").mkdir() if kind == "folder" else None
+        write(tmp_path / "theirs", kind, "theirs")
+        os.replace(tmp_path / "theirs", path)
+        said = f"another program has written {path}.*--force; the result is {beside}"
+        with pytest.raises(OutputError, match=said), whole(path, kind) as scratch:
+            write(scratch, kind, "ours")
+    assert read(path, kind) == "theirs" and read(beside, kind) == "ours"
+    assert {p.name for p in tmp_path.iterdir()} == {name, beside.name}
+    with whole(path, kind) as scratch:  # the run is over
+        write(scratch, kind, "new")
+    assert read(path, kind) == "new"
+
+
+@KINDS
+def test_a_watched_output_is_written_again_by_its_own_run(tmp_path, kind):
+    path = tmp_path / "out"
+    with watched(path), watched(tmp_path / "other"):
+        for text in ("one", "two"):
+            with whole(path, kind) as scratch:
+                write(scratch, kind, text)
+        clear(path)
+        with whole(path, kind) as scratch:  # what somebody removed is nobody's
+            write(scratch, kind, "three")
+    assert read(path, kind) == "three" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_fills_an_empty_watched_folder_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    with watched(tmp_path / "out"):
+        (tmp_path / "out" / "photo").write_text("theirs")
+        with pytest.raises(OutputError, match="another program"), whole(tmp_path / "out", "folder") as scratch:
+            write(scratch, "folder", "ours")
+    assert tree(tmp_path) == {"out": b"", "out/photo": b"theirs", "out.2": b"", "out.2/a.txt": b"ours"}
 
 
 @KINDS

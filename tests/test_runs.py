@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 import locum
 from locum.errors import OutputError
+from locum.files import write_text
 from locum.measure.rows import Row, read_rows, write_rows
 from locum.runs import differences, reserved, set_aside
+from locum.stages.options import alone
 from making.checkpoints import tree
 
 WRITERS = [
@@ -71,6 +75,21 @@ def test_every_stage_is_alone_with_its_output(name, tmp_path):
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("name", ["out", "picture"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_stage_replaces_what_came_meanwhile_with_force_alone(name, force, tmp_path):
+    @alone
+    def stage(*, out=None, picture=None, force=False):
+        (tmp_path / "a").write_text("theirs")
+        write_text(tmp_path / "a", "ours")
+
+    with (
+        contextlib.nullcontext() if force else pytest.raises(OutputError, match=r"another program .* result is .*a\.2")
+    ):
+        stage(**{name: tmp_path / "a", "force": force})
+    assert tree(tmp_path) == ({"a": b"ours"} if force else {"a": b"theirs", "a.2": b"ours"})
+
+
 def test_writers_are_the_stages():
     assert set(WRITERS) >= {"apply", "bench", "calibrate", "compress", "demo", "export", "plan", "recover", "search"}
 
@@ -123,6 +142,37 @@ def test_rows_of_evaluations_that_end_together_are_all_there(tmp_path):
         list(pool.map(write, range(24)))
     assert {row.model for row in read_rows(tmp_path / "rows")} == {f"{number}" for number in range(24)}
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+
+
+ROW = Row("m", None, "loss", "a", 1.0, None, None, 1, 0, 1.0, 1, {})
+
+
+def broken_disk(path):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+
+def full_disk(path):
+    raise OutputError(f"no space left for {path}")
+
+
+@pytest.mark.parametrize("disk", [broken_disk, full_disk])
+def test_rows_that_cannot_be_written_are_in_the_error(disk, tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows", [ROW])
+    monkeypatch.setattr("locum.measure.rows.write_text", lambda path, text: disk(path))
+    with pytest.raises(OutputError, match=r"rows.*; what was measured is printed instead") as caught:
+        write_rows(tmp_path / "rows", [replace(ROW, model="new")])
+    (tmp_path / "printed").write_text(caught.value.unwritten)
+    assert [row.model for row in read_rows(tmp_path / "printed")] == ["new"]
+    assert [row.model for row in read_rows(tmp_path / "rows")] == ["m"]
+
+
+@pytest.mark.parametrize("theirs", [b"words\n", b"\xff\xfe", b"[]\n"])
+def test_rows_are_not_added_to_what_holds_none(theirs, tmp_path):
+    """Whoever wrote it, while the evaluation ran."""
+    (tmp_path / "rows").write_bytes(theirs)
+    with pytest.raises(OutputError, match=r"rows.*printed instead"):
+        write_rows(tmp_path / "rows", [ROW])
+    assert tree(tmp_path) == {"rows": theirs}
 
 
 def test_differences_name_what_differs():

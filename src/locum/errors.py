@@ -48,7 +48,11 @@ class PlanError(LocumError, ValueError):
 
 
 class OutputError(LocumError):
-    """An output cannot be written where it was asked for."""
+    """An output cannot be written where it was asked for. `unwritten` is its text, where nothing else is left of it."""
+
+    def __init__(self, message: str, unwritten: str = "") -> None:
+        super().__init__(message)
+        self.unwritten = unwritten
 
 
 class EngineError(LocumError):

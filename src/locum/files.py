@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -14,18 +15,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from .errors import OutputError
+from .errors import LocumError, OutputError
 
 NOTES = "locum.json"  # what Locum says of a checkpoint it made, beside the weights
 LONGEST_NAME = 200  # bytes: file systems allow 255, and what stands beside an output for a while has a longer name
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+
+Mark = tuple[int, ...] | None  # what tells a file or folder from another one in its place; None: nothing is there
+_watched: ContextVar[dict[Path, Mark] | None] = ContextVar(
+    "watched", default=None
+)  # outputs of this run, not to be replaced
 
 
 def provenance(**more: Any) -> dict[str, Any]:
@@ -114,7 +121,8 @@ def whole(path: Path, kind: str = "file") -> Iterator[Path]:
     """A temporary neighbour of `path` to write into; it takes the name only when the block ends well.
 
     On any error or interrupt the neighbour is removed and whatever was at `path` stays. What a killed process left of
-    its neighbour goes too. A link stays a link: what it leads to is written. A full disk is an OutputError.
+    its neighbour goes too. A link stays a link: what it leads to is written. A full disk is an OutputError. What another
+    program has put at a watched path stays, and the result is kept beside it.
     """
     path = Path(os.path.realpath(path))
     scratch = path.with_name(f".{path.name}.part-{os.getpid()}")
@@ -127,13 +135,67 @@ def whole(path: Path, kind: str = "file") -> Iterator[Path]:
         _open_permissions(scratch)
         _sync(scratch)
         _check_replaceable(path)
+        _check_watched(scratch, path)
         _put(scratch, path)
+        _note(path)
     except Exception as error:
         if _is_full(error):
             raise OutputError(f"no space left for {path}; nothing was kept; free some and run it again") from error
         raise
     finally:
         _remove(scratch)
+
+
+@contextlib.contextmanager
+def watched(path: str | Path) -> Iterator[None]:
+    """Let `whole` replace, until the block ends, only what is at this output now, and what the run itself writes there."""
+    real = Path(os.path.realpath(path))
+    before = _watched.set({**(_watched.get() or {}), real: _mark(real)})
+    try:
+        yield
+    finally:
+        _watched.reset(before)
+
+
+def _mark(path: Path) -> Mark:
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino, about.st_mtime_ns
+
+
+def _check_watched(scratch: Path, path: Path) -> None:
+    """Work may have taken hours, so the result gets another name where its own is taken."""
+    marks = _watched.get() or {}
+    if path not in marks or _mark(path) in (None, marks[path]):
+        return
+    beside = next(place for place in _names_beside(path) if not place.exists())
+    os.replace(scratch, beside)
+    raise OutputError(
+        f"another program has written {path} meanwhile, which is not replaced without --force; the result is {beside}"
+    )
+
+
+def _names_beside(path: Path) -> Iterator[Path]:
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    return (path.with_name(f"{stem}.{number}{suffix}") for number in itertools.count(2))
+
+
+def _note(path: Path) -> None:
+    marks = _watched.get() or {}
+    if path in marks:
+        marks[path] = _mark(path)
+
+
+@contextlib.contextmanager
+def or_else_printed(text: str) -> Iterator[None]:
+    """Where what was measured cannot be written after all, the error has it as text, which the command line prints."""
+    try:
+        yield
+    except (LocumError, OSError) as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        raise OutputError(f"{said}; what was measured is printed instead", unwritten=text) from error
 
 
 def _is_full(error: Exception) -> bool:

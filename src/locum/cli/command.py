@@ -15,7 +15,7 @@ import click
 import torch
 from click.core import ParameterSource
 
-from ..errors import LocumError, did_you_mean, unknown
+from ..errors import LocumError, OutputError, did_you_mean, unknown
 from .parameters import Choice, flags_of, options_of, parameters_of
 from .progress import progress_lines
 from .shown import say
@@ -33,6 +33,8 @@ def one_line(command: str) -> Iterator[None]:
         return
     except LocumError as error:
         message = " ".join(str(error).split())
+        if isinstance(error, OutputError) and error.unwritten:
+            click.echo(error.unwritten)
     except click.UsageError as error:
         path = f"locum {command}".strip() if error.ctx is None else _typed(error.ctx)
         message = f"{error.format_message().strip(' .:')}; see: {path} --help"

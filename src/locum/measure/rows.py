@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import check_output, write_text
+from ..files import check_output, or_else_printed, write_text
 from ..json_text import parse_json
 from ..runs import reserved
 
@@ -36,12 +36,19 @@ class Row:
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them."""
-    path = check_output(path, force=True)
-    with reserved(path, wait=True):  # of two evaluations that end together, neither loses its rows
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
-        old += "\n" if old and not old.endswith("\n") else ""
-        write_text(path, old + "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them.
+
+    Where that cannot be done, the OutputError has them: they may have taken hours.
+    """
+    lines = [json.dumps(dataclasses.asdict(row)) for row in rows]
+    with or_else_printed("\n".join(lines)):
+        path = check_output(path, force=True)
+        with reserved(path, wait=True):  # of two evaluations that end together, neither loses its rows
+            if path.exists():
+                read_rows(path)  # what another program has put there is no place for rows
+            old = path.read_text(encoding="utf-8") if path.exists() else ""
+            old += "\n" if old and not old.endswith("\n") else ""
+            write_text(path, old + "".join(line + "\n" for line in lines))
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -26,7 +26,7 @@ from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_conf
 from ..checkpoints.skeleton import check_vocabularies, read_shape
 from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
-from ..files import check_output, provenance, write_text
+from ..files import check_output, or_else_printed, provenance, write_text
 from ..formats.plain import COMPUTE_DTYPES
 from ..json_text import parse_json
 from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
@@ -80,10 +80,12 @@ def bench(
         **results(about, measured, settings),
     }
     result["provenance"] = provenance()
-    if out is not None:
-        write_text(Path(out), json.dumps(result, indent=1))
-    if picture is not None:
-        write_text(Path(picture), page.make_page(result))
+    text = json.dumps(result, indent=1)
+    with or_else_printed(text):
+        if out is not None:
+            write_text(Path(out), text)
+        if picture is not None:
+            write_text(Path(picture), page.make_page(result))
     return result
 
 

@@ -19,9 +19,11 @@ from typing import Annotated, Any, TypeVar
 import torch
 
 from ..errors import OptionError
+from ..files import watched
 from ..runs import reserved
 
 MOST_SEED = 2**31 - 1
+OUTPUTS = ("out", "picture")  # parameters of stages that say where to write
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -57,14 +59,20 @@ Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 
 def alone(stage: Stage) -> Stage:
-    """A stage beside which no other run writes to its `out`: reserved before it is looked at, and until the end."""
+    """A stage beside which no other run writes to its outputs: reserved before they are looked at, and until the end.
+    What a program that is no run puts there meanwhile stays, unless `force`."""
 
-    default = inspect.signature(stage).parameters["out"].default
+    parameters = inspect.signature(stage).parameters
+    defaults = {name: parameters[name].default for name in OUTPUTS if name in parameters}
 
     @functools.wraps(stage)
     def run(*given: Any, **options: Any) -> Any:
-        out = options.get("out", default)
-        with reserved(out) if isinstance(out, (str, Path)) else contextlib.nullcontext():
+        outputs = [options.get(name, default) for name, default in defaults.items()]
+        with contextlib.ExitStack() as stack:
+            for out in (out for out in outputs if isinstance(out, (str, Path))):
+                stack.enter_context(reserved(out))
+                if not options.get("force", False):
+                    stack.enter_context(watched(out))
             return stage(*given, **options)
 
     return run  # type: ignore[return-value]
