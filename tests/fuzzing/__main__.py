@@ -1,6 +1,7 @@
 """Damaged inputs in great number, and what Locum answers to each.
 
     PYTHONPATH=tests python -m fuzzing [--count 1200] [--seed 0] [--kinds plan,options] [--out build/fuzz] [--jobs 2]
+    PYTHONPATH=tests python -m fuzzing --resume --count 1200    what is missing of these in the folder, of a run that ended early
     PYTHONPATH=tests python -m fuzzing --seed 0 --only 417      one input: what it is, what is said, its folder kept
 
 Every input is made from the seed and its number: a copy of a small world of files (world.py) in which one thing is
@@ -9,7 +10,8 @@ a child of its own under limits (process.py). Its answer is a clear error (exit 
 same result as without the damage or another one, or a fault: anything else (answers.py). Exit code 1 where there are any.
 
 `--out` gets `answers.jsonl`, a row for each input, and `summary.md`, the tables that are printed. `--only` takes the world
-of the last whole run that is there, so that it sees the same bytes.
+of the last whole run that is there, so that it sees the same bytes; so does `--resume`, which adds to the answers that are
+there. Pieces of a long run: the same command with `--resume` and ever larger counts.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1200, help="inputs to try")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="keep the world and the answers in the folder, and go on")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="try this input alone, and show it")
     parser.add_argument("--kinds", default=",".join(ALL_KINDS), help=f"separated by commas: {', '.join(ALL_KINDS)}")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"), help="folder for what is found")
@@ -64,7 +67,7 @@ def main(given: Sequence[str] | None = None, command: Callable[[], object] = loc
     print(f"sources {Path(locum.__file__).parent}, seed {options.seed}, in {out}")
     if options.only is not None:
         return campaign.show(options.only)
-    rows = campaign.run(options.first, options.count, options.kinds)
+    rows = campaign.run(options.first, options.count, options.kinds, resume=options.resume)
     text, faults = summary(rows), sum(row["fault"] for row in rows)
     (out / "summary.md").write_text(text, encoding="utf-8")
     print(text)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .answers import FAULTS, OTHER, SAME, Answer, Snapshot, answer, differing, fields, made_in, snapshot
+from .answers import FAULTS, LOCUM, OTHER, SAME, Answer, Snapshot, answer, differing, fields, made_in, snapshot
 from .inputs import Input, kind_of, lay_out, make_input
 from .kinds import OPTIONS
 from .process import Ending, Limits, Running, threads
@@ -68,30 +68,50 @@ class Campaign:
 
     def __init__(self, command: Callable[[], object], out: Path, limits: Limits, *, seed: int, jobs: int) -> None:
         self.command, self.out, self.limits, self.seed, self.jobs = command, out, limits, seed, jobs
-        self.world = out / "world"
+        self.world, self.answers = out / "world", out / "answers.jsonl"
+        self.sources = _digest(Path(LOCUM), "*.py")[:8]
 
-    def run(self, first: int, count: int, kinds: list[str]) -> list[Row]:
-        """A row for each of the inputs of these kinds among so many numbers; all of them are in `answers.jsonl`."""
-        self._make_world()
-        before, started = _digest(self.world), time.monotonic()
-        numbers = [number for number in range(first, first + count) if kind_of(number) in kinds]
-        rows: list[Row] = []
-        with (self.out / "answers.jsonl").open("w", encoding="utf-8") as file:
-            for trial, ending in self._all(lambda: (self._start(number) for number in numbers)):
+    def run(self, first: int, count: int, kinds: list[str], resume: bool = False) -> list[Row]:
+        """A row for each of the inputs of these kinds among so many numbers; all of them are in `answers.jsonl`.
+
+        A run that resumes keeps the world and the rows that are there, and returns them too.
+        """
+        rows = self._rows_there() if resume else []
+        if not rows:
+            self._make_world()
+        before, started, done = _digest(self.world), time.monotonic(), {row["number"] for row in rows}
+        numbers = [n for n in range(first, first + count) if kind_of(n) in kinds and n not in done]
+        self._write(rows)
+        with self.answers.open("a", encoding="utf-8") as file:
+            for tried, (trial, ending) in enumerate(self._all(lambda: map(self._start, numbers)), 1):
                 rows.append(self._row(trial, ending))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
                 trial.remove()  # all but its fields
-                if len(rows) % 50 == 0:
-                    print(f"{len(rows)} of {len(numbers)} after {time.monotonic() - started:.0f} s", flush=True)
+                if tried % 50 == 0:
+                    print(f"{tried} of {len(numbers)} after {time.monotonic() - started:.0f} s", flush=True)
         rows = self._compared(rows)
-        with (self.out / "answers.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._write(rows)
+        for path in self.out.glob("fields-*"):
+            path.unlink()
         if _digest(self.world) != before:
             raise RuntimeError(
                 f"an input changed {self.world}, which only its copies should be: look for outputs that left"
             )
         return rows
+
+    def _rows_there(self) -> list[Row]:
+        """The answers of the run before, but for a line that it had not finished."""
+        lines = self.answers.read_text(encoding="utf-8").splitlines() if self.answers.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        if other := {row["seed"] for row in rows} - {self.seed}:
+            raise RuntimeError(f"{self.answers} holds answers of seed {min(other)}; choose another --out")
+        return rows
+
+    def _write(self, rows: list[Row]) -> None:
+        whole = self.answers.with_suffix(".new")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        whole.replace(self.answers)
 
     def show(self, number: int) -> int:
         """Try one input and print all about it; its folder stays."""
@@ -101,6 +121,7 @@ class Campaign:
         print(f"{trial.about.number}, {trial.about.kind}: {trial.about.damaged}\ncd {trial.place}\n{trial.about.shown}")
         ending = trial.running.wait()
         row = self._compared([self._row(trial, ending)])[0]
+        self._fields_of(number).unlink(missing_ok=True)
         print(ending.stdout[-3000:], ending.stderr, json.dumps(row, indent=1), sep="\n")
         return int(row["fault"])
 
@@ -166,6 +187,7 @@ class Campaign:
         return {
             "number": made.number,
             "seed": self.seed,
+            "sources": self.sources,
             "kind": made.kind,
             "damaged": made.damaged,
             "command": made.shown[:2000],
@@ -185,11 +207,12 @@ class Campaign:
         return self.out / f"fields-{number:05}.json"
 
     def _compared(self, rows: list[Row]) -> list[Row]:
-        """The rows in order, acceptances compared to undamaged runs.
+        """The rows in order, acceptances compared to undamaged runs; those of a run before have been.
 
         Of damaged files every line is run undamaged, so that a line which never works is found.
         """
-        lines = sorted({row["line"] for row in rows if row["result"] == SAME or row["kind"] != OPTIONS})
+        fresh = [row for row in rows if "differs" not in row]
+        lines = sorted({row["line"] for row in fresh if row["result"] == SAME or row["kind"] != OPTIONS})
         runs: dict[str, list[tuple[int, dict[str, str]]]] = {line: [] for line in lines}
         for trial, ending in self._all(lambda: (self._start_undamaged(i, line) for i in range(RUNS) for line in lines)):
             runs[trial.about].append((ending.code, trial.result(ending) if ending.code == 0 else {}))
@@ -198,7 +221,7 @@ class Campaign:
             line: Undamaged(code, one, {name for name in {*one, *two} if one.get(name) != two.get(name)})
             for line, ((code, one), (_, two)) in runs.items()
         }
-        if broken := sorted({row["line"] for row in rows if row["kind"] != OPTIONS and usual[row["line"]].code}):
+        if broken := sorted({row["line"] for row in fresh if row["kind"] != OPTIONS and usual[row["line"]].code}):
             raise RuntimeError(f"of undamaged files this does not work, so it says nothing of damage: {broken[0]}")
         return [self._compare(row, usual) for row in sorted(rows, key=lambda row: row["number"])]
 
@@ -208,10 +231,9 @@ class Campaign:
         return self._trial(place, tuple(shlex.split(line)), line)
 
     def _compare(self, row: Row, usual: dict[str, Undamaged]) -> Row:
-        if row["result"] != SAME:
-            return row | {"differs": []}
+        if row["result"] != SAME or "differs" in row:
+            return {"differs": []} | row
         found, undamaged = json.loads(self._fields_of(row["number"]).read_text(encoding="utf-8")), usual[row["line"]]
-        self._fields_of(row["number"]).unlink()
         if undamaged.code:
             return row | {"result": OTHER, "differs": [f"undamaged, the command ends with code {undamaged.code}"]}
         differs = differing(found, undamaged.fields, undamaged.volatile)
@@ -219,9 +241,9 @@ class Campaign:
         return row | {"result": OTHER if differs else SAME, "differs": shown}
 
 
-def _digest(folder: Path) -> str:
+def _digest(folder: Path, pattern: str = "*") -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        digest.update(os.fsencode(path))
+    for path in sorted(folder.rglob(pattern)):
+        digest.update(os.fsencode(path.relative_to(folder)))
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

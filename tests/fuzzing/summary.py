@@ -14,6 +14,11 @@ SHOWN = 12  # numbers of inputs in a line of the tables
 def summary(rows: list[Row]) -> str:
     """All three tables, as Markdown."""
     parts = ["## Results by kind of input", _results(rows)]
+    tried = Counter(row["sources"] for row in rows)
+    if len(tried) > 1:
+        parts.append(
+            "Sources changed on the way: " + ", ".join(f"{n} inputs by {name}" for name, n in tried.items()) + "."
+        )
     if faults := [row for row in rows if row["fault"]]:
         parts += ["## Faults by cause", _causes(faults)]
     if others := [row for row in rows if row["result"] == OTHER]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from locum.cli import cli, progress
 from locum.cli.results import show_bench, show_checks, show_demo, show_inspect, show_rows
 from locum.cli.shown import add_row, print_table, shown
-from locum.measure.rows import Row
+from locum.measure.rows import Row, read_rows
 from locum.verification.folder import Check
 from making.checkpoints import locum as command
 
@@ -78,6 +79,19 @@ def test_a_name_with_brackets_does_not_end_an_evaluation(checkpoint, words, tmp_
     options = ("--tokens", 128, "--length", 64, "--split", "all", "--resamples", 5, "--name", "run[/2]")
     result = command("eval", model, "--data", f"d[b]={words}", *options)
     assert result.exit_code == 0 and "run[/2]" in result.stdout and "d[b]" in result.stdout
+
+
+def test_results_that_cannot_be_written_are_printed(checkpoint, words, tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("locum.measure.rows.write_text", refuse)
+    options = ("--tokens", 128, "--length", 64, "--split", "all", "--resamples", 5)
+    result = command("eval", checkpoint, "--data", words, *options, "--json", tmp_path / "rows")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"{tmp_path}/rows: Input/output error; what was measured is printed instead" in result.stderr
+    (tmp_path / "printed").write_text(result.stdout)
+    assert {row.metric for row in read_rows(tmp_path / "printed")} >= {"loss", "bits_per_byte"}
 
 
 def test_progress_has_names_of_any_kind(monkeypatch):

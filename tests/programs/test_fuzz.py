@@ -135,7 +135,12 @@ def command():
 
 campaign.make_world, campaign.make_input = make_world, make_input
 made = campaign.Campaign(command, Path(sys.argv[1]), Limits(seconds=6, memory=1 << 30), seed=0, jobs=2)
-print(json.dumps(made.run(0, {count} * len(kinds.ROUND), ["plan"])))
+made.run(0, 4 * len(kinds.ROUND), ["plan"])
+with made.answers.open("a") as file:  # killed while it wrote a line
+    file.write('{{"number": 9')
+rows = made.run(0, {count} * len(kinds.ROUND), ["plan"], resume=True)
+assert rows == [json.loads(line) for line in made.answers.read_text().splitlines()]
+print(json.dumps(rows))
 """
 EXPECTED = {
     "undamaged": SAME,

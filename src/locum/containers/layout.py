@@ -166,7 +166,7 @@ class Layout:
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             return "sizes, ranks and rows are whole numbers"
         for prefix, stack in self.prefixed():
-            name = f"{prefix or stack.part}: rows {str(list(stack.rows)):.200}"
+            name = f"{prefix or stack.part}: rows {list(stack.rows)!s:.200}"
             if len(stack.rows) != self.num_experts:
                 return f"{name} are those of {len(stack.rows)} experts, not {self.num_experts}"
             if reason := stack.kind.variant_fault(stack.variant, self):
