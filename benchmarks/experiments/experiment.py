@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -26,13 +27,15 @@ from locum import files
 from locum.bundled import MODEL, reference_data
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.read import load_tokenizer, read_config
-from locum.checkpoints.skeleton import skeleton
+from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
+from locum.checkpoints.skeleton import read_shape, skeleton
+from locum.data.documents import parse_sources
 from locum.data.tokens import load_tokens
+from locum.experts.parts.low_rank import LowRank
 from locum.measure.loss import evaluate
-from locum.models.sizes import shape_of
 from locum.options import option_fields
-from locum.plans.plan import Plan, make_plan
+from locum.plans.plan import LayerPlan, Plan, Slot, make_plan
+from locum.runs import reserved
 from locum.training.context import Original
 from locum.training.options import Recovery, make_recovery
 from locum.training.recovery import count_trainable, recover_model
@@ -42,6 +45,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "locum"
 SEEDS = (0, 1, 2)
 LENGTH = 256
+CALIBRATED = 131072  # tokens
 MEASURED = {"validation": 32768, "test": 49152}  # tokens
 OF_WAYS = {name: {item.name: item.default for item in option_fields(cls)} for name, cls in WAYS.items()}
 OF_ALL = {option: default for options in OF_WAYS.values() for option, default in options.items()}
@@ -82,13 +86,27 @@ class Experiment:
         return (job["name"], job[self.setting], job["seed"], *options)
 
 
+def made_once(name: str, make: Callable[..., object], **asked: Any) -> Path:
+    """What `make(MODEL, data=, out=, **asked)` writes, kept in the cache under a name that tells the whole question.
+
+    That is what was asked, of which model and text, by which sources of Locum and on which versions of what it uses.
+    """
+    sources = sorted(path for path in Path(locum.__file__).parent.rglob("*") if path.suffix in (".py", ".cpp"))
+    texts = [Path(source.path) for source in parse_sources(reference_data())]
+    whole = {"asked": asked, "model": fingerprint_checkpoint(MODEL), "versions": files.provenance()["versions"]}
+    contents = [path.read_bytes() for path in (*sources, *texts)]
+    question = files.fingerprint(json.dumps(whole, sort_keys=True), *contents)
+    path = CACHE / f"{name}.{question}.safetensors"
+    with reserved(path, wait=True):  # shards of an experiment ask for the same
+        if not path.is_file():
+            make(MODEL, data=reference_data(), out=path, **asked)
+    return path
+
+
+@functools.cache
 def statistics() -> Any:
-    """The one statistics file that every plan is made from."""
-    path = CACHE / "recovery.statistics.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        locum.calibrate(MODEL, data=reference_data(), tokens=131072, out=path)
-    return files.load_statistics(path)
+    """The one statistics file that plans are made from, with the Grams that whitened starts read."""
+    return locum.load_statistics(made_once("statistics", locum.calibrate, tokens=CALIBRATED))
 
 
 def trainable(decided: Plan | None, how: str, rank: int) -> int:
@@ -108,9 +126,13 @@ def _planned_skeleton(model: Any, decided: Plan) -> Any:
     return apply_plan(model, plain)
 
 
-def _without_svd(layer: Any) -> Any:
-    slots = tuple(dataclasses.replace(s, start="gaussian") for s in layer.slots)
-    return dataclasses.replace(layer, slots=slots)
+def _without_svd(layer: LayerPlan) -> LayerPlan:
+    return dataclasses.replace(layer, slots=tuple(_plain(slot) for slot in layer.slots))
+
+
+def _plain(slot: Slot) -> Slot:
+    parts = (dataclasses.replace(p, start="gaussian") if isinstance(p, LowRank) else p for p in slot.parts)
+    return dataclasses.replace(slot, parts=tuple(parts))
 
 
 def train_and_measure(
@@ -133,12 +155,12 @@ def train_and_measure(
     blocks = load_tokens(data, tokenizer, split="train", length=LENGTH, seed=seed)
     measured_on = load_tokens(data, tokenizer, split=split, length=LENGTH, tokens=MEASURED[split], keep_partial=True)
     model, original = (load_model(MODEL, dtype=torch.float32) for _ in range(2))
-    shape = shape_of(model)
+    shape = read_shape(MODEL)
     if decided is not None:
         apply_plan(model, decided, plan_statistics, seed=seed)
     bare = make_plan(shape, []) if decided is None else decided
     testing = split == "test"
-    before = evaluate(model, measured_on, resamples=200, model_name=f"{name} before") if testing and not seed else []
+    before = evaluate(model, measured_on, seed=seed, model_name=f"{name} before") if testing and not seed else []
     start = time.perf_counter()
     model, summary = recover_model(model, decided, blocks, None, chosen, Original.of(original))
     seconds = time.perf_counter() - start
@@ -151,7 +173,7 @@ def train_and_measure(
         trainable_parameters=summary["trainable_parameters"],
         training_seconds=seconds,
         parameters=size.parameters,
-        bytes=size.parameters * 2,
+        bytes=size.bytes,
         expert_parameters=size.expert_parameters,
         removed=bare.removed(shape),
         method=name,
@@ -159,7 +181,7 @@ def train_and_measure(
     )
     rows = [row for row in [*rows, *before] if row.metric != "perplexity"]
     rows = [row for row in rows if row.model != "original" or keep_original]
-    return [{**dataclasses.asdict(row), "seed": seed, "provenance": made} for row in rows]
+    return [{**dataclasses.asdict(row), "seed": seed, "provenance": {**row.provenance, **made}} for row in rows]
 
 
 def recovery(how: str, steps: int, seed: int, **options: Any) -> Recovery:

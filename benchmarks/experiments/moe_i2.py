@@ -17,20 +17,19 @@ from typing import Any
 
 import locum
 from benchmarks.experiments.experiment import (
-    CACHE,
+    CALIBRATED,
     COLUMNS,
     SEEDS,
     Choices,
     Experiment,
     cell,
+    made_once,
     main,
     recovery,
     statistics,
     train_and_measure,
     trainable,
 )
-from locum import files
-from locum.bundled import MODEL, reference_data
 from locum.plans.plan import Plan
 from making.slots import rank_of
 
@@ -50,21 +49,7 @@ FIRST_STAGE = ("MoE-I2", "MoE-I2, whitened SVD")  # at 25% both are the search a
 @functools.cache
 def searched(pruned: float) -> Path:
     """Statistics with what MoE-I2's search would drop, made once."""
-    path = CACHE / f"moe-i2.{pruned:g}.statistics.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        locum.search(MODEL, method="moe-i2", pruned=pruned, data=reference_data(), tokens=131072, out=path)
-    return path
-
-
-@functools.cache
-def with_grams() -> Any:
-    """Statistics with the Grams that whitened decompositions read; of the original model, as all statistics here."""
-    path = CACHE / "grams.statistics.safetensors"
-    if not path.is_file():
-        also = ("input_gram", "hidden_gram")
-        locum.calibrate(MODEL, data=reference_data(), tokens=131072, also=also, out=path)
-    return files.load_statistics(path)
+    return made_once("moe-i2", locum.search, method="moe-i2", pruned=pruned, tokens=CALIBRATED)
 
 
 @functools.cache
@@ -79,8 +64,8 @@ def plan_for(name: str, fraction: float) -> tuple[Plan, int]:
         if fraction == FRACTIONS[0]:
             given["decompose"] = False
     else:
-        files = [with_grams() if "whitened" in name else statistics()]
-    decided = locum.plan(files, method=method, remove=fraction, **given)
+        files = [statistics()]
+    decided = locum.plan(files, method=method, preset="paper", remove=fraction, **given)
     if any(rank_of(slot) for layer in decided.layers for slot in layer.slots):
         return decided, 0
     target = trainable(plan_for("SVD alone", fraction)[0], "lora", 0)
@@ -92,10 +77,9 @@ def run(name: str, fraction: float, seed: int, split: str, steps: int, **options
     """Compress, train and measure one model; rows for the results file."""
     decided, rank = plan_for(name, fraction)
     chosen = recovery("lora", steps, seed, rank=rank, **options)
-    grams = with_grams() if "whitened" in name else None
     extra = {"fraction": fraction}
     return train_and_measure(
-        name, decided, chosen, split, extra, plan_statistics=grams, keep_original=name == "SVD alone"
+        name, decided, chosen, split, extra, plan_statistics=statistics(), keep_original=name == "SVD alone"
     )
 
 

@@ -7,6 +7,7 @@
 Every job calibrates, trains and measures on the bundled text, which the reference model never saw: statistics and
 training on its train split, choices on validation, figures on test. All methods train for the same number of steps on
 the same batches and, through the rank of their adapters, (nearly) the same number of parameters; LightMoE sets it.
+Methods are as published (`preset="paper"`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from locum.training.ways.annealed import Annealed
 FRACTIONS = (0.3, 0.5)
 RATES = (1e-3, 3e-3, 1e-2)
 END_FRACTIONS = (0.1, 0.2, 0.4)
+RANKS = range(4, 32)  # that the others' adapters are chosen from
 LIGHTMOE_RANK = 4  # 4 of 256 is to this model what 16 of 2048 is to OLMoE-1B-7B, twice over
 METHODS: dict[str, dict[str, Any]] = {
     "LightMoE": {"method": "lightmoe", "how": "annealed"},
@@ -49,7 +51,7 @@ def plan_for(name: str, fraction: float) -> tuple[Plan | None, int]:
     """The plan of a method at a fraction, and the adapter rank that matches LightMoE's trainable parameters."""
     about = METHODS[name]
     stats = statistics()
-    lightmoe = locum.plan([stats], method="lightmoe", remove=fraction, rank=LIGHTMOE_RANK)
+    lightmoe = locum.plan([stats], method="lightmoe", preset="paper", remove=fraction, rank=LIGHTMOE_RANK)
     if name == "LightMoE":
         return lightmoe, LIGHTMOE_RANK
     target = trainable(lightmoe, "annealed", LIGHTMOE_RANK)
@@ -58,9 +60,9 @@ def plan_for(name: str, fraction: float) -> tuple[Plan | None, int]:
         if about["method"] is None:
             return None
         given = dict(about.get("options", {}), **({"rank": rank} if about.get("fits_rank") else {}))
-        return locum.plan([stats], method=about["method"], remove=fraction, **given)
+        return locum.plan([stats], method=about["method"], preset="paper", remove=fraction, **given)
 
-    counts = {rank: trainable(made(rank), "lora", rank) for rank in range(4, 32)}
+    counts = {rank: trainable(made(rank), "lora", rank) for rank in RANKS}
     rank = min(counts, key=lambda r: abs(counts[r] - target))
     return made(rank), rank
 
@@ -101,7 +103,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     if original:
         o = original[0]
         lines.append(
-            f"| 0 | original | {11_571_456:,} | | {o['value']:.3f} ({o['low']:.3f} to {o['high']:.3f}) | 0 | 1 |"
+            f"| 0 | original | {o['provenance']['parameters']:,} | | {o['value']:.3f} ({o['low']:.3f} to {o['high']:.3f}) "
+            f"| 0 | 1 |"
         )
     for fraction in (*FRACTIONS,):
         for name in METHODS:
