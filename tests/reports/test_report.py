@@ -309,6 +309,22 @@ def test_a_recovery_says_how_it_was_done(tmp_path):
     assert f"plan {start['provenance']['identity']['plan']}" in facts and "versions torch" in facts
 
 
+def test_rows_made_here_are_as_eval_writes_them(pruned, checkpoint, words, tmp_path):
+    options = {"data": [f"code={words}"], "tokens": 256, "length": 64, "resamples": 5, "against": checkpoint}
+    locum.evaluate(pruned, json=tmp_path / "real.jsonl", **options)
+    real = [json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines()]
+    write_everything(tmp_path)
+    invented = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {frozenset(one) for one in invented} == {frozenset(one) for one in real}
+    for what in ("original", "pruned"):
+        mine = [one for one in invented if (one["model"] == "original") == (what == "original")]
+        theirs = [one for one in real if one["model"] == what]
+        assert {one["metric"] for one in mine} <= {one["metric"] for one in theirs}
+        told = {key for one in mine for key in one["provenance"]} - {"recovery_log"}  # of a recovered model alone
+        assert told <= {key for one in theirs for key in one["provenance"]}, what
+        assert {type(one["value"]) for one in mine} == {type(one["value"]) for one in theirs} == {float}
+
+
 def test_given_files_make_their_sections(tmp_path):
     results = write_results(tmp_path / "r.jsonl", rows_of("small", 2, 0.9))
     make_a_plan(tmp_path / "p.json")
