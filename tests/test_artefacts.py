@@ -199,9 +199,9 @@ def test_what_another_program_puts_at_a_watched_output_stays(tmp_path, kind, bef
 @KINDS
 def test_a_watched_output_is_written_again_by_its_own_run(tmp_path, kind):
     path = tmp_path / "out"
-    with watched(path), watched(tmp_path / "other"):
+    with watched(path):
         for text in ("one", "two"):
-            with whole(path, kind) as scratch:
+            with watched(path), whole(path, kind) as scratch:  # a stage inside a stage
                 write(scratch, kind, text)
         clear(path)
         with whole(path, kind) as scratch:  # what somebody removed is nobody's

@@ -30,9 +30,8 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 Mark = tuple[int, ...] | None  # what tells a file or folder from another one in its place; None: nothing is there
-_watched: ContextVar[dict[Path, Mark] | None] = ContextVar(
-    "watched", default=None
-)  # outputs of this run, not to be replaced
+# Outputs of this run that nobody allowed to replace, and what was there.
+_watched: ContextVar[dict[Path, Mark] | None] = ContextVar("watched", default=None)
 
 
 def provenance(**more: Any) -> dict[str, Any]:
@@ -149,8 +148,11 @@ def whole(path: Path, kind: str = "file") -> Iterator[Path]:
 @contextlib.contextmanager
 def watched(path: str | Path) -> Iterator[None]:
     """Let `whole` replace, until the block ends, only what is at this output now, and what the run itself writes there."""
-    real = Path(os.path.realpath(path))
-    before = _watched.set({**(_watched.get() or {}), real: _mark(real)})
+    real, marks = Path(os.path.realpath(path)), _watched.get() or {}
+    if real in marks:  # by the stage around this one
+        yield
+        return
+    before = _watched.set({**marks, real: _mark(real)})
     try:
         yield
     finally:
