@@ -129,7 +129,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
 
 # Damaged files of every kind and senseless options, 1,200 of them, and what Locum answers; exit code 1 where there is a fault.
-# `make fuzz FUZZ="--only 417"` shows one of them, `FUZZ="--kinds plan,options --count 300"` tries some.
+# `make fuzz FUZZ="--only 417"` shows one of them, `FUZZ="--kinds plan,options --count 300"` tries some, `FUZZ=--resume`
+# goes on where a run ended early.
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m fuzzing $(FUZZ)
 

@@ -35,13 +35,16 @@ def _cell(value: Any) -> str:
     return ascii(str(value))[1:-1].replace("|", "\\|").replace("`", "'")
 
 
+def counts(rows: list[Row]) -> dict[str, Counter[str]]:
+    """How many inputs of every kind, and of all, had which result; "all" comes last."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in sorted(rows, key=lambda row: row["kind"]):
+        found[row["kind"]][row["result"]] += 1
+    return {**found, "all": Counter(row["result"] for row in rows)}
+
+
 def _results(rows: list[Row]) -> str:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        for kind in (row["kind"], "all"):
-            counts[kind][row["result"]] += 1
-    kinds = [*sorted(kind for kind in counts if kind != "all"), "all"]
-    lines = [[kind, counts[kind].total(), *(counts[kind][result] for result in RESULTS)] for kind in kinds]
+    lines = [[kind, n.total(), *(n[result] for result in RESULTS)] for kind, n in counts(rows).items()]
     return _table(["kind", "inputs", *RESULTS], lines)
 
 
