@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import save_file
 
 from locum.errors import OutputError, PlanError, StatisticsError
-from locum.files import NOTES, check_output, clear, fingerprint, provenance, sweep, watched, whole, write_text
+from locum.files import (
+    NOTES,
+    check_output,
+    clear,
+    fingerprint,
+    provenance,
+    read_tensors,
+    sweep,
+    watched,
+    whole,
+    write_text,
+)
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
@@ -451,6 +462,26 @@ def test_statistics_files_that_are_none(tmp_path):
         save_file({"x": torch.zeros(2)}, path, {"locum-statistics": notes})
         with pytest.raises(StatisticsError, match=r"s\.safetensors"):
             load_statistics(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        *(("asked", value) for value in (3, "x", [1])),
+        *(("searched", value) for value in (3, {"name": "moe-i2"}, {"name": "moe-i2", "options": 3})),
+        *(("next_block", value) for value in ("3", 1.5, [])),
+        *(("provenance", 3), ("tokens", "x"), ("domains", 3), ("origin", None)),
+    ],
+)
+def test_statistics_whose_notes_are_damaged_are_refused(tmp_path, entry, value):
+    path = tmp_path / "s.safetensors"
+    save_statistics(statistics(), path)
+    tensors, header = read_tensors(path)
+    notes = json.loads(header["locum-statistics"])
+    assert entry in notes
+    save_file(tensors, path, {"locum-statistics": json.dumps(notes | {entry: value})})
+    with pytest.raises(StatisticsError, match=r"s\.safetensors have damaged notes .*calibrate again"):
+        load_statistics(path)
 
 
 def test_statistics_that_may_not_be_read_say_so(tmp_path, monkeypatch):

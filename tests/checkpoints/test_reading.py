@@ -290,6 +290,14 @@ def test_tensors_of_another_shape_are_refused_by_name(what, sharded, folder, not
     assert any(name in said for name in names)
 
 
+@pytest.mark.parametrize("part", [ONE, "q_proj.weight", "mlp.gate.weight"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_where_the_model_computes_are_refused(part, dtype, folder, nothing_loaded):
+    name = min(name for name in load_file(folder / WEIGHTS) if part in name)
+    change_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refusal(folder, name, "dtype", "float32", "fetch it again")
+
+
 def test_tensors_that_are_missing_are_found_by_inspect(folder, nothing_loaded):
     change_weights(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
     refusal(folder, "model.layers.1.self_attn.q_proj.weight", "missing", "fetch it again")

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from locum.containers.build import build_layer, old_weights
 from locum.containers.container import StandInExperts
-from locum.errors import PlanError, StatisticsError
+from locum.errors import CheckpointError, PlanError, StatisticsError
 from locum.experts.factors import gaussian_factors, svd_factors, whitened_factors
 from locum.experts.parts.low_rank import LowRank
 from locum.experts.weights import ExpertWeights, align, mean_expert, permute_hidden
@@ -366,6 +366,28 @@ def test_whitened_adapters_need_finite_grams():
     bad["hidden_gram"][2, 1, 1] = torch.inf
     with pytest.raises(StatisticsError, match="not finite"):
         build_layer(plan, shape, read, observed(shape, **bad))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("start", ["gaussian", "svd", "whitened"])
+def test_weights_that_are_not_finite_are_refused_by_expert(number, align, start):
+    shape, experts = layer_shape("gate"), [expert(s) for s in range(E)]
+    experts[6].down_DF[1, 1] = number
+    slots = (KEPT,) * 5 + (stand_in(0, 3, start),) * 3
+    plan = LayerPlan("experts", slots, (Base((5, 6, 7), (0.2, 0.3, 0.5), align),))
+    with pytest.raises(CheckpointError, match="expert 6 of experts are not finite"):
+        build_layer(plan, shape, experts.__getitem__, observed(shape, **grams(shape)))
+
+
+def test_weights_that_cannot_be_factored_are_refused_by_expert(monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("it did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    plan = LayerPlan("experts", (KEPT,) * 7 + (stand_in(None, 3, "svd"),))
+    with pytest.raises(CheckpointError, match=r"expert 7 of experts .*did not converge.*--start gaussian"):
+        build_layer(plan, layer_shape("gate"), [expert(s) for s in range(E)].__getitem__)
 
 
 def test_old_weights_are_in_the_hidden_order_of_their_base():

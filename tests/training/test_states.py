@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from locum.errors import CheckpointError, OptionError
+from locum.training.loop import Hooks, open_log
 from locum.training.states import STATE_FILE
 from making.tiny_models import tiny_model
 from making.training import Killed, compressed, light, run, tiny_tokens
@@ -126,3 +127,16 @@ def test_other_validation_data_is_another_run(workdir):
     """Losses on one set would be told as those on another."""
     with pytest.raises(OptionError, match="validation was None and is '3'"):
         training(workdir, validation=tiny_tokens(2, seed=3))
+
+
+def test_a_damaged_log_is_gone_on_with_by_the_lines_that_can_be_read(tmp_path):
+    log = tmp_path / "log.jsonl"
+    good = ['{"event": "start"}', '{"step": 1, "loss": 2.0}', '{"step": 1, "said": "x\ufffd"}']
+    lines = [good[0], good[1], good[2].replace("\ufffd", "\xfc"), '{"step": "2"', '{"step": "two"}', '{"step": []}']
+    lines += ["[1]", "3", '{"step": 1e999}', '{"step": 3, "loss": 1.0}']
+    log.write_bytes("\n".join(lines).encode("latin-1"))
+    hooks = Hooks(lambda step: {}, lambda step: True, lambda batch: None, log=log, header={"options": {}})
+    open_log(hooks, 2, 7)
+    *kept, last = log.read_text(encoding="utf-8").splitlines()
+    assert kept == good
+    assert json.loads(last) == {"event": "resume", "resumed_at": 2, "options": {}, "trainable_parameters": 7}

@@ -63,6 +63,7 @@ def check_shapes(model: PreTrainedModel, headers: Headers) -> dict[str, Place]:
         place = places.get(name)
         if place is not None and not place.converted:
             check_shape(name, tuple(entry["shape"]), tuple(live[place.name].shape))
+    _check_numbers(live, headers, places)
     _check_alike(live, headers, {name: place.name for name, place in places.items() if place.converted})
     needed = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in live.values()}.values())
     found = sum(math.prod(entry["shape"]) for entry in headers.values())
@@ -71,6 +72,17 @@ def check_shapes(model: PreTrainedModel, headers: Headers) -> dict[str, Place]:
             f"tensors are missing: config.json describes {needed:,} numbers, the files hold {found:,}; fetch it again"
         )
     return places
+
+
+def _check_numbers(live: Mapping[str, Any], headers: Headers, places: Mapping[str, Place]) -> None:
+    """Refuse whole numbers where the model computes, and the other way round: read as the others, they are noise."""
+    for name, place in places.items():
+        kind, computed = headers[name]["dtype"], live[place.name].is_floating_point()
+        if kind.startswith(("I", "U", "BOOL")) == computed:
+            raise CheckpointError(
+                f"{name} holds numbers of dtype {kind} in the file, where the model has "
+                f"{str(live[place.name].dtype).removeprefix('torch.')}; fetch it again"
+            )
 
 
 def _check_alike(live: Mapping[str, Any], headers: Headers, places: Mapping[str, str]) -> None:

@@ -32,8 +32,8 @@ from ..plans.plan_file import load_plan
 from .application import apply_plan
 from .convert import open_containers
 from .read import about_adapter, base_of, fingerprint_checkpoint
-from .skeleton import layouts_of
-from .weight_files import ADAPTER
+from .skeleton import Source, layouts_of
+from .weight_files import ADAPTER, is_adapter
 
 SAMPLES = 64  # values of each tensor that tell one base from another
 
@@ -103,11 +103,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
         stored = layout.routing.tensors(layout) if layout.routing else {}
         expected |= {f"{name}.{tensor}": size for tensor, size in stored.items()}
-    if expected != (found := {name: tuple(t.shape) for name, t in tensors.items()}):
-        first = min(set(expected.items()) ^ set(found.items()))[0]
-        raise CheckpointError(
-            f"{folder / ADAPTER} does not hold what its config.json describes (first: {first}); fetch it again"
-        )
+    _check_tensors(folder, expected, {name: tuple(t.shape) for name, t in tensors.items()})
     if all(_whole(module) for module in experts.values()):
         if any(map(_layout, experts.values())):
             open_containers(model)
@@ -116,6 +112,22 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         for name, parameter in vectors_and_routers(model).items():
             parameter.copy_(tensors[name])
     return model
+
+
+def check_adapter(folder: str | Path, source: Source) -> None:
+    """Refuse a folder whose tensors are not those that its config asks for, if it is an adapter's. The header alone is asked."""
+    if is_adapter(folder):
+        header = source.files[Path(folder) / ADAPTER]
+        expected = {name: tuple(p.shape) for name, p in vectors_and_routers(source.model).items()}
+        _check_tensors(Path(folder), expected, {name: tuple(entry["shape"]) for name, entry in header.items()})
+
+
+def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    if expected != found:
+        first = min(set(expected.items()) ^ set(found.items()))[0]
+        raise CheckpointError(
+            f"{folder / ADAPTER} does not hold what its config.json describes (first: {first}); fetch it again"
+        )
 
 
 def _layout(experts: nn.Module) -> Layout | None:

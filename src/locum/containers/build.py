@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, StatisticsError
+from ..errors import CheckpointError, PlanError, StatisticsError
 from ..experts.parts.own_weights import OwnWeights, rows_of
+from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.plan import LayerPlan, Slot
@@ -46,9 +47,18 @@ class BuildSite:
     """One layer, as parts are built from it (experts/parts/part.py: Site)."""
 
     def __init__(self, plan: LayerPlan, read: Read, statistics: LayerStatistics | None, seed: int) -> None:
-        self.plan, self.read, self.statistics = plan, read, statistics
+        self.plan, self._read, self.statistics = plan, read, statistics
         self.generator = torch.Generator().manual_seed(seed)
         self._bases: dict[int, ExpertWeights] = {}
+
+    def read(self, e: int) -> ExpertWeights:
+        """An expert as it is. Raises CheckpointError for numbers that nothing can be made of."""
+        expert = self._read(e)
+        if not all(bool(tensor.isfinite().all()) for tensor in vars(expert).values() if tensor is not None):
+            raise CheckpointError(
+                f"weights of expert {e} of {self.plan.layer} are not finite numbers; fetch the checkpoint again"
+            )
+        return expert
 
     @functools.cached_property
     def orders(self) -> list[dict[int, Tensor]]:
@@ -123,7 +133,7 @@ def build_layer(
             stack = next(s for s in layout.stacks_of(part.stack) if s.variant == part.variant())
             key = (stack.part, stack.variant, stack.rows[place])
             if key not in built:
-                built[key] = part.build(e, site)
+                built[key] = _built(part, e, site)
     tensors = {}
     for prefix, stack in layout.prefixed():
         rows = [built[stack.part, stack.variant, row] for row in range(stack.num_rows)]
@@ -131,6 +141,16 @@ def build_layer(
     stored = layout.routing.tensors(layout) if layout.routing else {}
     tensors |= {name: read(0).down_DF.new_zeros(size) for name, size in stored.items()}
     return layout, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _built(part: Part, e: int, site: BuildSite) -> dict[str, Tensor]:
+    try:
+        return part.build(e, site)
+    except torch.linalg.LinAlgError as error:
+        raise CheckpointError(
+            f"weights of expert {e} of {site.plan.layer} cannot be taken apart into factors ({error}); look whether they are "
+            f"what they should be, or plan with --start gaussian"
+        ) from error
 
 
 def stack_dense(experts: list[ExpertWeights]) -> dict[str, Tensor]:

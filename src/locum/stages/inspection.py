@@ -14,6 +14,7 @@ import torch
 
 from ..budgets.target import Target
 from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.patch import check_adapter
 from ..checkpoints.read import fingerprint_checkpoint
 from ..checkpoints.skeleton import (
     active_parameters_in,
@@ -42,6 +43,7 @@ def inspect(model: Path) -> dict[str, Any]:
     """
     source = open_source(model)
     check_loadable(model, source)
+    check_adapter(model, source)
     shape, config = shape_in(model, source), source.config
     experts, active = expert_parameters_in(model, shape), active_parameters_in(model, shape)
     layouts = layouts_of(model)

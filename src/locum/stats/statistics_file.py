@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ def load_statistics(path: str | Path) -> Statistics:
         data, found = notes["origin"], notes["searched"]
         shape, fingerprints = ModelShape.from_json(data["shape"]), tuple(data["data_fingerprints"])
         origin = Origin(shape, data["model_fingerprint"], data["tokenizer_fingerprint"], fingerprints)
-        searched = None if found is None else SearchedBy(found["name"], found["options"])
-        domains, tokens = tuple(notes["domains"]), int(notes["tokens"])
+        searched = None if found is None else SearchedBy(str(found["name"]), dict(found["options"]))
+        domains, tokens = tuple(map(str, notes["domains"])), int(notes["tokens"])
         words, next_block, asked = dict(notes["provenance"]), notes["next_block"], notes.get("asked")
+        next_block, asked = None if next_block is None else index(next_block), None if asked is None else dict(asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StatisticsError(f"statistics {path} have damaged notes ({error!r}); calibrate again") from error
     layers: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}

@@ -280,7 +280,7 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
         return
     kept = []
     if step and hooks.log.is_file():
-        lines = hooks.log.read_text(encoding="utf-8").splitlines()
+        lines = hooks.log.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _logged_step(line) <= step]
     hooks.log.parent.mkdir(parents=True, exist_ok=True)
     write_text(hooks.log, "".join(line + "\n" for line in kept))
@@ -290,8 +290,8 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
 
 def _logged_step(line: str) -> float:
     try:
-        return parse_json(line).get("step", 0)
-    except (ValueError, AttributeError):  # the line that was being written when the run was killed
+        return float(parse_json(line).get("step", 0))
+    except (ValueError, AttributeError, TypeError, OverflowError):  # such as one that a killed run was writing
         return math.inf
 
 
