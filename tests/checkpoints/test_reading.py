@@ -139,7 +139,9 @@ def test_an_index_that_cannot_be_read_is_refused_also_where_it_is_not_needed(tex
     refusal(folder, str(folder / INDEX), "download it again")
 
 
-@pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", "", None, 3, "sub/../../x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../model/model.safetensors", "/etc/passwd", "", None, 3, "sub/../../x.safetensors", "\ud800", "x\0y"]
+)
 def test_an_index_that_leads_out_is_refused(name, folder, nothing_loaded):
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))

@@ -99,6 +99,7 @@ def test_tools_and_settings_reach_the_chat_template(tmp_path, as_text):
         "{{ messages[7].content.x }}",
         "{{ raise_exception('roles must alternate') }}",
         "{% for m in messages %}",
+        "{{ '\\ud800' }}",
         {"tool_use": "{{ messages[0].content }}", "rag": "{{ messages[0].content }}"},
     ],
     ids=str,

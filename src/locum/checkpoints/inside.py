@@ -40,6 +40,15 @@ def _items(item: dict[str, Any] | list[Any]) -> Any:
     return item.values() if isinstance(item, dict) else item
 
 
+def _can_be_a_name(text: str) -> bool:
+    """Whether the system could have a file of this name. JSON may hold zeros and half surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def check_links(folder: str | Path) -> None:
     """Refuse a checkpoint's folder with a link that leads out of it, among what is read or copied."""
     folder = Path(folder)
@@ -69,7 +78,7 @@ def leads_out(file: Path, folder: Path) -> bool:
 
 def named_file(folder: Path, name: object, where: str) -> Path:
     """A file of the folder that one of its files names. `where` says which, for the error."""
-    parts = PurePath(name).parts if isinstance(name, str) else ()
+    parts = PurePath(name).parts if isinstance(name, str) and _can_be_a_name(name) else ()
     if not parts or PurePath(*parts).is_absolute() or ".." in parts:
         raise CheckpointError(
             f"{where} names the file {name!r}; expected one in the same folder: names that lead elsewhere are not followed"

@@ -80,7 +80,9 @@ def _render(tokenizer: Any, chat: Document, end: int | None = None, *, ask: bool
     tools = None if chat.tools is None else list(chat.tools)
     try:
         settings = {"tools": tools, "tokenize": False, "add_generation_prompt": ask}
-        return tokenizer.apply_chat_template(list(chat.messages[:end]), **settings, **chat.template_options)
+        text = tokenizer.apply_chat_template(list(chat.messages[:end]), **settings, **chat.template_options)
+        text.encode("utf-8")  # half a surrogate pair is no text
+        return text
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{chat.where}: the tokenizer's chat template refuses these messages: {said[:300]}") from None
