@@ -35,10 +35,35 @@ def test_what_is_none_is_a_value_error(text):
         parse_json(text)
 
 
+HALVES = ['"\\ud800"', '{"\\uDC00": 1}', '[["x\\ud83d"]]', '"\\udd8a\\ud83e"']
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_half_a_surrogate_pair_is_no_text(text):
+    for form in (text, text.encode()):
+        with pytest.raises(json.JSONDecodeError, match="half a surrogate pair"):
+            parse_json(form)
+        assert parse_json(form, halves=True) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ['"\\ud83e\\udd8a"', '"🦊"', '"\\\\ud800"', '"d800"'])
+def test_whole_pairs_are(text):
+    assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+
+
 def one_line(*arguments) -> str:
     result = command(*arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
     return result.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "locum.json", "plan.json"])
+def test_half_a_pair_in_a_checkpoint(name, small, words, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "small")
+    content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {"weight_map": {}}
+    (folder / name).write_text(json.dumps(content | {"method": "\ud800"}))
+    said = one_line("recover", folder, "--data", words, "--out", tmp_path / "out")
+    assert str(folder / name) in said and "half a surrogate pair" in said
 
 
 @pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
@@ -71,7 +96,7 @@ def test_in_the_header_of_weights(text, small, tmp_path):
     assert "model.safetensors" in one_line("inspect", folder)
 
 
-@pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
+@pytest.mark.parametrize("text", [DEEP, LONG, HALVES[0]], ids=["deep", "long", "half a pair"])
 def test_in_other_inputs(text, checkpoint, tmp_path):
     rows, notes, plan = tmp_path / "rows.jsonl", tmp_path / "statistics.safetensors", tmp_path / "plan.json"
     rows.write_text(text + "\n")

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from .errors import LocumError
 
+ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # of half a pair, or of both halves of one
+SURROGATE = re.compile("[\ud800-\udfff]")
 
-def parse_json(text: str | bytes, **settings: Any) -> Any:
-    """What JSON text says. `settings` are those of json.loads.
+
+def parse_json(text: str | bytes, halves: bool = False, **settings: Any) -> Any:
+    """What JSON text says. `settings` are those of json.loads; `halves` lets half surrogate pairs pass.
 
     Whatever Python cannot read as JSON is a json.JSONDecodeError, also what nests deeper or has longer numbers than
-    Python follows; bytes that are no text are a UnicodeDecodeError. Both are ValueErrors.
+    Python follows, and text that no file and no terminal takes; bytes that are no text are a UnicodeDecodeError. Both are
+    ValueErrors.
     """
     try:
-        return json.loads(text, **settings)
+        data = json.loads(text, **settings)
+        escaped = not halves and ESCAPED.search(text if isinstance(text, str) else text.decode("latin-1"))
+        if escaped and SURROGATE.search(json.dumps(data, ensure_ascii=False)):
+            raise json.JSONDecodeError("half a surrogate pair, which is not Unicode text", "", 0)
+        return data
     except (json.JSONDecodeError, UnicodeDecodeError, LocumError):  # the last from a hook in `settings`
         raise
     except RecursionError:

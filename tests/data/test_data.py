@@ -140,6 +140,14 @@ def test_splits_share_no_document_and_ignore_order(tmp_path, tokenizer):
         ("a.jsonl", '{"text": null}', ["line 1", "NoneType"]),
         ("a.jsonl", '{"text": "\\ud800"}', ["line 1", "surrogate"]),
         ("a.jsonl", '{"messages": "x"}', ["line 1", "'messages'"]),
+        *(
+            (
+                "a.jsonl",
+                json.dumps({"messages": [{"role": role, "content": "x"}]}),
+                ["line 1", "roles that are strings"],
+            )
+            for role in (None, 3, ["user"])
+        ),
         ("a.jsonl", '{"messages": []}', ["line 1", "no answer"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["line 1", "no answer", "user"]),
         ("a.parquet", "not parquet", ["a.parquet", "Parquet"]),

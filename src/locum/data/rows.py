@@ -97,7 +97,7 @@ def json_rows(path: Path) -> Iterator[Document]:
 
 def _rows_of(text: str, path: Path, number: int) -> Iterator[Document]:
     try:
-        value = parse_json(text)
+        value = parse_json(text, halves=True)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise DataError(f"{path}, line {line}: not JSON ({error.msg}); one object per line") from None
@@ -201,8 +201,12 @@ def document_of(row: Any, where: str, own_split: str | None = None, padded: bool
 
 def _conversation(row: dict[str, Any], where: str, own_split: str | None, padded: bool) -> Document:
     messages = row["messages"]
-    if not (isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)):
-        raise DataError(f"{where}: 'messages' must be a list of {{'role': ..., 'content': ...}}")
+    if not (
+        isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+    ):
+        raise DataError(
+            f"{where}: 'messages' must be a list of {{'role': ..., 'content': ...}} with roles that are strings"
+        )
     _check_value("messages", messages, where)
     messages = _without_nulls(messages) if padded else messages
     # Templates test for presence.
@@ -236,7 +240,7 @@ def _parsed(name: str, value: Any, where: str) -> Any:
     """A value, or what its JSON says: tables have no other way to hold tools of any form."""
     if isinstance(value, str):
         try:
-            value = parse_json(value) if value.strip() else None
+            value = parse_json(value, halves=True) if value.strip() else None
         except ValueError as error:
             raise DataError(f"{where}: {name!r} is a string that is not JSON ({error})") from None
     _check_value(name, value, where)
