@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .errors import LocumError, OutputError
 
@@ -304,6 +304,8 @@ def write_text(path: Path, text: str) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All tensors of a safetensors file and its metadata. Raises SafetensorError, and OSError in the system's words."""
+    if path.exists() and not path.is_file():
+        raise SafetensorError("it is no file")  # a pipe would be waited for
     with path.open("rb"):  # safetensors says of what may not be read that it is not there
         pass
     with safe_open(path, "pt") as file:

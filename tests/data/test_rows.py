@@ -111,3 +111,11 @@ def test_whatever_a_chat_template_fails_by_names_the_row(tmp_path, tokenizer, te
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: the tokenizer's chat template refuses") as error:
         load(rows, broken)
     assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_that_writes_without_end_names_the_row(tmp_path, tokenizer):
+    broken = make_tokenizer(tmp_path)
+    broken.chat_template = "{{ messages[0].content }}{{ 'a' * 10**7 }}"
+    rows = write_rows(tmp_path / "a.jsonl", [{"messages": TALK}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: .* makes 10,000,\d+ characters .* allowed: 4,194,304"):
+        load(rows, broken)

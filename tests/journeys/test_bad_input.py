@@ -141,6 +141,7 @@ LINES = [
     ("plan", "Missing argument 'STATISTICS...'|locum plan --help"),
     (CALIBRATE + " --tokens 7 --length 64", "tokens is 7, less than one block of length 64"),
     (CALIBRATE + " --tokens -5", "tokens is -5"),
+    (CALIBRATE + " --tokens 1" + "0" * 30, "allowed: at most 1,152,921,504,606,846,976"),
     (CALIBRATE + " --length 1", "length is 1"),
     (CALIBRATE + " --tokens many", "'many' is not a valid integer"),
     (CALIBRATE + f" {SHORT} --batch-size 0", "--batch-size is 0; allowed: whole numbers from 1"),

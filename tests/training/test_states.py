@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from locum.errors import CheckpointError, OptionError
 from locum.training.loop import Hooks, open_log
-from locum.training.states import STATE_FILE
+from locum.training.states import STATE_FILE, load_state
 from making.tiny_models import tiny_model
 from making.training import Killed, compressed, light, run, tiny_tokens
 
@@ -140,3 +141,10 @@ def test_a_damaged_log_is_gone_on_with_by_the_lines_that_can_be_read(tmp_path):
     *kept, last = log.read_text(encoding="utf-8").splitlines()
     assert kept == good
     assert json.loads(last) == {"event": "resume", "resumed_at": 2, "options": {}, "trainable_parameters": 7}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_state(make, tmp_path, caplog):
+    make(tmp_path / STATE_FILE)
+    assert load_state(tmp_path, {}, restart=False).step == 0
+    assert "it is no file" in caplog.text and (tmp_path / f"{STATE_FILE}.aside").exists()

@@ -29,10 +29,12 @@ from ..files import fingerprint
 from ..json_text import parse_json
 from .documents import Source, parse_sources, read_documents
 from .rows import Document
+from .text import MOST_CHARACTERS
 
 SPLITS = ("train", "validation", "test", "all")
 Spans = list[tuple[int, int]]  # character ranges of a text
 TOGETHER = 2**20  # characters of documents that are tokenised together, at least
+MOST_TOKENS = 2**60  # that can be asked for
 CHARACTERS = 16  # of a token, more than nearly any text has: so many are held to begin with
 ROUND_SAMPLES = 1_000  # least samples of one training round: domain weights are exact to 1 in so many
 
@@ -82,10 +84,15 @@ def _render(tokenizer: Any, chat: Document, end: int | None = None, *, ask: bool
         settings = {"tools": tools, "tokenize": False, "add_generation_prompt": ask}
         text = tokenizer.apply_chat_template(list(chat.messages[:end]), **settings, **chat.template_options)
         text.encode("utf-8")  # half a surrogate pair is no text
-        return text
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{chat.where}: the tokenizer's chat template refuses these messages: {said[:300]}") from None
+    if len(text) > MOST_CHARACTERS:
+        raise DataError(
+            f"{chat.where}: the tokenizer's chat template makes {len(text):,} characters of these messages; allowed: "
+            f"{MOST_CHARACTERS:,}"
+        )
+    return text
 
 
 def _answer(tokenizer: Any, full: str, chat: Document, i: int) -> Any:
@@ -297,6 +304,8 @@ def _check_options(split: str, length: int, tokens: int | None, tokenizer: Any) 
         raise OptionError(unknown("split", split, SPLITS))
     if length < 2:
         raise OptionError(f"length is {length}; a block needs 2 tokens or more, so that one can be predicted")
+    if tokens is not None and tokens > MOST_TOKENS:
+        raise OptionError(f"tokens is {tokens}; allowed: at most {MOST_TOKENS:,}")
     if tokens is not None and tokens < length:
         raise OptionError(f"tokens is {tokens}, less than one block of length {length}; raise tokens or lower length")
     if tokenizer.eos_token_id is None:
