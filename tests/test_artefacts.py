@@ -484,6 +484,16 @@ def test_statistics_whose_notes_are_damaged_are_refused(tmp_path, entry, value):
         load_statistics(path)
 
 
+def test_sums_of_a_layer_that_is_not_named_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_statistics(statistics(), path)
+    tensors, header = read_tensors(path)
+    key = min(tensors)
+    save_file({("|" if name == key else name): tensor for name, tensor in tensors.items()}, path, header)
+    with pytest.raises(StatisticsError, match=r"s\.safetensors have sums of ''.*calibrate again"):
+        load_statistics(path)
+
+
 def test_statistics_that_may_not_be_read_say_so(tmp_path, monkeypatch):
     """safetensors says of such a file that it is not there."""
     save_statistics(statistics(), tmp_path / "s.safetensors")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import locum
@@ -241,6 +241,19 @@ def test_a_folder_for_remote_code_has_nothing_hidden_and_follows_no_link_out(sma
     with pytest.raises(CheckpointError, match="neither a file nor a folder"):
         locum.export(folder, to="remote-code", out=tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("to", ["stock", "remote-code", "vllm", "gguf"])
+@pytest.mark.parametrize("change", [lambda t: None, lambda t: t[None], lambda t: t.view(torch.int32)])
+def test_a_checkpoint_that_does_not_load_is_not_exported(to, change, small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    name = "model.layers.1.self_attn.k_norm.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: change(tensors[name])}
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
+    result = command("export", folder, "--to", to, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert name in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_the_converter_runs_no_code_of_a_folder(monkeypatch):

@@ -306,12 +306,13 @@ def test_every_stage_takes_an_adapter_for_the_checkpoint_it_makes(both, words, t
     assert load_model(tmp_path / "whole") is not None and plan_of(tmp_path / "whole") == plan_of(both / "merged")
 
 
-@pytest.mark.parametrize("change", ["longer", "gone", "more"])
+@pytest.mark.parametrize("change", ["longer", "gone", "more", "whole"])
 def test_inspect_refuses_an_adapter_that_does_not_load(change, both, tmp_path):
     folder = Path(shutil.copytree(both / "adapter", tmp_path / "adapter"))
     tensors = load_file(folder / ADAPTER)
     name = min(tensors)
-    tensors |= {name: tensors[name][None]} if change == "longer" else {"model.x": torch.ones(1)}
+    changed = {"longer": tensors[name][None], "whole": tensors[name].view(torch.int32)}
+    tensors |= {name: changed[change]} if change in changed else {"model.x": torch.ones(1)}
     if change == "gone":
         tensors = {n: t for n, t in tensors.items() if n not in (name, "model.x")}
     save_file(tensors, folder / ADAPTER, {"format": "pt"})

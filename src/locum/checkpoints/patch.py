@@ -10,7 +10,7 @@ make together. Where the plan changes nothing but routing, the base is the origi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..containers.layout import Layout
 from ..errors import CheckpointError
 from ..experts.parts.own_weights import OwnWeights
 from ..files import fingerprint
+from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import find_layers, read_expert
 from ..models.sizes import shape_of
 from ..models.stored import stored_tensors
@@ -103,7 +104,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
         stored = layout.routing.tensors(layout) if layout.routing else {}
         expected |= {f"{name}.{tensor}": size for tensor, size in stored.items()}
-    _check_tensors(folder, expected, {name: tuple(t.shape) for name, t in tensors.items()})
+    _check_tensors(folder, expected, {name: _form(t.shape, t.is_floating_point()) for name, t in tensors.items()})
     if all(_whole(module) for module in experts.values()):
         if any(map(_layout, experts.values())):
             open_containers(model)
@@ -119,12 +120,20 @@ def check_adapter(folder: str | Path, source: Source) -> None:
     if is_adapter(folder):
         header = source.files[Path(folder) / ADAPTER]
         expected = {name: tuple(p.shape) for name, p in vectors_and_routers(source.model).items()}
-        _check_tensors(Path(folder), expected, {name: tuple(entry["shape"]) for name, entry in header.items()})
+        found = {name: _form(entry["shape"], entry["dtype"] in FLOAT_ENTRIES) for name, entry in header.items()}
+        _check_tensors(Path(folder), expected, found)
 
 
-def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+def _form(shape: Sequence[int], computes: bool) -> tuple[int, ...] | None:
+    """A tensor's shape, or None where it holds whole numbers, which are none of a model's."""
+    return tuple(shape) if computes else None
+
+
+def _check_tensors(
+    folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...] | None]
+) -> None:
     if expected != found:
-        first = min(set(expected.items()) ^ set(found.items()))[0]
+        first = min(name for name in {*expected, *found} if expected.get(name, ()) != found.get(name, ""))
         raise CheckpointError(
             f"{folder / ADAPTER} does not hold what its config.json describes (first: {first}); fetch it again"
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoints.card import describe_size
+from ..checkpoints.patch import check_adapter
 from ..checkpoints.read import read_headers
-from ..checkpoints.skeleton import read_shape
+from ..checkpoints.skeleton import check_loadable, open_source
 from ..errors import OptionError, unknown
 from ..files import check_output
 from ..options import make_options
@@ -38,7 +39,9 @@ def export(
     model = Path(model)
     form = chosen_form(to, options)
     out = check_output(needed(out, "out"), force, form.kind, inputs=[model])
-    read_shape(model)
+    source = open_source(model)
+    check_loadable(model, source)
+    check_adapter(model, source)
     words = write_form(form, model, out)
     sizes = [_size(model), _size(out)]
     return {"out": str(out), "form": words, "bytes": sizes, "times_larger": sizes[1] / sizes[0]}

@@ -81,7 +81,11 @@ def load_statistics(path: str | Path) -> Statistics:
     layers: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}
     for key, tensor in tensors.items():
         layer, _, name = key.partition("|")
-        layers.setdefault(layer, {})[name] = tensor
+        if layer not in layers:
+            raise StatisticsError(
+                f"statistics {path} have sums of {layer!r}, a layer that they do not name; calibrate again"
+            )
+        layers[layer][name] = tensor
     return Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
 
 
