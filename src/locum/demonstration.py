@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -81,18 +80,8 @@ def _run(folder: Path, steps: int, progress: Progress) -> list[dict[str, Any]]:
         measured = evaluate(folder / name, data=data, tokens=16384, against=bundled.MODEL, name=name)
         rows += measured if not rows else [row for row in measured if row.model != "original"]
     progress("evaluate", len(models), len(models))
-    write_rows(folder / "results.jsonl", [_relative(row, folder) for row in rows])
+    write_rows(folder / "results.jsonl", rows)
     return _summary(rows, seconds)
-
-
-def _relative(row: Row, folder: Path) -> Row:
-    """A row whose paths count from the results file: the folder gets its name only when everything is done."""
-    made = {k: str(Path(v).relative_to(folder)) if _inside(v, folder) else v for k, v in row.provenance.items()}
-    return dataclasses.replace(row, provenance=made)
-
-
-def _inside(value: Any, folder: Path) -> bool:
-    return isinstance(value, str) and value.startswith(f"{folder}/")
 
 
 def _summary(rows: list[Row], seconds: dict[str, float]) -> list[dict[str, Any]]:

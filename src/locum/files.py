@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import LocumError, OutputError
+from .places import bare_word
 
 NOTES = "locum.json"  # what Locum says of a checkpoint it made, beside the weights
 LONGEST_NAME = 200  # bytes: file systems allow 255, and what stands beside an output for a while has a longer name
@@ -35,10 +36,10 @@ _watched: ContextVar[dict[Path, Mark] | None] = ContextVar("watched", default=No
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Who made an artefact: versions, machine, command and time, and whatever else the caller knows."""
+    """Who made an artefact: versions, machine, command and time, and whatever else the caller knows. No folders."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
     versions["locum"] = _own_version()
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = " ".join([Path(sys.argv[0]).name, *map(bare_word, sys.argv[1:])])
     return {
         "versions": versions,
         "python": platform.python_version(),

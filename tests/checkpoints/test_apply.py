@@ -381,7 +381,7 @@ def test_everything_that_belongs_to_a_checkpoint_is_there(made):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert json.loads((item.out / "plan.json").read_text())["kind"] == "locum-plan"
     notes = json.loads((item.out / "locum.json").read_text())
-    assert notes["original"] == str(item.original) and notes["plan"] == item.plan.id
+    assert notes["original"] == item.original.name and notes["plan"] == item.plan.id
     card = (item.out / "README.md").read_text()
     assert "import locum" in card and f"{item.plan.size(item.shape).bytes:,}" in card
     assert "import locum" not in (made["olmoe uniform"].out / "README.md").read_text()

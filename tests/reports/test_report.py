@@ -243,8 +243,8 @@ def test_files_are_found_where_the_results_were_moved(tmp_path):
 
 def test_named_files_that_are_gone_are_listed(everything):
     text = Balanced(make_report([everything])).text
-    assert "plan, not found gone/plan.json" in text
-    assert f"results, used {everything}" in text
+    assert "plan, not found beside the results gone/plan.json" in text
+    assert f"results, used {everything.name}" in text
     assert "recovery log, used" in text
 
 

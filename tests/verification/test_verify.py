@@ -183,8 +183,11 @@ def with_a_damaged_plan(folder: Path) -> tuple[str, str]:
 
 
 def of_another_original(folder: Path) -> tuple[str, str]:
+    """Beside it lies one of the name."""
     notes = json.loads((folder / "locum.json").read_text())
-    (folder / "locum.json").write_text(json.dumps(notes | {"original_fingerprint": "0" * 16}))
+    write_checkpoint(folder.with_name("another"))
+    said = {"original": "another", "original_fingerprint": "0" * 16}
+    (folder / "locum.json").write_text(json.dumps(notes | said))
     return "original", "is not what"
 
 

@@ -29,6 +29,7 @@ from ..models.families import (
 )
 from ..models.sizes import shape_of
 from ..models.stored import write_model
+from ..places import bare
 from ..plans.plan import LayerPlan, Plan
 from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
@@ -156,5 +157,5 @@ def save_checkpoint(
             save_plan(plan, folder / "plan.json")
         for file in extra:
             shutil.copyfile(file, folder / file.name)
-        (folder / NOTES).write_text(json.dumps(notes, indent=1), encoding="utf-8")
+        (folder / NOTES).write_text(json.dumps(bare(notes), indent=1), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")

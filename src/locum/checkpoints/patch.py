@@ -2,7 +2,7 @@
 
     folder/vectors.safetensors    vectors of auxiliary experts and routers, under the names they have in the whole model
     folder/config.json            that of the whole model, routing policies included
-    folder/plan.json, locum.json  the plan, and the base: where it was, its fingerprint, a hash of weights of the live model
+    folder/plan.json, locum.json  the plan, and the base: its name, its fingerprint, a hash of weights of the live model
 
 `locum.load_model`, and with it every command, takes such a folder for the checkpoint that base and adapter
 make together. Where the plan changes nothing but routing, the base is the original checkpoint.
@@ -29,6 +29,7 @@ from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import find_layers, read_expert
 from ..models.sizes import shape_of
 from ..models.stored import stored_tensors
+from ..places import name_of, remember
 from ..plans.plan_file import load_plan
 from .application import apply_plan
 from .convert import open_containers
@@ -51,8 +52,9 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def adapter_notes(model: PreTrainedModel, base: Path) -> dict[str, Any]:
     """What an adapter says of its base."""
-    path = str(Path(base).resolve())
-    return {"base": path, "base_fingerprint": fingerprint_checkpoint(base), "weights_fingerprint": weights_of(model)}
+    mark = fingerprint_checkpoint(base)
+    remember(mark, base)
+    return {"base": name_of(base), "base_fingerprint": mark, "weights_fingerprint": weights_of(model)}
 
 
 def weights_of(model: nn.Module) -> str:
@@ -155,7 +157,7 @@ def load_adapted(folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTr
     base = base_of(folder)
     if not (base / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} is an adapter over {base}, which is not there; put the base back, or load it from where it is and "
+            f"{folder} is an adapter over {base}, which is not there; put the base beside it, or load it from where it is and "
             f"attach the adapter with locum.load_adapter(model, folder)"
         )
     if (now := fingerprint_checkpoint(base)) != about.get("base_fingerprint"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..errors import CheckpointError, LocumError, UnsupportedModel
 from ..files import NOTES, fingerprint
 from ..formats.plain import ENTRY_BYTES, FLOAT_ENTRIES
 from ..json_text import parse_json
+from ..places import find
 from .fit import check_sizes
 from .inside import check_links, read_json
 from .weight_files import PEFT, is_adapter, shard_files
@@ -129,8 +131,15 @@ def file_headers(path: str | Path) -> dict[Path, dict[str, dict[str, Any]]]:
 
 
 def base_of(folder: Path) -> Path:
-    """The base that an adapter folder names. Raises CheckpointError where it names none, or one that is none."""
-    base = Path(str(about_adapter(folder).get("base")))
+    """The base that an adapter folder names: beside it, or where it was last seen; where it should be, if it is not there.
+
+    Raises CheckpointError where it names none, or one that is none.
+    """
+    about = about_adapter(folder)
+    named, mark = str(about.get("base")), about.get("base_fingerprint")
+    beside = Path(os.path.abspath(folder)).parent
+    found = find(named, mark if isinstance(mark, str) else None, beside, fingerprint_checkpoint)
+    base = found.place or found.other or beside / named
     if is_adapter(base):
         raise CheckpointError(
             f"{folder} is an adapter over {base}, which is an adapter itself; put back the checkpoint that it was made for"

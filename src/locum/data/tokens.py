@@ -27,6 +27,7 @@ import torch
 from ..errors import DataError, OptionError, unknown
 from ..files import fingerprint
 from ..json_text import parse_json
+from ..places import name_of
 from .documents import Source, parse_sources, read_documents
 from .rows import Document
 from .text import MOST_CHARACTERS
@@ -291,7 +292,7 @@ def load_tokens(
         _check_blocks(source, stream.shape[1], blocks, length, limit)
         rows += blocks
         domain += [i] * len(blocks)
-        about = {"domain": source.domain, "path": str(source.path), "weight": source.weight, "documents": used}
+        about = {"domain": source.domain, "path": name_of(source.path), "weight": source.weight, "documents": used}
         described.append({**about, "blocks": len(blocks), "tokens": int(sum(block[3].sum() for block in blocks))})
     ids, loss, bytes_, attention = (torch.from_numpy(row) for row in np.stack(rows, axis=1))
     batch = Batch(ids, loss.bool(), attention, bytes_, torch.tensor(domain))

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import plain
-from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.notes import notes_for_another, plan_of
 from ..checkpoints.read import fingerprint_checkpoint
 from ..files import provenance
 from ..models.stored import write_model
+from ..places import name_of
 
 
 def save_folder(
@@ -33,7 +34,7 @@ def save_folder(
 
 
 def _notes(model: Path) -> dict[str, Any]:
-    theirs = {k: v for k, v in read_notes(model).items() if k.startswith("original")}
+    theirs = {k: v for k, v in notes_for_another(model).items() if k.startswith("original")}
     plan = plan_of(model)
     says = {"fingerprint": fingerprint_checkpoint(model), "plan": None if plan is None else plan.id}
-    return provenance(**theirs, exported_from=str(model.resolve()), exported=says)
+    return provenance(**theirs, exported_from=name_of(model), exported=says)

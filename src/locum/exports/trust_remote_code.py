@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..checkpoints.inside import check_link, read_json
+from ..checkpoints.notes import notes_for_another
 from ..checkpoints.weight_files import is_adapter
 from ..errors import CheckpointError
-from ..files import whole
+from ..files import NOTES, whole
+from ..places import bare
 from .stock import has_stock_layout
 from .target import target
 
@@ -39,6 +41,9 @@ class RemoteCode:
         with whole(out, "folder") as folder:
             shutil.copytree(model, folder, dirs_exist_ok=True, ignore=HIDDEN)
             shutil.copyfile(LOADER, folder / LOADER.name)
+            if (folder / NOTES).is_file():  # those of an earlier version hold paths
+                notes = bare(notes_for_another(model))
+                (folder / NOTES).write_text(json.dumps(notes, indent=1), encoding="utf-8")
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             with (folder / "README.md").open("a", encoding="utf-8") as card:
                 card.write(

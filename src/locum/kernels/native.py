@@ -17,7 +17,6 @@ import itertools
 import logging
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cache import only_ours, own_folder
 from ..errors import UnsupportedModel
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -151,32 +151,12 @@ def compile_source(compiler: str) -> Path:
     """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()[:16]
-    folder = _cache() / "locum" / "kernels"
-    folder.mkdir(0o700, parents=True, exist_ok=True)
-    if not _only_ours(folder):
-        raise PermissionError(
-            f"others own {folder} or can write to it; remove it, or set XDG_CACHE_HOME to a cache of your own"
-        )
+    folder = own_folder("kernels")
     file = folder / f"products-{key}.so"
-    if not _only_ours(file):
+    if not only_ours(file):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may compile it too
             made = Path(scratch) / file.name
             subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, text=True)
             made.chmod(0o700)
             made.replace(file)
     return file
-
-
-def _cache() -> Path:
-    """The user's cache, by the XDG rules: a variable that is empty, or no absolute path, counts as not set."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return named if named.is_absolute() else Path.home() / ".cache"
-
-
-def _only_ours(path: Path) -> bool:
-    """Whether a file or folder is there, no link, and nobody but its owner, who runs this, can change it."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return False
-    return not stat.S_ISLNK(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022

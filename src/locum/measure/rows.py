@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import DataError
 from ..files import check_output, or_else_printed, write_text
 from ..json_text import parse_json
+from ..places import bare
 from ..runs import reserved
 
 
@@ -40,7 +41,7 @@ def write_rows(path: str | Path, rows: list[Row]) -> None:
 
     Where that cannot be done, the OutputError has them: they may have taken hours.
     """
-    lines = [json.dumps(dataclasses.asdict(row)) for row in rows]
+    lines = [json.dumps(bare(dataclasses.asdict(row))) for row in rows]
     with or_else_printed("\n".join(lines)):
         path = check_output(path, force=True)
         with reserved(path, wait=True):  # of two evaluations that end together, neither loses its rows

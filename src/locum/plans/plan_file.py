@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import PlanError
 from ..files import write_text
+from ..places import bare
 from .plan import Plan
 
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan as JSON with a line for every expert."""
-    write_text(path, plan.dumps())
+    write_text(path, replace(plan, provenance=bare(plan.provenance)).dumps())
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import DataError, LocumError
 from ..json_text import parse_json
 from ..measure.rows import Row, read_rows
+from ..places import bare, name_of, named_from, without_folders
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
 from ..stats.statistics_file import load_statistics
@@ -39,7 +40,7 @@ class RecoveryLog:
 
 @dataclass
 class Inputs:
-    """Everything that was found, and what became of every file that was named."""
+    """Everything that was found, and what became of every file that was named: as the page says it, without folders."""
 
     rows: list[Row] = field(default_factory=list)
     plans: dict[str, Plan] = field(default_factory=dict)  # by id, which is slow to compute; the others by file
@@ -61,7 +62,7 @@ def read_inputs(
     for path in map(Path, results):
         rows = read_rows(path)
         found.rows += rows
-        found.used.append(("results", str(path)))
+        found.used.append(("results", name_of(path)))
         sources += [(row, path) for row in rows]
     if not found.rows and not statistics:
         files = ", ".join(str(path) for path in results) or "no file"
@@ -127,12 +128,12 @@ def _finite(entry: dict[str, Any], key: str) -> bool:
 # --- discovery ------------------------------------------------------------------------------------------------------
 
 
-def _keep(found: Inputs, kind: str, path: Path, what: Any) -> None:
+def _keep(found: Inputs, kind: str, path: Path, what: Any, beside: Path | None = None) -> None:
     shelf = {"plan": found.plans, "statistics": found.statistics, "recovery log": found.logs}[kind]
     key = what.id if kind == "plan" else str(path.resolve())
     if key not in shelf:
         shelf[key] = what
-        found.used.append((kind, str(path)))
+        found.used.append((kind, named_from(path, beside)))
 
 
 def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
@@ -145,25 +146,25 @@ def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
     for kind, name, sure, source, plan in named:
         if kind == "statistics" and kind in given:
             continue
-        why = "not found"
+        why = "not found beside the results"
         # all recovery logs are called the same, so the name alone would find another model's
         for path in _candidates(Path(name), source.parent, 2 if kind == "recovery log" else 1):
             if reason := _why_unread(kind, path, source.parent):
-                why = f"found {path}, which {reason}"
+                why = f"found {named_from(path, source.parent)}, which {reason}"
                 continue
             try:
                 what = read(kind, path)
             except LocumError as error:
-                why = f"cannot be used: {error}"
+                why = f"cannot be used: {without_folders(str(error))}"
                 continue
             if kind == "plan" and plan is not None and what.id != plan:
-                why = f"found {path}, which is plan {what.id} and not {plan}"
+                why = f"found {named_from(path, source.parent)}, which is plan {what.id} and not {plan}"
                 continue
-            _keep(found, kind, path, what)
+            _keep(found, kind, path, what, source.parent)
             break
         else:
-            if sure and (kind, name, why) not in found.missed:
-                found.missed.append((kind, name, why))
+            if sure and (kind, bare(name), why) not in found.missed:
+                found.missed.append((kind, bare(name), why))
 
 
 def _why_unread(kind: str, path: Path, folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from ..checkpoints.card import describe_size
 from ..files import write_text
 from ..measure.rows import Row
+from ..places import bare
 from ..stats.sums import Statistics
 from . import expert_maps
 from .charts import Bar, Point, Series, bars, curves, escape, four_digits, plain, scatter
@@ -432,7 +433,7 @@ def _say(value: Any) -> str:
     return (
         f"{value:.6g}"
         if isinstance(value, float)
-        else value
+        else bare(value)
         if isinstance(value, str)
         else json.dumps(value, default=str)
     )

@@ -29,6 +29,7 @@ from ..errors import EngineError, OptionError
 from ..files import check_output, or_else_printed, provenance, write_text
 from ..formats.plain import COMPUTE_DTYPES
 from ..json_text import parse_json
+from ..places import name_of
 from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
 from . import page
 
@@ -113,8 +114,7 @@ def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"--prompt and --new-tokens are {length} tokens together; {folder} has {most} positions; ask for fewer"
         )
     return {
-        "folder": str(folder),
-        "name": folder.resolve().name,
+        "name": name_of(folder),
         "fingerprint": fingerprint_checkpoint(folder),
         "plan": None if plan is None else plan.id,
         "method": None if plan is None else plan.method,

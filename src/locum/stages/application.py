@@ -16,11 +16,13 @@ from ..containers.build import check_statistics
 from ..errors import PlanError, StatisticsError
 from ..files import check_output, provenance
 from ..models.families import opening_class
+from ..places import name_of, remember
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from .options import MOST_SEED, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
+from .planning import statistics_behind
 
 
 @alone
@@ -45,7 +47,8 @@ def apply(
     side_files(model)  # all of them may go along
     check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
-    observed = statistics_for(decided, statistics, model) if decided.needs else None
+    beside = Path() if decided is plan else Path(plan).parent
+    observed = statistics_for(decided, statistics, model, beside) if decided.needs else None
     tokenizer = load_tokenizer(model)
     live = open_model(model)
     count, told = 0, timed(progress)
@@ -57,22 +60,26 @@ def apply(
 
     apply_plan(live, decided, observed, seed, step)
     made = provenance(
-        original=str(model.resolve()),
+        original=name_of(model),
         original_fingerprint=fingerprint_checkpoint(model),
         original_shape=shape.to_json(),
         plan=decided.id,
         seed=seed,
     )
+    remember(made["original_fingerprint"], model)
     card = model_card(decided, shape, out.name, made, opening_class(live.config))
     save_checkpoint(live, tokenizer, out, decided, card, model, made)
     return out
 
 
-def statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path) -> Statistics:
-    """The statistics that carrying out a plan reads: those given, or those that the plan names."""
-    source = statistics or plan.provenance.get("statistics_file")
-    if source is None or isinstance(source, list) or (statistics is None and not Path(source).is_file()):
-        gone = f" (made from {source}, which is not there)" if isinstance(source, str) else ""
+def statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path, beside: Path) -> Statistics:
+    """The statistics that carrying out a plan reads: those given, or those that the plan names. It lies in `beside`."""
+    source = statistics or statistics_behind(plan, beside)
+    if source is None:
+        named = plan.provenance.get("statistics_file")
+        gone = (
+            f" (made from {named}, which is not beside it or where it was last seen)" if isinstance(named, str) else ""
+        )
         raise PlanError(
             f"the plan has parts that are made from statistics ({', '.join(plan.needs)}){gone}; "
             f"name them with --statistics"

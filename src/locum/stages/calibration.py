@@ -21,6 +21,7 @@ from ..experts.parts.low_rank import STARTS
 from ..files import check_output, clear
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
+from ..places import name_of, remember
 from ..runs import set_aside
 from ..shapes import ModelShape
 from ..stats.origin import Origin
@@ -88,9 +89,15 @@ def calibrate(
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
     subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
     statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
-    save_statistics(statistics, out)
+    keep(statistics, out)
     clear(partial_of(out))
     return statistics
+
+
+def keep(statistics: Statistics, out: Path) -> None:
+    """Write statistics, and note where they are: plans name them by their id."""
+    save_statistics(statistics, out)
+    remember(statistics.id, out)
 
 
 def check_room(shape: ModelShape, needs: tuple[str, ...], domains: int) -> None:
@@ -132,7 +139,7 @@ def prepare(
 ) -> Subject:
     """Tokenise the text, then open the model. `shape` is that of its files."""
     blocks, origin = read_text(model, shape, data, split=split, length=length, tokens=tokens, seed=seed)
-    words = {"model": str(model), "sources": list(blocks.sources), "seed": seed}
+    words = {"model": name_of(model), "sources": list(blocks.sources), "seed": seed}
     return Subject(open_to_run(model, streamed, device, whole=open_model), blocks, origin, words)
 
 

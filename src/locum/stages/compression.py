@@ -12,6 +12,7 @@ from ..errors import OptionError
 from ..files import check_output, clear
 from ..measure.removals import SAMPLE
 from ..methods import Method, SearchingMethod
+from ..places import name_of, remember
 from ..plans.plan import Plan, with_provenance
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
@@ -102,7 +103,8 @@ def compress(
             loaded = calibrate(model, gram=False, also=to_collect(chosen), **observed)
     decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
     if statistics is not None:
-        decided = with_provenance(decided, statistics_file=str(statistics))
+        decided = with_provenance(decided, statistics_file=name_of(statistics))
+        remember(loaded.id, statistics)
     made = _finish(model, decided, loaded, out, recovery, **shared)
     if statistics is None:
         clear(keep)  # nobody named them; until here, a run that was cut short goes on from them

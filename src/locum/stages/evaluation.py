@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checkpoints.notes import plan_of, read_notes
+from ..checkpoints.notes import named_original, plan_of, read_notes
 from ..checkpoints.read import load_tokenizer
 from ..checkpoints.skeleton import active_parameters_in, check_vocabularies, expert_parameters_in, read_shape
 from ..data.documents import parse_sources
@@ -16,10 +18,14 @@ from ..files import check_output, provenance
 from ..measure.loss import evaluate as evaluate_models
 from ..measure.rows import Row, read_rows, write_rows
 from ..measure.tasks import evaluate_tasks, find_tasks
+from ..places import named_from
 from ..plans.plan import Plan
 from .opening import Stream, is_to_stream, open_to_run
 from .options import BatchSize, Data, Device, Help, Length, Seed, check_number, device_of
+from .planning import statistics_behind
 from .recovery import LOG
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -54,8 +60,7 @@ def evaluate(
     device = device_of(device)
     read_shape(model)
     notes = read_notes(model)
-    if against is None and Path(notes.get("original", "")).is_dir() and notes.get("original"):
-        against = Path(notes["original"])
+    against = _original(model, notes) if against is None else against
     if against is not None:
         read_shape(against)
         check_vocabularies(model, against)
@@ -85,9 +90,10 @@ def evaluate(
         rows += evaluate_models(live, blocks, **shared, provenance=made)
     if asked:
         rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())
-    about = {called: _about(model, plan, notes)}
+    beside = None if json is None else json.parent
+    about = {called: _about(model, plan, notes, beside)}
     if against is not None:
-        about["original"] = _about(Path(against), None, {})
+        about["original"] = _about(Path(against), None, {}, beside)
     rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
     if json is not None:
         write_rows(json, rows)
@@ -105,20 +111,32 @@ def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: in
         check_number("limit", limit, 1)
 
 
-def _about(model: Path, plan: Plan | None, notes: dict[str, Any]) -> dict[str, Any]:
-    """What a results row says of the checkpoint behind it, so that reports find sizes and pictures."""
-    shape = read_shape(model)
-    made = {} if plan is None else plan.provenance
+def _original(model: Path, notes: dict[str, Any]) -> Path | None:
+    """The original that a checkpoint's notes name, with a word where it is not there as it was."""
+    found = named_original(model)
+    if found.place is None and "original" in notes:
+        why = "is not there" if found.other is None else f"has changed since, or is another ({found.other})"
+        logger.warning(
+            "the original of %s, %s, %s: nothing is compared; name it with --against", model, notes["original"], why
+        )
+    return found.place
+
+
+def _about(model: Path, plan: Plan | None, notes: dict[str, Any], beside: Path | None) -> dict[str, Any]:
+    """What a results row says of the checkpoint behind it, so that reports find sizes and pictures: files as a results
+    file in the folder `beside` names them."""
+    shape, folder = read_shape(model), named_from(model, beside)
+    statistics = None if plan is None else statistics_behind(plan, Path(os.path.abspath(model)).parent)
     about = {
-        "checkpoint": str(model),
+        "checkpoint": folder,
         "parameters": shape.parameters,
         "bytes": shape.bytes,
         "expert_parameters": expert_parameters_in(model, shape),
         "active_parameters": active_parameters_in(model, shape),
         "stage": "original" if plan is None else "recovered" if "recovery" in notes else "compressed",
         "method": None if plan is None else plan.method,
-        "plan_file": str(model / "plan.json") if plan is not None else None,
-        "recovery_log": str(model / LOG) if (model / LOG).is_file() else None,
-        "statistics_file": made.get("statistics_file"),
+        "plan_file": f"{folder}/plan.json" if plan is not None else None,
+        "recovery_log": f"{folder}/{LOG}" if (model / LOG).is_file() else None,
+        "statistics_file": None if statistics is None else named_from(statistics, beside),
     }
     return {key: value for key, value in about.items() if value is not None}

@@ -19,11 +19,12 @@ from ..files import check_output, provenance
 from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
 from ..models.families import find_layers, read_expert
 from ..options import make_options
+from ..places import find, name_of, remember
 from ..plans.plan import Plan, make_plan, with_provenance, with_routing
 from ..plans.plan import diff as diff_plans
 from ..plans.plan_file import load_plan, save_plan
 from ..shapes import ModelShape
-from ..stats.statistics_file import load_statistics
+from ..stats.statistics_file import load_statistics, statistics_id
 from ..stats.sums import Statistics
 from .calibration import WHITENED
 from .options import Fit, Force, Help, Out, Preset, Remove, alone
@@ -66,7 +67,9 @@ def plan(
     origin["target"] = {"remove": remove, "fit": fit}
     if base is not None:
         result = _joined(base, result, shape)
-        origin |= {key: value for key, value in base.provenance.items() if key in (*origin, "statistics_file")}
+        origin |= {
+            key: value for key, value in base.provenance.items() if key in (*origin, "statistics_file", "statistics")
+        }
     result = with_provenance(result, **provenance(**origin))
     if out is not None:
         save_plan(result, out)
@@ -138,10 +141,10 @@ def _planned_from(
         total = loaded[0]
         for more in loaded[1:]:
             total = total + more
-        named = [str(s) for s in files if not isinstance(s, Statistics)]
+        named = [s for s in files if not isinstance(s, Statistics)]
         words = total.origin.words()
-        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")}
-        return total.shape, total, {"statistics_file": named[0] if len(named) == 1 else named} | known
+        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")} | {"statistics": total.id}
+        return total.shape, total, _named(named, total) | known
     if chosen.needs() or len(files) > 1:
         made_by = "search" if isinstance(chosen, SearchingMethod) else "calibrate"
         raise OptionError(
@@ -152,6 +155,21 @@ def _planned_from(
     shape = read_shape(folder)
     check_openable(folder, "make plans for the original checkpoint")
     return shape, None, {"model_fingerprint": fingerprint_checkpoint(folder)}
+
+
+def _named(files: Sequence[Path], statistics: Statistics) -> dict[str, Any]:
+    """How provenance names the files that statistics were read from; where the only one is, is noted."""
+    if len(files) == 1:
+        remember(statistics.id, files[0])
+    names = [name_of(file) for file in files]
+    return {"statistics_file": names[0] if len(names) == 1 else names} if names else {}
+
+
+def statistics_behind(plan: Plan, beside: Path) -> Path | None:
+    """The statistics file that a plan was made from, if it is there. `beside` is the folder in which the plan lies."""
+    named, mark = (plan.provenance.get(key) for key in ("statistics_file", "statistics"))
+    named = named if isinstance(named, str) else ""
+    return find(named, mark if isinstance(mark, str) else None, beside, statistics_id).place
 
 
 def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics | None) -> Method:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.load import load_model
-from ..checkpoints.notes import original_of, plan_of, read_notes
+from ..checkpoints.notes import named_original, notes_for_another, original_of, plan_of
 from ..checkpoints.patch import adapter_notes, write_adapter
 from ..checkpoints.read import base_of, fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.side_files import side_files
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, OptionError
 from ..files import check_output, provenance
 from ..models.families import opening_class
 from ..models.stored import write_model
+from ..places import name_of
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
 from ..shapes import ModelShape
 from ..training.context import Original
@@ -103,10 +104,10 @@ def recover(
         if not (workdir / STATE_FILE).is_file():  # nothing to go on from
             forget(workdir)
         raise
-    notes = read_notes(model)
+    notes = notes_for_another(model)
     before = read_shape(source) if source is not None else _original_shape(notes, shape)
     base = _base_of(model, decided, notes) if adapter_only else None
-    notes |= provenance(recovery={**chosen.to_json(), **summary}, recovered_from=str(model))
+    notes |= provenance(recovery={**chosen.to_json(), **summary}, recovered_from=name_of(model))
     _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base)
     forget(workdir)
     return {"out": str(out), **summary}
@@ -138,11 +139,9 @@ def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
     weight was trained since."""
     if is_adapter(model):
         return base_of(model)
-    if plan.keeps_experts and "recovery" not in notes and Path(notes.get("original") or "").is_dir():
-        original = Path(notes["original"])
-        if fingerprint_checkpoint(original) == notes.get("original_fingerprint"):
-            return original
-    return model
+    found = named_original(model).place if plan.keeps_experts and "recovery" not in notes else None
+    known = found is not None and fingerprint_checkpoint(found) == notes.get("original_fingerprint")
+    return found if known else model
 
 
 def _keep_all(shape: ModelShape) -> Plan:

@@ -23,7 +23,7 @@ from ..stats.events import SearchEvent
 from ..stats.origin import SearchedBy
 from ..stats.statistics_file import save_statistics
 from ..stats.sums import Statistics
-from .calibration import check_room, finished, observe, partial_of, prepare, with_defaults
+from .calibration import check_room, finished, keep, observe, partial_of, prepare, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -109,7 +109,7 @@ def search(
         asked=asked,
         provenance={**statistics.provenance, **provenance(sample=sample)},
     )
-    save_statistics(result, out)
+    keep(result, out)
     for left in (calibrated, answers.path):
         clear(left)
     return result

@@ -11,13 +11,14 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StatisticsError
 from ..files import read_tensors, whole
 from ..json_text import parse_json
+from ..places import bare
 from ..shapes import ModelShape
 from .origin import Origin, SearchedBy
 from .sums import Statistics
@@ -34,13 +35,14 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     }
     notes = {
         "format_version": STATISTICS_VERSION,
+        "id": statistics.id,
         "domains": list(statistics.domains),
         "origin": asdict(statistics.origin),
         "tokens": statistics.tokens,
         "searched": None if statistics.searched is None else asdict(statistics.searched),
         "next_block": statistics.next_block,
         "asked": statistics.asked,
-        "provenance": statistics.provenance,
+        "provenance": bare(statistics.provenance),
     }
     with whole(path) as scratch:  # one entry of metadata: safetensors writes several in a random order
         save_file(tensors, scratch, {"locum-statistics": json.dumps(notes)})
@@ -87,6 +89,17 @@ def load_statistics(path: str | Path) -> Statistics:
             )
         layers[layer][name] = tensor
     return Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
+
+
+def statistics_id(path: Path) -> str:
+    """The id that a statistics file says it has; earlier versions say none, so of those the sums are read."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = parse_json((file.metadata() or {}).get("locum-statistics", "{}"))
+        found = said.get("id")
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        found = None
+    return found if isinstance(found, str) else load_statistics(path).id
 
 
 def _from_version_1(notes: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ Letters: E experts, D model width, Z domains.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,11 +25,14 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, StatisticsError, unknown
+from ..files import fingerprint
 from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event
 from .origin import Origin, SearchedBy
+
+SAMPLES = 64  # values of each sum that tell some statistics from others
 
 # --- what to collect --------------------------------------------------------------------------------------------
 
@@ -201,6 +206,18 @@ class Statistics:
     @property
     def shape(self) -> ModelShape:
         return self.origin.shape
+
+    @functools.cached_property
+    def id(self) -> str:
+        """A hash of what these are of, what was asked, and a sample of every sum: by it a plan names them."""
+        searched = None if self.searched is None else asdict(self.searched)
+        said = [self.domains, asdict(self.origin), self.tokens, searched, self.asked]
+        parts: list[bytes | str] = [json.dumps(said, sort_keys=True, default=str)]
+        for layer, named in sorted(self.layers.items()):
+            for name, tensor in sorted(named.items()):
+                values = tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)]
+                parts += [f"{layer}|{name}|{list(tensor.shape)}", values.numpy().tobytes()]
+        return fingerprint(*parts)
 
     @property
     def names(self) -> tuple[str, ...]:

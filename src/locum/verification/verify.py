@@ -10,6 +10,7 @@ Letters: B blocks (here prompts), S tokens of a block, V vocabulary, J likeliest
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..models.families import opening_class
 from ..options import make_options
 from ..stages.application import statistics_for
 from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
+from ..stats.sums import Statistics
 from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
 
 PROMPT = 16  # tokens of a prompt
@@ -135,7 +137,7 @@ def make_promise(
         looping["original"] = loops(original, many_BS, new_tokens=SAMPLED, seed=seed)
         if not why_not:
             try:
-                observed = statistics_for(folder.plan, statistics, folder.original) if folder.plan.needs else None
+                observed = _statistics_for(folder, statistics) if folder.plan.needs else None
                 live = apply_plan(original, folder.plan, observed, folder.notes.get("seed", 0))
             except LocumError as error:
                 why_not = str(error)
@@ -144,6 +146,10 @@ def make_promise(
     del folder.live  # the engines may need its memory
     promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
     return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
+
+
+def _statistics_for(folder: Folder, given: Path | None) -> Statistics:
+    return statistics_for(folder.plan, given, folder.original, Path(os.path.abspath(folder.path)).parent)
 
 
 def not_repeatable(folder: Folder) -> str:
