@@ -40,6 +40,12 @@ def own_cache(tmp_path_factory):
         yield ours
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(own_cache):
+    """Every test calibrates: the statistics that `compress` kept in another one are gone."""
+    shutil.rmtree(own_cache / "statistics", ignore_errors=True)
+
+
 @pytest.fixture
 def olmoe():
     return tiny_model("olmoe")

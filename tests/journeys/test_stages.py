@@ -112,6 +112,107 @@ def test_compress_calibrates_anew_for_another_question(
     assert [p.name for p in (tmp_path / "again").iterdir()] == [".out.statistics.safetensors.aside"]
 
 
+# --- statistics that are kept for the next run ------------------------------------------------------------------------
+
+USED = "the statistics of an earlier run are used"
+
+
+@pytest.fixture
+def compressed_once(checkpoint, words, tmp_path, monkeypatch):
+    """What was asked of a `compress` that ended; another one that calibrates is interrupted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, **SHORT}
+    locum.compress(checkpoint, out=tmp_path / "first" / "out", **asked)
+    assert [p.name for p in (tmp_path / "first").iterdir()] == ["out"]
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", _press)
+    return asked
+
+
+def kept_files(tmp_path):
+    return sorted((tmp_path / "cache" / "locum" / "statistics").iterdir())
+
+
+def test_the_same_question_is_calibrated_once(compressed_once, checkpoint, tmp_path, monkeypatch, caplog):
+    asked = compressed_once | {"remove": 0.25}
+    out = locum.compress(checkpoint, out=tmp_path / "second" / "out", **asked)
+    assert USED in caplog.text and [p.name for p in (tmp_path / "second").iterdir()] == ["out"]
+    (file,) = kept_files(tmp_path)
+    assert not file.stat().st_mode & 0o077
+    locum.compress(checkpoint, out=tmp_path / "third", **asked | {"score": "frequency"})  # reads the same sums
+    plan = locum.load_plan(out / "plan.json")
+    assert plan.provenance["statistics"] == locum.load_statistics(file).id
+    monkeypatch.undo()
+    whole = locum.compress(checkpoint, out=tmp_path / "whole", statistics=tmp_path / "new", **asked)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("changed", [changed for changed, _ in OTHER_QUESTIONS], ids=str)
+def test_another_question_is_calibrated_anew(changed, compressed_once, checkpoint, tmp_path, caplog):
+    asked = compressed_once | changed
+    if changed.get("data"):
+        asked["data"] = str(write_text(tmp_path / "b.txt", seed=9))
+    model = write_checkpoint(tmp_path / "model", seed=9) if asked.pop("model", None) else checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        locum.compress(model, out=tmp_path / "again", **asked)
+    assert USED not in caplog.text and len(kept_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("what", ["damaged", "of others", "other code", "gone"])
+def test_what_cannot_be_trusted_is_calibrated_anew(what, compressed_once, checkpoint, tmp_path, monkeypatch):
+    (file,) = kept_files(tmp_path)
+    if what == "damaged":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "of others":
+        file.chmod(0o666)
+    elif what == "gone":
+        shutil.rmtree(tmp_path / "cache")
+    else:
+        monkeypatch.setattr("locum.stages.kept._code", lambda: "another version")
+    with pytest.raises(KeyboardInterrupt):
+        locum.compress(checkpoint, out=tmp_path / "again", **compressed_once)
+
+
+def test_a_search_is_kept_too(checkpoint, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"data": str(words), "method": "moe-i2", "sample": 64, "generations": 1, "population": 4, **SHORT}
+    locum.compress(checkpoint, out=tmp_path / "one", remove=0.5, **asked)
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", _press)
+    locum.compress(checkpoint, out=tmp_path / "two", remove=0.3, **asked)
+    with pytest.raises(KeyboardInterrupt):
+        locum.compress(checkpoint, out=tmp_path / "three", remove=0.3, **asked | {"generations": 2})
+
+
+def test_only_the_newest_are_kept_and_none_that_are_too_large(checkpoint, words, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, **SHORT}
+    monkeypatch.setattr("locum.stages.kept.MOST_FILES", 2)
+    for tokens in (256, 512, 1024):
+        locum.compress(checkpoint, out=tmp_path / f"{tokens}", **asked | {"tokens": tokens})
+    assert [locum.load_statistics(file).tokens for file in sorted(kept_files(tmp_path), key=_changed)] == [512, 1024]
+    first = kept_files(tmp_path)[0]
+    monkeypatch.setattr("locum.stages.kept.MOST_BYTES", first.stat().st_size + 100)
+    first.with_name(f".{first.name}.part-{2**22 + 1}").write_bytes(b"of a killed run")
+    locum.compress(checkpoint, out=tmp_path / "2048", **asked | {"tokens": 2048})
+    assert [locum.load_statistics(file).tokens for file in kept_files(tmp_path)] == [2048]
+    monkeypatch.setattr("locum.stages.kept.MOST_BYTES", 100)
+    locum.compress(checkpoint, out=tmp_path / "128", **asked | {"tokens": 128})
+    assert "to keep them, name a file with --statistics" in caplog.text and len(kept_files(tmp_path)) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"cache", "128", "256", "512", "1024", "2048"}
+
+
+def _changed(file):
+    return file.stat().st_mtime_ns
+
+
+def test_without_a_cache_nothing_is_kept_and_nothing_fails(checkpoint, words, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, **SHORT}
+    for out in ("one", "two"):
+        locum.compress(checkpoint, out=tmp_path / out, **asked)
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "one", "two"}
+
+
 @pytest.mark.parametrize("content", [b"", b"half"])
 def test_damaged_partial_statistics_are_set_aside_with_a_word(content, checkpoint, words, tmp_path, caplog):
     (tmp_path / ".out.partial").write_bytes(content)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..checkpoints.read import fingerprint_checkpoint
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError
@@ -18,6 +19,7 @@ from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
 from ..training.recovery import check_fits
+from . import kept
 from .application import apply
 from .calibration import calibrate, finished, read_text
 from .options import (
@@ -75,6 +77,9 @@ def compress(
 
     A method that needs no statistics needs no data. Every option of recover has the prefix recover_ here, as in
     --recover-steps 100. The seed of that training is --seed unless --recover-seed is given.
+
+    The statistics are kept for the next run that asks the same of the same model and text, which then does not calibrate:
+    those of the last 8 questions, 8 GiB in all, in the user's cache (locum/statistics).
     """
     model = Path(model)
     of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
@@ -92,7 +97,7 @@ def compress(
     keep = Path(statistics) if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
     if statistics is None:
-        loaded = _left_behind(keep, model, chosen, text, batch_size=batch_size, sample=sample)
+        loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample)
     else:
         loaded = _named(keep, model)
     if loaded is None:
@@ -107,7 +112,7 @@ def compress(
         remember(loaded.id, statistics)
     made = _finish(model, decided, loaded, out, recovery, **shared)
     if statistics is None:
-        clear(keep)  # nobody named them; until here, a run that was cut short goes on from them
+        kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
 
 
@@ -120,16 +125,17 @@ def _named(path: Path, model: Path) -> Statistics | None:
     return loaded
 
 
-def _left_behind(
+def _made_before(
     path: Path, model: Path, chosen: Method, text: dict[str, Any], *, batch_size: int, sample: int
 ) -> Statistics | None:
-    """The statistics that an interrupted run made for the same question, if there are any."""
-    if not path.exists():
+    """The statistics that an interrupted run left, or an earlier one, for the same question, if there are any."""
+    if not (path.exists() or kept.has_some(fingerprint_checkpoint(model))):
         return None
     _, origin = read_text(model, read_shape(model), split="train", **text)
     if isinstance(chosen, SearchingMethod):
         chosen = dataclasses.replace(chosen, seed=text["seed"])
-    return finished(path, origin, question_of(chosen, batch_size=batch_size, sample=sample))
+    asked = question_of(chosen, batch_size=batch_size, sample=sample)
+    return finished(path, origin, asked) or kept.kept(origin, asked)
 
 
 def _recovery(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
