@@ -71,7 +71,7 @@ COMMANDS = {
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
-    "eval": "MODEL --against --batch-size --data --device --json --length --limit --name --resamples --seed --split "
+    "eval": "MODEL --against --batch-size --card --data --device --json --length --limit --name --resamples --seed --split "
     "--stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",

@@ -6,7 +6,10 @@ import html
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from ..containers.layout import active_parameters
 from ..plans.plan import Plan
@@ -52,13 +55,69 @@ def _loading(name: str, opens: str, stock: bool, base: str | None) -> list[str]:
     return [needs, "", "```python", *call, "```"]
 
 
-def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any], opens: str) -> str:
-    """Markdown with a Hub header: what was done, how to load it, sizes, fates of the experts, provenance.
+LOST = ("<!-- what was lost, by locum eval --card -->", "<!-- until here -->")  # evaluations write between them
 
-    `opens` is the class of transformers that loads it.
+
+def lost_section(measured: Sequence[str]) -> list[str]:
+    """What was lost, as lines of a table."""
+    words = [
+        "Measured by `locum eval`, this model and its original on the same tokens. What calibration and training saw goes by "
+        "the names of domains; what they never saw may have lost more.",
+    ]
+    unmeasured = ["Not measured yet: `locum eval DIR --data DOMAIN=TEXT --card` writes it here."]
+    return [LOST[0], "## What was lost", "", *([*words, "", *measured] if measured else unmeasured), LOST[1]]
+
+
+def with_section(text: str, section: Sequence[str]) -> str:
+    """A card's text with the section of what was lost in place of the one that it has, or at the end."""
+    new = "\n".join(section)
+    before, begin, rest = text.partition(LOST[0])
+    _, end, after = rest.partition(LOST[1])
+    return before + new + after if begin and end else f"{text.rstrip()}\n\n{new}\n"
+
+
+def head_of(data: ModelCardData) -> str:
+    """The head of a card, between its lines of dashes."""
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def what_it_is_from(data: ModelCardData, original: str) -> list[str]:
+    """The original and its licence, in words, and what is to be added before the card is published."""
+    said, base = data.get("license"), data.get("base_model")
+    licence = ", ".join(map(str, said)) if isinstance(said, list) else said
+    if licence == "other":
+        licence = data.get("license_name") or data.get("license_link") or "other"
+    lines = [
+        f"The licence is that of the original: {plain(licence)}."
+        if licence
+        else "The original states no licence here: ask for it before you pass this on."
+    ]
+    if not base:
+        lines.append(
+            f"What {plain(original)} is called on a hub is not known here: add `base_model: ORGANISATION/NAME` to the head "
+            f"of this file before you publish it."
+        )
+    return lines
+
+
+def _trained(recovery: dict[str, Any]) -> list[str]:
+    """What training changed, as far as its validation says."""
+    ends = [recovery.get(key) for key in ("validation_loss_before", "validation_loss")]
+    if not all(isinstance(end, float) for end in ends):
+        return []
+    on = ", ".join(map(plain, recovery.get("domains") or ["text"]))
+    return [f"Trained on {on}: the loss on its validation text was {ends[0]:.4f} before and is {ends[1]:.4f}.", ""]
+
+
+def model_card(
+    plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any], opens: str, data: ModelCardData
+) -> str:
+    """Markdown with a head for hubs: what was done, how to load it, sizes, fates of the experts, what was lost, provenance.
+
+    `opens` is the class of transformers that loads it, `data` the head (card_data.py).
     """
-    size = plan.size(shape)
-    over = provenance.get("adapter")
+    size, domains = plan.size(shape), plan.provenance.get("domains")
+    over, original = provenance.get("adapter"), provenance.get("original", "its original")
     fates: Counter[str] = Counter(slot.fate for layer in plan.layers for slot in layer.slots)
     options = ", ".join(f"{plain(key)}={plain(value)}" for key, value in plan.options.items())
     rows = [
@@ -69,13 +128,13 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
     ]
     experts = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()))
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [mixture-of-experts, compressed, locum]",
-        "---",
+        head_of(data),
         f"# {plain(name)}",
         "",
-        f"Made with Locum: {_saved(plan, shape)} by {plain(plan.method)}" + (f" ({options})." if options else "."),
+        f"Made with Locum from {plain(data.get('base_model') or original)}: {_saved(plan, shape)} by {plain(plan.method)}"
+        + (f" ({options})." if options else "."),
+        "",
+        *what_it_is_from(data, original if over is None else over["base"]),
         "",
         *_loading(name, opens, plan.is_stock(shape), None if over is None else over["base"]),
         "",
@@ -85,13 +144,13 @@ def model_card(plan: Plan, shape: ModelShape, name: str, provenance: dict[str, A
         "",
         f"Experts over all layers: {experts}. The exact fate of each is in `plan.json`.",
         "",
+        *([f"Calibrated on {', '.join(map(plain, domains))}.", ""] if isinstance(domains, list) and domains else []),
+        *_trained(provenance.get("recovery") or {}),
+        *lost_section(()),
+        "",
         "## Provenance",
         "",
-        *(
-            f"- {plain(key)}: {plain(value)}"
-            for key, value in provenance.items()
-            if key not in ("original", "original_shape")
-        ),
+        *(f"- {plain(key)}: {plain(value)}" for key, value in provenance.items() if key != "original_shape"),
         "",
     ]
     return "\n".join(lines)

@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.application import save_checkpoint
-from ..checkpoints.card import plain
+from ..checkpoints.card import head_of, plain, what_it_is_from
+from ..checkpoints.card_data import card_data
 from ..checkpoints.notes import notes_for_another, plan_of
 from ..checkpoints.read import fingerprint_checkpoint
 from ..files import provenance
+from ..models.families import opening_class
 from ..models.stored import write_model
 from ..places import name_of
 
@@ -26,11 +28,10 @@ def save_folder(
     write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write what became of the checkpoint `model`, whole or not at all. `words` go on from "Written by Locum from it,"."""
-    card = (
-        f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, compressed, locum]\n---\n# {plain(out.name)}\n\n"
-        f"Written by Locum from {plain(model.name)}, {words}.\n"
-    )
-    save_checkpoint(live, tokenizer, out, None, card, model, _notes(model), write=write)
+    data, notes = card_data(model, opening_class(live.config)), _notes(model)
+    lines = [head_of(data), f"# {plain(out.name)}", "", f"Written by Locum from {plain(name_of(model))}, {words}.", ""]
+    card = "\n".join([*lines, *what_it_is_from(data, notes.get("original", name_of(model))), ""])
+    save_checkpoint(live, tokenizer, out, None, card, model, notes, write=write)
 
 
 def _notes(model: Path) -> dict[str, Any]:

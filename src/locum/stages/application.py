@@ -7,6 +7,7 @@ from typing import Annotated
 
 from ..checkpoints.application import apply_plan, save_checkpoint
 from ..checkpoints.card import model_card
+from ..checkpoints.card_data import card_data
 from ..checkpoints.convert import check_openable
 from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
@@ -67,7 +68,8 @@ def apply(
         seed=seed,
     )
     remember(made["original_fingerprint"], model)
-    card = model_card(decided, shape, out.name, made, opening_class(live.config))
+    opens = opening_class(live.config)
+    card = model_card(decided, shape, out.name, made, opens, card_data(model, opens))
     save_checkpoint(live, tokenizer, out, decided, card, model, made)
     return out
 

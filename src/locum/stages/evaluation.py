@@ -20,6 +20,7 @@ from ..measure.rows import Row, read_rows, write_rows
 from ..measure.tasks import evaluate_tasks, find_tasks
 from ..places import named_from
 from ..plans.plan import Plan
+from ..reports.card_results import open_card, write_card
 from .opening import Stream, is_to_stream, open_to_run
 from .options import BatchSize, Data, Device, Help, Length, Seed, check_number, device_of
 from .planning import statistics_behind
@@ -37,6 +38,9 @@ def evaluate(
     limit: Annotated[int | None, Help("items per task; default: all of them")] = None,
     against: Annotated[Path | None, Help("the original; default: as the checkpoint's notes say")] = None,
     json: Annotated[Path | None, Help("append the rows to this results file (JSON lines)")] = None,
+    card: Annotated[
+        bool, Help("write what was lost into the model card of MODEL too, for hubs and for people")
+    ] = False,
     split: Annotated[str, Help("train, validation, test or all of the documents")] = "test",
     tokens: Annotated[int | None, Help("limit of tokens; default: all of them")] = None,
     length: Length = 256,
@@ -55,6 +59,8 @@ def evaluate(
         json = check_output(json, force=True)
         if json.exists():
             read_rows(json)  # only to results can rows be added
+    if card:
+        open_card(model)
     check_number("batch-size", batch_size, 1)
     check_number("resamples", resamples, 1)
     device = device_of(device)
@@ -97,6 +103,8 @@ def evaluate(
     rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
     if json is not None:
         write_rows(json, rows)
+    if card:
+        write_card(model, called, rows)
     return rows
 
 

@@ -30,6 +30,7 @@ from .calibration import WHITENED
 from .options import Fit, Force, Help, Out, Preset, Remove, alone
 
 PRESETS = ("best", "paper")
+OF_STATISTICS = ("statistics_file", "statistics", "domains")  # entries of provenance
 
 
 @alone
@@ -67,9 +68,7 @@ def plan(
     origin["target"] = {"remove": remove, "fit": fit}
     if base is not None:
         result = _joined(base, result, shape)
-        origin |= {
-            key: value for key, value in base.provenance.items() if key in (*origin, "statistics_file", "statistics")
-        }
+        origin |= {key: value for key, value in base.provenance.items() if key in (*origin, *OF_STATISTICS)}
     result = with_provenance(result, **provenance(**origin))
     if out is not None:
         save_plan(result, out)
@@ -143,7 +142,8 @@ def _planned_from(
             total = total + more
         named = [s for s in files if not isinstance(s, Statistics)]
         words = total.origin.words()
-        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")} | {"statistics": total.id}
+        known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")}
+        known |= {"statistics": total.id, "domains": list(total.domains)}
         return total.shape, total, _named(named, total) | known
     if chosen.needs() or len(files) > 1:
         made_by = "search" if isinstance(chosen, SearchingMethod) else "calibrate"

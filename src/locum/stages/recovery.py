@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import model_card
+from ..checkpoints.card_data import card_data, validated
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import named_original, notes_for_another, original_of, plan_of
 from ..checkpoints.patch import adapter_notes, write_adapter
@@ -107,8 +109,8 @@ def recover(
     notes = notes_for_another(model)
     before = read_shape(source) if source is not None else _original_shape(notes, shape)
     base = _base_of(model, decided, notes) if adapter_only else None
-    notes |= provenance(recovery={**chosen.to_json(), **summary}, recovered_from=name_of(model))
-    _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base)
+    notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
+    _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
     forget(workdir)
     return {"out": str(out), **summary}
 
@@ -123,12 +125,16 @@ def _save(
     notes: dict[str, Any],
     log: Path,
     base: Path | None,
+    data: list[Path],
 ) -> None:
     """Write a recovered checkpoint, or, given a base, the adapter over it. `before` is the original's shape."""
     notes.pop("adapter", None)  # of an adapter that was trained on
     if base is not None:
         notes["adapter"] = adapter_notes(live, base)
-    card = model_card(plan, before, out.name, notes, opening_class(live.config))
+    opens = opening_class(live.config)
+    about = {"relation": "finetune", "over": base, "data": data, "name": out.name}
+    data = card_data(model, opens, results=validated(notes["recovery"]), **about)
+    card = model_card(plan, before, out.name, notes, opens, data)
     write = write_model if base is None else write_adapter
     kept = plan if plan_of(model) is not None else None
     save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
@@ -142,6 +148,13 @@ def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
     found = named_original(model).place if plan.keeps_experts and "recovery" not in notes else None
     known = found is not None and fingerprint_checkpoint(found) == notes.get("original_fingerprint")
     return found if known else model
+
+
+def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterable[str], model: Path) -> dict[str, Any]:
+    """What is noted of a training: its summary, and the domains of this training and of those before it."""
+    seen = before.get("recovery", {}).get("domains")
+    all_seen = dict.fromkeys(map(str, [*(seen if isinstance(seen, list) else ()), *domains]))
+    return provenance(recovery={**recovery, "domains": list(all_seen)}, recovered_from=name_of(model))
 
 
 def _keep_all(shape: ModelShape) -> Plan:
