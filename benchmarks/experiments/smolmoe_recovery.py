@@ -116,7 +116,7 @@ class Bench:
 
     def _measure(self, folder: Path, name: str, fraction: float, seed: int | None, used: dict[str, Any]) -> None:
         file = self.scratch / "rows.jsonl"
-        words = ["--tokens", MEASURED, "--length", 256, "--resamples", 500, "--json", file]
+        words = ["--tokens", MEASURED, "--length", 256, "--resamples", 500, "--out", file, "--append"]
         against = [] if folder == self.model else ["--against", self.model]
         used["eval"] = locum("eval", folder, *self.data, *against, *words)
         found = [json.loads(line) for line in file.read_text().splitlines()]

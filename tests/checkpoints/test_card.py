@@ -258,7 +258,7 @@ def test_an_evaluation_writes_what_was_lost_into_the_card(chain, words, tmp_path
         20,
         "--card",
     ]
-    result = command(*line, "--data", f"a={words}", "--data", f"other={words}", "--json", tmp_path / "rows.jsonl")
+    result = command(*line, "--data", f"a={words}", "--data", f"other={words}", "--out", tmp_path / "rows.jsonl")
     assert result.exit_code == 0, result.output
     rows = {
         (r["model"], r["domain"], r["metric"]): r

@@ -198,7 +198,7 @@ LINES = [
     ("compress {model} --data {words} --remove 0.5 --out {inside_file}", "is a file, not a folder"),
     ("plan {stats} --method prune --remove 0.25 --out {inside_file}", "is a file, not a folder"),
     ("recover {small} --data {words} --out {inside_file}", "is a file, not a folder"),
-    ("eval {pruned} --data {words} --json {inside_file}", "is a file, not a folder"),
+    ("eval {pruned} --data {words} --out {inside_file}", "is a file, not a folder"),
     (
         "calibrate {model} --data {words} --out /proc/stats",
         "cannot write /proc/stats: |choose a folder you may write to",
@@ -218,8 +218,9 @@ LINES = [
         "would replace {taken}, which is in use; choose another name",
     ),
     ("calibrate {model} --data {file} --out {file} --force", "which is in use; choose another name"),
-    ("eval {pruned} --data {words} --json {file}", "line 1: not JSON"),
-    ("eval {pruned} --data {words} --json {taken}", "is a folder, and a file is to be written there"),
+    ("eval {pruned} --data {words} --out {file} --append", "line 1: not JSON"),
+    ("eval {pruned} --data {words} --out {file}", "exists already; choose another name or pass --force"),
+    ("eval {pruned} --data {words} --out {taken}", "is a folder, and a file is to be written there"),
     # bench
     ("bench {nowhere}", "no such folder"),
     ("bench {pruned} --against {nowhere}", "no such folder"),

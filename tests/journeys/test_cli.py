@@ -38,7 +38,7 @@ locum compress PATH --method prune --score reap --data a.txt --remove 0.25 --out
 locum compress PATH --method replace --no-shared --data a.txt --remove 0.5 --out replaced
 locum recover small --original PATH --how annealed --data a.txt --steps 3 --seed 0 --out recovered
 locum recover pruned --how lora --data a.txt --steps 3 --seed 0 --out pruned-recovered
-locum eval recovered --against PATH --data code=a.txt --json results.jsonl
+locum eval recovered --against PATH --data code=a.txt --out results.jsonl
 locum report results.jsonl --out report.html
 locum search PATH --data a.txt --tokens 2048 --sample 256 --generations 3 --population 8 --seed 1 --out found
 locum list --json
@@ -71,8 +71,8 @@ COMMANDS = {
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
-    "eval": "MODEL --against --batch-size --card --data --device --json --length --limit --name --resamples --seed --split "
-    "--stream --task-path --tasks --tokens",
+    "eval": "MODEL --against --append --batch-size --card --data --device --force --json --length --limit --name --out "
+    "--resamples --seed --split --stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
@@ -143,7 +143,7 @@ def python_calls():
     locum.compress("PATH", method="replace", shared=False, data="a.txt", remove=0.5, out="replaced")
     recovered = locum.recover("small", original="PATH", how="annealed", data="a.txt", steps=3, seed=0, out="recovered")
     locum.recover("pruned", how="lora", data="a.txt", steps=3, seed=0, out="pruned-recovered")
-    rows = locum.evaluate("recovered", against="PATH", data="code=a.txt", json="results.jsonl")
+    rows = locum.evaluate("recovered", against="PATH", data="code=a.txt", out="results.jsonl")
     locum.report("results.jsonl", out="report.html")
     quick = {"tokens": 2048, "sample": 256, "generations": 3, "population": 8}
     locum.search("PATH", data="a.txt", seed=1, out="found", **quick)
@@ -251,6 +251,7 @@ def test_what_was_promised_is_on_disk(journey):
         "apply {checkpoint} --plan {plan} --out {out}",
         "compress {checkpoint} --data {words} --tokens 256 --length 64 --method prune --remove 0.2 --out {out}",
         "recover {small} --data {words} --steps 1 --batch-size 1 --length 64 --out {out}",
+        "eval {small} --data {words} --tokens 128 --length 64 --resamples 2 --out {out}",
         "list",
         "list methods",
         "show mone",
@@ -312,6 +313,79 @@ def test_commands_and_options_are_frozen():
             for name in registry
         }
         assert options == {name: sorted(flags.split()) for name, flags in frozen.items()}
+
+
+READ = {"against", "model", "onto", "original", "plan", "task_path"}  # options that name what is read
+WRITTEN = {"bench": ["picture"], "compress": ["statistics"]}  # what a command writes beside its --out, if it is named
+
+
+def test_outputs_and_json_are_the_same_everywhere():
+    """What is written is named by --out, replaced with --force alone; --json prints."""
+    for name, item in cli.commands.items():
+        options = {o.name: o for o in item.params if isinstance(o, click.Option)}
+        assert (options["as_json"].is_flag, options["as_json"].help) == (True, "print machine-readable JSON"), name
+        assert ("out" in options) == ("force" in options), name
+        if "out" in options:
+            force = options["force"]
+            assert (force.is_flag, force.help) == (True, "replace an output that exists"), name
+        paths = {o.name for o in options.values() if isinstance(o.type, click.Path)} - READ - {"out"}
+        if name in ("apply", "verify"):
+            paths -= {"statistics"}  # which they read
+        assert sorted(paths) == WRITTEN.get(name, []), name
+
+
+OUTPUTS = """
+calibrate {checkpoint} --data {words} --out {file}
+search {checkpoint} --data {words} --out {file}
+plan {statistics} --remove 0.4 --rank 2 --out {file}
+apply {checkpoint} --plan {plan} --out {folder}
+compress {checkpoint} --data {words} --remove 0.4 --out {folder}
+recover {small} --data {words} --out {folder}
+eval {small} --data {words} --out {file}
+bench {small} --out {file}
+bench {small} --picture {file}
+report {statistics} --out {file}
+export {small} --to remote-code --out {folder}
+demo --out {folder}
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", OUTPUTS)
+def test_an_output_that_exists_is_refused_without_force(
+    line, checkpoint, words, statistics_file, plan_file, small, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "locum.json").write_text("{}")
+    places = {"checkpoint": checkpoint, "words": words, "statistics": statistics_file, "plan": plan_file}
+    result = command(line.format(**places, small=small, file=tmp_path / "file", folder=tmp_path / "folder"))
+    assert result.exit_code == 2
+    assert "exists already; choose another name or pass --force to replace it" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "folder").iterdir())) == 1
+
+
+def test_every_command_that_writes_is_among_them():
+    assert {line.split()[0] for line in OUTPUTS} == {name for name, flags in COMMANDS.items() if "--out" in flags}
+
+
+def test_results_are_written_replaced_or_added_to(pruned, words, tmp_path):
+    file = tmp_path / "rows of a run.jsonl"
+    line = ["eval", pruned, "--data", words, "--tokens", 128, "--length", 64, "--resamples", 2]
+
+    def written(*more):
+        result = command(*line, *more)
+        assert result.exit_code == 0, result.stderr
+        return result, len(file.read_text().splitlines())
+
+    _, once = written("--out", file)
+    said, twice = written("--out", file, "--append", "--json")
+    assert twice == 2 * once == 2 * len(json.loads(said.stdout))
+    assert written("--out", file, "--force")[1] == once
+    for number, earlier in enumerate((("--json", file), (f"--json={file}",))):
+        said, lines = written(*earlier)
+        assert lines == (2 + number) * once and "--json FILE is --out FILE --append now" in said.stderr
+    assert len(locum.evaluate(pruned, data=str(words), tokens=128, length=64, resamples=2, json=file)) == once
+    assert len(file.read_text().splitlines()) == 4 * once
 
 
 def test_every_option_and_command_has_help():

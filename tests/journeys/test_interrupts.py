@@ -121,7 +121,7 @@ def interrupted(patch, arguments, sign=signal.SIGINT):
         (AFTER_BATCHES, CALIBRATE, [PARTIAL]),
         (IN_SAVING, "apply {model} --plan {plan} --out small", []),
         (AFTER_STEPS, RECOVER, [WORKDIR]),
-        (IN_EVALUATION, "eval {small} --data {words} --json results.jsonl", []),
+        (IN_EVALUATION, "eval {small} --data {words} --out results.jsonl", []),
         (AFTER_ANSWERS, SEARCH, [".stats.answers", ".stats.calibrated"]),
         (AFTER_STEPS, COMPRESS, [KEPT]),
         (IN_AN_ENGINE, "verify {small} --engine transformers", []),
@@ -199,14 +199,14 @@ def _goes_on_to_the_same_weights(arguments, folder):
         ),
         ("locum.stages.recovery.recover_model", "recover {small} --data {words} --length 64 --steps 1 --out recovered"),
         ("locum.checkpoints.skeleton.file_headers", "inspect {model}"),
-        ("locum.stages.evaluation.write_rows", "eval {small} --data {words} --json results.jsonl"),
+        ("locum.stages.evaluation.write_rows", "eval {small} --data {words} --out results.jsonl"),
         ("locum.demonstration._run", "demo --out demo"),
     ],
 )
 def test_ctrl_c_in_process(where, line, fill, small, words, tmp_path_factory, tmp_path, monkeypatch):
     if "{rows}" in line:
         rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-        locum.evaluate(small, data=str(words), length=64, tokens=256, json=rows)
+        locum.evaluate(small, data=str(words), length=64, tokens=256, out=rows)
         line = line.replace("{rows}", str(rows))
     module, _, name = where.rpartition(".")
     target = os if where.endswith("os.replace") else sys.modules[module]
@@ -290,7 +290,7 @@ def disk(tmp_path):
         ("apply {model} --plan {plan} --out {disk}/out", (0, 8, 100, 160, 180, 192)),
         ("plan {stats} --remove 0.4 --rank 2 --out {disk}/out", (0,)),
         ("recover {small} --data {words} --length 64 --steps 2 --checkpoint-every 1 --out {disk}/out", (0, 100, 200)),
-        ("eval {small} --data {words} --json {disk}/out", (0, 4)),
+        ("eval {small} --data {words} --out {disk}/out", (0, 4)),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )

@@ -22,7 +22,7 @@ calibrate MODEL --data code=WORK/a.txt@2 --data WORK/b.jsonl --tokens 1024 {SHOR
 plan WORK/stats.safetensors --method lightmoe --remove 0.4 --rank 2 --out WORK/plan.json
 apply MODEL --plan WORK/plan.json --out WORK/small
 recover WORK/small --how lora --data WORK/a.txt --steps 1 {SHORT} --validation-tokens 64 --out WORK/recovered
-eval WORK/recovered --data code=WORK/a.txt --tokens 128 {SHORT} --resamples 5 --json WORK/results.jsonl
+eval WORK/recovered --data code=WORK/a.txt --tokens 128 {SHORT} --resamples 5 --out WORK/results.jsonl
 report WORK/results.jsonl WORK/stats.safetensors --out WORK/report.html
 compress MODEL --method compressed-experts --main 1 --out WORK/routed
 recover WORK/routed --how vectors --adapter-only --data WORK/a.txt --steps 1 {SHORT} --validation-tokens 64
@@ -30,7 +30,7 @@ recover WORK/routed --how vectors --adapter-only --data WORK/a.txt --steps 1 {SH
 """
 MORE = f"""
 search MODEL --data WORK/a.txt --tokens 512 {SHORT} --sample 64 --generations 1 --population 4 --out WORK/searched
-eval WORK/adapter --data WORK/a.txt --tokens 128 {SHORT} --resamples 5 --json WORK/results.jsonl
+eval WORK/adapter --data WORK/a.txt --tokens 128 {SHORT} --resamples 5 --out WORK/results.jsonl --append --card
 export WORK/recovered --to stock --out WORK/whole
 export WORK/recovered --to remote-code --out WORK/remote
 compress MODEL --method prune --data WORK/b.jsonl --tokens 1024 {SHORT} --remove 0.25 --recover lora --recover-steps 1

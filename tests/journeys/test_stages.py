@@ -361,7 +361,7 @@ def test_a_recovered_pruned_checkpoint_needs_no_locum(pruned_recovered, pruned, 
 
 def test_evaluation_finds_the_original_by_itself(recovered, checkpoint, words, tmp_path):
     asked = {"data": f"code={words}", "length": 64, "tokens": 512}
-    rows = locum.evaluate(recovered, json=tmp_path / "rows.jsonl", **asked)
+    rows = locum.evaluate(recovered, out=tmp_path / "rows.jsonl", **asked)
     named = locum.evaluate(recovered, against=checkpoint, **asked)
     assert [(r.model, r.metric, r.value) for r in rows] == [(r.model, r.metric, r.value) for r in named]
     assert {row.model for row in rows} == {"original", "recovered"}

@@ -63,7 +63,7 @@ def test_a_name_that_is_no_text_is_refused_at_once(line, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["plan {stats} --remove 0.4 --rank 2 --force --out", "eval {model} --data {words} --json"]
+    "line", ["plan {stats} --remove 0.4 --rank 2 --force --out", "eval {model} --data {words} --out"]
 )
 def test_a_pipe_is_not_replaced(line, checkpoint, statistics_file, words, tmp_path):
     os.mkfifo(tmp_path / "pipe")

@@ -312,7 +312,7 @@ def make_foreign(place):
 
 
 def make_results(place):
-    locum.evaluate(place["pruned"], data=str(place["words"]), length=64, tokens=256, json=place.folder / "rows.jsonl")
+    locum.evaluate(place["pruned"], data=str(place["words"]), length=64, tokens=256, out=place.folder / "rows.jsonl")
     return place.folder / "rows.jsonl"
 
 

@@ -341,7 +341,7 @@ def test_a_model_equals_itself_and_runs_are_repeatable(by_hand, checkpoint):
 def test_the_command_writes_rows_that_the_report_shows(by_hand, small, words, tmp_path):
     results, page = tmp_path / "results.jsonl", tmp_path / "report.html"
     line = ["eval", small, "--tasks", "locum_piqa,locum_timedial", "--task-path", FOLDER, "--limit", 4]
-    done = command(*line, "--resamples", 20, "--json", results)
+    done = command(*line, "--resamples", 20, "--out", results)
     assert done.exit_code == 0, done.output
     rows = read_rows(results)
     assert {(row.model, row.domain) for row in rows} == {

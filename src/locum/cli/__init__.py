@@ -39,6 +39,7 @@ from ..verification.verify import verify
 from . import listing, results
 from .command import Command, Commands
 from .parameters import Choice
+from .shown import say
 from .stopping import stop_politely
 
 
@@ -62,6 +63,20 @@ def _plan_or_diff(
         return diff_plans(*statistics)
     decided = plan(statistics, **given)
     return plan_summary(decided, shape_behind(statistics[0]))
+
+
+def _results_by_json(args: list[str]) -> list[str]:
+    """`eval --json FILE` named the results file once; `--json` alone prints, as everywhere."""
+    made: list[str] = []
+    for word in args:
+        named = word.removeprefix("--json=")
+        if named.endswith((".json", ".jsonl")) and (named != word or made[-1:] == ["--json"]):
+            made = made[:-1] if named == word else made
+            made += ["--append", "--out", named]
+            say("locum eval: --json FILE is --out FILE --append now, and --json alone prints the rows", err=True)
+        else:
+            made.append(word)
+    return made
 
 
 def _like(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +139,13 @@ cli.add_section(
 )
 cli.add_section(
     "Judge",
-    Command("eval", evaluate, results.show_rows, "what was lost, beside the original, with intervals"),
+    Command(
+        "eval",
+        evaluate,
+        results.show_rows,
+        "what was lost, beside the original, with intervals",
+        earlier=_results_by_json,
+    ),
     Command("verify", verify, results.show_checks, "whether a checkpoint keeps its promise, in every engine here"),
     Command("bench", bench, results.show_bench, "speed and memory, beside the original"),
     Command("report", report, results.show_path, "one page from results and statistics, with pictures"),

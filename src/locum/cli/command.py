@@ -73,7 +73,8 @@ class Command(click.Command):
 
     Its options are those of the function's signature, those of the dataclass `options`, and those that come with the
     value of an option that one of `choices` names. That value is looked for before the parameters are built, so options
-    of one name may differ between the things to choose from. `line` stands in the list of commands.
+    of one name may differ between the things to choose from. `line` stands in the list of commands. `earlier` makes of
+    arguments as earlier versions had them those of today.
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class Command(click.Command):
         *,
         options: type | None = None,
         choices: Sequence[Choice] = (),
+        earlier: Callable[[list[str]], list[str]] = list,
     ) -> None:
         params = parameters_of(function)
-        if not any(p.name == "json" for p in params):
-            params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
         self.own = {p.name for p in params}
-        self.function, self.show, self.choices = function, show, choices
+        self.function, self.show, self.choices, self.earlier = function, show, choices, earlier
         params += self._unless_there(options_of(options))
         super().__init__(name, params=params, callback=self.run, help=inspect.getdoc(function), short_help=line)
 
@@ -110,6 +111,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for word in args:
             _check_utf8(word)
+        args = self.earlier(args)
         ctx.obj = self._typed_choices(args)
         try:
             return super().parse_args(ctx, args)

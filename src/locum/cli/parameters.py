@@ -16,7 +16,7 @@ from ..errors import did_you_mean
 from ..options import option_fields
 from ..registry import Registry
 
-HIDDEN = ("progress", "options")  # parameters that are not for the command line
+HIDDEN = ("progress", "options", "json")  # parameters that are not for the command line
 
 
 class Argument(click.Argument):

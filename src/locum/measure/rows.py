@@ -36,8 +36,8 @@ class Row:
 # rows on disk
 
 
-def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """Append rows to a JSONL file. The file is replaced whole, so a reader never sees half of them.
+def write_rows(path: str | Path, rows: list[Row], append: bool = True) -> None:
+    """Append rows to a JSONL file, or let it have these alone. It is replaced whole: a reader never sees half of them.
 
     Where that cannot be done, the OutputError has them: they may have taken hours.
     """
@@ -45,9 +45,9 @@ def write_rows(path: str | Path, rows: list[Row]) -> None:
     with or_else_printed("\n".join(lines)):
         path = check_output(path, force=True)
         with reserved(path, wait=True):  # of two evaluations that end together, neither loses its rows
-            if path.exists():
+            if append and path.exists():
                 read_rows(path)  # what another program has put there is no place for rows
-            old = path.read_text(encoding="utf-8") if path.exists() else ""
+            old = path.read_text(encoding="utf-8") if append and path.exists() else ""
             old += "\n" if old and not old.endswith("\n") else ""
             write_text(path, old + "".join(line + "\n" for line in lines))
 

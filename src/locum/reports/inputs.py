@@ -67,7 +67,7 @@ def read_inputs(
     if not found.rows and not statistics:
         files = ", ".join(str(path) for path in results) or "no file"
         raise DataError(
-            f"no results rows in {files}; measure a model first: locum eval MODEL --data ... --json results.jsonl"
+            f"no results rows in {files}; measure a model first: locum eval MODEL --data ... --out results.jsonl"
         )
     for path in map(Path, plans):
         _keep(found, "plan", path, load_plan(path))

@@ -22,13 +22,14 @@ from ..places import named_from
 from ..plans.plan import Plan
 from ..reports.card_results import open_card, write_card
 from .opening import Stream, is_to_stream, open_to_run
-from .options import BatchSize, Data, Device, Help, Length, Seed, check_number, device_of
+from .options import BatchSize, Data, Device, Force, Help, Length, Seed, alone, check_number, device_of
 from .planning import statistics_behind
 from .recovery import LOG
 
 logger = logging.getLogger(__name__)
 
 
+@alone
 def evaluate(
     model: Path,
     *,
@@ -37,7 +38,10 @@ def evaluate(
     task_path: Annotated[Path | None, Help("folder with further lm-eval task files")] = None,
     limit: Annotated[int | None, Help("items per task; default: all of them")] = None,
     against: Annotated[Path | None, Help("the original; default: as the checkpoint's notes say")] = None,
-    json: Annotated[Path | None, Help("append the rows to this results file (JSON lines)")] = None,
+    out: Annotated[
+        Path | None, Help("write the rows to this results file (JSON lines), which locum report reads")
+    ] = None,
+    append: Annotated[bool, Help("add the rows to a results file that exists")] = False,
     card: Annotated[
         bool, Help("write what was lost into the model card of MODEL too, for hubs and for people")
     ] = False,
@@ -50,15 +54,20 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     stream: Stream = None,
+    force: Force = False,
+    json: Path | None = None,
 ) -> list[Row]:
     """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals; the same for
     what the model scores on tasks with gold answers."""
     model = Path(model)
     _check_asked(data, tasks, task_path, limit)
     if json is not None:
-        json = check_output(json, force=True)
-        if json.exists():
-            read_rows(json)  # only to results can rows be added
+        logger.warning("evaluate(json=FILE) is out=FILE, append=True now")
+        out, append = json, True
+    if out is not None:
+        out = check_output(out, force or append, inputs=[model, against])
+        if append and out.exists():
+            read_rows(out)  # only to results can rows be added
     if card:
         open_card(model)
     check_number("batch-size", batch_size, 1)
@@ -96,13 +105,13 @@ def evaluate(
         rows += evaluate_models(live, blocks, **shared, provenance=made)
     if asked:
         rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())
-    beside = None if json is None else json.parent
+    beside = None if out is None else out.parent
     about = {called: _about(model, plan, notes, beside)}
     if against is not None:
         about["original"] = _about(Path(against), None, {}, beside)
     rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
-    if json is not None:
-        write_rows(json, rows)
+    if out is not None:
+        write_rows(out, rows, append)
     if card:
         write_card(model, called, rows)
     return rows

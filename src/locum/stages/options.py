@@ -60,14 +60,15 @@ Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 def alone(stage: Stage) -> Stage:
     """A stage beside which no other run writes to its outputs: reserved before they are looked at, and until the end.
-    What a program that is no run puts there meanwhile stays, unless `force`."""
+    What a program that is no run puts there meanwhile stays, unless `force`. Runs that `append` to one file take turns in
+    writing alone."""
 
     parameters = inspect.signature(stage).parameters
     defaults = {name: parameters[name].default for name in OUTPUTS if name in parameters}
 
     @functools.wraps(stage)
     def run(*given: Any, **options: Any) -> Any:
-        outputs = [options.get(name, default) for name, default in defaults.items()]
+        outputs = [options.get(name, default) for name, default in defaults.items() if not options.get("append")]
         with contextlib.ExitStack() as stack:
             for out in (out for out in outputs if isinstance(out, (str, Path))):
                 stack.enter_context(reserved(out))
