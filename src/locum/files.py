@@ -98,10 +98,20 @@ def check_place(path: Path) -> None:
     _check_replaceable(path)
 
 
+def free_space(path: Path) -> int:
+    """Bytes that are free where a path is to be written."""
+    return shutil.disk_usage(_folder_of(path)).free
+
+
+def _folder_of(path: Path) -> Path:
+    """The nearest folder that exists above a path."""
+    return next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
+
+
 def _check_folder(path: Path) -> None:
     """The nearest folder that exists above a path must be one that can be written to."""
     try:
-        folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
+        folder = _folder_of(path)
         if not folder.is_dir():
             raise OutputError(f"cannot write {path}: {folder} is a file, not a folder; choose another name")
         with tempfile.TemporaryFile(dir=folder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -67,15 +67,38 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Aside:
+    """What a checkpoint has beside the model that runs, such as layers that predict further tokens. It goes along as it is.
+
+    Where experts leave a stock checkpoint, whose config has one number for all layers, prediction layers follow the last
+    MoE layer (checkpoints/prediction.py).
+    """
+
+    parameters: int = 0
+    bytes: int = 0  # second copies of tied matrices too, which are no parameters of their own
+    expert_numel: int = 0  # of these, what there is for every expert of the last MoE layer, and leaves with it
+    expert_bytes: int = 0
+    left_numel: int = 0  # what goes as a whole where experts leave
+    left_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """All MoE layers of a model, with its totals."""
 
     model_type: str
     layers: tuple[LayerShape, ...]
     parameters: int  # every distinct parameter and buffer in the checkpoint
-    bytes: int  # of their tensors in the checkpoint, headers not counted
+    bytes: int  # of its tensors, headers not counted
     expert_itemsize: int  # bytes of one expert parameter in the checkpoint
     notes: tuple[str, ...] = field(default=())
+    aside: Aside = field(default=Aside())  # counted above
+
+    @property
+    def model(self) -> ModelShape:
+        """The shape of what transformers loads of the checkpoint."""
+        parameters, size = self.parameters - self.aside.parameters, self.bytes - self.aside.bytes
+        return replace(self, parameters=parameters, bytes=size, aside=Aside())
 
     @property
     def expert_parameters(self) -> int:
@@ -97,4 +120,5 @@ class ModelShape:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelShape:
         layers = tuple(LayerShape(**layer) for layer in data["layers"])
-        return cls(**{**data, "layers": layers, "notes": tuple(data.get("notes", ()))})
+        aside = Aside(**data.get("aside", {}))
+        return cls(**{**data, "layers": layers, "notes": tuple(data.get("notes", ())), "aside": aside})

@@ -221,7 +221,7 @@ def test_a_head_that_differs_from_what_it_is_tied_to_is_counted(folder):
     assert read_config(out).tie_word_embeddings is False  # as other engines go by it
 
 
-def test_a_head_that_equals_it_is_counted_once(folder):
+def test_a_head_that_equals_it_is_no_parameters_of_its_own(folder):
     change_config(folder, tie_word_embeddings=True)
 
     def tie(tensors):
@@ -230,8 +230,8 @@ def test_a_head_that_equals_it_is_counted_once(folder):
     change_weights(folder, tie)
     shape = read_shape(folder)
     stored = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
-    assert shape.bytes == stored - load_file(folder / WEIGHTS)["lm_head.weight"].nbytes
-    assert shape == shape_of(load_model(folder))
+    assert shape.bytes == stored and shape.aside.bytes == load_file(folder / WEIGHTS)["lm_head.weight"].nbytes
+    assert shape.model == shape_of(load_model(folder)) and shape.parameters == shape.model.parameters
     assert open_source(folder).config.tie_word_embeddings
 
 
@@ -310,7 +310,7 @@ def test_a_prediction_layer_that_config_announces_is_left_out(folder):
     change_config(folder, num_nextn_predict_layers=1)
     (note,) = locum.inspect(folder)["notes"]
     assert "model.layers.2.eh_proj.weight" in note
-    assert read_shape(folder).parameters == sum(t.numel() for t in load_model(folder).state_dict().values())
+    assert read_shape(folder).model.parameters == sum(t.numel() for t in load_model(folder).state_dict().values())
 
 
 # --- which dtype ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.skeleton import read_shape
+from locum.checkpoints.rewrite import Rewriting
+from locum.checkpoints.skeleton import open_source, read_shape, shape_in
 from locum.checkpoints.streamed import stream_model
 from locum.cli import cli
 from locum.containers.container import StandInExperts
@@ -38,6 +40,7 @@ from locum.models.layer_major import passes
 from locum.models.replay import Recording
 from locum.models.routers import router_logits
 from locum.models.sizes import shape_of
+from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics, Sums
@@ -464,6 +467,74 @@ def check_streamed(case: Case) -> None:
         assert [p.device.type for x in find_layers(streamed) for p in x.experts.parameters()].count("cpu") == 0
 
 
+def uneven(shape: ModelShape) -> list[LayerPlan]:
+    """Experts of the last layer dropped alone."""
+    last = shape.layers[-1]
+    return [LayerPlan(last.name, tuple(prune(last)[0]))]
+
+
+def even(shape: ModelShape) -> list[LayerPlan]:
+    return [LayerPlan(x.name, tuple(prune(x)[0])) for x in shape.layers]
+
+
+def everything(shape: ModelShape) -> list[LayerPlan]:
+    """Every kind of slot, adapters that start from statistics and at random, and a routing policy."""
+    plans = []
+    for index, layer in enumerate(shape.layers):
+        slots, bases = mixed(layer)
+        slots[4] = stand_in(rank=3, start=("whitened", "gaussian")[index % 2])
+        policy = MainWithVectors(max(1, layer.top_k // 2)) if index % 2 else None
+        plans.append(LayerPlan(layer.name, tuple(slots), tuple(bases), policy))
+    return plans
+
+
+NEEDED = ("output_sum", "count", "input_gram", "hidden_gram")
+
+
+def check_rewriting(case: Case) -> None:
+    """Files rewritten under a plan, and the live model under the same plan, saved: the same config and tensors to the bit.
+    Whatever the plan does not touch has the bytes of the original, also where transformers does not load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        original = Path(folder) / "original"
+        case.model().save_pretrained(original)
+        beside = {
+            f"beside.{n}.position_ids": torch.arange(7, dtype=t) for n, t in enumerate((torch.uint8, torch.int64))
+        }
+        before = load_file(original / "model.safetensors") | beside
+        save_file(before, original / "model.safetensors", {"format": "pt"})
+        source = open_source(original)
+        shape, live = shape_in(original, source), load_model(original)
+        observed = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2, needs=NEEDED)
+        kinds = [everything] if any(layer.refuse_dropping for layer in shape.layers) else [everything, even, uneven]
+        for kind in kinds:
+            plan = make_plan(shape, kind(shape))
+            out, saved = Path(folder) / f"{kind.__name__} rewritten", Path(folder) / f"{kind.__name__} saved"
+            out.mkdir()
+            Rewriting(source, shape, plan, observed, seed=3).write(out, limit=100_000)
+            model = apply_plan(copy.deepcopy(live), plan, observed, seed=3)
+            write_model(model, saved)
+            after = in_folder(out)
+            assert_same(in_folder(saved) | beside, after)
+            touched = {name for name in before if ".experts." in name or name not in after}
+            touched |= {name for name in before.keys() - touched if before[name].shape != after[name].shape}
+            assert_same(
+                {n: t for n, t in before.items() if n not in touched}, {n: after[n] for n in before.keys() - touched}
+            )
+            assert (saved / "config.json").read_text() == (out / "config.json").read_text()
+            assert stored(str(out)) == (plan.size(shape).parameters, plan.size(shape).bytes)
+            assert torch.equal(case.logits_of(copied(load_model(out))), case.logits_of(copied(model)))
+
+
+def assert_same(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def in_folder(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "inspect": check_inspect,
     "observed": check_observed,
@@ -478,6 +549,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "compressed experts": check_compressed_experts,
     "explore": check_explore,
     "streamed": check_streamed,
+    "rewriting": check_rewriting,
 }
 
 

@@ -203,7 +203,7 @@ def test_inspect_says_what_is_refused_and_what_is_left_alone(tmp_path):
             assert any(said in note for note in read_shape(tmp_path / family).notes)
 
 
-def test_heads_that_transformers_does_not_load_are_not_counted(tmp_path):
+def test_heads_that_transformers_does_not_load_are_counted_apart(tmp_path):
     """Some checkpoints carry a multi-token-prediction head; transformers leaves it out, so Locum says so."""
     from safetensors.torch import load_file, save_file
 
@@ -214,7 +214,8 @@ def test_heads_that_transformers_does_not_load_are_not_counted(tmp_path):
         {**load_file(file), "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.ones(3, 5)}, file, {"format": "pt"}
     )
     after = read_shape(tmp_path)
-    assert (after.parameters, after.bytes) == (before.parameters, before.bytes)
+    assert (after.parameters, after.bytes) == (before.parameters + 15, before.bytes + 60)
+    assert (after.model.parameters, after.model.bytes) == (before.parameters, before.bytes)
     assert not before.notes and "does not load 1 tensors" in after.notes[0]
 
 

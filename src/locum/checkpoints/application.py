@@ -28,9 +28,8 @@ from ..models.families import (
     slice_router,
 )
 from ..models.sizes import shape_of
-from ..models.stored import write_model
 from ..places import bare
-from ..plans.plan import LayerPlan, Plan
+from ..plans.plan import KEPT, LayerPlan, Plan
 from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
@@ -77,16 +76,18 @@ def apply_plan(
     stock = plan.is_stock(shape)
     experts = [layer.experts for layer in layers.values()]
     layouts = {}
-    for index, layer_plan in enumerate(plan.layers):
-        layer = layers[layer_plan.layer]
+    places = {layer_plan.layer: index for index, layer_plan in enumerate(plan.layers)}
+    for name, layer in layers.items():
+        layer_plan = plan.layer(name) or LayerPlan(name, (KEPT,) * layer.shape.num_experts)
         if not layer_plan.is_identity or (not stock and _is_uneven(layer)):
             if stock:
                 slice_experts(layer.experts, layer_plan.survivors)
             else:
-                layouts[layer_plan.layer] = _replace(model, layer, layer_plan, statistics, seed * 1_000_003 + index)
+                layouts[name] = _replace(model, layer, layer_plan, statistics, seed * 1_000_003 + places.get(name, 0))
             if len(layer_plan.survivors) < layer.shape.num_experts:
                 slice_router(layer, layer_plan.survivors)
-        progress(layer_plan.layer)
+        if name in places:
+            progress(name)
     if stock and plan.layers:
         above = [m for m in model.modules() if isinstance(m, PreTrainedModel) and set(m.modules()) & {*experts}]
         for holder in (
@@ -133,7 +134,7 @@ def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Sta
 
 
 def save_checkpoint(
-    model: PreTrainedModel,
+    write: Callable[[Path], None],
     tokenizer: Any,
     out: Path,
     plan: Plan | None,
@@ -141,15 +142,14 @@ def save_checkpoint(
     source: Path,
     notes: dict[str, Any],
     extra: Iterable[Path] = (),
-    write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write a whole checkpoint folder or nothing: weights, config, tokenizer, plan, notes and model card.
 
-    From `source` comes what is not weights and not written anew; `extra` files are copied in under their names.
-    `write` puts the model itself into the folder.
+    `write` puts weights and config into the folder. From `source` comes what is not weights and not written anew; `extra`
+    files are copied in under their names.
     """
     with whole(out, "folder") as folder:
-        write(model, folder)
+        write(folder)
         settle_config(folder)
         tokenizer.save_pretrained(folder)
         copy_side_files(source, folder)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 
 from ..containers.container import StandInExperts
 from ..containers.rows import row_weights, tensors_of
 from ..errors import UnsupportedModel
+from ..models.conversions import save_as_stock
 from ..models.families import find_layers, slice_experts, write_expert
 from ..models.watch import configs_of
 from .skeleton import layouts_of, skeleton
@@ -59,16 +58,3 @@ def open_containers(model: PreTrainedModel) -> PreTrainedModel:
     del model.config.quantization_config
     save_as_stock(model)
     return model
-
-
-def save_as_stock(model: PreTrainedModel) -> None:
-    """Let `save_pretrained` split experts into the tensors that the family's files have, which other engines read.
-
-    `from_pretrained` notes for saving what it did to the tensors it read, and containers have other tensors.
-    """
-    used = [(c.source_patterns, c.target_patterns) for c in getattr(model, "_weight_conversions", None) or ()]
-    model._weight_conversions = [
-        conversion
-        for conversion in get_model_conversion_mapping(model, add_legacy=False)
-        if not isinstance(conversion, PrefixChange) or (conversion.source_patterns, conversion.target_patterns) in used
-    ]

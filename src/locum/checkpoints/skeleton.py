@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
 from ..formats.format import check_declared, format_of
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, shape_of, stored_shapes
-from ..models.stored import live_names, note_stored
-from ..shapes import ModelShape
+from ..models.stored import Place, live_names, note_stored, places_of
+from ..shapes import Aside, ModelShape
+from .cuts import find_cuts
 from .fit import check_fit, check_sizes
 from .inside import read_json
+from .prediction import Followers, find_followers
 from .quantizer import LocumConfig, place_containers, read_layout
 from .read import base_of, file_headers, first_line, read_config
 from .weight_files import is_adapter, other_weights
@@ -83,6 +87,31 @@ class Source:
     @functools.cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
         return {name: entry for header in self.files.values() for name, entry in header.items()}
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where the tensors of the files go in the model; without those that have no place there."""
+        return places_of(self.model, self.headers)
+
+    @functools.cached_property
+    def unread(self) -> frozenset[str]:
+        """Tensors that transformers leaves out on purpose."""
+        return unread_tensors(self.model, self.headers.keys() - self.places.keys())
+
+    @functools.cached_property
+    def again(self) -> frozenset[str]:
+        """Second copies of tied matrices."""
+        ties, found = self.model.all_tied_weights_keys, {place.name for place in self.places.values()}
+        return frozenset(name for name, place in self.places.items() if ties.get(place.name) in found)
+
+    @functools.cached_property
+    def followers(self) -> Followers:
+        """What goes where experts of the last layer go; of a layer with stand-ins nothing can."""
+        experts = self.layers[-1].experts
+        if not self.unread or (isinstance(experts, StandInExperts) and not experts.layout.only_dense):
+            return Followers()
+        cuts = find_cuts(self.model, self.layers[-1:], self.headers, self.places)
+        return find_followers(cuts[self.layers[-1].shape.name], self.headers, self.unread)
 
 
 def open_source(path: str | Path) -> Source:
@@ -144,21 +173,39 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
     note_stored(model, source.files)
     if is_adapter(path):  # as large as what base and adapter make together
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
-    unread = unread_tensors(model, headers)
-    again = {tied for tied, to in model.all_tied_weights_keys.items() if to in headers}  # the same, twice
-    headers = {name: entry for name, entry in headers.items() if name not in unread | again}
-    counts = [math.prod(entry["shape"]) for entry in headers.values()]
-    sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in headers.values()]
-    of_experts = {entry["dtype"]: entry for name, entry in headers.items() if ".experts." in name}  # one of each dtype
+    of_model = {name: entry for name, entry in headers.items() if name not in source.unread | source.again}
+    of_experts = {entry["dtype"]: entry for name, entry in of_model.items() if ".experts." in name}  # one of each dtype
     expert_formats = [found for entry in of_experts.values() if (found := format_of({"": entry})) is not None]
     itemsize = max((found.nbytes((1,)) for found in expert_formats), default=expert_itemsize(model, layers[0]))
-    shapes, notes = stored_shapes(model, layers), notes_on(model, layers, unread)
+    shapes, notes = stored_shapes(model, layers), notes_on(model, layers, source.unread)
+    parameters, size = _numel(headers, headers.keys() - source.again), _nbytes(headers, headers)
     if others := other_weights(Path(path)):
         notes += (
             f"transformers loads {next(iter(source.files)).name}, and so does Locum; the folder "
             f"holds {others[0]} too, which other engines may read instead: keep one of them",
         )
-    return ModelShape(source.config.model_type, shapes, sum(counts), sum(sizes), itemsize, notes)
+    return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, _aside(source))
+
+
+def _aside(source: Source) -> Aside:
+    headers, followers = source.headers, source.followers
+    of_expert = [cut.per_expert(headers) for cut in followers.cuts]
+    return Aside(
+        parameters=_numel(headers, source.unread),
+        bytes=_nbytes(headers, source.unread | source.again),
+        expert_numel=sum(numel for numel, _ in of_expert),
+        expert_bytes=sum(size for _, size in of_expert),
+        left_numel=_numel(headers, followers.left),
+        left_bytes=_nbytes(headers, followers.left),
+    )
+
+
+def _numel(headers: dict[str, dict[str, Any]], names: Iterable[str]) -> int:
+    return sum(math.prod(headers[name]["shape"]) for name in names)
+
+
+def _nbytes(headers: dict[str, dict[str, Any]], names: Iterable[str]) -> int:
+    return sum(headers[name]["data_offsets"][1] - headers[name]["data_offsets"][0] for name in names)
 
 
 def check_loadable(path: str | Path, source: Source) -> None:
@@ -198,7 +245,7 @@ def expert_parameters_in(path: str | Path, shape: ModelShape) -> int:
 
 def active_parameters_in(path: str | Path, shape: ModelShape) -> int:
     """The most parameters of a checkpoint that one token uses (see containers/layout.py)."""
-    containers, count = layouts_of(path), shape.parameters - expert_parameters_in(path, shape)
+    containers, count = layouts_of(path), shape.model.parameters - expert_parameters_in(path, shape)
     for layer in shape.layers:
         there = containers.get(layer.name)
         count += there.active_parameters(layer.top_k) if there else layer.top_k * layer.parameters()

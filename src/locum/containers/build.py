@@ -10,7 +10,7 @@ Letters: E experts, D model width, F expert width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -81,8 +81,8 @@ class BuildSite:
     def base(self, index: int) -> ExpertWeights:
         if index not in self._bases:
             base, order = self.plan.bases[index], self.orders[index]
-            members = [permute_hidden(self.read(e), order[e]) if e in order else self.read(e) for e in base.experts]
-            self._bases[index] = mean_expert(members, list(base.weights))
+            members = (permute_hidden(self.read(e), order[e]) if e in order else self.read(e) for e in base.experts)
+            self._bases[index] = mean_expert(members, base.weights)
         return self._bases[index]
 
     def others(self, e: int) -> ExpertWeights | None:
@@ -125,22 +125,32 @@ def build_layer(
     `read(e)` gives the original expert e; `layer` has the statistics that `plan.needs` names, where it names any.
     Raises PlanError where they are missing.
     """
+    layout = Layout.of(plan, shape)
+    rows: dict[str, dict[int, Tensor]] = {name: {} for name in layout.tensor_shapes()}
+    for name, row, tensor in build_rows(plan, shape, read, layer, seed):
+        rows[name][row] = tensor
+    return layout, {name: torch.stack([rows[name][row] for row in range(len(rows[name]))]) for name in rows}
+
+
+def build_rows(
+    plan: LayerPlan, shape: LayerShape, read: Read, layer: LayerStatistics | None = None, seed: int = 0
+) -> Iterator[tuple[str, int, Tensor]]:
+    """The same a row at a time, in the order of the experts, which fixes what is drawn: a tensor's name, the row, its values."""
     check_statistics(plan, layer)
     layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed)
-    built: dict[tuple, dict[str, Tensor]] = {}  # by stack and row; experts in order, which fixes what is drawn
+    prefixes = {(stack.part, stack.variant): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
+    built = set()
     for place, e in enumerate(plan.survivors):
         for part in plan.slots[e].all_parts(shape.has_bias):
-            stack = next(s for s in layout.stacks_of(part.stack) if s.variant == part.variant())
-            key = (stack.part, stack.variant, stack.rows[place])
-            if key not in built:
-                built[key] = _built(part, e, site)
-    tensors = {}
-    for prefix, stack in layout.prefixed():
-        rows = [built[stack.part, stack.variant, row] for row in range(stack.num_rows)]
-        tensors |= {prefix + leaf: torch.stack([row[leaf] for row in rows]) for leaf in rows[0]}
+            prefix, rows = prefixes[part.stack.name, part.variant()]
+            if (prefix, rows[place]) not in built:
+                built.add((prefix, rows[place]))
+                for leaf, tensor in _built(part, e, site).items():
+                    yield prefix + leaf, rows[place], tensor
     stored = layout.routing.tensors(layout) if layout.routing else {}
-    tensors |= {name: read(0).down_DF.new_zeros(size) for name, size in stored.items()}
-    return layout, {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, (count, *size) in stored.items():
+        zeros = read(0).down_DF.new_zeros(size)
+        yield from ((name, row, zeros) for row in range(count))
 
 
 def _built(part: Part, e: int, site: BuildSite) -> dict[str, Tensor]:

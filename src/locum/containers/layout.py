@@ -201,6 +201,7 @@ def active_parameters(shape: ModelShape, plan: Plan | None = None) -> int:
     Everything outside the routed experts counts, in each MoE layer the largest experts that can run, and what their
     policy reads. Where experts differ in size it is an upper bound: a token may use smaller ones.
     """
+    shape = shape.model
     plans = {layer.layer: layer for layer in plan.layers} if plan else {}
     size = plan.size(shape) if plan else shape
     total = size.parameters - size.expert_parameters

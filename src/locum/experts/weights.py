@@ -5,7 +5,7 @@ Letters: D model width, F expert width, G 2F with a gate and F without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,16 +39,19 @@ class ExpertWeights:
         return self.up_bias_F if self.gate_bias_F is None else torch.cat([self.gate_bias_F, self.up_bias_F])
 
 
-def mean_expert(experts: list[ExpertWeights], weights: list[float]) -> ExpertWeights:
-    """The weighted mean of experts, tensor by tensor, summed in float32 (LightMoE Eq. 4)."""
-
-    def mean(name: str, first: Tensor) -> Tensor:
-        total = torch.zeros_like(first, dtype=torch.float32)
-        for expert, weight in zip(experts, weights, strict=True):
-            total += weight * getattr(expert, name).float()
-        return total.to(first.dtype)
-
-    return experts[0].map(mean)
+def mean_expert(experts: Iterable[ExpertWeights], weights: Iterable[float]) -> ExpertWeights:
+    """The weighted mean of experts, tensor by tensor, summed in float32 (LightMoE Eq. 4). One of them at a time."""
+    first: ExpertWeights | None = None
+    totals: dict[str, Tensor] = {}
+    for expert, weight in zip(experts, weights, strict=True):
+        first = first or expert
+        for name, tensor in vars(expert).items():
+            if tensor is not None:
+                total = totals.setdefault(name, torch.zeros_like(tensor, dtype=torch.float32))
+                total += weight * tensor.float()
+    if first is None:
+        raise ValueError("the mean of no expert")
+    return first.map(lambda name, tensor: totals[name].to(tensor.dtype))
 
 
 def permute_hidden(expert: ExpertWeights, order_F: Tensor) -> ExpertWeights:

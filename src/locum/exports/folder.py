@@ -31,7 +31,7 @@ def save_folder(
     data, notes = card_data(model, opening_class(live.config)), _notes(model)
     lines = [head_of(data), f"# {plain(out.name)}", "", f"Written by Locum from {plain(name_of(model))}, {words}.", ""]
     card = "\n".join([*lines, *what_it_is_from(data, notes.get("original", name_of(model))), ""])
-    save_checkpoint(live, tokenizer, out, None, card, model, notes, write=write)
+    save_checkpoint(lambda folder: write(live, folder), tokenizer, out, None, card, model, notes)
 
 
 def _notes(model: Path) -> dict[str, Any]:

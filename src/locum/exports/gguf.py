@@ -75,7 +75,7 @@ def _check_complete(model: Path) -> None:
     """Refuse a folder that lacks weights: the converter does not notice, and llama.cpp names its own tensors."""
     source = open_source(model)
     check_loadable(model, source)
-    found, described = shape_in(model, source).parameters, shape_of(source.model).parameters
+    found, described = shape_in(model, source).model.parameters, shape_of(source.model).parameters
     if found != described:
         raise CheckpointError(
             f"{model} has {found:,} parameters in its files, its config.json describes {described:,}: tensors are missing, "

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..checkpoints.convert import save_as_stock
 from ..checkpoints.read import SUBSTITUTED
 from ..checkpoints.skeleton import skeleton
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..experts.parts.constant import Constant
+from ..models.conversions import save_as_stock
 from ..models.families import MoeLayer, find_layers, set_expert_count, slice_router
 from ..models.router_rules import spread_gates
 from ..models.routers import router_tensors

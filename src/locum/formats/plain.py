@@ -64,4 +64,6 @@ COMPUTE_DTYPES = {plain.name: plain.dtype for plain in PLAIN if plain.dtype is n
 FLOAT_ENTRIES = {
     plain.entry: plain.stored for plain in PLAIN if plain.stored.is_floating_point and plain.stored.itemsize > 1
 }
+ENTRIES = {plain.stored: plain.entry for plain in PLAIN}
+STORED = {plain.entry: plain.stored for plain in PLAIN}
 ENTRY_BYTES = {plain.entry: plain.stored.itemsize for plain in PLAIN}

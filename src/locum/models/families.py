@@ -226,7 +226,7 @@ def notes_on(model: PreTrainedModel, layers: tuple[MoeLayer, ...], unread: froze
     if unread:
         notes.append(
             f"transformers does not load {len(unread)} tensors of this checkpoint (such as a multi-token-prediction head: "
-            f"{min(unread)}); they are not counted here, and a compressed checkpoint has none of them"
+            f"{min(unread)}); apply copies them as they are, training and exports leave them out"
         )
     return tuple(notes)
 

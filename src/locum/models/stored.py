@@ -76,10 +76,15 @@ def _widest(stored: Iterable[Stored]) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a file goes in a live model, and whether it is changed or joined with others on its way."""
+    """Where a tensor of a file goes in a live model, and what changes it or joins it with others on its way, if anything."""
 
     name: str
-    converted: bool
+    converter: WeightConverter | None = None
+    pattern: str = ""  # of the converter's, that the tensor's name fits
+
+    @property
+    def converted(self) -> bool:
+        return self.converter is not None
 
 
 def live_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -108,13 +113,14 @@ def _places_of_each(model: PreTrainedModel, names: Iterable[str]) -> dict[str, P
     known, mapping = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found = {}
     for name in sorted(names, key=dot_natural_key):  # some renamings wait for the first of a group
-        live_name, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        live_name, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if live_name not in known and name in known:
-            live_name, converter = name, None
+            live_name, pattern = name, None
         if live_name in known:
-            found[name] = Place(live_name, converter is not None)
+            found[name] = Place(live_name) if pattern is None else Place(live_name, by_pattern[pattern], pattern)
     return found
 
 

@@ -94,6 +94,12 @@ class Plan:
         can = all(x.stock_can_drop or counts[x.name] == x.num_experts for x in shape.layers)
         return can and len(set(counts.values())) == 1
 
+    def leaves_aside(self, shape: ModelShape) -> int:
+        """How many experts leave what is beside the model: as many as the last MoE layer, where the result is stock."""
+        last = self.layer(shape.layers[-1].name)
+        dropped = shape.layers[-1].num_experts - len(last.survivors) if last is not None else 0
+        return dropped if self.is_stock(shape) else 0
+
     def size(self, shape: ModelShape) -> Size:
         """Exact size of the result."""
         expert_parameters, parameters, bytes_ = shape.expert_parameters, shape.parameters, shape.bytes
@@ -104,6 +110,9 @@ class Plan:
             expert_parameters += change
             parameters += change - dropped * layer.router_numel
             bytes_ += change * shape.expert_itemsize - dropped * layer.router_bytes
+        if gone := self.leaves_aside(shape):
+            parameters -= gone * shape.aside.expert_numel + shape.aside.left_numel
+            bytes_ -= gone * shape.aside.expert_bytes + shape.aside.left_bytes
         return Size(parameters, bytes_, expert_parameters)
 
     def removed(self, shape: ModelShape) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ..checkpoints.application import apply_plan, save_checkpoint
+from ..budgets.target import parse_size
+from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.card_data import card_data
 from ..checkpoints.convert import check_openable
-from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.rewrite import Rewriting
 from ..checkpoints.side_files import side_files
-from ..checkpoints.skeleton import read_shape
+from ..checkpoints.skeleton import check_loadable, open_source, shape_in
 from ..containers.build import check_statistics
 from ..errors import PlanError, StatisticsError
 from ..files import check_output, provenance
@@ -35,23 +36,31 @@ def apply(
     statistics: Annotated[
         Path | None, Help("statistics for a plan with parts made from them; default: those it was made from")
     ] = None,
+    shard_size: Annotated[str, Help("most bytes of tensors in a weight file")] = "5GiB",
     seed: Seed = 0,
     force: Force = False,
     progress: Progress = silent,
 ) -> Path:
-    """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card."""
+    """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card.
+
+    Files are rewritten, an expert at a time; what the plan does not touch keeps its bytes.
+    """
     model = Path(model)
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
     check_number("seed", seed, 0, MOST_SEED)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
-    shape = read_shape(model)
+    check_number("shard-size", most := parse_size(shard_size), 1)
+    source = open_source(model)
+    shape = shape_in(model, source)
     side_files(model)  # all of them may go along
     check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
     beside = Path() if decided is plan else Path(plan).parent
     observed = statistics_for(decided, statistics, model, beside) if decided.needs else None
     tokenizer = load_tokenizer(model)
-    live = open_model(model)
+    check_loadable(model, source)
+    rewriting = Rewriting(source, shape, decided, observed, seed)
+    rewriting.check_space(out)
     count, told = 0, timed(progress)
 
     def step(layer: str) -> None:
@@ -59,7 +68,6 @@ def apply(
         count += 1
         told("apply", count, len(decided.layers))
 
-    apply_plan(live, decided, observed, seed, step)
     made = provenance(
         original=name_of(model),
         original_fingerprint=fingerprint_checkpoint(model),
@@ -68,9 +76,9 @@ def apply(
         seed=seed,
     )
     remember(made["original_fingerprint"], model)
-    opens = opening_class(live.config)
+    opens = opening_class(source.config)
     card = model_card(decided, shape, out.name, made, opens, card_data(model, opens))
-    save_checkpoint(live, tokenizer, out, decided, card, model, made)
+    save_checkpoint(lambda folder: rewriting.write(folder, most, step), tokenizer, out, decided, card, model, made)
     return out
 
 

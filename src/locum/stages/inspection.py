@@ -59,7 +59,7 @@ def inspect(model: Path) -> dict[str, Any]:
         "bytes": shape.bytes,
         "expert_parameters": experts,
         "active_parameters": active,
-        "active_bytes": shape.bytes - (shape.parameters - active) * shape.expert_itemsize,
+        "active_bytes": shape.model.bytes - (shape.model.parameters - active) * shape.expert_itemsize,
         "fingerprint": fingerprint_checkpoint(model),
         "layers": [{**dataclasses.asdict(layer), "routing": routing[layer.name]} for layer in shape.layers],
         "notes": list(shape.notes),

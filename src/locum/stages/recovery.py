@@ -137,7 +137,7 @@ def _save(
     card = model_card(plan, before, out.name, notes, opens, data)
     write = write_model if base is None else write_adapter
     kept = plan if plan_of(model) is not None else None
-    save_checkpoint(live, tokenizer, out, kept, card, model, notes, extra=[log], write=write)
+    save_checkpoint(lambda folder: write(live, folder), tokenizer, out, kept, card, model, notes, extra=[log])
 
 
 def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:

@@ -301,7 +301,7 @@ def compare_likeliest(promise: Promise, answer: Answer, dtype: torch.dtype) -> s
 
 def compare_memory(folder: Folder, answer: Answer, dtype: torch.dtype) -> str:
     """What the engine holds for the weights, against the parameters of the files in this precision."""
-    promised = folder.shape.parameters * dtype.itemsize
+    promised = folder.shape.model.parameters * dtype.itemsize
     said = (
         f"{describe_size(answer.bytes)} of weights in memory, {describe_size(promised)} in the files at this precision"
     )

@@ -1,0 +1,1 @@
+"""Checkpoints that are bigger than memory, and what Locum needs for them."""

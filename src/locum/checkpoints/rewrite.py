@@ -1,0 +1,238 @@
+"""Carrying out a plan on files: every tensor of a checkpoint is copied, cut, left out, or made anew, and no model is built.
+
+What a plan does not touch keeps its bytes, its dtype and its name, whether transformers loads it or not. Experts and routers
+of a layer that loses some are cut where they lie (cuts.py). A layer that needs a container gets its tensors a row at a time,
+from one expert at a time (expert_reader.py). So memory holds one expert, what is made of it, and the bases of a layer.
+
+Steps and their order follow from plan and headers alone, and so do all sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import dot_natural_key
+
+from ..containers.build import build_rows
+from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..errors import OutputError
+from ..files import free_space
+from ..formats.plain import ENTRIES
+from ..models.conversions import names_in_files, note_conversions, save_as_stock
+from ..models.families import EXPERT_COUNTS, MoeLayer, leave_router_logits, set_expert_count
+from ..plans.plan import KEPT, LayerPlan, Plan
+from ..shapes import ModelShape
+from ..stats.sums import LayerStatistics, Statistics
+from .card import describe_size
+from .cuts import Cut, find_cuts, kept_ranges
+from .expert_reader import ExpertReader, ExpertSplitter, one_expert_model
+from .quantizer import LocumConfig
+from .shard_reader import Ranges, ShardReader
+from .shard_writer import Entry, ShardWriter
+from .skeleton import Source
+
+SHARD = 5 * 2**30  # bytes of a weight file, at most
+AROUND = 2**26  # bytes that a folder may take besides its tensors: headers, tokenizer, plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some tensors that are written one after the other, and how."""
+
+    entries: dict[str, Entry]
+    fill: Callable[[ShardWriter], None]
+    layer: str = ""  # where they are the experts of a layer of the plan: its name
+
+
+class Rewriting:
+    """What a plan makes of a checkpoint: its config, the steps to its files, and their size. Made without reading a weight.
+
+    Raises CheckpointError and UnsupportedModel for files whose experts cannot be read one by one.
+    """
+
+    def __init__(
+        self, source: Source, shape: ModelShape, plan: Plan, statistics: Statistics | None = None, seed: int = 0
+    ) -> None:
+        self._source, self._plan, self._statistics, self._seed = source, plan, statistics, seed
+        self._stock = plan.is_stock(shape)
+        self._files = ShardReader(source.files)
+        self._one = one_expert_model(source.model.config)
+        note_conversions(self._one, source.headers)
+        if any(isinstance(layer.experts, StandInExperts) for layer in source.layers):
+            save_as_stock(self._one)
+        self._cuts = find_cuts(source.model, source.layers, source.headers, source.places)
+        self._layouts: dict[str, Layout] = {}
+        self.steps = self._all_steps(bool(plan.leaves_aside(shape)))
+        self.config = self._settled_config()
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.nbytes for step in self.steps for entry in step.entries.values())
+
+    def check_space(self, out: Path) -> None:
+        """Refuse a disk that is too small, before anything is written."""
+        needed, free = self.bytes + AROUND, free_space(out)
+        if free < needed:
+            raise OutputError(
+                f"no space left for {out}: it takes {describe_size(needed)}, and {describe_size(free)} are free there; free "
+                f"some, or choose another disk"
+            )
+
+    def write(self, folder: Path, limit: int = SHARD, progress: Callable[[str], None] = lambda layer: None) -> None:
+        """Write config and weights into a folder. `progress` is told the name of each of the plan's layers that is done."""
+        writer = ShardWriter(folder, {n: entry for step in self.steps for n, entry in step.entries.items()}, limit)
+        self.config.save_pretrained(folder)
+        for step in self.steps:
+            step.fill(writer)
+            if step.layer:
+                progress(step.layer)
+        writer.finish()
+
+    # --- steps
+
+    def _all_steps(self, follow: bool) -> list[Step]:
+        """The steps in the order of the tensors' names. What is cut or made anew takes the place of what it was."""
+        instead: dict[str, list[Step]] = {}
+        for layer in self._source.layers:
+            cuts, plan = self._cuts[layer.shape.name], self._plan_of(layer)
+            keep = plan.survivors
+            if self._plan.layer(plan.layer) is not None or self._becomes_container(layer):
+                _replace(instead, cuts.experts, self._experts_step(layer, plan))
+            if len(keep) < layer.shape.num_experts:
+                _replace(instead, cuts.router, self._cutting(cuts.router, keep, layer.shape.num_experts))
+        if follow:
+            last, followers = self._source.layers[-1], self._source.followers
+            keep, count = self._plan_of(last).survivors, last.shape.num_experts
+            _replace(instead, followers.cuts, self._cutting(followers.cuts, keep, count))
+            instead |= {name: [] for name in followers.left}
+        steps = []
+        for name in sorted(self._source.headers, key=dot_natural_key):
+            steps += instead[name] if name in instead else [self._copying(name)]
+        return steps
+
+    def _plan_of(self, layer: MoeLayer) -> LayerPlan:
+        name, count = layer.shape.name, layer.shape.num_experts
+        return self._plan.layer(name) or LayerPlan(name, (KEPT,) * count)
+
+    def _becomes_container(self, layer: MoeLayer) -> bool:
+        """Whether the stock layout cannot hold the layer, because of its plan or of its number of experts."""
+        plan = self._plan_of(layer)
+        return not self._stock and not (plan.is_identity and layer.shape.num_experts in self._counts(layer))
+
+    def _counts(self, layer: MoeLayer) -> list[int | None]:
+        """What the config of a layer says of its number of experts."""
+        config = self._one.get_submodule(layer.shape.name).config
+        return [getattr(config, name, None) for name in EXPERT_COUNTS]
+
+    def _experts_step(self, layer: MoeLayer, plan: LayerPlan) -> Step:
+        """The experts of one layer of the plan."""
+        cuts, is_container = self._cuts[plan.layer].experts, isinstance(layer.experts, StandInExperts)
+        becomes_container = self._becomes_container(layer)
+        read = ExpertReader(layer, self._cuts[plan.layer], self._source.places, self._files, self._one)
+        if not is_container and not becomes_container:
+            return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
+        if becomes_container:
+            self._layouts[plan.layer] = Layout.of(plan, layer.shape)
+            if is_container and self._layouts[plan.layer] == layer.experts.layout:
+                return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
+        return self._building(layer, plan, read) if becomes_container else self._splitting(layer, plan, read)
+
+    def _copying(self, name: str) -> Step:
+        """A tensor as it is."""
+        entry = Entry.of(self._source.headers[name])
+        return Step({name: entry}, lambda writer: self._copy(writer, name, name, [(0, entry.nbytes)]))
+
+    def _cutting(self, cuts: Sequence[Cut], keep: Sequence[int], num_experts: int, layer: str = "") -> Step:
+        """What these experts have, numbered anew."""
+        entries: dict[str, Entry] = {}
+        taken: list[tuple[str, str, Ranges]] = []
+        for cut in cuts:
+            if cut.axis is None:
+                for new, old in enumerate(keep):
+                    entry = entries[cut.names[new]] = Entry.of(self._source.headers[cut.names[old]])
+                    taken.append((cut.names[new], cut.names[old], [(0, entry.nbytes)]))
+                continue
+            name, header = cut.names[0], self._source.headers[cut.names[0]]
+            ranges = kept_ranges(header, cut.axis, keep, num_experts)
+            shape = list(header["shape"])
+            shape[cut.axis] -= num_experts - len(keep)
+            entries[name] = Entry(header["dtype"], tuple(shape), sum(end - begin for begin, end in ranges))
+            taken.append((name, name, ranges))
+
+        def fill(writer: ShardWriter) -> None:
+            for name, old, ranges in taken:
+                self._copy(writer, name, old, ranges)
+
+        return Step(entries, fill, layer)
+
+    def _copy(self, writer: ShardWriter, name: str, old: str, ranges: Ranges) -> None:
+        writer.write(name, self._files.pieces(old, ranges))
+
+    def _building(self, layer: MoeLayer, plan: LayerPlan, read: ExpertReader) -> Step:
+        """A container's tensors."""
+        shapes = self._layouts[plan.layer].tensor_shapes()
+        live = {leaf: f"{plan.layer}.{leaf}" for leaf in shapes}
+        names = names_in_files(self._one, list(live.values()))
+        entries = {names[live[leaf]]: _entry(read.dtype, shape) for leaf, shape in shapes.items()}
+        index = next((i for i, each in enumerate(self._plan.layers) if each.layer == plan.layer), 0)
+        of_layer: LayerStatistics | None = None
+        if self._statistics is not None and plan.needs:
+            of_layer = self._statistics.layer(plan.layer)
+
+        def fill(writer: ShardWriter) -> None:
+            recent = functools.lru_cache(maxsize=2)(read)
+            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, self._seed * 1_000_003 + index):
+                data = _bytes(tensor.to(read.dtype))
+                writer.write(names[live[leaf]], [data], row * len(data))
+
+        return Step(entries, fill, plan.layer)
+
+    def _splitting(self, layer: MoeLayer, plan: LayerPlan, read: ExpertReader) -> Step:
+        """Experts of a container as the family's files have them."""
+        splitter = ExpertSplitter(layer, self._one, read.dtype)
+        entries = {name: _entry(read.dtype, shape) for name, shape in splitter.shapes(len(plan.survivors)).items()}
+
+        def fill(writer: ShardWriter) -> None:
+            for new, old in enumerate(plan.survivors):
+                for name, (row, tensor) in splitter.split(new, read(old)).items():
+                    data = _bytes(tensor)
+                    writer.write(name, [data], row * len(data))
+
+        return Step(entries, fill, plan.layer)
+
+    # --- config
+
+    def _settled_config(self) -> PreTrainedConfig:
+        """What the config of the live model would be."""
+        config, layers = self._one.config, self._source.layers
+        if not self._stock and any(len(self._plan_of(x).survivors) not in self._counts(x) for x in layers):
+            leave_router_logits(self._one)
+        if self._stock and self._plan.layers:
+            for holder in (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers)):
+                set_expert_count(holder, len(self._plan.layers[0].survivors))
+        if self._layouts:
+            config.quantization_config = LocumConfig({name: x.to_json() for name, x in self._layouts.items()})
+        config.architectures = [type(self._one).__name__]
+        return config
+
+
+def _replace(instead: dict[str, list[Step]], cuts: Sequence[Cut], step: Step) -> None:
+    """Let a step take the place of these tensors: that of the first of them."""
+    names = sorted((name for cut in cuts for name in cut.names), key=dot_natural_key)
+    instead |= {name: [] for name in names} | {name: [step] for name in names[:1]}
+
+
+def _entry(dtype: torch.dtype, shape: tuple[int, ...]) -> Entry:
+    return Entry(ENTRIES[dtype], shape, math.prod(shape) * dtype.itemsize)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
