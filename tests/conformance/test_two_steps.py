@@ -259,7 +259,7 @@ def test_compress_gives_a_method_the_weights(place, tmp_path) -> None:
 
 def test_weights_that_are_missing_needless_or_of_another_model_are_refused(place, tmp_path, monkeypatch) -> None:
     write_checkpoint(tmp_path / "other", **WIDE, seed=1)
-    monkeypatch.setattr("locum.stages.planning.open_model", None)  # before weights are read
+    monkeypatch.setattr("locum.stages.planning.expert_readers", None)  # before weights are read
     with pytest.raises(
         StatisticsError, match=r"belong to another model \(fingerprint .*name the checkpoint that was cal"
     ):

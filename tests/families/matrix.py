@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python -m families.matrix           run everything, write the results and docs/families.md
     PYTHONPATH=tests python -m families.matrix --docs    only write docs/families.md from the results there are
+    PYTHONPATH=tests python -m families.matrix --check NAME   only this check, put beside the results there are
 
 Results are one JSON file per version of transformers, `benchmarks/results/families-VERSION.json`. The page is made from
 them alone, so that a test can tell whether it is current.
@@ -33,6 +34,7 @@ PAGE = ROOT / "docs" / "families.md"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--docs", action="store_true", help="only write docs/families.md from the results there are")
+    parser.add_argument("--check", choices=CHECKS, help="only this one, put beside the results there are")
     parser.add_argument("families", nargs="*", help="only these, and write nothing")
     options = parser.parse_args()
     failed = False
@@ -40,7 +42,8 @@ def main() -> int:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        results = run(tuple(options.families) or all_families())
+        checks = (options.check,) if options.check else tuple(CHECKS)
+        results = run(tuple(options.families) or all_families(), checks)
         failed = any(
             verdict.startswith("failed") for row in results["families"].values() for verdict in row["checks"].values()
         )
@@ -48,6 +51,8 @@ def main() -> int:
             return int(failed)
         file = RESULTS / f"families-{transformers.__version__}.json"
         before = json.loads(file.read_text()) if file.exists() else {"families": {}}
+        if options.check:
+            results = joined(before, results)
         print(*(changes(before, results) or ["nothing changed"]), sep="\n")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
@@ -58,12 +63,12 @@ def main() -> int:
 # --- running ----------------------------------------------------------------------------------------------------
 
 
-def run(families: tuple[str, ...]) -> dict[str, Any]:
+def run(families: tuple[str, ...], checks: tuple[str, ...]) -> dict[str, Any]:
     start = time.monotonic()
     rows = {}
     for family in families:
         begin = time.monotonic()
-        rows[family] = run_family(family)
+        rows[family] = run_family(family, checks)
         bad = {name: v for name, v in rows[family]["checks"].items() if v.startswith("failed")}
         print(f"{family:22} {time.monotonic() - begin:5.1f} s  {bad or summary(rows[family]['checks'])}", flush=True)
     return {
@@ -78,16 +83,25 @@ def run(families: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def run_family(family: str) -> dict[str, Any]:
+def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Results of some checks put into those there are, in the order of the checks."""
+    families = {}
+    for name, row in before["families"].items():
+        checks = row["checks"] | after["families"][name]["checks"]
+        families[name] = row | {"checks": {check: checks[check] for check in CHECKS}}
+    return before | {"minutes": round(before["minutes"] + after["minutes"], 1), "families": families}
+
+
+def run_family(family: str, names: tuple[str, ...]) -> dict[str, Any]:
     case = Case(family)
-    checks = {name: verdict(name, case) for name in CHECKS}
+    checks = {name: verdict(name, case) for name in names}
     row: dict[str, Any] = {
         "model_type": main_type(family),
         "class": model_class(tiny_config(main_type(family))).__name__,
     }
     rule = family_of(main_type(family))
     row["row"] = sorted(name for name, value in vars(rule).items() if value != type(rule)().__dict__[name])
-    if not rule.refuse and "failed" not in checks["inspect"]:
+    if not rule.refuse and "failed" not in checks.get("inspect", ""):
         shape = case.shape.layers[0]
         row["router"] = shape.router_kind
         row["renormalised"] = shape.renormalised

@@ -49,7 +49,7 @@ class Step:
 
     entries: dict[str, Entry]
     fill: Callable[[ShardWriter], None]
-    layer: str = ""  # where they are the experts of a layer of the plan: its name
+    layer: str = ""  # where they are the experts of a layer: its name
 
 
 class Rewriting:
@@ -92,7 +92,7 @@ class Rewriting:
         self.config.save_pretrained(folder)
         for step in self.steps:
             step.fill(writer)
-            if step.layer:
+            if self._plan.layer(step.layer) is not None:
                 progress(step.layer)
         writer.finish()
 
@@ -104,7 +104,8 @@ class Rewriting:
         for layer in self._source.layers:
             cuts, plan = self._cuts[layer.shape.name], self._plan_of(layer)
             keep = plan.survivors
-            if self._plan.layer(plan.layer) is not None or self._becomes_container(layer):
+            is_container = isinstance(layer.experts, StandInExperts) or self._becomes_container(layer)
+            if self._plan.layer(plan.layer) is not None or is_container:
                 _replace(instead, cuts.experts, self._experts_step(layer, plan))
             if len(keep) < layer.shape.num_experts:
                 _replace(instead, cuts.router, self._cutting(cuts.router, keep, layer.shape.num_experts))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ..budgets.target import Target, check_met, meet_target, parse_size
 from ..checkpoints.convert import check_openable
-from ..checkpoints.load import open_model
+from ..checkpoints.expert_reader import expert_readers
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters
@@ -17,7 +17,6 @@ from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import check_output, provenance
 from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
-from ..models.families import find_layers, read_expert
 from ..options import make_options
 from ..places import find, name_of, remember
 from ..plans.plan import Plan, make_plan, with_provenance, with_routing
@@ -105,8 +104,7 @@ def read_weights(model: Path, statistics: Statistics | None) -> Weights:
                 f"the statistics belong to another model (fingerprint {theirs}) than {model} ({here}), and the method "
                 f"reads both; name the checkpoint that was calibrated"
             )
-    experts = {layer.shape.name: layer.experts for layer in find_layers(open_model(model))}
-    return lambda layer: lambda e: read_expert(experts[layer], e)
+    return expert_readers(model)
 
 
 def _folder_of(files: Sequence[Path | Statistics], chosen: Method, model: Path | None) -> Path | None:
