@@ -88,7 +88,7 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     families = {}
     for name, row in before["families"].items():
         checks = row["checks"] | after["families"][name]["checks"]
-        families[name] = row | {"checks": {check: checks[check] for check in CHECKS}}
+        families[name] = row | {"checks": {check: checks[check] for check in CHECKS if check in checks}}
     return before | {"minutes": round(before["minutes"] + after["minutes"], 1), "families": families}
 
 

@@ -63,7 +63,7 @@ WAY_OPTIONS = {
 }
 TARGET_OPTIONS = {"gguf": "--pre-tokenizer --type", "remote-code": "", "stock": "", "vllm": ""}
 COMMANDS = {
-    "apply": "MODEL --force --json --out --plan --seed --statistics",
+    "apply": "MODEL --force --json --out --plan --seed --shard-size --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --stream "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from .shard_writer import Entry, ShardWriter
 from .skeleton import Source
 
 SHARD = 5 * 2**30  # bytes of a weight file, at most
-AROUND = 2**26  # bytes that a folder may take besides its tensors: headers, tokenizer, plan
+PER_TENSOR, AROUND = 256, 2**20  # bytes of a header's entry, and of what is written anew: plan, card, notes
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ class Rewriting:
     def bytes(self) -> int:
         return sum(entry.nbytes for step in self.steps for entry in step.entries.values())
 
-    def check_space(self, out: Path) -> None:
-        """Refuse a disk that is too small, before anything is written."""
-        needed, free = self.bytes + AROUND, free_space(out)
+    def check_space(self, out: Path, side_files: Iterable[Path] = ()) -> None:
+        """Refuse a disk that is too small for it and the files that go along, before anything is written."""
+        needed = self.bytes + PER_TENSOR * sum(len(step.entries) for step in self.steps) + AROUND
+        needed, free = needed + sum(file.stat().st_size for file in side_files), free_space(out)
         if free < needed:
             raise OutputError(
                 f"no space left for {out}: it takes {describe_size(needed)}, and {describe_size(free)} are free there; free "

@@ -52,7 +52,7 @@ def apply(
     check_number("shard-size", most := parse_size(shard_size), 1)
     source = open_source(model)
     shape = shape_in(model, source)
-    side_files(model)  # all of them may go along
+    along = side_files(model)  # all of them may
     check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
     beside = Path() if decided is plan else Path(plan).parent
@@ -60,7 +60,7 @@ def apply(
     tokenizer = load_tokenizer(model)
     check_loadable(model, source)
     rewriting = Rewriting(source, shape, decided, observed, seed)
-    rewriting.check_space(out)
+    rewriting.check_space(out, along)
     count, told = 0, timed(progress)
 
     def step(layer: str) -> None:
