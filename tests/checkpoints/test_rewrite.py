@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import locum
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.expert_reader import ExpertReader
 from locum.checkpoints.load import load_model, open_model
 from locum.checkpoints.read import read_headers
 from locum.checkpoints.rewrite import AROUND
@@ -397,3 +399,25 @@ def test_no_model_is_built(checkpoint, plan_file, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.OlmoeForCausalLM.from_pretrained", None)
     out = locum.apply(checkpoint, plan=plan_file, out=tmp_path / "out")
     assert read_headers(out)
+
+
+@pytest.mark.parametrize("plan", [even, light])
+def test_few_experts_are_in_memory_at_a_time(plan, checkpoint, tmp_path, monkeypatch):
+    """However many there are: the mean of four, their adapters and four that are kept."""
+    alive, most, read = 0, 0, ExpertReader.__call__
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def count(reader: ExpertReader, e: int):
+        nonlocal alive, most
+        weights = read(reader, e)
+        weakref.finalize(weights, gone)
+        alive += 1
+        most = max(most, alive)
+        return weights
+
+    monkeypatch.setattr(ExpertReader, "__call__", count)
+    locum.apply(checkpoint, plan=plan(read_shape(checkpoint)), out=tmp_path / "out")
+    assert (alive, most) == (0, 0) if plan is even else most <= 4

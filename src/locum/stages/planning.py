@@ -234,7 +234,8 @@ def check_target(
         return None
     target = Target(remove, None if fit is None else parse_size(fit))
     if target.fit is not None and shape is not None:
-        rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize
+        follow = shape.aside.expert_bytes * shape.layers[-1].num_experts + shape.aside.left_bytes
+        rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize - follow
         if target.fit < rest:
             raise OptionError(
                 f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "
