@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import locum
-from benchmarks.experiments.experiment import CACHE, RESULTS, SEEDS, read
+from benchmarks.experiments.experiment import RESULTS, SEEDS, made_once, read
 from benchmarks.speed.timing import commit
 from locum.bundled import MODEL, reference_data
 
@@ -55,22 +55,14 @@ def file_of(phase: str) -> Path:
     return RESULTS / f"defaults_{phase}.jsonl"
 
 
-def statistics(seed: int) -> Path:
-    """Calibration on text drawn with this seed, Gram matrices included; made once."""
-    path = CACHE / f"defaults.{seed}.statistics.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        locum.calibrate(MODEL, data=reference_data(), tokens=CALIBRATED, seed=seed, out=path)
-    return path
-
-
 def compress(name: str, seed: int, out: Path) -> Path:
-    """One method with its default options. A search calibrates by itself, on fewer tokens."""
+    """One method with its default options, from calibration (or a search) with this seed."""
     options: dict[str, Any] = {"data": reference_data(), "seed": seed, "tokens": CALIBRATED}
     if name == "moe-i2":
-        options["statistics"] = CACHE / f"defaults.{seed}.searched.safetensors"
+        asked = {"method": "moe-i2", "tokens": CALIBRATED, "seed": seed}
+        options["statistics"] = made_once("searched", locum.search, **asked)
     elif name != "compressed-experts":
-        options["statistics"] = statistics(seed)
+        options["statistics"] = made_once("statistics", locum.calibrate, tokens=CALIBRATED, seed=seed)
     return locum.compress(MODEL, out=out, **options, **METHODS[name])
 
 

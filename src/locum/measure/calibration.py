@@ -62,7 +62,8 @@ def calibrate(
     the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
     `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches; to go on from there, pass what it got as
-    `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same. Afterwards, also after an error or Ctrl-C, the model is as it was.
+    `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
+    Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
     for a bad option and StatisticsError for a `start` that belongs to something else.
@@ -81,44 +82,62 @@ def calibrate(
         check_start(start, origin, asked, len(tokens.domain_B))
     words = make_provenance(**{"seed": None, **(provenance or {})})
     order_B = torch.argsort(tokens.domain_B, stable=True)
-    done: Statistics | None = None
-    sums: Sums | None = None
-    next_block = 0
+    so_far, next_block = _SoFar(needs, asked, origin, words), 0
     if start is not None:
-        done, next_block = replace(start, next_block=None, provenance=words), start.next_block
-        if next_block < len(order_B):
-            domain = tokens.domains[int(tokens.domain_B[order_B[next_block]])]
-            done, sums = taken_up(done, domain, needs)
-
-    def so_far() -> Statistics | None:
-        """What is done with the running sums on top. Sums of a domain without tokens add nothing."""
-        if sums is None or sums.num_tokens == 0:
-            return done
-        more = sums.statistics(origin, words)
-        return replace(more if done is None else done + more, asked=asked)
+        next_block = start.next_block
+        first = tokens.domains[int(tokens.domain_B[order_B[next_block]])] if next_block < len(order_B) else None
+        so_far.take_up(start, first)
+    told = progress or (lambda done, total: None)
 
     with observed(observer), evaluating(model):
         batches = _batches(tokens, order_B[next_block:], batch_size)
         for number, some in enumerate(together(model, batches, batch_size * tokens.length), start=1):
-            of_domain = {} if sums is None else {sums.domain: sums}
-            for domain, _ in some:
-                of_domain.setdefault(domain, Sums(domain, needs))
             before, count = next_block, sum(len(blocks_B) for _, blocks_B in some)
 
             def streamed(layer: int, layers: int, before: int = before, count: int = count) -> None:
-                if progress is not None:
-                    progress(before + count * layer // (layers + 1), len(order_B))
+                told(before + count * layer // (layers + 1), len(order_B))
 
-            _run_batches(model, tokens, [(of_domain[d], b) for d, b in some], observer, streamed)
+            _run_batches(model, tokens, [(so_far.sums_of(domain), b) for domain, b in some], observer, streamed)
             next_block += count
-            for running in of_domain.values():  # in the order of the domains
-                if running is not sums:
-                    done, sums = so_far(), running
-            if progress is not None:
-                progress(next_block, len(order_B))
-            if on_batch is not None and (number % save_every == 0 or len(some) > 1) and (now := so_far()) is not None:
+            told(next_block, len(order_B))
+            is_time = on_batch is not None and (number % save_every == 0 or len(some) > 1)
+            if is_time and (now := so_far.statistics()) is not None:
                 on_batch(replace(now, next_block=next_block))
-    return so_far()
+    return so_far.statistics()
+
+
+class _SoFar:
+    """What is added up: statistics of the domains that are done, and running sums of those that are not."""
+
+    def __init__(
+        self, needs: tuple[str, ...], asked: Mapping[str, Any], origin: Origin, words: Mapping[str, Any]
+    ) -> None:
+        self.needs, self.asked, self.origin, self.words = needs, asked, origin, words
+        self.done: Statistics | None = None
+        self.running: dict[str, Sums] = {}
+
+    def take_up(self, start: Statistics, domain: str | None) -> None:
+        """Go on from statistics that were saved, with the next blocks of this domain."""
+        self.done = replace(start, next_block=None, provenance=self.words)
+        if domain is not None:
+            self.done, self.running[domain] = taken_up(self.done, domain, self.needs)
+
+    def sums_of(self, domain: str) -> Sums:
+        return self.running.setdefault(domain, Sums(domain, self.needs))
+
+    def statistics(self) -> Statistics | None:
+        """All of it. Only the last domain may go on; sums of one without tokens add nothing."""
+        *ended, last = self.running.values() or (None,)
+        for sums in ended:
+            self.done = self._with(sums)
+            del self.running[sums.domain]
+        return self._with(last)
+
+    def _with(self, sums: Sums | None) -> Statistics | None:
+        if sums is None or sums.num_tokens == 0:
+            return self.done
+        more = sums.statistics(self.origin, self.words)
+        return replace(more if self.done is None else self.done + more, asked=self.asked)
 
 
 def _run_batches(
