@@ -30,14 +30,14 @@ from locum.bundled import MODEL, reference_data
 
 METHODS: dict[str, dict[str, Any]] = {
     "lightmoe": {"method": "lightmoe", "remove": 0.5},
-    "replace": {"method": "replace", "remove": 0.5},
-    "moe-i2": {"method": "moe-i2", "remove": 0.5},
+    "prune, REAP": {"method": "prune", "remove": 0.5, "score": "reap"},
+    "prune, random": {"method": "prune", "remove": 0.5, "score": "random"},
     "decompose": {"method": "decompose", "remove": 0.5},
     "mone": {"method": "mone", "remove": 0.5},
-    "prune, REAP": {"method": "prune", "remove": 0.5, "score": "reap"},
-    "prune, frequency": {"method": "prune", "remove": 0.5, "score": "frequency"},
-    "prune, random": {"method": "prune", "remove": 0.5, "score": "random"},
+    "replace": {"method": "replace", "remove": 0.5},
     "compressed-experts": {"method": "compressed-experts"},
+    "moe-i2": {"method": "moe-i2", "remove": 0.5},
+    "prune, frequency": {"method": "prune", "remove": 0.5, "score": "frequency"},
 }
 # The way, the method that stands for its use, the rates tried with a cosine, and those tried without a schedule.
 TRIED = (
@@ -97,7 +97,7 @@ def select(steps: int, shard: tuple[int, int]) -> None:
 
 def test(steps: int, shard: tuple[int, int]) -> None:
     """Every method before and after, three seeds."""
-    jobs = [(name, seed) for seed in SEEDS for name in METHODS]
+    jobs = [(name, seed) for name in METHODS for seed in SEEDS]
     file = file_of("test")
     done = {(row["method"], row["seed"]) for row in read(file)}
     for name, seed in jobs[shard[0] :: shard[1]]:

@@ -57,6 +57,7 @@ METHOD_OPTIONS = {
 }
 WAY_OPTIONS = {
     "annealed": "--annealing --end-fraction --rank --steepness --train-bases",
+    "layerwise": "--rank --routers --train-bases",
     "full": "",
     "lora": "--rank --train-bases",
     "vectors": "",
