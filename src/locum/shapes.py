@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+KINDS = {"int": int, "str": str, "bool": bool}
+
+
+class _Checked:
+    """A dataclass that takes values of the kinds that its fields are of, and no negative numbers. Raises TypeError."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, item.name), KINDS.get(str(item.type))
+            if kind is not None and type(value) is not kind:
+                raise TypeError(f"{item.name} is {value!r:.60}, not {item.type}")
+            if kind is int and value < 0:
+                raise TypeError(f"{item.name} is {value}, below 0")
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class LayerShape(_Checked):
     """One layer's routed experts and their router."""
 
     name: str  # module path of the experts, e.g. "model.layers.0.mlp.experts"
@@ -67,7 +81,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class Aside:
+class Aside(_Checked):
     """What a checkpoint has beside the model that runs, such as layers that predict further tokens. It goes along as it is.
 
     Where experts leave a stock checkpoint, whose config has one number for all layers, prediction layers follow the last
@@ -83,7 +97,7 @@ class Aside:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(_Checked):
     """All MoE layers of a model, with its totals."""
 
     model_type: str

@@ -73,6 +73,29 @@ def test_a_pipe_is_not_replaced(line, checkpoint, statistics_file, words, tmp_pa
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report {pipe} --out {out}",
+        "plan {pipe} --remove 0.4 --out {out}",
+        "plan --diff {pipe} {pipe}",
+        "plan {stats} --method compressed-experts --onto {pipe} --out {out}",
+        "apply {model} --plan {pipe} --out {out}",
+        "compress {model} --data {words} --remove 0.4 --statistics {pipe} --out {out}",
+        "calibrate {model} --data {pipe} --out {out}",
+        "inspect {pipe}",
+        "eval {model} --data {words} --append --out {pipe}",
+    ],
+)
+def test_a_pipe_is_not_read(line, checkpoint, statistics_file, words, tmp_path):
+    """Where nobody writes, reading waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    places = {"pipe": tmp_path / "pipe", "out": tmp_path / "out", "stats": statistics_file, "model": checkpoint}
+    result = command(*line.format(words=words, **places).split())
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "pipe" in result.stderr, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 @pytest.fixture
 def signals():
     """Signals as a new process has them; afterwards as they were."""

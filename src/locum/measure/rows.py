@@ -54,6 +54,8 @@ def write_rows(path: str | Path, rows: list[Row], append: bool = True) -> None:
 
 def read_rows(path: str | Path) -> list[Row]:
     """Rows of a results file. Raises DataError, naming the line, for anything that is not a row."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise DataError(f"cannot read results {path}: it is no file; make them with: locum eval")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
