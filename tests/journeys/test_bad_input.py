@@ -153,7 +153,7 @@ LINES = [
     (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: at least 1"),
     (
         f"{COMPRESS} {TARGET} --recover-rank 2",
-        "option '--recover-rank' comes with --recover annealed or lora",
+        "option '--recover-rank' comes with --recover annealed or layerwise or lora",
     ),
     (
         f"{COMPRESS} {TARGET} --recover lora --recover-end-fraction 0.5",
@@ -163,7 +163,10 @@ LINES = [
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),
     (f"{RECOVER} --validation-tokens 0", "validation-tokens is 0"),
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
-    (f"{RECOVER} --how vectors --rank 2", "way to recover vectors has no option '--rank'|annealed or lora has it"),
+    (
+        f"{RECOVER} --how vectors --rank 2",
+        "way to recover vectors has no option '--rank'|annealed or layerwise or lora has it",
+    ),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),
     (f"{RECOVER} --learning-rate nan", "--learning-rate is nan"),
@@ -175,8 +178,8 @@ LINES = [
     ("compres {model}", "unknown command 'compres': did you mean 'compress'?"),
     # recovery and evaluation
     (
-        "recover {pruned} --data {words} --length 64 --out {out}",
-        "--how annealed fades out|the plan (prune) leaves none; use --how full or --how lora",
+        "recover {pruned} --data {words} --length 64 --out {out} --how annealed",
+        "--how annealed fades out|the plan (prune) leaves none; use --how full or --how layerwise or --how lora",
     ),
     (f"{RECOVER} --how lora --adapter-only", "--adapter-only keeps the base's weights|use --how vectors"),
     (f"{RECOVER} --original {{changed}}", "is not what {small} was made from, or has changed since|--original"),

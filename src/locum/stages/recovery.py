@@ -76,8 +76,8 @@ def recover(
             f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
         )
     check_fits(chosen.way, decided)
-    source = None
-    if chosen.way.needs_original(decided):
+    source, is_read = None, chosen.way.needs_original(decided)
+    if is_read or original is not None:  # one that is not needed is looked at too: it may be a mistake
         source = original_of(model, original, f"--how {how} needs the original")
         if decided is not None:
             decided.validate(read_shape(source))
@@ -87,7 +87,7 @@ def recover(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
     live = load_model(model, device=device)
-    unchanged = None if source is None else Original.of(load_model(source, dtype=live.dtype, device=device))
+    unchanged = Original.of(load_model(source, dtype=live.dtype, device=device)) if is_read else None
     workdir = out.with_name(f".{out.name}.recover")
     try:
         live, summary = recover_model(
