@@ -322,7 +322,9 @@ def test_nothing_appears_when_recovery_fails(checkpoint, words, monkeypatch, tmp
     before = tree(tmp_path)
     with pytest.raises(locum.OptionError, match="unknown way to recover 'magic'"):
         locum.compress(checkpoint, recover="magic", **asked)
-    with pytest.raises(locum.OptionError, match=r"\(prune\) leaves none; use --recover full or --recover lora"):
+    with pytest.raises(
+        locum.OptionError, match=r"\(prune\) leaves none; use --recover full or --recover layerwise or --recover lora"
+    ):
         locum.compress(checkpoint, recover="annealed", **asked)
 
     def fail(*_, **__):

@@ -87,7 +87,7 @@ def test_results_that_cannot_be_written_are_printed(checkpoint, words, tmp_path,
 
     monkeypatch.setattr("locum.measure.rows.write_text", refuse)
     options = ("--tokens", 128, "--length", 64, "--split", "all", "--resamples", 5)
-    result = command("eval", checkpoint, "--data", words, *options, "--json", tmp_path / "rows")
+    result = command("eval", checkpoint, "--data", words, *options, "--out", tmp_path / "rows", "--json")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert f"{tmp_path}/rows: Input/output error; what was measured is printed instead" in result.stderr
     (tmp_path / "printed").write_text(result.stdout)
