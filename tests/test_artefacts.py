@@ -29,7 +29,7 @@ from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.origin import Origin, SearchedBy
-from locum.stats.statistics_file import load_statistics, save_statistics
+from locum.stats.statistics_file import load_statistics, save_statistics, statistics_id
 from locum.stats.sums import Statistics
 from making.checkpoints import tree
 
@@ -482,6 +482,12 @@ def test_statistics_whose_notes_are_damaged_are_refused(tmp_path, entry, value):
     save_file(tensors, path, {"locum-statistics": json.dumps(notes | {entry: value})})
     with pytest.raises(StatisticsError, match=r"s\.safetensors have damaged notes .*calibrate again"):
         load_statistics(path)
+
+
+def test_the_id_of_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StatisticsError, match="no statistics file at"):
+        statistics_id(tmp_path / "pipe")
 
 
 def test_sums_of_a_layer_that_is_not_named_are_refused(tmp_path):

@@ -6,6 +6,7 @@ links to its `blobs`, of the repository (../../blobs) or shared by all of the ca
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -62,14 +63,14 @@ def check_link(file: Path, folder: Path) -> None:
     """Refuse a file of a checkpoint's folder that really lies elsewhere."""
     if leads_out(file, folder):
         raise CheckpointError(
-            f"{file} leads out of the checkpoint's folder, to {file.resolve()}, and is not followed; put a copy of the "
+            f"{file} leads out of the checkpoint's folder, to {os.path.realpath(file)}, and is not followed; put a copy of the "
             f"file there, or remove the link"
         )
 
 
 def leads_out(file: Path, folder: Path) -> bool:
     """Whether a file of a folder really lies elsewhere; a hub cache's own blobs do not."""
-    real, home = file.resolve(), folder.resolve()
+    real, home = (Path(os.path.realpath(path)) for path in (file, folder))  # a link to itself is where it is
     own = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         own += [home.parents[1] / "blobs", home.parents[2] / "blobs"]

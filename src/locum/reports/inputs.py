@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def _finite(entry: dict[str, Any], key: str) -> bool:
 
 def _keep(found: Inputs, kind: str, path: Path, what: Any, beside: Path | None = None) -> None:
     shelf = {"plan": found.plans, "statistics": found.statistics, "recovery log": found.logs}[kind]
-    key = what.id if kind == "plan" else str(path.resolve())
+    key = what.id if kind == "plan" else os.path.realpath(path)
     if key not in shelf:
         shelf[key] = what
         found.used.append((kind, named_from(path, beside)))
@@ -169,7 +170,7 @@ def _discover(found: Inputs, sources: Iterable[tuple[Row, Path]]) -> None:
 
 def _why_unread(kind: str, path: Path, folder: Path) -> str:
     """Why a file that a row names is left alone, if so."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return "is outside the folder of the results, and is not read; put the two together"
     size = path.stat().st_size
     return f"has {size:,} bytes, too many for a {kind} that nobody asked for" if size > MOST_BYTES[kind] else ""

@@ -93,6 +93,8 @@ def load_statistics(path: str | Path) -> Statistics:
 
 def statistics_id(path: Path) -> str:
     """The id that a statistics file says it has; earlier versions say none, so of those the sums are read."""
+    if not Path(path).is_file():  # reading a pipe waits for ever
+        return load_statistics(path).id
     try:
         with safe_open(path, "pt") as file:
             said = parse_json((file.metadata() or {}).get("locum-statistics", "{}"))
