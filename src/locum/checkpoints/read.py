@@ -108,6 +108,12 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def data_start(file: Path) -> int:
+    """Where the bytes of the tensors of a safetensors file begin; `data_offsets` count from there."""
+    with file.open("rb") as stream:
+        return 8 + struct.unpack("<Q", stream.read(8))[0]
+
+
 def _is_entry(entry: dict[str, Any]) -> bool:
     """Whether a tensor's numbers agree: sizes that are whole, and as many bytes as they need."""
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
@@ -163,8 +169,8 @@ def fingerprint_checkpoint(path: str | Path) -> str:
     for file in shard_files(path):
         header = read_header(file)
         parts.append(json.dumps(header, sort_keys=True))
+        start = data_start(file)
         with file.open("rb") as stream:
-            start = 8 + struct.unpack("<Q", stream.read(8))[0]
             for entry in header.values():
                 begin, end = entry["data_offsets"]
                 stream.seek(start + begin + (end - begin) // 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..formats.plain import STORED
+from .read import data_start
 
 PIECE = 2**23  # bytes that are in memory at a time while a tensor is copied
 Ranges = Sequence[tuple[int, int]]  # of a tensor's bytes: begin and end, in the order in which they are taken
@@ -24,8 +24,7 @@ class ShardReader:
         self.entries: dict[str, Mapping[str, Any]] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         for file, header in files.items():
-            with file.open("rb") as stream:
-                start = 8 + struct.unpack("<Q", stream.read(8))[0]
+            start = data_start(file)
             for name, entry in header.items():
                 self.entries[name] = entry
                 self._places[name] = file, start + entry["data_offsets"][0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError, UnsupportedModel
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored, places_of
-from .read import first_line
+from .read import data_start, first_line
 from .skeleton import Source, check_loadable, open_source
 from .weight_files import is_adapter
 
@@ -104,8 +103,8 @@ class LayersOfFiles:
         if not hasattr(os, "posix_fadvise"):
             return
         for file in set(self.files.get(index, {}).values()):
+            start = data_start(file)
             with file.open("rb") as stream:
-                start = 8 + struct.unpack("<Q", stream.read(8))[0]
                 for name in (name for name, of in self.files[index].items() if of == file):
                     begin, end = self.headers[file][name]["data_offsets"]
                     os.posix_fadvise(stream.fileno(), start + begin, end - begin, os.POSIX_FADV_WILLNEED)
