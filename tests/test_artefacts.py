@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, outputs are checked before any work, and statistics come back as they were."""
+"""Files are written whole or not at all, outputs are checked before any work, and plans come back as they were."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from locum.errors import OutputError, PlanError, StatisticsError
+from locum.errors import OutputError, PlanError
 from locum.files import (
     NOTES,
     check_output,
     clear,
     fingerprint,
     provenance,
-    read_tensors,
     sweep,
     watched,
     whole,
@@ -27,10 +26,6 @@ from locum.files import (
 )
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
 from locum.plans.plan_file import load_plan, save_plan
-from locum.shapes import LayerShape, ModelShape
-from locum.stats.origin import Origin, SearchedBy
-from locum.stats.statistics_file import load_statistics, save_statistics, statistics_id
-from locum.stats.sums import Statistics
 from making.checkpoints import tree
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
@@ -379,137 +374,6 @@ def test_plans_that_cannot_be_read_name_their_file(tmp_path):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises((OutputError, PlanError), match=r"bad\.json"):
             load_plan(tmp_path / "bad.json")
-
-
-# --- statistics -------------------------------------------------------------------------------------------------
-
-
-def statistics(**more):
-    shape = ModelShape("toy", (LayerShape("a.b.experts", 4, 2, 3, 5, "r", "softmax", True),), 10, 40, 4)
-    generator = torch.Generator().manual_seed(0)
-    sums = {
-        "count": torch.randint(9, (2, 4), generator=generator).double(),
-        "output_sum": torch.randn(2, 4, 3, dtype=torch.float64, generator=generator),
-        "tokens": torch.tensor([7.0, 8.0], dtype=torch.float64),
-    }
-    known = {"command": "ä", "seed": 0, "versions": {"torch": "2"}, **more}
-    return Statistics(
-        ("code", "prose"),
-        {"a.b.experts": sums},
-        Origin(shape, "ä", "t", ("d", "e")),
-        15,
-        known,
-        SearchedBy("moe-i2", {"seed": 3, "pruned": 0.5}),
-        7,
-        {"batch_size": 8, "needs": ["count"]},
-    )
-
-
-def test_statistics_come_back_as_they_were(tmp_path):
-    before = statistics()
-    save_statistics(before, tmp_path / "s.safetensors")
-    after = load_statistics(tmp_path / "s.safetensors")
-    assert (after.domains, after.provenance) == (before.domains, json.loads(json.dumps(before.provenance)))
-    for field in ("origin", "tokens", "searched", "next_block", "asked"):
-        assert getattr(after, field) == getattr(before, field)
-    assert after.layers.keys() == before.layers.keys()
-    for name, named in before.layers.items():
-        assert after.layers[name].keys() == named.keys()
-        for key, tensor in named.items():
-            assert torch.equal(after.layers[name][key], tensor) and after.layers[name][key].dtype == tensor.dtype
-    assert after.shape == before.shape
-
-
-@pytest.mark.parametrize("partial", [True, False])
-def test_statistics_files_of_version_1_are_read(tmp_path, partial):
-    """There everything was in the provenance."""
-    new = statistics()
-    words = dict(new.provenance, shape=new.shape.to_json(), tokens=15, model_fingerprint="ä", tokenizer_fingerprint="t")
-    words |= {"data_fingerprint": ["d", "e"], "search": {"method": "moe-i2", "options": {"seed": 3}, "sample": 9}}
-    words |= {"next_block": 7} if partial else {}
-    notes = {"format_version": 1, "domains": list(new.domains), "provenance": words}
-    tensors = {f"{layer}|{name}": tensor for layer, named in new.layers.items() for name, tensor in named.items()}
-    save_file(tensors, tmp_path / "old", {"locum-statistics": json.dumps(notes)})
-    old = load_statistics(tmp_path / "old")
-    assert (old.domains, old.origin, old.tokens, old.provenance) == (new.domains, new.origin, 15, new.provenance)
-    assert (old.searched, old.next_block) == (SearchedBy("moe-i2", {"seed": 3}), 7 if partial else None)
-    assert all(
-        torch.equal(tensor, old.layers["a.b.experts"][name]) for name, tensor in new.layers["a.b.experts"].items()
-    )
-
-
-def test_the_same_statistics_give_the_same_bytes(tmp_path):
-    for name in ("one", "two"):
-        save_statistics(statistics(), tmp_path / name)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
-def test_statistics_files_that_are_none(tmp_path):
-    path = tmp_path / "s.safetensors"
-    with pytest.raises(StatisticsError, match=r"no statistics file at .*s\.safetensors.*locum calibrate"):
-        load_statistics(path)
-    save_statistics(statistics(), path)
-    whole_file = path.read_bytes()
-    for content in (b"", b"garbage" * 9, whole_file[:-5], whole_file[: len(whole_file) // 2]):
-        path.write_bytes(content)
-        with pytest.raises(StatisticsError, match=r"s\.safetensors.*(again|locum calibrate)"):
-            load_statistics(path)
-    for header in (None, {"format": "pt"}, {"locum-statistics": '{"format_version": 99}'}):
-        save_file({"x": torch.zeros(2)}, path, header)
-        with pytest.raises(StatisticsError, match="not a Locum statistics file of version"):
-            load_statistics(path)
-    for notes in ("", "{", "[]", "1", '{"format_version": 1, "domains": []}'):
-        save_file({"x": torch.zeros(2)}, path, {"locum-statistics": notes})
-        with pytest.raises(StatisticsError, match=r"s\.safetensors"):
-            load_statistics(path)
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        *(("asked", value) for value in (3, "x", [1])),
-        *(("searched", value) for value in (3, {"name": "moe-i2"}, {"name": "moe-i2", "options": 3})),
-        *(("next_block", value) for value in ("3", 1.5, [])),
-        *(("provenance", 3), ("tokens", "x"), ("domains", 3), ("origin", None)),
-    ],
-)
-def test_statistics_whose_notes_are_damaged_are_refused(tmp_path, entry, value):
-    path = tmp_path / "s.safetensors"
-    save_statistics(statistics(), path)
-    tensors, header = read_tensors(path)
-    notes = json.loads(header["locum-statistics"])
-    assert entry in notes
-    save_file(tensors, path, {"locum-statistics": json.dumps(notes | {entry: value})})
-    with pytest.raises(StatisticsError, match=r"s\.safetensors have damaged notes .*calibrate again"):
-        load_statistics(path)
-
-
-def test_the_id_of_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StatisticsError, match="no statistics file at"):
-        statistics_id(tmp_path / "pipe")
-
-
-def test_sums_of_a_layer_that_is_not_named_are_refused(tmp_path):
-    path = tmp_path / "s.safetensors"
-    save_statistics(statistics(), path)
-    tensors, header = read_tensors(path)
-    key = min(tensors)
-    save_file({("|" if name == key else name): tensor for name, tensor in tensors.items()}, path, header)
-    with pytest.raises(StatisticsError, match=r"s\.safetensors have sums of ''.*calibrate again"):
-        load_statistics(path)
-
-
-def test_statistics_that_may_not_be_read_say_so(tmp_path, monkeypatch):
-    """safetensors says of such a file that it is not there."""
-    save_statistics(statistics(), tmp_path / "s.safetensors")
-
-    def refuse(*given):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("locum.files.Path.open", refuse)
-    with pytest.raises(StatisticsError, match=r"s\.safetensors cannot be read: Permission denied; let this user"):
-        load_statistics(tmp_path / "s.safetensors")
 
 
 # --- provenance -------------------------------------------------------------------------------------------------

@@ -12,18 +12,28 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from click.testing import CliRunner
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from families.tiny_families import tiny
+from families.case import (
+    PLANS,
+    Case,
+    NotApplicable,
+    copied,
+    dropped_of,
+    mixed,
+    near,
+    prune,
+    reloaded,
+    stored,
+    tokens_of,
+)
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.rewrite import Rewriting
@@ -31,7 +41,6 @@ from locum.checkpoints.skeleton import open_source, read_shape, shape_in
 from locum.checkpoints.streamed import stream_model
 from locum.cli import cli
 from locum.containers.container import StandInExperts
-from locum.data.tokens import Tokens
 from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.measure.calibration import CurrentBatch, Observer, calibrate, observed
 from locum.measure.removals import ModelExplorer
@@ -39,122 +48,12 @@ from locum.models.families import MoeLayer, find_layers
 from locum.models.layer_major import passes
 from locum.models.replay import Recording
 from locum.models.routers import router_logits
-from locum.models.sizes import shape_of
 from locum.models.stored import write_model
-from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
-from locum.shapes import LayerShape, ModelShape
-from locum.stats.sums import Statistics, Sums
+from locum.plans.plan import KEPT, Base, LayerPlan, make_plan, stand_in
+from locum.shapes import ModelShape
+from locum.stats.sums import Sums
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class NotApplicable(Exception):
-    """The family has nothing that this check could look at."""
-
-
-class Case:
-    """One family: a fresh tiny model whenever one is asked for, and what several checks need of it."""
-
-    def __init__(self, family: str) -> None:
-        self.family = family
-        self.reloaded_mixed: PreTrainedModel | None = None  # left by the check of that plan for the one after it
-        self.ids_BS = torch.randint(2, 120, (3, 12), generator=torch.Generator().manual_seed(0))
-
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        model = tiny(self.family)
-        model.set_experts_implementation("eager")
-        return model
-
-    def model(self) -> PreTrainedModel:
-        return copy.deepcopy(self._model)
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        return shape_of(self._model)
-
-    @cached_property
-    def logits(self) -> Tensor:
-        return self.logits_of(self._model)
-
-    def logits_of(self, model: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            return model(input_ids=self.ids_BS, use_cache=False).logits
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        return calibrate(self.model(), tokens_of(self.ids_BS), batch_size=2)
-
-    def plan(self, make: Callable[[LayerShape], tuple[list[Slot], list[Base]]]) -> Plan:
-        layers = []
-        for shape in self.shape.layers:
-            slots, bases = make(shape)
-            layers.append(LayerPlan(shape.name, tuple(slots), tuple(bases)))
-        return make_plan(self.shape, layers)
-
-    def applied(self, plan: Plan) -> PreTrainedModel:
-        return apply_plan(self.model(), plan, self.statistics if plan.needs else None)
-
-
-def tokens_of(ids_BS: Tensor) -> Tokens:
-    blocks, length = ids_BS.shape
-    ones = torch.ones_like(ids_BS)
-    fields = {"loss_mask_BS": ones.bool(), "attention_BS": ones, "bytes_BS": ones}
-    domain_B = torch.zeros(blocks, dtype=torch.long)
-    names = {"domains": ("text",), "weights": (1.0,), "fingerprint": "data", "sources": (), "split": "all"}
-    return Tokens(ids_BS=ids_BS, domain_B=domain_B, length=length, **fields, **names)
-
-
-def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(
-        actual, expected, atol=tolerance * float(expected.abs().max().clamp(min=1)), rtol=tolerance
-    )
-
-
-def dropped_of(shape: LayerShape) -> tuple[int, ...]:
-    """Two experts to drop, one in each group where there are two groups."""
-    return (1, shape.num_experts - 2)
-
-
-def prune(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    return [DROPPED if e in dropped_of(shape) else KEPT for e in range(shape.num_experts)], []
-
-
-def lightmoe(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    half = shape.num_experts // 2
-    replaced = stand_in(base=0, rank=2, start="svd")
-    return [KEPT] * half + [replaced] * half, [Base(tuple(range(half, 2 * half)), (1 / half,) * half)]
-
-
-def low_rank(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    return [stand_in(rank=4, start="svd") if e % 2 else KEPT for e in range(shape.num_experts)], []
-
-
-def constant(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    return [stand_in(constant=True) if e % 2 else KEPT for e in range(shape.num_experts)], []
-
-
-def merged(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    slots = [stand_in(base=e % 2) if e < 6 else KEPT for e in range(shape.num_experts)]
-    return slots, [Base((0, 2, 4), (0.5, 0.25, 0.25)), Base((1, 3, 5), (0.2, 0.2, 0.6), align=True)]
-
-
-def mixed(shape: LayerShape) -> tuple[list[Slot], list[Base]]:
-    """Every kind of slot. Where nothing may be dropped, the two become nothing."""
-    slots = [
-        stand_in(base=0, rank=2, start="svd"),
-        NOTHING if shape.refuse_dropping else DROPPED,
-        stand_in(base=0, rank=3, start="svd", constant=True),
-        NOTHING,
-        stand_in(rank=3, start="svd"),
-        stand_in(constant=True),
-        NOTHING if shape.refuse_dropping else DROPPED,
-        KEPT,
-    ]
-    return slots, [Base((0, 2), (0.5, 0.5))]
-
-
-PLANS = {"LightMoE": lightmoe, "low rank": low_rank, "constant": constant, "merged": merged, "mixed": mixed}
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -551,30 +450,3 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "streamed": check_streamed,
     "rewriting": check_rewriting,
 }
-
-
-# --- files ------------------------------------------------------------------------------------------------------
-
-
-def stored(folder: str) -> tuple[int, int]:
-    """Numbers and bytes of the tensors in a folder's safetensors files."""
-    numbers = size = 0
-    for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                tensor = tensors.get_tensor(name)
-                numbers, size = numbers + tensor.numel(), size + tensor.numel() * tensor.element_size()
-    return numbers, size
-
-
-def reloaded(model_class: type[PreTrainedModel], folder: str) -> PreTrainedModel:
-    model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info.get(what), (what, sorted(map(str, info[what]))[:3])
-    return copied(model)
-
-
-def copied(model: PreTrainedModel) -> PreTrainedModel:
-    """Tensors where the allocator puts them, not where a file has them: the last bit of a product depends on alignment."""
-    model.set_experts_implementation("eager")
-    return copy.deepcopy(model).eval()

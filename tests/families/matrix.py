@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from families.checks import CHECKS, Case, NotApplicable
+from families.case import Case, NotApplicable
+from families.checks import CHECKS
 from families.tiny_families import adapted_families, all_families, main_type, other_families, refused_with, tiny_config
 from locum.errors import LocumError
 from locum.models.families import family_of, model_class

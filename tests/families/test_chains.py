@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from families.checks import Case, copied, stored, tokens_of
+from families.case import Case, copied, stored, tokens_of
 from families.test_matrix import marked
 from families.tiny_families import all_families, main_type
 from locum.checkpoints.application import apply_plan

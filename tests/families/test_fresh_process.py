@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families.checks import Case, copied, prune
+from families.case import Case, copied, prune
 from families.tiny_families import all_families, main_type
 from locum.models.families import family_of
 

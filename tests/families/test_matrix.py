@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import locum.models.families
 from families import matrix
-from families.checks import CHECKS, Case, NotApplicable, low_rank, near, stored
+from families.case import Case, NotApplicable, low_rank, near, stored
+from families.checks import CHECKS
 from families.tiny_families import (
     adapted_families,
     all_families,

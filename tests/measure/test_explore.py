@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import locum.measure.removals
-from families.checks import near, tokens_of
+from families.case import near, tokens_of
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError, UnsupportedModel
