@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.defaults select [--steps 60]     learning rates and schedules, on validation
     python -m benchmarks.experiments.defaults test   [--steps 60]     every method with its default options, on test
-    python -m benchmarks.experiments.defaults table
+    python -m benchmarks.experiments.defaults table  [--steps 60]
 
 The commands' own functions run, with their defaults; `--steps` alone is another (the default is 300). Text is the
 bundled one, which the reference model never saw in training: statistics and training on its train split, choices on its
@@ -89,7 +89,7 @@ def select(steps: int, shard: tuple[int, int]) -> None:
             small = compress(name, 0, Path(scratch) / "small")
             tried = {"learning_rate": rate, "schedule": schedule}
             made = recover(small, Path(scratch) / "out", how, 0, steps, **tried)
-        row = {"how": how, "method": name, **tried, "steps": steps, "seed": 0, "commit": commit()}
+        row = {"how": how, "method": name, **tried, "steps": steps, "seed": 0} | place()
         keys = ("validation_loss_before", "validation_loss", "kept_step", "loss", "seconds")
         write(file, shard, [row | {key: made[key] for key in keys}])
         print(json.dumps(row | {"after": made["validation_loss"], "kept": made["kept_step"]}), flush=True)
@@ -99,9 +99,9 @@ def test(steps: int, shard: tuple[int, int]) -> None:
     """Every method before and after, three seeds."""
     jobs = [(name, seed) for name in METHODS for seed in SEEDS]
     file = file_of("test")
-    done = {(row["method"], row["seed"]) for row in read(file)}
+    done = {(row["method"], row["seed"], row["steps"]) for row in read(file)}
     for name, seed in jobs[shard[0] :: shard[1]]:
-        if (name, seed) in done:
+        if (name, seed, steps) in done:
             continue
         rows: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as scratch:
@@ -111,13 +111,17 @@ def test(steps: int, shard: tuple[int, int]) -> None:
                 measured = locum.evaluate(
                     model, data=reference_data(), against=MODEL, tokens=MEASURED, name=name, seed=seed
                 )
-                about = {"method": name, "seed": seed, "stage": stage, "steps": steps, "commit": commit()}
+                about = {"method": name, "seed": seed, "stage": stage, "steps": steps} | place()
                 about |= {"training_seconds": made["seconds"], "kept_step": made["kept_step"]}
                 rows += [
                     about | row for row in map(short, measured) if row["model"] != "original" or name == "lightmoe"
                 ]
         write(file, shard, rows)
         print(name, seed, *(f"{r['stage']} {r['value']:.4f}" for r in rows if is_loss(r)), flush=True)
+
+
+def place() -> dict[str, str | None]:
+    return {"commit": commit(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def short(row: Any) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     index, count = map(int, arguments.shard.split("/"))
     if arguments.phase == "table":
-        print(table(read(file_of("test"))))
+        print(table([row for row in read(file_of("test")) if row["steps"] == arguments.steps]))
     elif arguments.phase == "join":
         for phase in ("selection", "test"):
             join(file_of(phase))

@@ -71,7 +71,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the sources, with "+" when they were changed since; None outside a repository."""
+    """The commit of the sources, with "+" when they were changed since; outside a repository what COMMIT says, or None."""
     here = Path(__file__).parents[1]
     try:
         run = [
@@ -79,7 +79,7 @@ def commit() -> str | None:
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ".", "../src"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
     return run[0] + "+" * bool(run[1])
 
 
