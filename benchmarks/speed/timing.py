@@ -71,7 +71,9 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the sources, with "+" when they were changed since; outside a repository what COMMIT says, or None."""
+    """The commit of the sources, with "+" when they were changed since; None outside a repository. COMMIT says it for a copy."""
+    if told := os.environ.get("COMMIT"):
+        return told
     here = Path(__file__).parents[1]
     try:
         run = [
@@ -79,7 +81,7 @@ def commit() -> str | None:
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ".", "../src"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")
+        return None
     return run[0] + "+" * bool(run[1])
 
 
