@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -62,23 +64,42 @@ def test_nothing_of_locum_needs_triton():
     assert said.strip() == "fine"
 
 
-def test_one_edit_of_the_table_makes_triton_serve(monkeypatch):
+def test_triton_serves_on_cuda_where_it_works(monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(choice, "CUDA_WAYS", (("triton", 512), *choice.CUDA_WAYS))
     monkeypatch.setattr(choice, "triton_is_there", lambda: True)
+    assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
     with torch.no_grad():
-        assert choice.choose(cuda, bf16, 512, 64, True) == "triton"
-        assert choice.choose(cuda, torch.float16, 512, 64, False) == "triton"
-        assert choice.choose(cuda, bf16, 513, 64, True) == "grouped"
+        assert choice.choose(cuda, bf16, 2**20, 64, True) == "triton"
+        assert choice.choose(cuda, torch.float16, 1, 64, False) == "triton"
         assert choice.choose(cuda, torch.float64, 65, 64, True) == choice.LOOP
         monkeypatch.setattr(choice, "triton_is_there", lambda: False)
         assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"
-    monkeypatch.setattr(choice, "triton_is_there", lambda: True)
-    assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"  # gradients may be asked for
+        assert choice.choose(cuda, bf16, 512, 64, False) == choice.LOOP
 
 
 def test_the_table_has_ways_that_are_there():
     assert all(way in choice.PRODUCTS and most > 0 for way, most in choice.CUDA_WAYS)
     assert choice.CUDA_WAYS[-1] == ("gathered", choice.GATHERED_PAIRS)
-    assert choice.triton_is_there() == (importlib.util.find_spec("triton") is not None)
     assert math.isinf(dict(choice.CUDA_WAYS)["grouped"])
+
+
+@pytest.fixture
+def started_anew():
+    choice._triton_starts.cache_clear()
+    yield
+    choice._triton_starts.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts here")
+def test_without_a_device_triton_is_not_there(started_anew):
+    assert not choice.triton_is_there()
+
+
+def test_a_triton_that_does_not_start_is_told_once(started_anew, monkeypatch, caplog):
+    """As on a machine without a C compiler."""
+    broken = types.ModuleType("triton")
+    broken.__spec__ = importlib.machinery.ModuleSpec("triton", None)
+    monkeypatch.setitem(sys.modules, "triton", broken)
+    monkeypatch.setitem(sys.modules, "triton.runtime", types.ModuleType("triton.runtime"))
+    assert not choice.triton_is_there() and not choice.triton_is_there()
+    assert caplog.text.count("Triton does not start here") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import math
 from collections.abc import Callable
 
@@ -11,6 +13,8 @@ import torch
 from . import native
 from .grouped import gathered_add, gathered_scatter, grouped
 from .products import Products
+
+logger = logging.getLogger(__name__)
 
 # Measured on one core of an EPYC with avx512_bf16, shared with other work: 16 matrices of 2048 x 2048 (134 MB) in bfloat16,
 # each times M rows; milliseconds of the core's time, the fastest of six. Reading them takes 6, their operations 0.7 M.
@@ -29,8 +33,17 @@ LOW_RANK_ROWS = 384
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
 GATHERED_PAIRS = 64
 LOOP = "loop"
-# The first way that serves and has room for the pairs is taken. Not measured yet: `make gpu` is where "triton" would be.
-CUDA_WAYS = (("grouped", math.inf), ("gathered", GATHERED_PAIRS))
+# The first way that serves and has room for the pairs is taken. On an H200 (benchmarks/results/gpu.jsonl) Triton is ahead of
+# the others for every plan and size that was tried. Milliseconds of one layer of OLMoE-1B-7B's shape in bfloat16, LightMoE at
+# 50%, as called, and replayed from a CUDA graph:
+#   tokens             1      16      64     512    2048    8192
+#   triton          0.95    1.08    1.21    1.19    2.03    3.56
+#   grouped         2.70    2.84    2.86    2.28    4.98   11.98
+#   gathered        1.61    1.67
+#   loop             3.3    11.5    14.3    12.3    26.9    20.0
+#   graph, triton   0.13    0.23    0.34
+#   graph, grouped  0.58    0.73    0.85
+CUDA_WAYS = (("triton", math.inf), ("grouped", math.inf), ("gathered", GATHERED_PAIRS))
 TRITON_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -54,14 +67,26 @@ def choose(
 
 
 def _serves(way: str, dtype: torch.dtype, aligned: bool) -> bool:
-    if way == "triton":  # no gradients; and it comes with CUDA builds of torch only
+    if way == "triton":  # no gradients
         return dtype in TRITON_FORMATS and not torch.is_grad_enabled() and triton_is_there()
     return way != "grouped" or (dtype == torch.bfloat16 and aligned)
 
 
 @torch.compiler.assume_constant_result
 def triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, which comes with CUDA builds of torch, and starts, for which it needs a C compiler."""
+    return importlib.util.find_spec("triton") is not None and _triton_starts()
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    try:
+        from triton.runtime import driver
+
+        return driver.active.get_current_target() is not None
+    except Exception as error:  # of any kind: without a compiler it fails differently in every version
+        logger.warning("Triton does not start here (%s): torch's own kernels serve, which are slower", error)
+        return False
 
 
 def by_triton(way: str) -> Products:
