@@ -45,13 +45,14 @@ LOCK := constraints.txt
 LOCKED_PYTHON := 3.11
 LOCKED = $(if $(filter $(LOCKED_PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),--constraint $(LOCK))
 
-# torch first and by its exact version: asked for any other way, pip would fetch gigabytes of CUDA.
+# torch first and by its exact version: asked for any other way, pip would fetch gigabytes of CUDA. Nothing is compiled ahead:
+# most modules are never imported, and Python compiles the others when they are.
 $(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	@$(if $(LOCKED),,echo "make: $(PYTHON) is not Python $(LOCKED_PYTHON), which $(LOCK) is for: the newest versions that pyproject.toml allows are installed")
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(LOCKED)
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' $(LOCKED)
 	touch $@
 
 # Writes constraints.txt anew, from the newest versions that pyproject.toml allows, in an environment that is then removed.

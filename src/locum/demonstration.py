@@ -77,7 +77,7 @@ def _run(folder: Path, steps: int, progress: Progress) -> list[dict[str, Any]]:
     models = [name + state for name in COMPRESSED for state in ("", " recovered")]
     for done, name in enumerate(models):
         progress("evaluate", done, len(models))
-        measured = evaluate(folder / name, data=data, tokens=16384, against=bundled.MODEL, name=name)
+        measured = evaluate(folder / name, data=data, tokens=8192, against=bundled.MODEL, name=name)
         rows += measured if not rows else [row for row in measured if row.model != "original"]
     progress("evaluate", len(models), len(models))
     write_rows(folder / "results.jsonl", rows)

@@ -83,7 +83,11 @@ def test_statistics_that_memory_cannot_hold_are_refused_before_the_model_is_load
     size = nbytes(statistics.shape, statistics.names)
     assert size == sum(t[0].nbytes for named in statistics.layers.values() for t in named.values())
     monkeypatch.setattr("locum.stages.calibration.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2 * size - 1))
+    monkeypatch.setattr(
+        psutil,
+        "virtual_memory",
+        lambda: types.SimpleNamespace(available=nbytes(statistics.shape, statistics.names, 2) - 1),
+    )
     for line in (("calibrate", checkpoint), ("search", checkpoint), ("compress", checkpoint, "--remove", 0.4)):
         result = command(*line, "--data", words, "--tokens", 512, "--length", 64, "--out", tmp_path / "out")
         assert result.exit_code == 2 and result.stderr.count("\n") == 1

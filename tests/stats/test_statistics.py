@@ -12,7 +12,7 @@ import torch
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import RoutedEvent, RouterEvent, SearchEvent
+from locum.stats.events import RoutedEvent, RouterEvent, Rows, SearchEvent
 from locum.stats.origin import Origin
 from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
@@ -67,7 +67,7 @@ def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), *
             for event in draw(lengths, seed):
                 sums.add(layer, event)
         sums.num_tokens += sum(lengths)
-    return sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS)
+    return sums.pooled.joined_to(sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS))
 
 
 def slow_router(event: RouterEvent) -> dict[str, object]:
@@ -119,12 +119,16 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
     return {**sums, **rows, **products}
 
 
+def whole(increment: torch.Tensor | Rows) -> torch.Tensor:
+    return torch.stack([row.double() for row in increment.rows]) if isinstance(increment, Rows) else increment
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_definition_equals_slow_loop(name: str) -> None:
     router, routed = draw((6, 1, 3))
     expected = {**slow_router(router), **slow_routed(routed), **FOUND.found}[name]
     definition = STATISTICS[name]
-    value = definition.increment(event_for(name, router, routed))
+    value = whole(definition.increment(event_for(name, router, routed)))
     sizes = {"E": E, "D": D, "F": F}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
@@ -143,7 +147,7 @@ def test_empty_event_adds_zero(name: str) -> None:
     rows = (torch.zeros(0, size) for size in (D, D, F))
     routed = RoutedEvent(torch.zeros(0, dtype=torch.int64), torch.zeros(0), next(rows), (0,) * E, *rows)
     definition = STATISTICS[name]
-    value = definition.increment(event_for(name, router, routed))
+    value = whole(definition.increment(event_for(name, router, routed)))
     assert value.count_nonzero() == 0 and value.ndim == len(definition.axes)
 
 
@@ -162,7 +166,7 @@ def test_half_precision_events_are_summed_wide(name: str) -> None:
         )
 
     half, wide = cast(torch.bfloat16), cast(torch.float32)
-    torch.testing.assert_close(definition.increment(half), definition.increment(wide), rtol=0, atol=0)
+    torch.testing.assert_close(whole(definition.increment(half)), whole(definition.increment(wide)), rtol=0, atol=0)
 
 
 def test_silent_router_column_has_cosine_zero() -> None:
@@ -234,7 +238,8 @@ def test_a_layer_is_summed_over_domains() -> None:
     both = collect(1, domain="a") + collect(2, domain="b")
     layer, named = both.layer("layer.0"), both.layers["layer.0"]
     for name in SUMMED:
-        torch.testing.assert_close(layer[name], named[name][0] + named[name][1], rtol=0, atol=0)
+        torch.testing.assert_close(layer[name], named[name].sum(dim=0), rtol=0, atol=0)
+        assert len(named[name]) == (2 if STATISTICS[name].by_domain else 1)
     assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer
 
 

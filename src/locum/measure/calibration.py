@@ -35,7 +35,7 @@ from ..models.watch import evaluating, experts_implementation, observable_layers
 from ..stats.definitions import STATISTICS
 from ..stats.events import Event, RoutedEvent, RouterEvent
 from ..stats.origin import Origin
-from ..stats.sums import Statistics, Sums, check_needs, taken_up
+from ..stats.sums import Pooled, Statistics, Sums, check_needs, taken_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +61,8 @@ def calibrate(
     `needs` names the statistics to collect (by default all but those on demand only). `origin` is for what only
     the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
     `progress(done, total)` is called after every batch, in blocks.
-    `on_batch(statistics_so_far)` is called after every `save_every` batches; to go on from there, pass what it got as
-    `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
+    `on_batch(statistics_so_far)` is called after every `save_every` batches, and must not keep them: the next batch adds to
+    them. To go on from there, pass what it saved as `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
     Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
@@ -115,15 +115,17 @@ class _SoFar:
         self.needs, self.asked, self.origin, self.words = needs, asked, origin, words
         self.done: Statistics | None = None
         self.running: dict[str, Sums] = {}
+        self.pooled = Pooled()
 
     def take_up(self, start: Statistics, domain: str | None) -> None:
         """Go on from statistics that were saved, with the next blocks of this domain."""
-        self.done = replace(start, next_block=None, provenance=self.words)
-        if domain is not None:
-            self.done, self.running[domain] = taken_up(self.done, domain, self.needs)
+        start = replace(start, next_block=None, provenance=self.words)
+        self.done, sums, self.pooled = taken_up(start, domain, self.needs)
+        if sums is not None:
+            self.running[domain] = sums
 
     def sums_of(self, domain: str) -> Sums:
-        return self.running.setdefault(domain, Sums(domain, self.needs))
+        return self.running.setdefault(domain, Sums(domain, self.needs, self.pooled))
 
     def statistics(self) -> Statistics | None:
         """All of it. Only the last domain may go on; sums of one without tokens add nothing."""
@@ -131,7 +133,8 @@ class _SoFar:
         for sums in ended:
             self.done = self._with(sums)
             del self.running[sums.domain]
-        return self._with(last)
+        found = self._with(last)
+        return None if found is None else self.pooled.joined_to(found)
 
     def _with(self, sums: Sums | None) -> Statistics | None:
         if sums is None or sums.num_tokens == 0:

@@ -105,9 +105,9 @@ def check_room(shape: ModelShape, needs: tuple[str, ...], domains: int) -> None:
 
     Sums of every domain are held, and those of the one that is being run.
     """
-    size, free = nbytes(shape, needs) * (domains + 1), psutil.virtual_memory().available
+    size, free = nbytes(shape, needs, domains + 1), psutil.virtual_memory().available
     if size > free:
-        grams = nbytes(shape, [name for name in needs if name in WHITENED]) * (domains + 1)
+        grams = nbytes(shape, [name for name in needs if name in WHITENED], domains + 1)
         without = f"; {grams / 2**30:.1f} GiB are Gram matrices: leave them out (calibrate --no-gram, and plan with --start svd)"
         raise OptionError(
             f"statistics of this model over {domains} domains take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Registry
-from .events import Event, RoutedEvent, RouterEvent, SearchEvent
+from .events import Event, RoutedEvent, RouterEvent, Rows, SearchEvent
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class StatisticDefinition:
     name: str
     axes: str  # one letter per axis, "" for a single number
     event: type[Event]
-    increment: Callable[[Any], Tensor]
+    increment: Callable[[Any], Tensor | Rows]
     on_demand: bool = False  # collected only when a method's needs name it
-    inside: bool = (
-        False  # reads the experts' inputs and hidden states, which calibration keeps for such statistics alone
+    # Reads the experts' inputs and hidden states, which calibration keeps for such statistics alone.
+    inside: bool = False
+    by_domain: bool = (
+        True  # kept apart for every domain; else added up over all of them, where it is too large for that
     )
 
     @property
@@ -43,12 +45,12 @@ STATISTICS: Registry[StatisticDefinition] = Registry("statistic", entry_points="
 
 
 def statistic(
-    name: str, axes: str, event: type[Event], on_demand: bool = False, inside: bool = False
-) -> Callable[[Callable[[Any], Tensor]], Callable[[Any], Tensor]]:
+    name: str, axes: str, event: type[Event], on_demand: bool = False, inside: bool = False, by_domain: bool = True
+) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register the function below as the definition of a statistic."""
 
-    def register(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, on_demand, inside))
+    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, on_demand, inside, by_domain))
         return function
 
     return register
@@ -240,8 +242,8 @@ def output_square(event: RoutedEvent) -> Tensor:
     return event.moments[1]
 
 
-@statistic("input_gram", axes="EDD", event=RoutedEvent, on_demand=True, inside=True)
-def input_gram(event: RoutedEvent) -> Tensor:
+@statistic("input_gram", axes="EDD", event=RoutedEvent, on_demand=True, inside=True, by_domain=False)
+def input_gram(event: RoutedEvent) -> Rows:
     """The second moments of what an expert is given, for adapters of gate and up that fit its inputs best.
 
     sum_{t routed to e} x_t x_t^T
@@ -250,14 +252,14 @@ def input_gram(event: RoutedEvent) -> Tensor:
     Shapes:   (E, D, D), symmetric, positive semidefinite.
     Units:    hidden state squared.
     Edges:    0 for a never-routed expert; singular with fewer tokens than D.
-    Cost:     E*D*D float64 per layer and domain (64 experts of width 2048: 2 GiB); one product of P*D*D.
+    Cost:     E*D*D float64 per layer (64 experts of width 2048: 2 GiB), over all domains together; one product of P*D*D.
     Source:   the X X^T of SVD-LLM, arXiv 2403.07378, per expert as in D2-MoE, arXiv 2502.17298.
     """
     return event.gram(event.in_PD)
 
 
-@statistic("hidden_gram", axes="EFF", event=RoutedEvent, on_demand=True, inside=True)
-def hidden_gram(event: RoutedEvent) -> Tensor:
+@statistic("hidden_gram", axes="EFF", event=RoutedEvent, on_demand=True, inside=True, by_domain=False)
+def hidden_gram(event: RoutedEvent) -> Rows:
     """The second moments of an expert's hidden state, for adapters of down that fit its inputs best.
 
     sum_{t routed to e} h_t h_t^T,  h = what the last product (down) multiplies
@@ -266,7 +268,7 @@ def hidden_gram(event: RoutedEvent) -> Tensor:
     Shapes:   (E, F, F), symmetric, positive semidefinite.
     Units:    hidden activation squared.
     Edges:    0 for a never-routed expert; singular with fewer tokens than F.
-    Cost:     E*F*F float64 per layer and domain; one product of P*F*F.
+    Cost:     E*F*F float64 per layer, over all domains together; one product of P*F*F.
     Source:   the X X^T of SVD-LLM, arXiv 2403.07378, for the down projection.
     """
     return event.gram(event.hidden_PF)

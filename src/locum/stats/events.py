@@ -6,13 +6,20 @@ F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A tensor that is too large to be there at once: its rows, in order."""
+
+    shape: tuple[int, ...]
+    rows: Iterable[Tensor]
 
 
 class Event:
@@ -74,10 +81,10 @@ class RoutedEvent(Event):
         """[E] sums of one number per pair. Unlike index_add_ it gives the same bits every time on a GPU too."""
         return torch.segment_reduce(value_P.double(), "sum", lengths=self._lengths_E, unsafe=True)
 
-    def gram(self, x_PI: Tensor) -> Tensor:
-        """[E, I, I] sums of x x^T, one expert at a time; a batch's products are float32, what it adds is float64."""
+    def gram(self, x_PI: Tensor) -> Rows:
+        """[E, I, I] sums of x x^T, an expert's when it is asked for; a batch's products are float32."""
         by_expert = (wide(x_QI) for x_QI in x_PI.split(list(self.counts)))
-        return torch.stack([(x_QI.T @ x_QI).double() for x_QI in by_expert])
+        return Rows((len(self.counts), x_PI.shape[1], x_PI.shape[1]), (x_QI.T @ x_QI for x_QI in by_expert))
 
 
 @dataclass(frozen=True, eq=False)

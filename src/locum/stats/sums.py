@@ -29,7 +29,7 @@ from ..files import fingerprint
 from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
-from .events import Event
+from .events import Event, Rows
 from .origin import Origin, SearchedBy
 
 SAMPLES = 64  # values of each sum that tell some statistics from others
@@ -58,11 +58,15 @@ def check_needs(needs: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 class Sums:
-    """Running sums of one domain. A layer's events may come from anywhere: a live model, a stream from disk."""
+    """Running sums of one domain. A layer's events may come from anywhere: a live model, a stream from disk.
 
-    def __init__(self, domain: str, needs: tuple[str, ...]) -> None:
+    Statistics that are not kept apart by domain go to `pooled`, which the sums of all domains share.
+    """
+
+    def __init__(self, domain: str, needs: tuple[str, ...], pooled: Pooled | None = None) -> None:
         self.domain = domain
         self.definitions = tuple(STATISTICS[name] for name in needs)
+        self.pooled = Pooled() if pooled is None else pooled
         self.num_tokens = 0  # counted by the caller that feeds the events
         self._layers: dict[str, dict[str, Tensor]] = {}
 
@@ -71,33 +75,75 @@ class Sums:
         for definition in self.definitions:
             if definition.event is type(event):
                 name, increment = definition.name, definition.increment(event)
+                if not definition.by_domain:
+                    self.pooled.add(layer, name, increment)
+                    continue
                 known = name in sums
                 sums[name] = sums[name].to(increment.device).add_(increment) if known else increment.clone()
 
     def statistics(self, origin: Origin, provenance: Mapping[str, Any] | None = None) -> Statistics:
-        """A copy of the sums so far. Raises StatisticsError for a layer of the shape that an event is missing from."""
+        """A copy of the sums so far, without what is pooled. Raises StatisticsError for a layer of the shape that an event is
+        missing from."""
         layers: dict[str, dict[str, Tensor]] = {}
         for name in (layer.name for layer in origin.shape.layers):
-            sums = self._layers.get(name, {})
-            missing = [d.name for d in self.definitions if d.name not in sums]
+            sums, pooled = self._layers.get(name, {}), self.pooled.of(name)
+            missing = [d.name for d in self.definitions if d.name not in (sums if d.by_domain else pooled)]
             if missing:
                 raise StatisticsError(
                     f"layer {name} never gave what {', '.join(missing)} need: its router or its experts were not called "
                     f"during calibration; a layer that the model skips cannot be calibrated"
                 )
-            layers[name] = {d.name: sums[d.name].cpu().clone().unsqueeze(0) for d in self.definitions}
+            layers[name] = {d.name: sums[d.name].cpu().clone().unsqueeze(0) for d in self.definitions if d.by_domain}
         return Statistics((self.domain,), layers, origin, self.num_tokens, dict(provenance or {}))
 
 
-def taken_up(statistics: Statistics, domain: str, needs: tuple[str, ...]) -> tuple[Statistics | None, Sums]:
-    """Statistics in two: what is done with, and the running sums of one domain, to which the next events add.
+class Pooled:
+    """Running sums of what is too large to be kept for every domain: one float64 tensor a layer, on the host, added to a row at a
+    time."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, layer: str, name: str, increment: Tensor | Rows) -> None:
+        shape = tuple(increment.shape)
+        total = self._layers.setdefault(layer, {})
+        if name not in total:
+            total[name] = torch.zeros(shape, dtype=torch.float64)
+        for row, more in zip(total[name], increment.rows if isinstance(increment, Rows) else increment, strict=True):
+            row.add_(more.cpu())
+
+    def of(self, layer: str) -> Mapping[str, Tensor]:
+        return self._layers.get(layer, {})
+
+    def joined_to(self, statistics: Statistics) -> Statistics:
+        """The statistics and these sums, which are no copy: the next event adds to them."""
+        layers = {
+            layer: {**named, **{name: total.unsqueeze(0) for name, total in self.of(layer).items()}}
+            for layer, named in statistics.layers.items()
+        }
+        return replace(statistics, layers=layers)
+
+
+def taken_up(
+    statistics: Statistics, domain: str | None, needs: tuple[str, ...]
+) -> tuple[Statistics | None, Sums | None, Pooled]:
+    """Statistics in three: what is done with, the running sums of one domain, to which the next events add, and those that are
+    pooled over domains.
 
     The sums are those that were saved, so adding goes on to the bit. Statistics count the tokens of all domains
     together: where the domain has begun, its sums have that count.
     """
-    sums = Sums(domain, needs)
+    pooled, layers = Pooled(), {}
+    for layer, named in statistics.layers.items():
+        apart = [name for name in named if name in STATISTICS and not STATISTICS[name].by_domain]
+        pooled._layers[layer] = {name: named[name].sum(dim=0) for name in apart}
+        layers[layer] = {name: tensor for name, tensor in named.items() if name not in apart}
+    statistics = replace(statistics, layers=layers)
+    if domain is None:
+        return statistics, None, pooled
+    sums = Sums(domain, needs, pooled)
     if domain not in statistics.domains:
-        return statistics, sums
+        return statistics, sums, pooled
     row = statistics.domains.index(domain)
     sums.num_tokens = statistics.tokens
     sums._layers = {
@@ -106,9 +152,10 @@ def taken_up(statistics: Statistics, domain: str, needs: tuple[str, ...]) -> tup
     }
     rest = [i for i in range(len(statistics.domains)) if i != row]
     if not rest:
-        return None, sums
+        return None, sums, pooled
     layers = {layer: {n: tensor[rest] for n, tensor in named.items()} for layer, named in statistics.layers.items()}
-    return replace(statistics, domains=tuple(statistics.domains[i] for i in rest), layers=layers, tokens=0), sums
+    rest_domains = tuple(statistics.domains[i] for i in rest)
+    return replace(statistics, domains=rest_domains, layers=layers, tokens=0), sums, pooled
 
 
 # --- the result -------------------------------------------------------------------------------------------------
@@ -147,10 +194,14 @@ def _how_to_get(name: str) -> str:
     return f"Calibrate again with {name!r} among the needs (--also {name}; {usual})"
 
 
-def nbytes(shape: ModelShape, names: Sequence[str]) -> int:
-    """Bytes of these statistics of one domain."""
-    sizes = (axis_sizes(layer, STATISTICS[name].axes) for layer in shape.layers for name in names)
-    return torch.float64.itemsize * sum(map(math.prod, sizes))
+def nbytes(shape: ModelShape, names: Sequence[str], domains: int = 1) -> int:
+    """Bytes of these statistics of so many domains."""
+    each = (
+        (axis_sizes(layer, STATISTICS[name].axes), STATISTICS[name].by_domain)
+        for layer in shape.layers
+        for name in names
+    )
+    return torch.float64.itemsize * sum(math.prod(sizes) * (domains if by_domain else 1) for sizes, by_domain in each)
 
 
 def axis_sizes(layer: LayerShape, axes: str) -> tuple[int, ...]:
@@ -166,7 +217,8 @@ class _OverDomains(Mapping[str, Tensor]):
     by_domain: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.by_domain[name].sum(dim=0)
+        sums = self.by_domain[name]
+        return sums[0] if len(sums) == 1 else sums.sum(dim=0)
 
     def __contains__(self, name: object) -> bool:
         return name in self.by_domain
@@ -181,6 +233,8 @@ class _OverDomains(Mapping[str, Tensor]):
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Sums of every layer, with a first axis for the domain, and where they come from. `a + b` merges two of them.
+
+    Statistics that are not kept apart by domain have one row there for all of them.
 
     `provenance` is words for people: versions, command, time, sources. Nothing is decided by it.
     """
@@ -197,7 +251,8 @@ class Statistics:
     def __post_init__(self) -> None:
         for layer, named in self.layers.items():
             for name, tensor in named.items():
-                if tensor.shape[:1] != (len(self.domains),) or tensor.dtype != torch.float64:
+                pooled = name in STATISTICS and not STATISTICS[name].by_domain and tensor.shape[:1] == (1,)
+                if not (pooled or tensor.shape[:1] == (len(self.domains),)) or tensor.dtype != torch.float64:
                     raise StatisticsError(
                         f"{name} of layer {layer} is {tensor.dtype} of shape {list(tensor.shape)}; expected float64 with "
                         f"a first axis of {len(self.domains)} domains ({', '.join(self.domains)}); calibrate again"
@@ -257,6 +312,9 @@ class Statistics:
         for layer, named in self.layers.items():
             layers[layer] = {}
             for name, tensor in named.items():
+                if name in STATISTICS and not STATISTICS[name].by_domain:
+                    layers[layer][name] = tensor.sum(0, keepdim=True) + other.layers[layer][name].sum(0, keepdim=True)
+                    continue
                 total = tensor.new_zeros(len(domains), *tensor.shape[1:])
                 for part, part_tensor in ((self, tensor), (other, other.layers[layer][name])):
                     total.index_add_(0, torch.tensor([domains.index(d) for d in part.domains]), part_tensor)
