@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -100,10 +100,10 @@ def check_place(path: Path) -> None:
 
 def free_space(path: Path) -> int:
     """Bytes that are free where a path is to be written."""
-    return shutil.disk_usage(_folder_of(path)).free
+    return shutil.disk_usage(existing_folder(path)).free
 
 
-def _folder_of(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """The nearest folder that exists above a path."""
     return next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
 
@@ -111,7 +111,7 @@ def _folder_of(path: Path) -> Path:
 def _check_folder(path: Path) -> None:
     """The nearest folder that exists above a path must be one that can be written to."""
     try:
-        folder = _folder_of(path)
+        folder = existing_folder(path)
         if not folder.is_dir():
             raise OutputError(f"cannot write {path}: {folder} is a file, not a folder; choose another name")
         with tempfile.TemporaryFile(dir=folder):
@@ -313,14 +313,15 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata. Raises SafetensorError, and OSError in the system's words."""
+def read_tensors(path: Path, but: Callable[[str], bool] = lambda name: False) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file, without those that `but` names, and its metadata. Raises SafetensorError, and OSError in
+    the system's words."""
     if path.exists() and not path.is_file():
         raise SafetensorError("it is no file")  # a pipe would be waited for
     with path.open("rb"):  # safetensors says of what may not be read that it is not there
         pass
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys() if not but(key)}, file.metadata() or {}  # noqa: SIM118
 
 
 def fingerprint(*parts: bytes | str) -> str:

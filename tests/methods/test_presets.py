@@ -6,12 +6,14 @@ import types
 
 import psutil
 import pytest
+import torch
 
 import locum
 from locum.errors import OptionError, StatisticsError
 from locum.experts.parts.low_rank import STARTS, LowRank
 from locum.methods import METHODS
 from locum.stages.planning import chosen_method
+from locum.stats.on_disk import Stack
 from locum.stats.sums import nbytes
 from making.checkpoints import locum as command
 from making.slots import part_of
@@ -76,20 +78,43 @@ def test_calibration_collects_what_defaults_read_or_plans_say_what_to_do(checkpo
     )
 
 
-def test_statistics_that_memory_cannot_hold_are_refused_before_the_model_is_loaded(
+def test_statistics_that_neither_memory_nor_disk_can_hold_are_refused_before_the_model_is_loaded(
     checkpoint, words, statistics_file, tmp_path, monkeypatch
 ):
     statistics = locum.load_statistics(statistics_file)
-    size = nbytes(statistics.shape, statistics.names)
+    size, grams = nbytes(statistics.shape, statistics.names), nbytes(statistics.shape, ("input_gram", "hidden_gram"))
     assert size == sum(t[0].nbytes for named in statistics.layers.values() for t in named.values())
     monkeypatch.setattr("locum.stages.calibration.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(
-        psutil,
-        "virtual_memory",
-        lambda: types.SimpleNamespace(available=nbytes(statistics.shape, statistics.names, 2) - 1),
-    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=grams))
+    monkeypatch.setattr("locum.stages.calibration.free_space", lambda _: 2 * grams - 1)
     for line in (("calibrate", checkpoint), ("search", checkpoint), ("compress", checkpoint, "--remove", 0.4)):
         result = command(*line, "--data", words, "--tokens", 512, "--length", 64, "--out", tmp_path / "out")
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
-        assert "Gram matrices: leave them out" in result.stderr and "--start svd" in result.stderr
+        assert (
+            "on the disk of" in result.stderr and "leave them out" in result.stderr and "--start svd" in result.stderr
+        )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2 * (size - grams) - 1))
+    result = command(
+        "calibrate", checkpoint, "--data", words, "--tokens", 512, "--length", 64, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 2 and "GiB of memory" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_grams_that_memory_cannot_hold_are_added_up_on_disk_and_are_the_same(
+    checkpoint, words, statistics_file, tmp_path, monkeypatch
+):
+    line = ("calibrate", checkpoint, "--data", f"a={words}", "--data", f"b={words}", "--tokens", 1024, "--length", 64)
+    assert command(*line, "--out", tmp_path / "memory").exit_code == 0
+    statistics = locum.load_statistics(tmp_path / "memory")
+    grams = nbytes(statistics.shape, ("input_gram", "hidden_gram"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=4 * grams - 1))
+    made, begin = [], Stack.__init__
+    monkeypatch.setattr(Stack, "__init__", lambda self, *given: made.append(self) or begin(self, *given))
+    assert command(*line, "--out", tmp_path / "disk").exit_code == 0
+    assert len(made) == 2 * len(statistics.layers)
+    on_disk = locum.load_statistics(tmp_path / "disk")
+    for layer, named in statistics.layers.items():
+        assert set(on_disk.layers[layer]) == set(named)
+        assert all(torch.equal(on_disk.layers[layer][name], tensor) for name, tensor in named.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]

@@ -19,6 +19,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,7 @@ def calibrate(
     on_batch: Callable[[Statistics], None] | None = None,
     save_every: int = 50,
     start: Statistics | None = None,
+    scratch: Path | None = None,
 ) -> Statistics:
     """Statistics of every MoE layer of a model over these tokens, per domain. Padding is left out; prompts count.
 
@@ -62,7 +64,8 @@ def calibrate(
     the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
     `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches, and must not keep them: the next batch adds to
-    them. To go on from there, pass what it saved as `start`. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
+    them. To go on from there, pass what it saved as `start`. With a folder as `scratch`, Gram matrices lie in files without a
+    name there, and not in memory. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
     Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
@@ -82,7 +85,7 @@ def calibrate(
         check_start(start, origin, asked, len(tokens.domain_B))
     words = make_provenance(**{"seed": None, **(provenance or {})})
     order_B = torch.argsort(tokens.domain_B, stable=True)
-    so_far, next_block = _SoFar(needs, asked, origin, words), 0
+    so_far, next_block = _SoFar(needs, asked, origin, words, scratch), 0
     if start is not None:
         next_block = start.next_block
         first = tokens.domains[int(tokens.domain_B[order_B[next_block]])] if next_block < len(order_B) else None
@@ -110,17 +113,22 @@ class _SoFar:
     """What is added up: statistics of the domains that are done, and running sums of those that are not."""
 
     def __init__(
-        self, needs: tuple[str, ...], asked: Mapping[str, Any], origin: Origin, words: Mapping[str, Any]
+        self,
+        needs: tuple[str, ...],
+        asked: Mapping[str, Any],
+        origin: Origin,
+        words: Mapping[str, Any],
+        scratch: Path | None,
     ) -> None:
-        self.needs, self.asked, self.origin, self.words = needs, asked, origin, words
+        self.needs, self.asked, self.origin, self.words, self.scratch = needs, asked, origin, words, scratch
         self.done: Statistics | None = None
         self.running: dict[str, Sums] = {}
-        self.pooled = Pooled()
+        self.pooled = Pooled(scratch)
 
     def take_up(self, start: Statistics, domain: str | None) -> None:
         """Go on from statistics that were saved, with the next blocks of this domain."""
         start = replace(start, next_block=None, provenance=self.words)
-        self.done, sums, self.pooled = taken_up(start, domain, self.needs)
+        self.done, sums, self.pooled = taken_up(start, domain, self.needs, self.scratch)
         if sums is not None:
             self.running[domain] = sums
 

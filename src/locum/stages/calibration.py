@@ -18,7 +18,7 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import OptionError, StatisticsError
 from ..experts.parts.low_rank import STARTS
-from ..files import check_output, clear
+from ..files import check_output, clear, existing_folder, free_space
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
 from ..places import name_of, remember
@@ -26,7 +26,7 @@ from ..runs import set_aside
 from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
-from ..stats.sums import Statistics, check_needs, nbytes
+from ..stats.sums import Statistics, check_needs, is_pooled, nbytes
 from .opening import Stream, check_stock, is_to_stream, open_to_run
 from .options import (
     BatchSize,
@@ -82,13 +82,13 @@ def calibrate(
     device = device_of(device)
     shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
-    check_room(shape, needs, len({source.domain for source in parse_sources(data)}))
+    scratch = room_for(shape, needs, len({source.domain for source in parse_sources(data)}), out)
     streamed = is_to_stream([model], stream, device)
     if streamed:
         check_stock(model)
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
     subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
-    statistics = observe(subject, needs, out, batch_size=batch_size, progress=progress)
+    statistics = observe(subject, needs, out, batch_size=batch_size, scratch=scratch, progress=progress)
     keep(statistics, out)
     clear(partial_of(out))
     return statistics
@@ -100,19 +100,28 @@ def keep(statistics: Statistics, out: Path) -> None:
     remember(statistics.id, out)
 
 
-def check_room(shape: ModelShape, needs: tuple[str, ...], domains: int) -> None:
-    """Refuse statistics that are larger than the memory that is free, before the model is loaded.
+def room_for(shape: ModelShape, needs: tuple[str, ...], domains: int, out: Path) -> Path | None:
+    """The folder where Gram matrices are added up: that of `out` where they would take more than a quarter of the memory that is
+    free, else None. Raises OptionError for what neither memory nor disk can hold, before the model is loaded.
 
     Sums of every domain are held, and those of the one that is being run.
     """
-    size, free = nbytes(shape, needs, domains + 1), psutil.virtual_memory().available
-    if size > free:
-        grams = nbytes(shape, [name for name in needs if name in WHITENED], domains + 1)
-        without = f"; {grams / 2**30:.1f} GiB are Gram matrices: leave them out (calibrate --no-gram, and plan with --start svd)"
+    pooled = [name for name in needs if is_pooled(name)]
+    grams, free = nbytes(shape, pooled), psutil.virtual_memory().available
+    apart = nbytes(shape, [name for name in needs if name not in pooled], domains + 1)
+    if apart > free:
         raise OptionError(
-            f"statistics of this model over {domains} domains take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB "
-            f"are free{without if grams else '; name fewer with --also, or calibrate fewer domains at a time'}"
+            f"statistics of this model over {domains} domains take {apart / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB "
+            f"are free; name fewer with --also, or calibrate fewer domains at a time"
         )
+    if grams <= free // 4:
+        return None
+    if (needed := 2 * grams) > (room := free_space(out)):  # what is added up, and the file that is written
+        raise OptionError(
+            f"Gram matrices of this model take {needed / 2**30:.1f} GiB on the disk of {out}, and {room / 2**30:.1f} GiB are free; "
+            f"choose another disk, or leave them out (calibrate --no-gram, and plan with --start svd)"
+        )
+    return existing_folder(out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +160,15 @@ def read_text(model: Path, shape: ModelShape, data: Sequence[str], **cut: Any) -
     return blocks, Origin(shape, model_print, tokenizer_print, (blocks.fingerprint,))
 
 
-def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: int, progress: Progress) -> Statistics:
+def observe(
+    subject: Subject,
+    needs: tuple[str, ...],
+    out: Path,
+    *,
+    batch_size: int,
+    progress: Progress,
+    scratch: Path | None = None,
+) -> Statistics:
     """The pass. What it has now and then is in a file beside `out`, from which it goes on."""
     partial = partial_of(out)
     return calibrate_model(
@@ -164,6 +181,7 @@ def observe(subject: Subject, needs: tuple[str, ...], out: Path, *, batch_size: 
         progress=lambda done, total: progress("calibrate", done, total),
         on_batch=lambda so_far: save_statistics(so_far, partial),
         start=_left_behind(partial, subject, question(needs, batch_size)),
+        scratch=scratch,
     )
 
 

@@ -23,7 +23,7 @@ from ..stats.events import SearchEvent
 from ..stats.origin import SearchedBy
 from ..stats.statistics_file import save_statistics
 from ..stats.sums import Statistics
-from .calibration import check_room, finished, keep, observe, partial_of, prepare, with_defaults
+from .calibration import finished, keep, observe, partial_of, prepare, room_for, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -86,14 +86,15 @@ def search(
     device = device_of(device)
     shape = read_shape(model)
     _check_droppable(model, shape)
-    check_room(shape, with_defaults(to_collect(chosen)), len({source.domain for source in parse_sources(data)}))
+    domains = len({source.domain for source in parse_sources(data)})
+    scratch = room_for(shape, with_defaults(to_collect(chosen)), domains, out)
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
     calibrated = out.with_name(f".{out.name}.calibrated")
     needs = with_defaults(to_collect(chosen))
     statistics = finished(calibrated, subject.origin, question(needs, batch_size))
     if statistics is None:
-        statistics = observe(subject, needs, calibrated, batch_size=batch_size, progress=progress)
+        statistics = observe(subject, needs, calibrated, batch_size=batch_size, scratch=scratch, progress=progress)
         save_statistics(statistics, calibrated)
         clear(partial_of(calibrated))
     explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)

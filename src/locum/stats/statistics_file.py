@@ -6,13 +6,14 @@ Version 2 has an entry for everything that decides something. Version 1 kept tha
 from __future__ import annotations
 
 import json
+import struct
+from collections import ChainMap
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StatisticsError
@@ -20,19 +21,15 @@ from ..files import read_tensors, whole
 from ..json_text import parse_json
 from ..places import bare
 from ..shapes import ModelShape
+from .on_disk import FromFile
 from .origin import Origin, SearchedBy
-from .sums import Statistics
+from .sums import Statistics, is_pooled
 
 STATISTICS_VERSION = 2
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """One safetensors file: tensors "layer|statistic", everything else as JSON in the metadata."""
-    tensors = {
-        f"{layer}|{name}": tensor.contiguous()
-        for layer, named in statistics.layers.items()
-        for name, tensor in named.items()
-    }
+    """One safetensors file: tensors "layer|statistic", everything else as JSON in the metadata. One tensor is held at a time."""
     notes = {
         "format_version": STATISTICS_VERSION,
         "id": statistics.id,
@@ -44,8 +41,19 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "asked": statistics.asked,
         "provenance": bare(statistics.provenance),
     }
-    with whole(path) as scratch:  # one entry of metadata: safetensors writes several in a random order
-        save_file(tensors, scratch, {"locum-statistics": json.dumps(notes)})
+    places = {f"{layer}|{name}": (layer, name) for layer, named in statistics.layers.items() for name in named}
+    header: dict[str, Any] = {"__metadata__": {"locum-statistics": json.dumps(notes)}}
+    end = 0
+    for key, (layer, name) in sorted(places.items()):
+        tensor = statistics.layers[layer][name]
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": "F64", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path) as scratch, scratch.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, (layer, name) in sorted(places.items()):
+            stream.write(memoryview(statistics.layers[layer][name].contiguous().reshape(-1).numpy()).cast("B"))
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -56,10 +64,11 @@ def load_statistics(path: str | Path) -> Statistics:
             f"no statistics file at {path}; make one with: locum calibrate MODEL --data ... --out {path}"
         )
     try:
-        tensors, header = read_tensors(path)
+        tensors, header = read_tensors(path, but=_is_large)
+        large = FromFile.open(path, _is_large)
     except OSError as error:
         raise StatisticsError(f"statistics {path} cannot be read: {error.strerror}; let this user read it") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise StatisticsError(
             f"{path} is not a statistics file, or is damaged ({error}); make one with: locum calibrate"
         ) from error
@@ -80,15 +89,24 @@ def load_statistics(path: str | Path) -> Statistics:
         next_block, asked = None if next_block is None else index(next_block), None if asked is None else dict(asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StatisticsError(f"statistics {path} have damaged notes ({error!r}); calibrate again") from error
-    layers: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}
-    for key, tensor in tensors.items():
+    held: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in shape.layers}
+    keys: dict[str, dict[str, str]] = {layer.name: {} for layer in shape.layers}
+    for key in (*tensors, *large):
         layer, _, name = key.partition("|")
-        if layer not in layers:
+        if layer not in held:
             raise StatisticsError(
                 f"statistics {path} have sums of {layer!r}, a layer that they do not name; calibrate again"
             )
-        layers[layer][name] = tensor
+        if key in tensors:
+            held[layer][name] = tensors[key]
+        else:
+            keys[layer][name] = key
+    layers = {layer: ChainMap(held[layer], large.named(keys[layer])) for layer in held}
     return Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
+
+
+def _is_large(key: str) -> bool:
+    return is_pooled(key.partition("|")[2])
 
 
 def statistics_id(path: Path) -> str:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event, Rows
+from .on_disk import Stack
 from .origin import Origin, SearchedBy
 
 SAMPLES = 64  # values of each sum that tell some statistics from others
@@ -52,6 +55,11 @@ def check_needs(needs: tuple[str, ...] | None) -> tuple[str, ...]:
             f"make the plan from the file it writes"
         )
     return names
+
+
+def is_pooled(name: str) -> bool:
+    """Whether a statistic is added up over all domains together."""
+    return name in STATISTICS and not STATISTICS[name].by_domain
 
 
 # --- sums while collecting --------------------------------------------------------------------------------------
@@ -99,33 +107,54 @@ class Sums:
 
 class Pooled:
     """Running sums of what is too large to be kept for every domain: one float64 tensor a layer, on the host, added to a row at a
-    time."""
+    time. With a folder they lie in files there (on_disk.py)."""
 
-    def __init__(self) -> None:
-        self._layers: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._layers: dict[str, dict[str, Stack | Tensor]] = {}
 
     def add(self, layer: str, name: str, increment: Tensor | Rows) -> None:
-        shape = tuple(increment.shape)
-        total = self._layers.setdefault(layer, {})
-        if name not in total:
-            total[name] = torch.zeros(shape, dtype=torch.float64)
-        for row, more in zip(total[name], increment.rows if isinstance(increment, Rows) else increment, strict=True):
-            row.add_(more.cpu())
+        totals, shape = self._layers.setdefault(layer, {}), tuple(increment.shape)
+        if name not in totals:
+            in_memory = self._folder is None
+            totals[name] = torch.zeros(shape, dtype=torch.float64) if in_memory else Stack(self._folder, shape)
+        total, rows = totals[name], increment.rows if isinstance(increment, Rows) else increment
+        for row, more in enumerate(rows):
+            if isinstance(total, Stack):
+                total.add(row, more.cpu())
+            else:
+                total[row].add_(more.cpu())
 
-    def of(self, layer: str) -> Mapping[str, Tensor]:
+    def of(self, layer: str) -> Mapping[str, Stack | Tensor]:
         return self._layers.get(layer, {})
 
     def joined_to(self, statistics: Statistics) -> Statistics:
         """The statistics and these sums, which are no copy: the next event adds to them."""
         layers = {
-            layer: {**named, **{name: total.unsqueeze(0) for name, total in self.of(layer).items()}}
-            for layer, named in statistics.layers.items()
+            layer: ChainMap({**named}, _OfAllDomains(self.of(layer))) for layer, named in statistics.layers.items()
         }
         return replace(statistics, layers=layers)
 
 
+@dataclass(frozen=True, eq=False)
+class _OfAllDomains(Mapping[str, Tensor]):
+    """One layer's pooled sums with a first axis of one, mapped when they are asked for."""
+
+    totals: Mapping[str, Stack | Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = self.totals[name]
+        return (total.tensor() if isinstance(total, Stack) else total).unsqueeze(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.totals)
+
+    def __len__(self) -> int:
+        return len(self.totals)
+
+
 def taken_up(
-    statistics: Statistics, domain: str | None, needs: tuple[str, ...]
+    statistics: Statistics, domain: str | None, needs: tuple[str, ...], folder: Path | None = None
 ) -> tuple[Statistics | None, Sums | None, Pooled]:
     """Statistics in three: what is done with, the running sums of one domain, to which the next events add, and those that are
     pooled over domains.
@@ -133,11 +162,13 @@ def taken_up(
     The sums are those that were saved, so adding goes on to the bit. Statistics count the tokens of all domains
     together: where the domain has begun, its sums have that count.
     """
-    pooled, layers = Pooled(), {}
+    pooled, layers = Pooled(folder), {}
     for layer, named in statistics.layers.items():
-        apart = [name for name in named if name in STATISTICS and not STATISTICS[name].by_domain]
-        pooled._layers[layer] = {name: named[name].sum(dim=0) for name in apart}
-        layers[layer] = {name: tensor for name, tensor in named.items() if name not in apart}
+        apart = [name for name in named if is_pooled(name)]
+        for name in apart:
+            for domains in named[name]:
+                pooled.add(layer, name, domains)
+        layers[layer] = {name: named[name] for name in named if name not in apart}
     statistics = replace(statistics, layers=layers)
     if domain is None:
         return statistics, None, pooled
@@ -251,8 +282,10 @@ class Statistics:
     def __post_init__(self) -> None:
         for layer, named in self.layers.items():
             for name, tensor in named.items():
-                pooled = name in STATISTICS and not STATISTICS[name].by_domain and tensor.shape[:1] == (1,)
-                if not (pooled or tensor.shape[:1] == (len(self.domains),)) or tensor.dtype != torch.float64:
+                if (
+                    not ((is_pooled(name) and tensor.shape[:1] == (1,)) or tensor.shape[:1] == (len(self.domains),))
+                    or tensor.dtype != torch.float64
+                ):
                     raise StatisticsError(
                         f"{name} of layer {layer} is {tensor.dtype} of shape {list(tensor.shape)}; expected float64 with "
                         f"a first axis of {len(self.domains)} domains ({', '.join(self.domains)}); calibrate again"
@@ -312,7 +345,7 @@ class Statistics:
         for layer, named in self.layers.items():
             layers[layer] = {}
             for name, tensor in named.items():
-                if name in STATISTICS and not STATISTICS[name].by_domain:
+                if is_pooled(name):
                     layers[layer][name] = tensor.sum(0, keepdim=True) + other.layers[layer][name].sum(0, keepdim=True)
                     continue
                 total = tensor.new_zeros(len(domains), *tensor.shape[1:])

@@ -1,0 +1,99 @@
+"""Tensors that lie in a file and not in memory: of those of one layer some may be wanted, of all layers they are too large.
+
+    Stack       a float64 tensor that is added to a row at a time, in a file without a name, which goes with it
+    FromFile    float64 tensors of a safetensors file, each mapped anew whenever it is asked for
+
+A mapped tensor takes memory where it is read or written, until it is let go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ITEM = torch.float64.itemsize
+
+
+class _Opened:
+    """A file that is open for as long as something holds this."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class Stack:
+    """Zeros at first. Raises OSError where the disk has no room."""
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Room is taken at once: of a mapped file without room, writing ends the process.
+            os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * ITEM))
+            self._file = _Opened(os.dup(file.fileno()))
+
+    def add(self, row: int, more: Tensor) -> None:
+        count = math.prod(self.shape[1:])
+        mapped(self._file, row * count * ITEM, count).add_(more.reshape(-1))
+
+    def tensor(self) -> Tensor:
+        return mapped(self._file, 0, math.prod(self.shape)).reshape(self.shape)
+
+
+class FromFile(Mapping[str, Tensor]):
+    """By name, where `places` says at which byte each tensor begins and what shape it has. The file stays open, so that it is the
+    same one even when another takes its place."""
+
+    def __init__(self, file: _Opened, places: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        self._file, self._places = file, places
+
+    @classmethod
+    def open(cls, path: Path, chosen: Callable[[str], bool]) -> FromFile:
+        """Those of a file's tensors whose names are chosen. Raises ValueError for numbers that are not float64; all else that a
+        safetensors file can have wrong must have been looked at before."""
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header, opened = json.loads(file.read(size)), _Opened(os.dup(file.fileno()))
+        entries = {name: entry for name, entry in header.items() if chosen(name)}
+        if wrong := next((name for name, entry in entries.items() if entry["dtype"] != "F64"), None):
+            raise ValueError(f"{wrong} is {entries[wrong]['dtype']}; expected F64")
+        places = {name: (8 + size + entry["data_offsets"][0], tuple(entry["shape"])) for name, entry in entries.items()}
+        return cls(opened, places)
+
+    def named(self, names: Mapping[str, str]) -> FromFile:
+        """Some of them, under the names that are the keys here."""
+        return FromFile(self._file, {name: self._places[here] for name, here in names.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        begin, shape = self._places[name]
+        return mapped(self._file, begin, math.prod(shape), writable=False).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def mapped(file: _Opened, begin: int, count: int, writable: bool = True) -> Tensor:
+    """So many float64 numbers of a file from this byte on. Where they are not writable, what is written stays in memory."""
+    if not count:
+        return torch.zeros(0, dtype=torch.float64)
+    start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
+    found = mmap.mmap(file.descriptor, begin + count * ITEM - start, offset=start, access=access)
+    return torch.frombuffer(found, dtype=torch.float64, offset=begin - start, count=count)
