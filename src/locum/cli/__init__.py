@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import click
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from .. import ranks
 from ..demonstration import demo
 from ..exports.export import export
 from ..exports.target import TARGETS
@@ -165,4 +166,7 @@ cli.add_section(
 def main() -> None:
     """Entry point of the console script."""
     stop_politely()
-    sys.exit(cli(prog_name="locum"))
+    try:
+        sys.exit(cli(prog_name="locum"))
+    finally:
+        ranks.leave()

@@ -15,12 +15,14 @@ import click
 import torch
 from click.core import ParameterSource
 
+from .. import ranks
 from ..errors import LocumError, OutputError, did_you_mean, unknown
 from .parameters import Choice, flags_of, options_of, parameters_of
 from .progress import progress_lines
 from .shown import say
 from .system_errors import in_words
 
+SPLIT = ("calibrate", "eval")  # what several ranks do together
 RESUMABLE = ("calibrate", "search", "compress", "recover")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
 
@@ -88,6 +90,7 @@ class Command(click.Command):
         choices: Sequence[Choice] = (),
         earlier: Callable[[list[str]], list[str]] = list,
     ) -> None:
+        self.splits = name in SPLIT
         params = parameters_of(function)
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print machine-readable JSON"))
         self.own = {p.name for p in params}
@@ -130,15 +133,20 @@ class Command(click.Command):
     def run(self, **given: Any) -> None:
         """Call the function. Defaults of option dataclasses are theirs to fill in, so only what was typed is passed on."""
         ctx = click.get_current_context()
+        if ranks.is_spare() and not self.splits:
+            return  # the first rank does it
         as_json = given.pop("as_json", False)
         typed = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
         given = {name: value for name, value in given.items() if name in self.own | typed}
+        if self.splits:
+            ranks.join()
         if "progress" in inspect.signature(self.function).parameters:
             with progress_lines() as report:
                 result = self.function(**given, progress=report)
         else:
             result = self.function(**given)
-        self.show(result, as_json)
+        if ranks.is_first():
+            self.show(result, as_json)
 
     # --- choices ----------------------------------------------------------------------------------------------------
 

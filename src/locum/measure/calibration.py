@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..data.tokens import check_vocabulary
 from ..errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from ..files import provenance as make_provenance
@@ -36,7 +37,7 @@ from ..models.watch import evaluating, experts_implementation, observable_layers
 from ..stats.definitions import STATISTICS
 from ..stats.events import Event, RoutedEvent, RouterEvent
 from ..stats.origin import Origin
-from ..stats.sums import Pooled, Statistics, Sums, check_needs, taken_up
+from ..stats.sums import Pooled, Statistics, Sums, axis_sizes, check_needs, is_pooled, taken_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def calibrate(
     if start is not None:
         check_start(start, origin, asked, len(tokens.domain_B))
     words = make_provenance(**{"seed": None, **(provenance or {})})
-    order_B = torch.argsort(tokens.domain_B, stable=True)
+    order_B = _order(tokens, batch_size)
     so_far, next_block = _SoFar(needs, asked, origin, words, scratch), 0
     if start is not None:
         next_block = start.next_block
@@ -106,7 +107,16 @@ def calibrate(
             is_time = on_batch is not None and (number % save_every == 0 or len(some) > 1)
             if is_time and (now := so_far.statistics()) is not None:
                 on_batch(replace(now, next_block=next_block))
-    return so_far.statistics()
+    return so_far.statistics() if ranks.count() == 1 else so_far.of_all_ranks(tokens)
+
+
+def _order(tokens: Tokens, batch_size: int) -> Tensor:
+    """The blocks that this rank takes, one domain after the other: whole batches, so that all ranks see those of one."""
+    order_B = torch.argsort(tokens.domain_B, stable=True)
+    if ranks.count() == 1:
+        return order_B
+    mine = [blocks_B for _, blocks_B in ranks.share(_batches(tokens, order_B, batch_size))]
+    return torch.cat(mine) if mine else order_B[:0]
 
 
 class _SoFar:
@@ -143,6 +153,28 @@ class _SoFar:
             del self.running[sums.domain]
         found = self._with(last)
         return None if found is None else self.pooled.joined_to(found)
+
+    def of_all_ranks(self, tokens: Tokens) -> Statistics:
+        """All of it, of every rank, with the domains in the order in which one rank would meet them."""
+        has_text_B = (tokens.attention_BS != 0).any(dim=1)
+        mine, domains = (
+            self.statistics(),
+            tuple(tokens.domains[i] for i in tokens.domain_B[has_text_B].unique().tolist()),
+        )
+        layers: dict[str, dict[str, Tensor]] = {}
+        for layer in self.origin.shape.layers:
+            layers[layer.name] = {}
+            for name in (name for name in self.needs if not is_pooled(name)):
+                total = torch.zeros(len(domains), *axis_sizes(layer, STATISTICS[name].axes), dtype=torch.float64)
+                if mine is not None:
+                    rows = torch.tensor([domains.index(domain) for domain in mine.domains])
+                    total.index_add_(0, rows, mine.layers[layer.name][name])
+                layers[layer.name][name] = ranks.add_up(total)
+            for name in filter(is_pooled, self.needs):
+                self.pooled.add_up(layer.name, name, axis_sizes(layer, STATISTICS[name].axes))
+        seen = int(ranks.add_up(torch.tensor(0 if mine is None else mine.tokens)))
+        whole = Statistics(domains, layers, self.origin, seen, dict(self.words), asked=self.asked)
+        return self.pooled.joined_to(whole)
 
     def _with(self, sums: Sums | None) -> Statistics | None:
         if sums is None or sums.num_tokens == 0:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import ranks
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary
 from ..errors import LocumError, OptionError, UnsupportedModel
 from ..models.layer_major import is_streamed, passes, together
@@ -60,13 +61,14 @@ def evaluate(
     """
     _check(model, against, tokens, batch_size, resamples)
     start = time.perf_counter()
+    mine = ranks.share(batches(tokens, batch_size))
+    places_B = ranks.share(torch.arange(len(tokens)).split(batch_size))
+    sums_BY = torch.zeros(len(tokens), len(SUMS), dtype=torch.float64)
     with _evaluating(model), _evaluating(against), torch.no_grad():
-        sums = [
-            made
-            for some in _together([model, against], batches(tokens, batch_size), batch_size * tokens.length)
-            for made in _sums_of(model, against, some)
-        ]
-    sums_BY = torch.cat(sums).numpy()
+        for some in _together([model, against], mine, batch_size * tokens.length):
+            for made in _sums_of(model, against, some):
+                sums_BY[next(places_B)] = made
+    sums_BY = ranks.add_up(sums_BY).numpy()
     _check_finite(sums_BY, model_name, against_name)
     shared = {
         "seed": seed,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import psutil
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..checkpoints.convert import check_openable
 from ..checkpoints.load import open_model
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
@@ -89,8 +90,10 @@ def calibrate(
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
     subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
     statistics = observe(subject, needs, out, batch_size=batch_size, scratch=scratch, progress=progress)
-    keep(statistics, out)
+    if ranks.is_first():
+        keep(statistics, out)
     clear(partial_of(out))
+    ranks.wait()
     return statistics
 
 
@@ -191,7 +194,9 @@ def with_defaults(also: Sequence[str]) -> tuple[str, ...]:
 
 
 def partial_of(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
+    """What an interrupted pass left beside its output. Each of several ranks has one of its own."""
+    of_rank = f"-{ranks.number()}-of-{ranks.count()}" if ranks.count() > 1 else ""
+    return out.with_name(f".{out.name}.partial{of_rank}")
 
 
 def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Statistics | None:

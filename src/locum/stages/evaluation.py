@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import ranks
 from ..checkpoints.notes import named_original, plan_of, read_notes
 from ..checkpoints.read import load_tokenizer
 from ..checkpoints.skeleton import active_parameters_in, check_vocabularies, expert_parameters_in, read_shape
@@ -85,6 +86,8 @@ def evaluate(
     if data:
         blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
     streamed = is_to_stream([model, *([] if against is None else [against])], stream, device)
+    if asked and ranks.count() > 1:
+        raise OptionError("tasks are scored by one process: leave torchrun out, or --tasks")
     if streamed and asked:
         raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
     live = open_to_run(model, streamed, device)
@@ -110,9 +113,9 @@ def evaluate(
     if against is not None:
         about["original"] = _about(Path(against), None, {}, beside)
     rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
-    if out is not None:
+    if out is not None and ranks.is_first():
         write_rows(out, rows, append)
-    if card:
+    if card and ranks.is_first():
         write_card(model, called, rows)
     return rows
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 
+from .. import ranks
 from ..errors import OptionError
 from ..files import watched
 from ..runs import reserved
@@ -70,7 +71,7 @@ def alone(stage: Stage) -> Stage:
     def run(*given: Any, **options: Any) -> Any:
         outputs = [options.get(name, default) for name, default in defaults.items() if not options.get("append")]
         with contextlib.ExitStack() as stack:
-            for out in (out for out in outputs if isinstance(out, (str, Path))):
+            for out in (out for out in outputs if isinstance(out, (str, Path)) and ranks.is_first()):
                 stack.enter_context(reserved(out))
                 if not options.get("force", False):
                     stack.enter_context(watched(out))
@@ -98,6 +99,8 @@ def timed(progress: Progress) -> Progress:
 def device_of(name: str) -> str:
     """The device that a name means. Raises OptionError for one that is not there, before anything is loaded."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cuda" and ranks.count() > 1:
+        name = f"cuda:{ranks.local() % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

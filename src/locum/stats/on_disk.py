@@ -8,7 +8,6 @@ A mapped tensor takes memory where it is read or written, until it is let go.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..json_text import parse_json
 
 ITEM = torch.float64.itemsize
 
@@ -64,7 +65,7 @@ class FromFile(Mapping[str, Tensor]):
         safetensors file can have wrong must have been looked at before."""
         with path.open("rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
-            header, opened = json.loads(file.read(size)), _Opened(os.dup(file.fileno()))
+            header, opened = parse_json(file.read(size)), _Opened(os.dup(file.fileno()))
         entries = {name: entry for name, entry in header.items() if chosen(name)}
         if wrong := next((name for name, entry in entries.items() if entry["dtype"] != "F64"), None):
             raise ValueError(f"{wrong} is {entries[wrong]['dtype']}; expected F64")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import fingerprint
 from ..runs import differences
@@ -124,6 +125,13 @@ class Pooled:
                 total.add(row, more.cpu())
             else:
                 total[row].add_(more.cpu())
+
+    def add_up(self, layer: str, name: str, shape: tuple[int, ...]) -> None:
+        """Add what the other ranks have, a row at a time. Every rank must ask, also one that has nothing."""
+        self.add(layer, name, Rows(shape, ()))
+        total = self._layers[layer][name]
+        for row in total.tensor() if isinstance(total, Stack) else total:
+            ranks.add_up(row)
 
     def of(self, layer: str) -> Mapping[str, Stack | Tensor]:
         return self._layers.get(layer, {})
