@@ -10,6 +10,7 @@ The floor is the time of reading the original and writing as many bytes as the r
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -62,13 +63,13 @@ def child(arguments: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "processor_seconds": computed, "peak_bytes": usage.ru_maxrss * 1024}
 
 
-def disk_seconds(original: Path, size: int, scratch: Path) -> float:
-    """Reading every weight file of a folder, and writing so many bytes."""
+def disk_seconds(original: Path, size: int, scratch: Path, limit: float = math.inf) -> float:
+    """Reading the weight files of a folder, or so many bytes of them, and writing so many bytes."""
     buffer, begin = bytearray(PIECE), time.perf_counter()
     for file in original.glob("*.safetensors"):
         with file.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
+            while limit > 0 and (count := stream.readinto(buffer)):
+                limit -= count
     with scratch.open("wb", buffering=0) as stream:
         while size > 0:
             size -= stream.write(memoryview(buffer)[:size])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import locum
 from locum.checkpoints.load import load_model
-from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
+from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config, read_header
 from locum.checkpoints.skeleton import open_source, read_shape
 from locum.checkpoints.weight_files import INDEX, WEIGHTS, shard_files
 from locum.errors import CheckpointError, LocumError, UnsupportedModel
@@ -398,3 +399,15 @@ def test_code_of_a_tokenizer_is_never_run(folder, tmp_path, monkeypatch):
     except CheckpointError as error:
         assert "no usable tokenizer" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
+@pytest.mark.parametrize("value", [[], [0], [0, 1, 2], [[], []], None, "x", 3, {}, [None, None], [-1, 1]])
+def test_whatever_a_header_says_of_a_tensor_is_an_error_of_one_kind(tmp_path, key, value):
+    if (key, value) in (("shape", []), ("dtype", "x")):
+        pytest.skip("a single number, and a dtype that may come, are possible")
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], key: value}
+    text = json.dumps({"x": entry}).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(CheckpointError, match="fetch it again"):
+        read_header(tmp_path / "file")

@@ -258,6 +258,9 @@ def test_malformed_statistics_are_refused() -> None:
         statistics(one.layers, domains=("a", "b"))
     with pytest.raises(StatisticsError, match="float32"):
         statistics({"layer.0": {"count": torch.ones(1, E)}})
+    for name, named in one.layers["layer.0"].items():
+        with pytest.raises(StatisticsError, match=f"{name} of layer layer.0 .* expected float64 of shape"):
+            statistics({"layer.0": {name: named[..., None]}})
 
 
 def test_layer_without_events_is_refused() -> None:

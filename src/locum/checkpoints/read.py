@@ -97,7 +97,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             header.pop("__metadata__", None)
             wrong = next((name for name, entry in header.items() if not _is_entry(entry)), None)
             needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a safetensors file ({first_line(error)}); fetch it again") from error
     if needed != size:
         raise CheckpointError(
@@ -117,7 +117,9 @@ def data_start(file: Path) -> int:
 def _is_entry(entry: dict[str, Any]) -> bool:
     """Whether a tensor's numbers agree: sizes that are whole, and as many bytes as they need."""
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or not isinstance(entry["dtype"], str):
+    if not isinstance(shape, list) or not isinstance(entry["dtype"], str):
+        return False
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         return False
     itemsize = ENTRY_BYTES.get(entry["dtype"])
     return begin <= end and (itemsize is None or end - begin == math.prod(shape) * itemsize)

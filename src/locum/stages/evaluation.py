@@ -65,6 +65,8 @@ def evaluate(
     if json is not None:
         logger.warning("evaluate(json=FILE) is out=FILE, append=True now")
         out, append = json, True
+    if append and out is None:
+        raise OptionError("--append adds rows to a results file; name it with --out")
     if out is not None:
         out = check_output(out, force or append, inputs=[model, against])
         if append and out.exists():

@@ -102,8 +102,8 @@ def device_of(name: str) -> str:
     if name == "cuda" and ranks.count() > 1:
         name = f"cuda:{ranks.local() % torch.cuda.device_count()}"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).item()  # the meta device holds no number
+    except Exception as error:  # each of torch's devices that is not there fails in its own way
         there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
         raise OptionError(
             f"--device {name} cannot be used ({str(error).splitlines()[0]:.80}); devices here: auto, {there}"

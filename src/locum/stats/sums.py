@@ -288,15 +288,17 @@ class Statistics:
     asked: Mapping[str, Any] | None = None  # what else the numbers depend on, as JSON; None where they were added up
 
     def __post_init__(self) -> None:
+        shapes = {layer.name: layer for layer in self.origin.shape.layers}
         for layer, named in self.layers.items():
             for name, tensor in named.items():
-                if (
-                    not ((is_pooled(name) and tensor.shape[:1] == (1,)) or tensor.shape[:1] == (len(self.domains),))
-                    or tensor.dtype != torch.float64
-                ):
+                first = (1,) if is_pooled(name) and tensor.shape[:1] == (1,) else (len(self.domains),)
+                known = name in STATISTICS and layer in shapes
+                rest = axis_sizes(shapes[layer], STATISTICS[name].axes) if known else tuple(tensor.shape[1:])
+                if tuple(tensor.shape) != (*first, *rest) or tensor.dtype != torch.float64:
                     raise StatisticsError(
-                        f"{name} of layer {layer} is {tensor.dtype} of shape {list(tensor.shape)}; expected float64 with "
-                        f"a first axis of {len(self.domains)} domains ({', '.join(self.domains)}); calibrate again"
+                        f"{name} of layer {layer} is {tensor.dtype} of shape {list(tensor.shape)}; expected float64 of shape "
+                        f"{[*first, *rest]}, the first axis being that of the {len(self.domains)} domains "
+                        f"({', '.join(self.domains)}); calibrate again"
                     )
 
     @property
