@@ -67,7 +67,7 @@ def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), *
             for event in draw(lengths, seed):
                 sums.add(layer, event)
         sums.num_tokens += sum(lengths)
-    return sums.pooled.joined_to(sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS))
+    return sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS)
 
 
 def slow_router(event: RouterEvent) -> dict[str, object]:

@@ -69,13 +69,13 @@ def is_pooled(name: str) -> bool:
 class Sums:
     """Running sums of one domain. A layer's events may come from anywhere: a live model, a stream from disk.
 
-    Statistics that are not kept apart by domain go to `pooled`, which the sums of all domains share.
+    Statistics that are not kept apart by domain go to `pooled`, which the sums of all domains share, or to one of its own.
     """
 
     def __init__(self, domain: str, needs: tuple[str, ...], pooled: Pooled | None = None) -> None:
         self.domain = domain
         self.definitions = tuple(STATISTICS[name] for name in needs)
-        self.pooled = Pooled() if pooled is None else pooled
+        self.pooled, self._shares = pooled or Pooled(), pooled is not None
         self.num_tokens = 0  # counted by the caller that feeds the events
         self._layers: dict[str, dict[str, Tensor]] = {}
 
@@ -91,8 +91,8 @@ class Sums:
                 sums[name] = sums[name].to(increment.device).add_(increment) if known else increment.clone()
 
     def statistics(self, origin: Origin, provenance: Mapping[str, Any] | None = None) -> Statistics:
-        """A copy of the sums so far, without what is pooled. Raises StatisticsError for a layer of the shape that an event is
-        missing from."""
+        """A copy of the sums so far, without what is pooled with others. Raises StatisticsError for a layer of the shape that an
+        event is missing from."""
         layers: dict[str, dict[str, Tensor]] = {}
         for name in (layer.name for layer in origin.shape.layers):
             sums, pooled = self._layers.get(name, {}), self.pooled.of(name)
@@ -103,7 +103,8 @@ class Sums:
                     f"during calibration; a layer that the model skips cannot be calibrated"
                 )
             layers[name] = {d.name: sums[d.name].cpu().clone().unsqueeze(0) for d in self.definitions if d.by_domain}
-        return Statistics((self.domain,), layers, origin, self.num_tokens, dict(provenance or {}))
+        found = Statistics((self.domain,), layers, origin, self.num_tokens, dict(provenance or {}))
+        return found if self._shares else self.pooled.joined_to(found)
 
 
 class Pooled:
