@@ -46,6 +46,7 @@ class LayerShape(_Checked):
     has_bias: bool = False
     router_numel: int = 0  # parameters and buffers of the router per expert (row, selection bias, ...)
     router_bytes: int = 0  # the same in bytes of the checkpoint
+    expert_bytes: int = 0  # of one expert as a quantised checkpoint has it, scales included; 0: its parameters say it
     refuse_dropping: str = ""  # why none of its experts may be dropped, if so
     stock_can_drop: bool = (
         True  # not where other experts, which text does not reach, share the config's number of experts
@@ -104,7 +105,7 @@ class ModelShape(_Checked):
     layers: tuple[LayerShape, ...]
     parameters: int  # every distinct parameter and buffer in the checkpoint
     bytes: int  # of its tensors, headers not counted
-    expert_itemsize: int  # bytes of one expert parameter in the checkpoint
+    expert_itemsize: int  # bytes of one expert parameter in the checkpoint, or of what stands in for quantised ones
     notes: tuple[str, ...] = field(default=())
     aside: Aside = field(default=Aside())  # counted above
 
@@ -117,6 +118,14 @@ class ModelShape(_Checked):
     @property
     def expert_parameters(self) -> int:
         return sum(layer.num_experts * layer.parameters() for layer in self.layers)
+
+    def bytes_of_expert(self, layer: LayerShape) -> int:
+        """Bytes of one of a layer's experts in the checkpoint."""
+        return layer.expert_bytes or layer.parameters() * self.expert_itemsize
+
+    @property
+    def bytes_of_experts(self) -> int:
+        return sum(layer.num_experts * self.bytes_of_expert(layer) for layer in self.layers)
 
     def layer(self, name: str) -> LayerShape:
         return next(layer for layer in self.layers if layer.name == name)

@@ -45,9 +45,7 @@ class Target:
 
     def saving(self, shape: ModelShape) -> float:
         """Bytes that have to go: of the routed experts for `remove`, of the whole checkpoint for `fit`."""
-        if self.fit is not None:
-            return max(0, shape.bytes - self.fit)
-        return self.remove * shape.expert_parameters * shape.expert_itemsize
+        return max(0, shape.bytes - self.fit) if self.fit is not None else self.remove * shape.bytes_of_experts
 
     def excess(self, plan: Plan, shape: ModelShape) -> float:
         """What a plan leaves too much: bytes for `fit`, a fraction for `remove`. Below 0 where it does more than asked."""

@@ -18,7 +18,6 @@ from ..containers.container import StandInExperts
 from ..containers.rows import row_weights
 from ..errors import CheckpointError
 from ..experts.weights import ExpertWeights
-from ..formats.plain import STORED
 from ..models.conversions import as_in_files, converted
 from ..models.families import MoeLayer, find_layers, read_expert, slice_experts, write_expert
 from ..models.stored import ONE_EXPERT, Place
@@ -48,7 +47,7 @@ def expert_readers(path: str | Path) -> Callable[[str], Callable[[int], ExpertWe
     check_openable(path, "give the original checkpoint")
     source = open_source(path)
     check_loadable(path, source)
-    files, one = ShardReader(source.files), one_expert_model(source.model.config)
+    files, one = ShardReader(source.stored, source.packed), one_expert_model(source.model.config)
     cuts = find_cuts(source.model, source.layers, source.headers, source.places)
     readers = {x.shape.name: ExpertReader(x, cuts[x.shape.name], source.places, files, one) for x in source.layers}
     return readers.__getitem__
@@ -65,7 +64,7 @@ class ExpertReader:
     ) -> None:
         self._layer, self._cuts, self._places, self._files, self._one = layer, cuts.experts, places, files, one
         names = [cut.names[0] for cut in self._cuts]
-        self.dtype = max((STORED[files.entries[name]["dtype"]] for name in names), key=lambda dtype: dtype.itemsize)
+        self.dtype = max(map(files.dtype, names), key=lambda dtype: dtype.itemsize)
         self._check(self._tensors(0, self._on_meta))
 
     def __call__(self, e: int) -> ExpertWeights:
@@ -95,7 +94,7 @@ class ExpertReader:
         return self._files.tensor(cut.names[e]) if cut.axis is None else self._files.row(cut.names[0], e)[None]
 
     def _on_meta(self, cut: Cut, e: int) -> Tensor:
-        shape = self._files.entries[cut.name_of(e)]["shape"]
+        shape = self._files.shape(cut.name_of(e))
         return torch.empty(shape if cut.axis is None else [1, *shape[1:]], device="meta")
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import CheckpointError, LocumError
 from ..models.families import model_class, unread_tensors
@@ -15,6 +17,7 @@ from ..models.stored import note_stored
 from .convert import check_openable, open_containers
 from .patch import load_adapted
 from .read import first_line
+from .shard_reader import open_tensors
 from .skeleton import Source, check_loadable, layouts_of, open_source, skeleton
 from .weight_files import is_adapter
 
@@ -46,13 +49,23 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
 def _from_pretrained(
     path: str | Path, source: Source, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What transformers makes of a folder. Whatever it raises on the way is one line about the folder."""
-    options = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    """What transformers makes of a folder, or of the numbers in a quantised one. Whatever it raises on the way is one line
+    about the folder."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        # Mismatched sizes are not ignored: they are in what is returned, by name.
-        return model_class(source.config).from_pretrained(
-            path, config=source.config, dtype=dtype, ignore_mismatched_sizes=True, **options
-        )
+        with contextlib.ExitStack() as stack:
+            if source.packed:
+                options["state_dict"] = open_tensors(source, source.headers, stack)
+                if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+                    options["generation_config"] = GenerationConfig.from_pretrained(path, local_files_only=True)
+            # Mismatched sizes are not ignored: they are in what is returned, by name.
+            return model_class(source.config).from_pretrained(
+                None if source.packed else path,
+                config=source.config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except (LocumError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # it reads more than weights, such as generation_config.json

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +25,9 @@ from transformers.core_model_loading import dot_natural_key
 from ..containers.build import build_rows
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..errors import OutputError
+from ..errors import OutputError, UnsupportedModel
 from ..files import free_space
+from ..formats.format import part_name
 from ..formats.plain import ENTRIES
 from ..models.conversions import names_in_files, note_conversions, save_as_stock
 from ..models.families import EXPERT_COUNTS, MoeLayer, leave_router_logits, set_expert_count
@@ -39,6 +42,7 @@ from .shard_reader import Ranges, ShardReader
 from .shard_writer import Entry, ShardWriter
 from .skeleton import Source
 
+ONE_EXPERT_OF = re.compile(r"(.*\.experts\.)(\d+)(|\..*)$")  # a name by what comes before an expert's number, and after
 SHARD = 5 * 2**30  # bytes of a weight file, at most
 PER_TENSOR, AROUND = 256, 2**20  # bytes of a header's entry, and of what is written anew: plan, card, notes
 
@@ -63,13 +67,18 @@ class Rewriting:
     ) -> None:
         self._source, self._plan, self._statistics, self._seed = source, plan, statistics, seed
         self._stock = plan.is_stock(shape)
-        self._files = ShardReader(source.files)
+        self._files = ShardReader(source.stored, source.packed)
         self._one = one_expert_model(source.model.config)
         note_conversions(self._one, source.headers)
         if any(isinstance(layer.experts, StandInExperts) for layer in source.layers):
             save_as_stock(self._one)
         self._cuts = find_cuts(source.model, source.layers, source.headers, source.places)
         self._layouts: dict[str, Layout] = {}
+        if source.quantization and any(map(self._becomes_container, source.layers)):
+            raise UnsupportedModel(
+                "the checkpoint is quantised, and so it is only pruned, to equal numbers of experts in all layers; for "
+                "anything else give an unquantised one"
+            )
         self.steps = self._all_steps(bool(plan.leaves_aside(shape)))
         self.config = self._settled_config()
 
@@ -148,9 +157,19 @@ class Rewriting:
         return self._building(layer, plan, read) if becomes_container else self._splitting(layer, plan, read)
 
     def _copying(self, name: str) -> Step:
-        """A tensor as it is."""
-        entry = Entry.of(self._source.headers[name])
-        return Step({name: entry}, lambda writer: self._copy(writer, name, name, [(0, entry.nbytes)]))
+        """A tensor as it is, with all its parts."""
+        entries = {part: Entry.of(self._files.entries[part]) for part in self._parts(name).values()}
+
+        def fill(writer: ShardWriter) -> None:
+            for part, entry in entries.items():
+                self._copy(writer, part, part, [(0, entry.nbytes)])
+
+        return Step(entries, fill)
+
+    def _parts(self, name: str) -> Mapping[str, str]:
+        """The tensors in the files that make one: itself, or those of a packed weight."""
+        packed = self._source.packed.get(name)
+        return {"": name} if packed is None else packed.parts
 
     def _cutting(self, cuts: Sequence[Cut], keep: Sequence[int], num_experts: int, layer: str = "") -> Step:
         """What these experts have, numbered anew."""
@@ -159,15 +178,20 @@ class Rewriting:
         for cut in cuts:
             if cut.axis is None:
                 for new, old in enumerate(keep):
-                    entry = entries[cut.names[new]] = Entry.of(self._source.headers[cut.names[old]])
-                    taken.append((cut.names[new], cut.names[old], [(0, entry.nbytes)]))
+                    for part, name in self._parts(cut.names[old]).items():
+                        named = part_name(cut.names[new], part)
+                        entry = entries[named] = Entry.of(self._files.entries[name])
+                        taken.append((named, name, [(0, entry.nbytes)]))
                 continue
-            name, header = cut.names[0], self._source.headers[cut.names[0]]
-            ranges = kept_ranges(header, cut.axis, keep, num_experts)
-            shape = list(header["shape"])
-            shape[cut.axis] -= num_experts - len(keep)
-            entries[name] = Entry(header["dtype"], tuple(shape), sum(end - begin for begin, end in ranges))
-            taken.append((name, name, ranges))
+            for name in self._parts(cut.names[0]).values():
+                header = self._files.entries[name]
+                ranges, shape = [(0, self._files.nbytes(name))], list(header["shape"])
+                if name == cut.names[0] or math.prod(shape) != 1:  # else one scale for all
+                    _check_axis(name, cut, header, self._source.headers[cut.names[0]])
+                    ranges = kept_ranges(header, cut.axis, keep, num_experts)
+                    shape[cut.axis] -= num_experts - len(keep)
+                entries[name] = Entry(header["dtype"], tuple(shape), sum(end - begin for begin, end in ranges))
+                taken.append((name, name, ranges))
 
         def fill(writer: ShardWriter) -> None:
             for name, old, ranges in taken:
@@ -212,6 +236,15 @@ class Rewriting:
 
     # --- config
 
+    def _renumbered(self) -> dict[str, Any]:
+        """What config.json says of number formats, of the experts that are left."""
+        numbers: dict[str, dict[int, int]] = {}
+        for layer in self._source.layers:
+            new_of = {old: new for new, old in enumerate(self._plan_of(layer).survivors)}
+            names = (name for cut in self._cuts[layer.shape.name].experts for name in cut.names)
+            numbers |= {found[1]: new_of for name in names if (found := ONE_EXPERT_OF.match(name))}
+        return _numbered_anew(self._source.quantization, numbers)
+
     def _settled_config(self) -> PreTrainedConfig:
         """What the config of the live model would be."""
         config, layers = self._one.config, self._source.layers
@@ -220,10 +253,34 @@ class Rewriting:
         if self._stock and self._plan.layers:
             for holder in (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers)):
                 set_expert_count(holder, len(self._plan.layers[0].survivors))
+        if self._source.quantization:
+            config.quantization_config = self._renumbered()
         if self._layouts:
             config.quantization_config = LocumConfig({name: x.to_json() for name, x in self._layouts.items()})
         config.architectures = [type(self._one).__name__]
         return config
+
+
+def _numbered_anew(said: Any, numbers: Mapping[str, Mapping[int, int]]) -> Any:
+    """What a quantization_config says, with the names in it that number experts. Of those that left, nothing is said."""
+    if isinstance(said, dict):
+        return {key: _numbered_anew(value, numbers) for key, value in said.items()}
+    if isinstance(said, list):
+        return [new for one in said if (new := _numbered_anew(one, numbers)) is not None]
+    found = ONE_EXPERT_OF.match(said) if isinstance(said, str) else None
+    if found is None or found[1] not in numbers:
+        return said
+    new = numbers[found[1]].get(int(found[2]))
+    return None if new is None else f"{found[1]}{new}{found[3]}"
+
+
+def _check_axis(name: str, cut: Cut, header: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Refuse scales that several experts share: they have no place for each along the axis of the experts."""
+    if header["shape"][cut.axis : cut.axis + 1] != whole["shape"][cut.axis : cut.axis + 1]:
+        raise UnsupportedModel(
+            f"{name} has shape {header['shape']}, so experts share its scales and cannot be told apart in {cut.names[0]}; "
+            f"give a checkpoint in which that tensor is not quantised"
+        )
 
 
 def _replace(instead: dict[str, list[Step]], cuts: Sequence[Cut], step: Step) -> None:

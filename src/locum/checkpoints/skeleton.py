@@ -21,15 +21,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
-from ..formats.format import check_declared, format_of
+from ..formats.format import declared_formats, format_of
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, model_class, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, shape_of, stored_shapes
 from ..models.stored import Place, live_names, note_stored, places_of
 from ..shapes import Aside, ModelShape
-from .cuts import find_cuts
+from .cuts import LayerCuts, find_cuts
 from .fit import check_fit, check_sizes
 from .inside import read_json
+from .packed import Packed, find_packed, seen
 from .prediction import Followers, find_followers
 from .quantizer import LocumConfig, place_containers, read_layout
 from .read import base_of, file_headers, first_line, read_config
@@ -65,7 +66,7 @@ def _locum_layers(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     data = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if data.get("quant_method") != "locum":
-        check_declared(data)
+        declared_formats(data)
         return {}
     return LocumConfig.from_dict(data).layers
 
@@ -77,12 +78,18 @@ def is_compressed(config: PreTrainedConfig) -> bool:
 @dataclass(frozen=True)
 class Source:
     """What a checkpoint is loaded from: its config, with the dtype and the ties that its files have, the headers of those
-    files, its model without weights, and the MoE layers of that."""
+    files, its model without weights, and the MoE layers of that.
+
+    Of a quantised checkpoint, all that is seen as if it were not (packed.py): config and model are those of numbers.
+    """
 
     config: PreTrainedConfig
-    files: dict[Path, dict[str, dict[str, Any]]]
+    files: dict[Path, dict[str, Any]]
     model: PreTrainedModel
     layers: tuple[MoeLayer, ...]
+    stored: dict[Path, dict[str, dict[str, Any]]]  # the headers as they are
+    packed: dict[str, Packed]
+    quantization: dict[str, Any]  # what config.json says of the packed weights
 
     @functools.cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
@@ -120,18 +127,37 @@ def open_source(path: str | Path) -> Source:
     The files of an adapter are its own and those of its base, where that is there.
     """
     path = Path(path)
-    config, files = read_config(path), file_headers(path)
+    config, stored = read_config(path), file_headers(path)
     if is_adapter(path) and ((base := base_of(path)) / "config.json").is_file():
-        files = file_headers(base) | files
-    check_sizes(read_json(path / "config.json"), str(path / "config.json"), list(files.values()))
+        stored = file_headers(base) | stored
+    quantization = _take_quantization(path, config)
     if config.dtype is None:
-        config.dtype = _dtype_in(next(iter(files.values()), {}))
+        config.dtype = torch.bfloat16 if quantization else _dtype_in(next(iter(stored.values()), {}))
+    files, packed = stored, {}
+    if quantization:
+        packed = find_packed(stored, quantization, config.dtype)
+        files = seen(stored, packed)
+    check_sizes(read_json(path / "config.json"), str(path / "config.json"), list(files.values()))
     model, layers = layers_of(path, config)
-    if _is_untied(model, files):  # transformers sees that too as it loads, and keeps both
+    if not packed.keys() & model.all_tied_weights_keys.keys() and _is_untied(
+        model, stored
+    ):  # transformers sees that too
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
         model, layers = layers_of(path, config)
-    return Source(config, files, model, layers)
+    return Source(config, files, model, layers, stored, packed, quantization)
+
+
+def _take_quantization(path: Path, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of the number formats of weights, taken out of it; Locum's own layers stay there."""
+    said = getattr(config, "quantization_config", None)
+    try:
+        if said is None or is_compressed(config):
+            return {}
+    except (CheckpointError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from error
+    del config.quantization_config
+    return said if isinstance(said, dict) else said.to_dict()
 
 
 def _dtype_in(header: dict[str, dict[str, Any]]) -> torch.dtype | None:
@@ -184,7 +210,26 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
             f"transformers loads {next(iter(source.files)).name}, and so does Locum; the folder "
             f"holds {others[0]} too, which other engines may read instead: keep one of them",
         )
+    if source.packed:
+        names = sorted({packed.format.name for packed in source.packed.values()})
+        notes += (
+            f"{len(source.packed)} weights are stored in {', '.join(names)}; they are read as {str(model.dtype).removeprefix('torch.')}",
+        )
+        cuts = find_cuts(model, layers, headers, source.places)
+        shapes = tuple(replace(x, expert_bytes=_per_expert(cuts[x.name], headers)) for x in shapes)
     return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, _aside(source))
+
+
+def _per_expert(cuts: LayerCuts, headers: dict[str, dict[str, Any]]) -> int:
+    """Bytes that one expert of a layer has in the files."""
+    for cut in cuts.experts:
+        sizes = {name: _nbytes(headers, [name]) for name in cut.names}
+        if odd := next((name for name, size in sizes.items() if size != sizes[cut.names[0]]), None):
+            raise UnsupportedModel(
+                f"{odd} takes {sizes[odd]:,} bytes, {cut.names[0]} {sizes[cut.names[0]]:,}: experts of one layer in several "
+                f"number formats are not supported; quantise them alike"
+            )
+    return sum(cut.per_expert(headers)[1] for cut in cuts.experts)
 
 
 def _aside(source: Source) -> Aside:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,8 +22,9 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, UnsupportedModel
 from ..models.layer_major import NOTE
-from ..models.stored import note_stored, places_of
+from ..models.stored import note_stored
 from .read import data_start, first_line
+from .shard_reader import open_tensors
 from .skeleton import Source, check_loadable, open_source
 from .weight_files import is_adapter
 
@@ -53,12 +53,11 @@ class LayersOfFiles:
 
     def __init__(self, path: Path, source: Source, device: str) -> None:
         self.path, self.model, self.device = path, source.model, device
-        self.headers = source.files
+        self.source = source
         self.name, self.modules = _stack_of(source)
-        where = {name: file for file, header in source.files.items() for name in header}
-        self.files: dict[int | None, dict[str, Path]] = {None: {}, **{i: {} for i in range(len(self.modules))}}
-        for name, place in places_of(self.model, where).items():
-            self.files[self._layer_of(place.name)][name] = where[name]
+        self.names: dict[int | None, list[str]] = {None: [], **{i: [] for i in range(len(self.modules))}}
+        for name, place in source.places.items():
+            self.names[self._layer_of(place.name)].append(name)
         self._load(None)
         with _one_line(path):
             # Buffers that no file holds, such as rotary frequencies; then what is tied to what was read.
@@ -87,8 +86,7 @@ class LayersOfFiles:
         """Read what belongs to a layer, or to none. Files are open for as long as that takes."""
         model, dtype = self.model, self.model.dtype
         with contextlib.ExitStack() as stack, _one_line(self.path):
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(self.files[index].values())}
-            slices = {name: opened[file].get_slice(name) for name, file in self.files[index].items()}
+            slices = open_tensors(self.source, self.names[index], stack)
             how = LoadStateDictConfig(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
@@ -102,11 +100,14 @@ class LayersOfFiles:
         """Tell the system what is read next, so that the disk works while a layer is computed."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for file in set(self.files.get(index, {}).values()):
+        packed, names = self.source.packed, self.names.get(index, [])
+        stored = {part for name in names for part in (packed[name].parts.values() if name in packed else (name,))}
+        for file, header in self.source.stored.items():
+            if not (here := stored & header.keys()):
+                continue
             start = data_start(file)
             with file.open("rb") as stream:
-                for name in (name for name, of in self.files[index].items() if of == file):
-                    begin, end = self.headers[file][name]["data_offsets"]
+                for begin, end in (header[name]["data_offsets"] for name in here):
                     os.posix_fadvise(stream.fileno(), start + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _check_filled(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -26,11 +26,18 @@ class Plain:
     entry: str  # its name in safetensors headers
     dtype: torch.dtype | None = None
 
-    def is_declared(self, quantization: Mapping[str, Any]) -> bool:
-        return False  # a quantization_config says that weights are in another format
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("",)
+
+    def declared(self, quantization: Mapping[str, Any]) -> None:
+        return None  # a quantization_config says that weights are in another format
 
     def recognise(self, entries: Mapping[str, Entry]) -> Plain | None:
         return self if entries.keys() == {""} and entries[""]["dtype"] == self.entry else None
+
+    def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
+        return tuple(entries[""]["shape"])
 
     def nbytes(self, shape: Sequence[int]) -> int:
         return math.prod(shape) * self.stored.itemsize

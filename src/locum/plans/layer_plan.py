@@ -15,7 +15,7 @@ from ..experts.parts.own_weights import OwnWeights
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
 from ..experts.policies.policy import Policy
-from ..shapes import LayerShape
+from ..shapes import LayerShape, ModelShape
 
 StackKey = tuple[type[Part], tuple[int, ...]]  # a kind of part, and the variant
 
@@ -132,6 +132,12 @@ class LayerPlan:
             one = sum(math.prod(size) for size in kind.tensors(variant, shape).values())
             total += len(set(row_of.values())) * one
         return total
+
+    def bytes(self, layer: LayerShape, shape: ModelShape) -> int:
+        """Bytes of the same: experts' own weights stay as the checkpoint has them, all else takes the dtype of stand-ins."""
+        own = sum(OwnWeights() in self.slots[e].parts for e in self.survivors)
+        rest = self.parameters(layer) - own * layer.parameters()
+        return own * shape.bytes_of_expert(layer) + rest * shape.expert_itemsize
 
     def policy_parameters(self, shape: LayerShape) -> int:
         if self.routing is None:

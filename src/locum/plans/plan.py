@@ -109,7 +109,8 @@ class Plan:
             dropped = layer.num_experts - len(plan.survivors)
             expert_parameters += change
             parameters += change - dropped * layer.router_numel
-            bytes_ += change * shape.expert_itemsize - dropped * layer.router_bytes
+            bytes_ += plan.bytes(layer, shape) - layer.num_experts * shape.bytes_of_expert(layer)
+            bytes_ -= dropped * layer.router_bytes
         if gone := self.leaves_aside(shape):
             parameters -= gone * shape.aside.expert_numel + shape.aside.left_numel
             bytes_ -= gone * shape.aside.expert_bytes + shape.aside.left_bytes

@@ -235,7 +235,7 @@ def check_target(
     target = Target(remove, None if fit is None else parse_size(fit))
     if target.fit is not None and shape is not None:
         follow = shape.aside.expert_bytes * shape.layers[-1].num_experts + shape.aside.left_bytes
-        rest = shape.bytes - shape.expert_parameters * shape.expert_itemsize - follow
+        rest = shape.bytes - shape.bytes_of_experts - follow
         if target.fit < rest:
             raise OptionError(
                 f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "

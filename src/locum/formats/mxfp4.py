@@ -1,0 +1,67 @@
+"""MXFP4 as gpt-oss has it: the experts of a layer stacked, `*_blocks` of 32 four-bit numbers and `*_scales`, exponents in bytes.
+
+The files have the transpose of what the model computes with: a block runs along what comes into an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from . import fp4
+from .format import Entry, register_format
+
+BLOCK, BIAS = 32, 127
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Numbers of four bits in blocks of 32, each with a power of two.
+
+    A weight is [experts, in, out], its blocks [experts, out, in / 32, 16].
+    """
+
+    name: str = "mxfp4"
+    dtype: None = None
+    parts: tuple[str, ...] = ("_blocks", "_scales")
+
+    def declared(self, quantization: Mapping[str, Any]) -> Mxfp4 | None:
+        return self if quantization.get("quant_method") == "mxfp4" else None
+
+    def recognise(self, entries: Mapping[str, Entry]) -> Mxfp4 | None:
+        if entries.keys() != {*self.parts} or any(entry["dtype"] != "U8" for entry in entries.values()):
+            return None
+        blocks, scales = entries["_blocks"]["shape"], entries["_scales"]["shape"]
+        return self if len(blocks) == 4 and [*blocks] == [*scales, BLOCK // 2] else None
+
+    def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
+        experts, outputs, blocks = entries["_scales"]["shape"]
+        return (experts, blocks * BLOCK, outputs)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return math.prod(shape) // BLOCK * (BLOCK // 2 + 1)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        scales = torch.exp2(tensors["_scales"].float() - BIAS)
+        return (fp4.unpack(tensors["_blocks"]) * scales[..., None]).flatten(-2).transpose(-1, -2).contiguous()
+
+    def write(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight.dim() != 3 or weight.shape[1] % BLOCK:
+            raise OptionError(
+                f"{self.name} holds stacked matrices whose rows come in blocks of {BLOCK}, not a tensor of shape "
+                f"{list(weight.shape)}"
+            )
+        blocks = weight.float().transpose(1, 2).unflatten(-1, (-1, BLOCK))
+        most = blocks.abs().amax(-1)
+        exponents = (torch.floor(torch.log2(most)) - 2).clamp(-BIAS, BIAS)  # the largest becomes 4 to 8, and at most 6
+        numbers = fp4.pack(blocks / torch.exp2(exponents)[..., None])
+        return {"_blocks": numbers, "_scales": (exponents + BIAS).to(torch.uint8)}
+
+
+register_format(Mxfp4())
