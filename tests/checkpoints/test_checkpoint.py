@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from locum.checkpoints.load import load_model
 from locum.checkpoints.notes import read_notes
-from locum.checkpoints.quantizer import LocumConfig
+from locum.checkpoints.placing import LocumConfig
 from locum.checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config, read_headers
 from locum.checkpoints.skeleton import is_compressed, read_shape, skeleton
 from locum.containers.container import StandInExperts

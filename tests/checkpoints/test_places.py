@@ -14,7 +14,7 @@ import locum
 from families.tiny_families import decorated_families, tiny
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.card import model_card
-from locum.checkpoints.quantizer import by_place, containers_of
+from locum.checkpoints.placing import by_place, containers_of
 from locum.checkpoints.read import read_config
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.run import in_transformers

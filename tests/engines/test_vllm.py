@@ -25,7 +25,7 @@ from locum.checkpoints.read import load_tokenizer, read_config
 from locum.checkpoints.skeleton import read_shape, skeleton
 from locum.containers.container import StandInExperts
 from locum.engines.engines import ENGINES, ask_all
-from locum.errors import CheckpointError
+from locum.errors import CheckpointError, UnsupportedModel
 from locum.experts.parts.part import PARTS
 from locum.experts.policies.policy import POLICIES
 from locum.models.sizes import shape_of
@@ -237,3 +237,10 @@ for more in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "enabl
     assert one == "answer: fine"
     assert len(more) == 2
     assert all("one device" in line and "tensor_parallel_size=2" in line for line in more)
+
+
+def test_containers_in_a_quantised_checkpoint_are_refused():
+    from locum.engines.vllm_plugin import LocumQuantization
+
+    with pytest.raises(UnsupportedModel, match="in a quantised checkpoint are not served"):
+        LocumQuantization.from_config({"quant_method": "locum", "layers": {"a": {}}, "rest": {"quant_method": "fp8"}})

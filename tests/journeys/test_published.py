@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from locum.budgets.ranks import rank_bounds
-from locum.checkpoints.quantizer import place_containers
+from locum.checkpoints.placing import place_containers
 from locum.containers.layout import Layout, active_parameters
 from locum.methods.compressed_experts import CompressedExperts
 from locum.methods.moe_i2 import MoEI2

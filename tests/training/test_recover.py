@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.quantizer import LocumConfig
+from locum.checkpoints.placing import LocumConfig
 from locum.checkpoints.skeleton import skeleton
 from locum.containers.build import old_weights
 from locum.containers.container import StandInExperts

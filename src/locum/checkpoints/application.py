@@ -34,7 +34,7 @@ from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
 from .announced import settle_config
-from .quantizer import LocumConfig
+from .placing import LocumConfig
 from .side_files import copy_side_files
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def find_cuts(
             if any(places[name].converted for name in names):
                 raise UnsupportedModel(f"{names[0]}: this router's tensors are stored in another form than they have")
             router += [Cut((name,), part.axis) for name in names]
-        found[layer.shape.name] = LayerCuts(tuple(_cut(named, headers, layer.shape.num_experts)), tuple(router))
+        found[layer.shape.name] = LayerCuts(tuple(cuts_of(named, headers, layer.shape.num_experts)), tuple(router))
     return found
 
 
@@ -82,7 +82,8 @@ def _leaves(layer: MoeLayer) -> tuple[str, ...]:
     return tuple(experts.layout.tensor_shapes()) if isinstance(experts, StandInExperts) else EXPERT_TENSORS
 
 
-def _cut(names: list[str], headers: Headers, num_experts: int) -> Iterator[Cut]:
+def cuts_of(names: Iterable[str], headers: Headers, num_experts: int) -> Iterator[Cut]:
+    """The cuts of one layer's experts, from the names of all their tensors."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(ONE_EXPERT.sub("*", name), []).append(name)

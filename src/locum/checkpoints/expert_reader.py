@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,10 @@ from ..experts.weights import ExpertWeights
 from ..models.conversions import as_in_files, converted
 from ..models.families import MoeLayer, find_layers, read_expert, slice_experts, write_expert
 from ..models.stored import ONE_EXPERT, Place
-from .convert import check_openable
-from .cuts import Cut, LayerCuts, find_cuts
+from .cuts import Cut, LayerCuts
+from .empty_model import skeleton
 from .read import first_line
 from .shard_reader import ShardReader
-from .skeleton import check_loadable, open_source, skeleton
 
 
 def one_expert_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -37,20 +35,6 @@ def one_expert_model(config: PreTrainedConfig) -> PreTrainedModel:
     for layer in find_layers(model):
         slice_experts(layer.experts, (0,))
     return model
-
-
-def expert_readers(path: str | Path) -> Callable[[str], Callable[[int], ExpertWeights]]:
-    """Readers of the experts of a stock or pruned checkpoint, by the name of their layer. Weights are read when asked for.
-
-    Raises as `open_model`, before.
-    """
-    check_openable(path, "give the original checkpoint")
-    source = open_source(path)
-    check_loadable(path, source)
-    files, one = ShardReader(source.stored, source.packed), one_expert_model(source.model.config)
-    cuts = find_cuts(source.model, source.layers, source.headers, source.places)
-    readers = {x.shape.name: ExpertReader(x, cuts[x.shape.name], source.places, files, one) for x in source.layers}
-    return readers.__getitem__
 
 
 class ExpertReader:

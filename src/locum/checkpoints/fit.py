@@ -127,7 +127,8 @@ def _what(lost: list[str], model: PreTrainedModel) -> str:
     if any(SCALES.search(name) for name in lost):
         return (
             "they look like scales of quantised weights, and config.json has no quantization_config that says how to read "
-            "them; Locum compresses unquantised checkpoints: give one with weights in 16 or 32 bits"
+            "them in a number format that is known (locum list formats); give the config.json that was written with them, or "
+            "a checkpoint with weights in 16 or 32 bits"
         )
     if any("lora_" in name for name in lost):
         return "they are an adapter's; merge it into its model first (merge_and_unload) and save the whole"

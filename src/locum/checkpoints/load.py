@@ -14,11 +14,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..errors import CheckpointError, LocumError
 from ..models.families import model_class, unread_tensors
 from ..models.stored import note_stored
+from . import quantizer  # noqa: F401  (importing it registers it with transformers)
 from .convert import check_openable, open_containers
 from .patch import load_adapted
 from .read import first_line
-from .shard_reader import open_tensors
 from .skeleton import Source, check_loadable, layouts_of, open_source, skeleton
+from .tensors import open_tensors
 from .weight_files import is_adapter
 
 WRONG_KEYS = {
@@ -30,7 +31,8 @@ WRONG_KEYS = {
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A checkpoint as a live model in eval mode. Every tensor must be there and have its place."""
-    source = open_source(path)  # refuse what is unsupported, or does not fit, before reading gigabytes
+    # What is unsupported, or does not fit, is refused before gigabytes are read.
+    source = open_source(path, None if isinstance(dtype, str) else dtype)
     if is_adapter(path):
         return load_adapted(Path(path), lambda base: load_model(base, dtype, device))
     check_loadable(path, source)

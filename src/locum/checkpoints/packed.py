@@ -6,14 +6,15 @@ of an unquantised checkpoint. What is copied are the parts, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..formats.format import Format, declared_formats, part_name
 from ..formats.plain import ENTRIES, FLOAT_ENTRIES
 
@@ -21,12 +22,46 @@ Header = Mapping[str, Mapping[str, Any]]
 Files = Mapping[Path, Header]
 
 
+class Stored(Protocol):
+    """Tensors of files as they are (shard_reader.py)."""
+
+    def whole(self, name: str) -> Tensor: ...
+
+    def item(self, name: str, index: int) -> Tensor:
+        """One item of the first axis, which stays."""
+        ...
+
+    def count(self, name: str) -> int:
+        """How many there are."""
+        ...
+
+
+class Seen(Protocol):
+    """A tensor that is seen in place of several of the files."""
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """The names of those in the files."""
+        ...
+
+    @property
+    def entry(self) -> Mapping[str, Any]:
+        """What a header would say of it. Its bytes are those of all parts."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self, files: Stored) -> Tensor: ...
+
+    def read_row(self, files: Stored, index: int) -> Tensor:
+        """One item of its first axis."""
+        ...
+
+
 @dataclass(frozen=True)
 class Packed:
-    """One weight: its format, the names of its parts in the files, and what a header would say of it as one tensor.
-
-    Its bytes are those of all parts.
-    """
+    """One weight in a number format."""
 
     format: Format
     parts: Mapping[str, str]
@@ -36,9 +71,14 @@ class Packed:
     def dtype(self) -> torch.dtype:
         return FLOAT_ENTRIES[self.entry["dtype"]]
 
-    def read(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The weight as numbers, from a reader of the files' tensors, or of a row of each."""
-        return self.format.read({part: read(name) for part, name in self.parts.items()}).to(self.dtype)
+    def read(self, files: Stored) -> Tensor:
+        return self.format.read({part: files.whole(name) for part, name in self.parts.items()}).to(self.dtype)
+
+    def read_row(self, files: Stored, index: int) -> Tensor:
+        count, tensors = self.entry["shape"][0], {}
+        for part, name in self.parts.items():  # one scale may be for all of them
+            tensors[part] = files.item(name, index) if files.count(name) == count else files.whole(name)
+        return self.format.read(tensors)[0].to(self.dtype)
 
 
 def find_packed(files: Files, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Packed]:
@@ -55,10 +95,17 @@ def find_packed(files: Files, quantization: Mapping[str, Any], dtype: torch.dtyp
             size = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries.values()))
             said = {"dtype": ENTRIES[dtype], "shape": [*of.shape(entries)], "data_offsets": [0, size]}
             found[weight] = Packed(of, parts, said)
+    read = {name for one in found.values() for name in one.parts.values()}
+    for name, entry in headers.items():
+        if entry["dtype"].startswith("F8") and name not in read:
+            raise CheckpointError(
+                f"{name} holds numbers in FP8, and nothing beside it are scales that fit them and are known (locum list "
+                f"formats); fetch the files again, with the config.json that was written with them"
+            )
     return found
 
 
-def seen(files: Files, packed: Mapping[str, Packed]) -> dict[Path, dict[str, Mapping[str, Any]]]:
+def seen(files: Files, packed: Mapping[str, Seen]) -> dict[Path, dict[str, Mapping[str, Any]]]:
     """The headers of files with every packed weight as one tensor, in the file that has its first part."""
     weight_of = {name: weight for weight, one in packed.items() for name in one.parts.values()}
     first = {next(iter(one.parts.values())) for one in packed.values()}
@@ -71,19 +118,3 @@ def seen(files: Files, packed: Mapping[str, Packed]) -> dict[Path, dict[str, Map
             elif name in first:
                 view[file][weight_of[name]] = packed[weight_of[name]].entry
     return view
-
-
-class Numbers:
-    """A packed weight that is read when it is asked for, as transformers asks a tensor of a safetensors file."""
-
-    def __init__(self, packed: Packed, read: Callable[[], Tensor]) -> None:
-        self._packed, self._read = packed, read
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._read()[index]
-
-    def get_shape(self) -> list[int]:
-        return [*self._packed.entry["shape"]]
-
-    def get_dtype(self) -> str:
-        return self._packed.entry["dtype"]

@@ -26,6 +26,7 @@ from ..containers.build import build_rows
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import OutputError, UnsupportedModel
+from ..experts.parts.own_weights import OwnWeights
 from ..files import free_space
 from ..formats.format import part_name
 from ..formats.plain import ENTRIES
@@ -37,7 +38,8 @@ from ..stats.sums import LayerStatistics, Statistics
 from .card import describe_size
 from .cuts import Cut, find_cuts, kept_ranges
 from .expert_reader import ExpertReader, ExpertSplitter, one_expert_model
-from .quantizer import LocumConfig
+from .own_rows import BASES
+from .placing import LocumConfig
 from .shard_reader import Ranges, ShardReader
 from .shard_writer import Entry, ShardWriter
 from .skeleton import Source
@@ -74,10 +76,10 @@ class Rewriting:
             save_as_stock(self._one)
         self._cuts = find_cuts(source.model, source.layers, source.headers, source.places)
         self._layouts: dict[str, Layout] = {}
-        if source.quantization and any(map(self._becomes_container, source.layers)):
+        if source.quantization and any(isinstance(layer.experts, StandInExperts) for layer in source.layers):
             raise UnsupportedModel(
-                "the checkpoint is quantised, and so it is only pruned, to equal numbers of experts in all layers; for "
-                "anything else give an unquantised one"
+                "the checkpoint is quantised and was pruned to unequal numbers of experts, which are not cut again; apply the "
+                "plan to the original"
             )
         self.steps = self._all_steps(bool(plan.leaves_aside(shape)))
         self.config = self._settled_config()
@@ -203,23 +205,35 @@ class Rewriting:
         writer.write(name, self._files.pieces(old, ranges))
 
     def _building(self, layer: MoeLayer, plan: LayerPlan, read: ExpertReader) -> Step:
-        """A container's tensors."""
+        """A container's tensors. Of a quantised checkpoint, experts' own weights are copied (own_rows.py)."""
         shapes = self._layouts[plan.layer].tensor_shapes()
         live = {leaf: f"{plan.layer}.{leaf}" for leaf in shapes}
-        names = names_in_files(self._one, list(live.values()))
-        entries = {names[live[leaf]]: _entry(read.dtype, shape) for leaf, shape in shapes.items()}
+        names = dict(zip(live, names_in_files(self._one, list(live.values())).values(), strict=True))
+        own = _own_experts(plan) if self._source.quantization else ()
+        copied = (
+            self._cutting(self._cuts[plan.layer].experts, own, layer.shape.num_experts) if own else Step({}, _nothing)
+        )
+        if own:
+            for leaf in [leaf for leaf in shapes if leaf.startswith(OwnWeights.prefix)]:
+                rows, *row = shapes.pop(leaf)
+                names[leaf] = f"{plan.layer}.{BASES}{leaf.removeprefix(OwnWeights.prefix)}"
+                if rows > len(own):
+                    shapes[leaf] = (rows - len(own), *row)
+        entries = {names[leaf]: _entry(read.dtype, shape) for leaf, shape in shapes.items()}
         index = next((i for i, each in enumerate(self._plan.layers) if each.layer == plan.layer), 0)
         of_layer: LayerStatistics | None = None
         if self._statistics is not None and plan.needs:
             of_layer = self._statistics.layer(plan.layer)
 
         def fill(writer: ShardWriter) -> None:
-            recent = functools.lru_cache(maxsize=2)(read)
-            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, self._seed * 1_000_003 + index):
+            copied.fill(writer)
+            recent, seed = functools.lru_cache(maxsize=2)(read), self._seed * 1_000_003 + index
+            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, seed, set(own)):
                 data = _bytes(tensor.to(read.dtype))
-                writer.write(names[live[leaf]], [data], row * len(data))
+                first = len(own) if leaf.startswith(OwnWeights.prefix) else 0
+                writer.write(names[leaf], [data], (row - first) * len(data))
 
-        return Step(entries, fill, plan.layer)
+        return Step(copied.entries | entries, fill, plan.layer)
 
     def _splitting(self, layer: MoeLayer, plan: LayerPlan, read: ExpertReader) -> Step:
         """Experts of a container as the family's files have them."""
@@ -240,7 +254,9 @@ class Rewriting:
         """What config.json says of number formats, of the experts that are left."""
         numbers: dict[str, dict[int, int]] = {}
         for layer in self._source.layers:
-            new_of = {old: new for new, old in enumerate(self._plan_of(layer).survivors)}
+            plan = self._plan_of(layer)
+            kept = _own_experts(plan) if self._becomes_container(layer) else plan.survivors
+            new_of = {old: new for new, old in enumerate(kept)}
             names = (name for cut in self._cuts[layer.shape.name].experts for name in cut.names)
             numbers |= {found[1]: new_of for name in names if (found := ONE_EXPERT_OF.match(name))}
         return _numbered_anew(self._source.quantization, numbers)
@@ -253,12 +269,22 @@ class Rewriting:
         if self._stock and self._plan.layers:
             for holder in (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers)):
                 set_expert_count(holder, len(self._plan.layers[0].survivors))
-        if self._source.quantization:
-            config.quantization_config = self._renumbered()
+        rest = self._renumbered() if self._source.quantization else None
         if self._layouts:
-            config.quantization_config = LocumConfig({name: x.to_json() for name, x in self._layouts.items()})
+            config.quantization_config = LocumConfig({n: x.to_json() for n, x in self._layouts.items()}, rest=rest)
+        elif rest is not None:
+            config.quantization_config = rest
         config.architectures = [type(self._one).__name__]
         return config
+
+
+def _own_experts(plan: LayerPlan) -> tuple[int, ...]:
+    """The experts that keep their own weights, in the order of their rows."""
+    return tuple(e for e in plan.survivors if OwnWeights() in plan.slots[e].parts)
+
+
+def _nothing(writer: ShardWriter) -> None:
+    """What is written where there is nothing to copy."""
 
 
 def _numbered_anew(said: Any, numbers: Mapping[str, Mapping[int, int]]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,56 +22,22 @@ from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
 from ..formats.format import declared_formats, format_of
 from ..formats.plain import FLOAT_ENTRIES
-from ..models.families import MoeLayer, check_supported, find_layers, model_class, notes_on, unread_tensors
+from ..models.families import MoeLayer, check_supported, find_layers, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, shape_of, stored_shapes
 from ..models.stored import Place, live_names, note_stored, places_of
 from ..shapes import Aside, ModelShape
 from .cuts import LayerCuts, find_cuts
+from .empty_model import is_compressed, locum_layers, skeleton
 from .fit import check_fit, check_sizes
 from .inside import read_json
-from .packed import Packed, find_packed, seen
+from .own_rows import see
+from .packed import Packed, Seen
+from .placing import REST, LocumConfig, read_layout
 from .prediction import Followers, find_followers
-from .quantizer import LocumConfig, place_containers, read_layout
-from .read import base_of, file_headers, first_line, read_config
+from .read import base_of, file_headers, read_config
 from .weight_files import is_adapter, other_weights
 
 COMPARED = 2**22  # numbers of two matrices that are in memory at a time
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config without weights, in the dtypes it will have when loaded, containers in place."""
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    layers, cls = _locum_layers(config), model_class(config)
-    try:
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype)
-    except Exception as error:  # every family builds itself in its own way
-        raise CheckpointError(
-            f"transformers cannot build what config.json describes: {first_line(error)}; restore the config.json that was "
-            f"written with the weights"
-        ) from error
-    if wide := model._get_dtype_plan(dtype):  # some tensors stay float32 whatever the rest, such as selection biases
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if re.search("|".join(key.replace("*", ".*") for key in wide), name):
-                tensor.data = tensor.data.float()
-    if layers:
-        place_containers(model, layers)
-    return model
-
-
-def _locum_layers(config: PreTrainedConfig) -> dict[str, Any]:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return {}
-    data = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if data.get("quant_method") != "locum":
-        declared_formats(data)
-        return {}
-    return LocumConfig.from_dict(data).layers
-
-
-def is_compressed(config: PreTrainedConfig) -> bool:
-    return bool(_locum_layers(config))
 
 
 @dataclass(frozen=True)
@@ -88,7 +53,7 @@ class Source:
     model: PreTrainedModel
     layers: tuple[MoeLayer, ...]
     stored: dict[Path, dict[str, dict[str, Any]]]  # the headers as they are
-    packed: dict[str, Packed]
+    packed: dict[str, Seen]
     quantization: dict[str, Any]  # what config.json says of the packed weights
 
     @functools.cached_property
@@ -121,10 +86,11 @@ class Source:
         return find_followers(cuts[self.layers[-1].shape.name], self.headers, self.unread)
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, dtype: torch.dtype | None = None) -> Source:
     """Read a folder: config and headers, no weight. Raises before anything of the sizes that it names is built.
 
-    The files of an adapter are its own and those of its base, where that is there.
+    The files of an adapter are its own and those of its base, where that is there. Quantised weights are seen in `dtype`, or in
+    that of the config.
     """
     path = Path(path)
     config, stored = read_config(path), file_headers(path)
@@ -133,15 +99,14 @@ def open_source(path: str | Path) -> Source:
     quantization = _take_quantization(path, config)
     if config.dtype is None:
         config.dtype = torch.bfloat16 if quantization else _dtype_in(next(iter(stored.values()), {}))
-    files, packed = stored, {}
-    if quantization:
-        packed = find_packed(stored, quantization, config.dtype)
-        files = seen(stored, packed)
+    try:
+        files, packed = see(stored, quantization, config, dtype or config.dtype) if quantization else (stored, {})
+    except (CheckpointError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from error
     check_sizes(read_json(path / "config.json"), str(path / "config.json"), list(files.values()))
     model, layers = layers_of(path, config)
-    if not packed.keys() & model.all_tied_weights_keys.keys() and _is_untied(
-        model, stored
-    ):  # transformers sees that too
+    tied_is_packed = bool(packed.keys() & model.all_tied_weights_keys.keys())
+    if not tied_is_packed and _is_untied(model, stored):  # transformers sees that too as it loads, and keeps both
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
         model, layers = layers_of(path, config)
@@ -150,14 +115,23 @@ def open_source(path: str | Path) -> Source:
 
 def _take_quantization(path: Path, config: PreTrainedConfig) -> dict[str, Any]:
     """What a config says of the number formats of weights, taken out of it; Locum's own layers stay there."""
-    said = getattr(config, "quantization_config", None)
+    holder = config if hasattr(config, "quantization_config") else config.get_text_config(decoder=True)
+    said = getattr(holder, "quantization_config", None)
+    if said is None:
+        return {}
+    said = said if isinstance(said, dict) else said.to_dict()
     try:
-        if said is None or is_compressed(config):
-            return {}
+        if not is_compressed(config):
+            declared_formats(said)
+            del holder.quantization_config
+            return said
+        rest = LocumConfig.from_dict(said).rest
+        if rest is not None:
+            declared_formats(rest)
+            config.quantization_config = {name: value for name, value in said.items() if name != REST}
     except (CheckpointError, UnsupportedModel) as error:
         raise type(error)(f"{path}: {error}") from error
-    del config.quantization_config
-    return said if isinstance(said, dict) else said.to_dict()
+    return rest or {}
 
 
 def _dtype_in(header: dict[str, dict[str, Any]]) -> torch.dtype | None:
@@ -211,12 +185,13 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
             f"holds {others[0]} too, which other engines may read instead: keep one of them",
         )
     if source.packed:
-        names = sorted({packed.format.name for packed in source.packed.values()})
-        notes += (
-            f"{len(source.packed)} weights are stored in {', '.join(names)}; they are read as {str(model.dtype).removeprefix('torch.')}",
-        )
-        cuts = find_cuts(model, layers, headers, source.places)
-        shapes = tuple(replace(x, expert_bytes=_per_expert(cuts[x.name], headers)) for x in shapes)
+        formats = [one.format.name for one in source.packed.values() if isinstance(one, Packed)]
+        names, computed = ", ".join(sorted({*formats})), str(model.dtype).removeprefix("torch.")
+        notes += (f"{len(formats)} weights are stored in {names}; they are read as {computed}",)
+        stock = [layer for layer in layers if not isinstance(layer.experts, StandInExperts)]
+        cuts = find_cuts(model, stock, headers, source.places)
+        sizes = {name: _per_expert(cut, headers) for name, cut in cuts.items()}
+        shapes = tuple(replace(x, expert_bytes=sizes.get(x.name, 0)) for x in shapes)
     return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, _aside(source))
 
 
@@ -273,7 +248,7 @@ def layers_of(path: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedMod
 
 def layouts_of(path: str | Path) -> dict[str, Layout]:
     """The layouts of a checkpoint's containers by the names of their layers."""
-    return {name: read_layout(name, data) for name, data in _locum_layers(read_config(path)).items()}
+    return {name: read_layout(name, data) for name, data in locum_layers(read_config(path)).items()}
 
 
 def expert_parameters_in(path: str | Path, shape: ModelShape) -> int:
@@ -295,6 +270,23 @@ def active_parameters_in(path: str | Path, shape: ModelShape) -> int:
         there = containers.get(layer.name)
         count += there.active_parameters(layer.top_k) if there else layer.top_k * layer.parameters()
     return count
+
+
+def active_bytes_in(path: str | Path, shape: ModelShape, source: Source) -> int:
+    """The bytes of the same. Where a layer has several number formats, a parameter counts as the mean of them."""
+    if not source.packed:
+        idle = shape.model.parameters - active_parameters_in(path, shape)
+        return shape.model.bytes - idle * shape.expert_itemsize
+    containers, size, held = layouts_of(path), shape.model.bytes, dict.fromkeys((x.name for x in shape.layers), 0)
+    for name, place in source.places.items():
+        layer = place.name.rpartition(".experts.")[0] + ".experts"
+        held[layer] = held.get(layer, 0) + _nbytes(source.headers, [name])
+    for layer in shape.layers:
+        there, one = containers.get(layer.name), layer.parameters()
+        stored = sum(map(math.prod, there.tensor_shapes().values())) if there else layer.num_experts * one
+        active = there.active_parameters(layer.top_k) if there else layer.top_k * one
+        size -= round(held[layer.name] * max(0, stored - active) / max(1, stored))
+    return size
 
 
 def check_vocabularies(model: Path, against: Path) -> None:

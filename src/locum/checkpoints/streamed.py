@@ -24,8 +24,8 @@ from ..errors import CheckpointError, UnsupportedModel
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored
 from .read import data_start, first_line
-from .shard_reader import open_tensors
 from .skeleton import Source, check_loadable, open_source
+from .tensors import open_tensors
 from .weight_files import is_adapter
 
 

@@ -10,7 +10,7 @@ Letters: E experts, D model width, F expert width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -133,15 +133,25 @@ def build_layer(
 
 
 def build_rows(
-    plan: LayerPlan, shape: LayerShape, read: Read, layer: LayerStatistics | None = None, seed: int = 0
+    plan: LayerPlan,
+    shape: LayerShape,
+    read: Read,
+    layer: LayerStatistics | None = None,
+    seed: int = 0,
+    but: Collection[int] = (),
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """The same a row at a time, in the order of the experts, which fixes what is drawn: a tensor's name, the row, its values."""
+    """The same a row at a time, in the order of the experts, which fixes what is drawn: a tensor's name, the row, its values.
+
+    Own weights of the experts in `but` are left out.
+    """
     check_statistics(plan, layer)
     layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed)
     prefixes = {(stack.part, stack.variant): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
     built = set()
     for place, e in enumerate(plan.survivors):
         for part in plan.slots[e].all_parts(shape.has_bias):
+            if e in but and isinstance(part, OwnWeights):
+                continue
             prefix, rows = prefixes[part.stack.name, part.variant()]
             if (prefix, rows[place]) not in built:
                 built.add((prefix, rows[place]))

@@ -34,7 +34,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ..checkpoints.fit import check_shape
-from ..checkpoints.quantizer import ENTRIES, LocumConfig, read_layout
+from ..checkpoints.placing import ENTRIES, REST, LocumConfig, read_layout
 from ..checkpoints.read import read_headers
 from ..checkpoints.skeleton import skeleton
 from ..checkpoints.weight_files import other_weights
@@ -66,6 +66,11 @@ class LocumQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LocumQuantization:
+        if config.get(REST) is not None:
+            raise UnsupportedModel(
+                "containers in a quantised checkpoint are not served by Locum's plugin; write what vLLM serves by "
+                "`locum export DIR --to stock`"
+            )
         known = {name: value for name, value in config.items() if name in ENTRIES}  # vLLM may have added entries
         return cls(LocumConfig.from_dict(known).layers)
 

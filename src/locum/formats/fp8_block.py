@@ -38,9 +38,10 @@ class Fp8Block:
 
     def recognise(self, entries: Mapping[str, Entry]) -> Fp8Block | None:
         numbers, scales = entries.get(""), entries.get("_scale_inv")
-        if not numbers or not scales or not entries.keys() <= {*self.parts}:
+        if not numbers or not scales or numbers["dtype"] != "F8_E4M3" or scales["dtype"] not in SCALES:
             return None
-        return self if numbers["dtype"] == "F8_E4M3" and scales["dtype"] in SCALES else None
+        fits = math.prod(scales["shape"]) == 1 or (*scales["shape"],) == self._grid(numbers["shape"])
+        return self if fits else None
 
     def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
         return tuple(entries[""]["shape"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .blocks import largest, spread
+from .blocks import covers, largest, spread
 from .compressed import groups_of
 from .format import Entry, register_format
 
@@ -42,7 +42,8 @@ class IntPacked:
     def recognise(self, entries: Mapping[str, Entry]) -> IntPacked | None:
         if not {"_packed", "_scale", "_shape"} <= entries.keys() <= {*self.parts}:
             return None
-        return self if entries["_packed"]["dtype"] == "I32" else None
+        fits = covers(entries["_scale"]["shape"], self.shape(entries))
+        return self if entries["_packed"]["dtype"] == "I32" and fits else None
 
     def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
         *rows, words = entries["_packed"]["shape"]

@@ -47,7 +47,8 @@ class Nvfp4:
         kinds = {part: entry["dtype"] for part, entry in entries.items() if part != self.input}
         if kinds != {self.numbers: "U8", self.scale: "F8_E4M3", self.whole: "F32"}:
             return None
-        return self
+        scales = [*entries[self.scale]["shape"]]
+        return self if [*scales[:-1], scales[-1] * GROUP] == [*self.shape(entries)] else None
 
     def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
         *rows, columns = entries[self.numbers]["shape"]

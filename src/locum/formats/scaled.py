@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .blocks import Block, spread
+from .blocks import Block, covers, spread
 from .compressed import groups_of
 from .format import Entry, register_format
 
@@ -45,7 +45,8 @@ class Scaled:
         if not {"", "_scale"} <= entries.keys() <= {*self.parts}:
             return None
         scales = entries["_scale"]["dtype"] in ("F32", "BF16", "F16")
-        return self if entries[""]["dtype"] == self.entry and scales else None
+        fits = covers(entries["_scale"]["shape"], self.shape(entries), self.block)
+        return self if entries[""]["dtype"] == self.entry and scales and fits else None
 
     def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
         return tuple(entries[""]["shape"])

@@ -17,6 +17,7 @@ from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.patch import check_adapter
 from ..checkpoints.read import fingerprint_checkpoint
 from ..checkpoints.skeleton import (
+    active_bytes_in,
     active_parameters_in,
     check_loadable,
     expert_parameters_in,
@@ -59,7 +60,7 @@ def inspect(model: Path) -> dict[str, Any]:
         "bytes": shape.bytes,
         "expert_parameters": experts,
         "active_parameters": active,
-        "active_bytes": shape.model.bytes - (shape.model.parameters - active) * shape.expert_itemsize,
+        "active_bytes": active_bytes_in(model, shape, source),
         "fingerprint": fingerprint_checkpoint(model),
         "layers": [{**dataclasses.asdict(layer), "routing": routing[layer.name]} for layer in shape.layers],
         "notes": list(shape.notes),

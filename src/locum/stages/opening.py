@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.load import load_model
-from ..checkpoints.skeleton import layouts_of
+from ..checkpoints.read import read_config
+from ..checkpoints.skeleton import layouts_of, read_shape
 from ..checkpoints.streamed import stream_model
 from ..checkpoints.weight_files import is_adapter, shard_files
 from ..errors import UnsupportedModel
@@ -29,8 +30,17 @@ def is_to_stream(models: Sequence[Path], stream: bool | None, device: str) -> bo
     """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit."""
     if stream is not None:
         return stream
-    files = [file for model in models if not is_adapter(model) for file in shard_files(Path(model))]
-    return sum(file.stat().st_size for file in files) > free_bytes(device)
+    return sum(_bytes_in_memory(Path(model)) for model in models if not is_adapter(model)) > free_bytes(device)
+
+
+def _bytes_in_memory(model: Path) -> int:
+    """What a live model takes: as much as its files, or, quantised, as its numbers do."""
+    on_disk = sum(file.stat().st_size for file in shard_files(model))
+    config = read_config(model)
+    if not hasattr(config, "quantization_config") and not hasattr(config.get_text_config(), "quantization_config"):
+        return on_disk
+    shape = read_shape(model)
+    return max(on_disk, shape.model.parameters * shape.expert_itemsize)
 
 
 def free_bytes(device: str) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ..budgets.target import Target, check_met, meet_target, parse_size
 from ..checkpoints.convert import check_openable
-from ..checkpoints.expert_reader import expert_readers
+from ..checkpoints.experts_of import expert_readers
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters

@@ -21,7 +21,7 @@ from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.read import load_tokenizer, read_config, read_headers
 from ..checkpoints.side_files import side_files
-from ..checkpoints.skeleton import layouts_of, read_shape, skeleton
+from ..checkpoints.skeleton import layouts_of, open_source, read_shape, skeleton
 from ..checkpoints.weight_files import is_adapter, shard_files
 from ..containers.layout import Layout
 from ..errors import CheckpointError, LocumError, PlanError
@@ -85,6 +85,10 @@ class Folder:
     @functools.cached_property
     def live(self) -> Any:
         return load_model(self.path, device=self.device)
+
+    @functools.cached_property
+    def is_quantised(self) -> bool:
+        return bool(open_source(self.path).packed)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..bundled import sample_texts
 from ..checkpoints.application import apply_plan
 from ..checkpoints.card import describe_size
-from ..checkpoints.load import open_model, set_dtype
+from ..checkpoints.load import load_model, open_model, set_dtype
 from ..checkpoints.notes import original_of
 from ..checkpoints.read import base_of, read_config
 from ..checkpoints.skeleton import layouts_of
@@ -143,6 +143,8 @@ def make_promise(
                 why_not = str(error)
         del original
     of = f"the folder as Locum loads it ({why_not})" if why_not else of
+    if folder.is_quantised:
+        live = load_model(folder.path, dtype, folder.device)
     del folder.live  # the engines may need its memory
     promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
     return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
@@ -158,6 +160,8 @@ def not_repeatable(folder: Folder) -> str:
         return "it has no plan"
     if folder.original is None:
         return "its original is not there"
+    if folder.is_quantised:  # stand-ins were made from numbers in the dtype of the config
+        return "its number formats are read at the precision asked for"
     return "it was trained since" if "recovery" in folder.notes else ""
 
 
