@@ -20,6 +20,7 @@ from locum.checkpoints.streamed import stream_model
 from locum.models.layer_major import passes
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
+from locum.stages.opening import is_to_stream
 from making.broken import change_weights
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_text
@@ -238,3 +239,10 @@ def test_experts_in_several_formats_are_refused(tmp_path):
     change_weights(model, widen)
     said = command("inspect", model)
     assert said.exit_code == 2 and "in several number formats" in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_it_is_streamed_where_its_numbers_do_not_fit(both, monkeypatch):
+    files = (both[0] / "model.safetensors").stat().st_size
+    for free, streamed in ((files + 1000, True), (4 * files, False)):
+        monkeypatch.setattr("locum.stages.opening.free_bytes", lambda device, free=free: free)
+        assert is_to_stream([both[0]], None, "cpu") == streamed

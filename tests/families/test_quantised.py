@@ -99,3 +99,20 @@ def test_family(family, tmp_path):
                 )  # it splits names that say no `weight`
                 continue
             assert torch.equal(logits(stock.eval()), computed)
+
+
+def test_what_is_said_in_the_config_of_the_text_part_holds_for_the_model(tmp_path):
+    model, plain = in_fp8("glm4v_moe", tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (model / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load_model(model)), logits(load_model(plain)))
+    shape = read_shape(model)
+    out = locum.apply(
+        model,
+        plan=make_plan(shape, [LayerPlan(x.name, *map(tuple, prune(x))) for x in shape.layers]),
+        out=tmp_path / "out",
+    )
+    said = json.loads((out / "config.json").read_text())
+    assert said["quantization_config"] == SAID and "quantization_config" not in said["text_config"]
+    load_model(out)
