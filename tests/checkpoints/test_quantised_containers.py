@@ -20,7 +20,7 @@ from locum.checkpoints.placing import LocumConfig
 from locum.checkpoints.skeleton import read_shape
 from locum.checkpoints.streamed import stream_model
 from locum.containers.container import StandInExperts
-from locum.errors import CheckpointError, UnsupportedModel
+from locum.errors import CheckpointError
 from locum.models.layer_major import passes
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
@@ -150,12 +150,42 @@ def test_what_was_loaded_as_numbers_is_an_ordinary_model(fp8, tmp_path):
     model(tiny_ids(), labels=tiny_ids()).loss.backward()
 
 
-def test_unequal_numbers_are_opened_and_not_cut_again(fp8, tmp_path):
-    out = locum.apply(fp8, plan=uneven(read_shape(fp8)), out=tmp_path / "out")
-    assert torch.allclose(logits(open_model(out)), logits(load_model(out)), rtol=0.02, atol=0.05)
-    again = make_plan(read_shape(out), [LayerPlan(read_shape(out).layers[0].name, FEWER)])
-    with pytest.raises(UnsupportedModel, match="apply the plan to the original"):
-        locum.apply(out, plan=again, out=tmp_path / "again")
+def uneven_again(shape: ModelShape) -> Plan:
+    """Two fewer in the layer that is whole, so that they are equal."""
+    return make_plan(shape, [LayerPlan(shape.layers[0].name, FEWER)])
+
+
+def fewer_and_light(shape: ModelShape) -> Plan:
+    """Of six experts of a layer two less, and stand-ins."""
+    slots = (KEPT, DROPPED, stand_in(0, 2, "svd"), KEPT, DROPPED, stand_in(0, 2, "svd"))
+    return make_plan(shape, [LayerPlan(shape.layers[1].name, slots, (Base((2, 5), (0.5, 0.5)),))])
+
+
+def fewer_still(shape: ModelShape) -> Plan:
+    slots = (KEPT, DROPPED, KEPT, KEPT, DROPPED, KEPT)
+    return make_plan(shape, [LayerPlan(shape.layers[1].name, slots)])
+
+
+def as_it_is(shape: ModelShape) -> Plan:
+    return make_plan(shape, [LayerPlan(x.name, (KEPT,) * x.num_experts) for x in shape.layers])
+
+
+@pytest.mark.parametrize("both", ["fp8-block", "mxfp4"], indirect=True)
+@pytest.mark.parametrize("again", [uneven_again, fewer_and_light, fewer_still, as_it_is])
+def test_what_was_pruned_to_unequal_numbers_is_opened_and_cut_again(again, both, tmp_path):
+    pruned = [locum.apply(x, plan=uneven(read_shape(x)), out=tmp_path / f"{x.name} 1") for x in both]
+    shapes = [read_shape(folder) for folder in pruned]
+    assert torch.equal(logits(open_model(pruned[0])), logits(open_model(pruned[1])))
+    assert shapes[0].layers[0].expert_bytes == shapes[0].layers[1].expert_bytes > 0
+    decided = again(shapes[0])
+    out, expected = (locum.apply(x, plan=decided, out=tmp_path / f"{x.name} 2") for x in pruned)
+    after, before = tensors_in(out), tensors_in(pruned[0])
+    assert sum(t.nbytes for t in after.values()) == decided.size(shapes[0]).bytes == read_shape(out).bytes
+    assert torch.equal(logits(load_model(out)), logits(load_model(expected)))
+    if again is as_it_is:
+        assert after.keys() == before.keys() and all(raw(after[name]) == raw(before[name]) for name in before)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert ("rest" in config) == (again is not uneven_again)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ class OwnRows:
 
     leaf: str
     experts: ExpertReader
+    cuts: LayerCuts  # of the experts' tensors in the files
+    headers: Mapping[str, Mapping[str, Any]]  # of these tensors, seen as numbers
+    packed: Mapping[str, Seen]  # those of them that are packed
     own: int  # rows that are experts
     bases: str  # the name of the tensor that has the others, if there are any
     parts: Mapping[str, str]
@@ -81,7 +84,7 @@ def see(
         ]
         if not mine:
             continue
-        made = _rows_of_layer(said, layers[name], layout, mine, headers, places, reader, one, dtype)
+        made = _rows_of_layer(said, layers[name], layout, mine, headers, places, reader, packed, one, dtype)
         gone = {*mine, *(row.bases for row in made.values())}
         files = {file: {n: e for n, e in header.items() if n not in gone} for file, header in files.items()}
         next(iter(files.values())).update({n: row.entry for n, row in made.items()})
@@ -97,6 +100,7 @@ def _rows_of_layer(
     headers: Mapping[str, Mapping[str, Any]],
     places: Mapping[str, Place],
     reader: ShardReader,
+    packed: Mapping[str, Seen],
     one: Any,
     dtype: torch.dtype,
 ) -> dict[str, OwnRows]:
@@ -106,6 +110,7 @@ def _rows_of_layer(
     own = layout.num_dense - (first["shape"][0] if first else 0)
     cuts = LayerCuts(tuple(cuts_of(mine, headers, own)), ())
     experts, made = ExpertReader(layer, cuts, places, reader, one), {}
+    items = {n: packed[n] for n in mine if n in packed}
     size = sum(_nbytes(headers[n]) for n in mine)
     for leaf, row in leaves.items():
         of_bases = headers.get(bases[leaf])
@@ -118,7 +123,15 @@ def _rows_of_layer(
         size += _nbytes(of_bases) if of_bases else 0
         entry = {"dtype": ENTRIES[dtype], "shape": [layout.num_dense, *row], "data_offsets": [0, size]}
         made[f"{name}.{OwnWeights.prefix}{leaf}"] = OwnRows(
-            leaf, experts, own, bases[leaf] if of_bases else "", parts, entry
+            leaf,
+            experts,
+            cuts,
+            {n: headers[n] for n in mine},
+            items,
+            own,
+            bases[leaf] if of_bases else "",
+            parts,
+            entry,
         )
         size = 0  # the experts' bytes are counted once, with the first
     return made

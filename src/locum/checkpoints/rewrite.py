@@ -69,18 +69,14 @@ class Rewriting:
     ) -> None:
         self._source, self._plan, self._statistics, self._seed = source, plan, statistics, seed
         self._stock = plan.is_stock(shape)
-        self._files = ShardReader(source.stored, source.packed)
+        self._packed = {name: one for own in source.own.values() for name, one in own.packed.items()} | source.packed
+        self._files = ShardReader(source.stored, self._packed)
         self._one = one_expert_model(source.model.config)
         note_conversions(self._one, source.headers)
         if any(isinstance(layer.experts, StandInExperts) for layer in source.layers):
             save_as_stock(self._one)
         self._cuts = find_cuts(source.model, source.layers, source.headers, source.places)
         self._layouts: dict[str, Layout] = {}
-        if source.quantization and any(isinstance(layer.experts, StandInExperts) for layer in source.layers):
-            raise UnsupportedModel(
-                "the checkpoint is quantised and was pruned to unequal numbers of experts, which are not cut again; apply the "
-                "plan to the original"
-            )
         self.steps = self._all_steps(bool(plan.leaves_aside(shape)))
         self.config = self._settled_config()
 
@@ -147,16 +143,24 @@ class Rewriting:
 
     def _experts_step(self, layer: MoeLayer, plan: LayerPlan) -> Step:
         """The experts of one layer of the plan."""
-        cuts, is_container = self._cuts[plan.layer].experts, isinstance(layer.experts, StandInExperts)
-        becomes_container = self._becomes_container(layer)
-        read = ExpertReader(layer, self._cuts[plan.layer], self._source.places, self._files, self._one)
-        if not is_container and not becomes_container:
+        cuts, is_container = self._expert_cuts(plan.layer), isinstance(layer.experts, StandInExperts)
+        becomes_container, own = self._becomes_container(layer), self._source.own.get(plan.layer)
+        if own is not None:
+            read = own.experts
+        else:
+            read = ExpertReader(layer, self._cuts[plan.layer], self._source.places, self._files, self._one)
+        if (not is_container or own is not None) and not becomes_container:
             return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
         if becomes_container:
             self._layouts[plan.layer] = Layout.of(plan, layer.shape)
             if is_container and self._layouts[plan.layer] == layer.experts.layout:
                 return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
         return self._building(layer, plan, read) if becomes_container else self._splitting(layer, plan, read)
+
+    def _expert_cuts(self, layer: str) -> Sequence[Cut]:
+        """What the files have of a layer's experts, also where a container is seen instead."""
+        own = self._source.own.get(layer)
+        return self._cuts[layer].experts if own is None else own.cuts.experts
 
     def _copying(self, name: str) -> Step:
         """A tensor as it is, with all its parts."""
@@ -170,7 +174,7 @@ class Rewriting:
 
     def _parts(self, name: str) -> Mapping[str, str]:
         """The tensors in the files that make one: itself, or those of a packed weight."""
-        packed = self._source.packed.get(name)
+        packed = self._packed.get(name)
         return {"": name} if packed is None else packed.parts
 
     def _cutting(self, cuts: Sequence[Cut], keep: Sequence[int], num_experts: int, layer: str = "") -> Step:
@@ -189,7 +193,7 @@ class Rewriting:
                 header = self._files.entries[name]
                 ranges, shape = [(0, self._files.nbytes(name))], list(header["shape"])
                 if name == cut.names[0] or math.prod(shape) != 1:  # else one scale for all
-                    _check_axis(name, cut, header, self._source.headers[cut.names[0]])
+                    _check_axis(name, cut, header["shape"], self._files.shape(cut.names[0]))
                     ranges = kept_ranges(header, cut.axis, keep, num_experts)
                     shape[cut.axis] -= num_experts - len(keep)
                 entries[name] = Entry(header["dtype"], tuple(shape), sum(end - begin for begin, end in ranges))
@@ -211,7 +215,7 @@ class Rewriting:
         names = dict(zip(live, names_in_files(self._one, list(live.values())).values(), strict=True))
         own = _own_experts(plan) if self._source.quantization else ()
         copied = (
-            self._cutting(self._cuts[plan.layer].experts, own, layer.shape.num_experts) if own else Step({}, _nothing)
+            self._cutting(self._expert_cuts(plan.layer), own, layer.shape.num_experts) if own else Step({}, _nothing)
         )
         if own:
             for leaf in [leaf for leaf in shapes if leaf.startswith(OwnWeights.prefix)]:
@@ -257,7 +261,7 @@ class Rewriting:
             plan = self._plan_of(layer)
             kept = _own_experts(plan) if self._becomes_container(layer) else plan.survivors
             new_of = {old: new for new, old in enumerate(kept)}
-            names = (name for cut in self._cuts[layer.shape.name].experts for name in cut.names)
+            names = (name for cut in self._expert_cuts(layer.shape.name) for name in cut.names)
             numbers |= {found[1]: new_of for name in names if (found := ONE_EXPERT_OF.match(name))}
         return _numbered_anew(self._source.quantization, numbers)
 
@@ -300,11 +304,11 @@ def _numbered_anew(said: Any, numbers: Mapping[str, Mapping[int, int]]) -> Any:
     return None if new is None else f"{found[1]}{new}{found[3]}"
 
 
-def _check_axis(name: str, cut: Cut, header: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+def _check_axis(name: str, cut: Cut, shape: list[int], whole: list[int]) -> None:
     """Refuse scales that several experts share: they have no place for each along the axis of the experts."""
-    if header["shape"][cut.axis : cut.axis + 1] != whole["shape"][cut.axis : cut.axis + 1]:
+    if shape[cut.axis : cut.axis + 1] != whole[cut.axis : cut.axis + 1]:
         raise UnsupportedModel(
-            f"{name} has shape {header['shape']}, so experts share its scales and cannot be told apart in {cut.names[0]}; "
+            f"{name} has shape {shape}, so experts share its scales and cannot be told apart in {cut.names[0]}; "
             f"give a checkpoint in which that tensor is not quantised"
         )
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, OptionError, UnsupportedModel
+from ..experts.parts.own_weights import OwnWeights
 from ..formats.format import declared_formats, format_of
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, notes_on, unread_tensors
@@ -30,7 +31,7 @@ from .cuts import LayerCuts, find_cuts
 from .empty_model import is_compressed, locum_layers, skeleton
 from .fit import check_fit, check_sizes
 from .inside import read_json
-from .own_rows import see
+from .own_rows import OwnRows, see
 from .packed import Packed, Seen
 from .placing import REST, LocumConfig, read_layout
 from .prediction import Followers, find_followers
@@ -75,6 +76,16 @@ class Source:
         """Second copies of tied matrices."""
         ties, found = self.model.all_tied_weights_keys, {place.name for place in self.places.values()}
         return frozenset(name for name, place in self.places.items() if ties.get(place.name) in found)
+
+    @functools.cached_property
+    def own(self) -> dict[str, OwnRows]:
+        """Of containers with nothing but experts that a quantised checkpoint has in the family's tensors, one of their own."""
+        found = {}
+        for layer in self.layers:
+            row = self.packed.get(f"{layer.shape.name}.{OwnWeights.prefix}down_NDF")
+            if isinstance(row, OwnRows) and layer.experts.layout.only_dense:
+                found[layer.shape.name] = row
+        return found
 
     @functools.cached_property
     def followers(self) -> Followers:
@@ -191,6 +202,7 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
         stock = [layer for layer in layers if not isinstance(layer.experts, StandInExperts)]
         cuts = find_cuts(model, stock, headers, source.places)
         sizes = {name: _per_expert(cut, headers) for name, cut in cuts.items()}
+        sizes |= {name: _per_expert(own.cuts, own.headers) for name, own in source.own.items()}
         shapes = tuple(replace(x, expert_bytes=sizes.get(x.name, 0)) for x in shapes)
     return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, _aside(source))
 
