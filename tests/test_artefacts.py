@@ -124,6 +124,22 @@ def test_an_output_whose_run_was_killed_while_replacing_it_comes_back(tmp_path, 
     assert tree(tmp_path) == {}
 
 
+def test_half_of_a_folder_that_is_removed_is_never_found(tmp_path, monkeypatch):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "a.txt").write_text("a")
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("locum.files.shutil.rmtree", press)
+        with pytest.raises(KeyboardInterrupt):
+            clear(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    clear(tmp_path / "state")
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize("system", ["exchanges", "renames"])
 def test_a_folder_is_replaced_with_and_without_an_exchange(tmp_path, system, monkeypatch):
     renamed = []

@@ -37,17 +37,21 @@ _watched: ContextVar[dict[Path, Mark] | None] = ContextVar("watched", default=No
 
 def provenance(**more: Any) -> dict[str, Any]:
     """Who made an artefact: versions, machine, command and time, and whatever else the caller knows. No folders."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    versions["locum"] = _own_version()
     command = " ".join([Path(sys.argv[0]).name, *map(bare_word, sys.argv[1:])])
     return {
-        "versions": versions,
+        "versions": versions(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "command": command,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
+
+
+def versions() -> dict[str, str]:
+    """What the bits of an artefact depend on beside its inputs: the libraries that compute it, and Locum."""
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {**found, "locum": _own_version()}
 
 
 def _own_version() -> str:
@@ -127,23 +131,25 @@ def _check_replaceable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path, kind: str = "file") -> Iterator[Path]:
+def whole(path: Path, kind: str = "file", scratch: Path | None = None) -> Iterator[Path]:
     """A temporary neighbour of `path` to write into; it takes the name only when the block ends well.
 
     On any error or interrupt the neighbour is removed and whatever was at `path` stays. What a killed process left of
     its neighbour goes too. A link stays a link: what it leads to is written. A full disk is an OutputError. What another
     program has put at a watched path stays, and the result is kept beside it.
+
+    A caller's own `scratch` folder beside the path, which it may have begun to fill, is the caller's to remove.
     """
-    path = Path(os.path.realpath(path))
-    scratch = path.with_name(f".{path.name}.part-{os.getpid()}")
+    path, own = Path(os.path.realpath(path)), scratch is None
+    scratch = scratch or path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         sweep(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "folder":
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=not own)
         yield scratch
         _open_permissions(scratch)
-        _sync(scratch)
+        sync(scratch)
         _check_replaceable(path)
         _check_watched(scratch, path)
         _put(scratch, path)
@@ -153,7 +159,8 @@ def whole(path: Path, kind: str = "file") -> Iterator[Path]:
             raise OutputError(f"no space left for {path}; nothing was kept; free some and run it again") from error
         raise
     finally:
-        _remove(scratch)
+        if own:
+            _remove(scratch)
 
 
 @contextlib.contextmanager
@@ -266,7 +273,7 @@ def _is_alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the content on the disk before the name: after a power cut, a name never stands for what was not written."""
     for place in [*path.rglob("*"), path]:
         _sync_one(place)
@@ -295,8 +302,12 @@ def _open_permissions(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove a file or folder, and what killed processes left of it, if there is any."""
+    """Remove a file or folder, and what killed processes left of it, if there is any. Nobody ever finds half of a folder."""
     sweep(path)
+    if path.is_dir() and not path.is_symlink():
+        scrap = path.with_name(f".{path.name}.part-{os.getpid()}")
+        os.replace(path, scrap)
+        path = scrap
     _remove(path)
 
 

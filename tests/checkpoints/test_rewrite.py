@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import weakref
@@ -18,13 +19,14 @@ from locum.checkpoints.application import apply_plan
 from locum.checkpoints.expert_reader import ExpertReader
 from locum.checkpoints.load import load_model, open_model
 from locum.checkpoints.read import read_headers
-from locum.checkpoints.rewrite import AROUND
+from locum.checkpoints.rewrite import AROUND, PER_TENSOR, Rewriting
 from locum.checkpoints.skeleton import open_source, read_shape
 from locum.containers.container import StandInExperts
 from locum.errors import CheckpointError, OutputError
 from locum.models.families import find_layers
 from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, Base, LayerPlan, Plan, make_plan, stand_in
+from locum.runs import Work, bytes_begun
 from locum.shapes import ModelShape
 from making.broken import WEIGHTS, change_weights
 from making.checkpoints import locum as command
@@ -339,7 +341,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(checkpoi
 
 
 @pytest.mark.parametrize("place", ["pieces", "row", "tensor"])
-def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_layers_that_are_done_or_nothing(place, tmp_path, monkeypatch):
     family = {"row": "gpt_oss"}.get(place, "olmoe")
     original, plan = write_checkpoint(tmp_path / "original", family), light
     plan = plan(read_shape(original))
@@ -356,7 +358,109 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(f"locum.checkpoints.shard_reader.ShardReader.{place}", press)
     with pytest.raises(KeyboardInterrupt):
         locum.apply(original, plan=plan, out=tmp_path / "out")
-    assert reads == 4 and [path.name for path in tmp_path.iterdir()] == ["original"]
+    assert reads == 4
+    done = [".out.part-kept"] if place == "pieces" else []  # the fourth is read after the first layer's experts
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*done, "original"]
+
+
+# --- runs that go on ------------------------------------------------------------------------------------------------
+
+
+def interrupted(original: Path, out: Path, **asked: object) -> int:
+    """Apply a plan until the first layer is saved; how many experts were read for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        reads, save = counted_reads(patch), Work.save
+
+        def press(work: Work, done: int) -> None:
+            save(work, done)
+            raise KeyboardInterrupt
+
+        patch.setattr(Work, "save", press)
+        with pytest.raises(KeyboardInterrupt):
+            locum.apply(original, out=out, **asked)
+    assert not out.exists() and out.with_name(f".{out.name}.part-kept").is_dir()
+    return len(reads)
+
+
+def counted_reads(patch: pytest.MonkeyPatch) -> list[int]:
+    reads, real = [], ExpertReader.__call__
+    patch.setattr(ExpertReader, "__call__", lambda reader, e: reads.append(e) or real(reader, e))
+    return reads
+
+
+@pytest.fixture
+def original(tmp_path):
+    return write_checkpoint(tmp_path / "original", num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("shard_size", ["5GiB", "30KB"])
+@pytest.mark.parametrize("plan", [even, light])
+def test_an_interrupted_run_goes_on_after_the_last_layer_that_was_done(
+    plan, shard_size, original, tmp_path, monkeypatch
+):
+    asked = {"plan": plan(read_shape(original)), "shard_size": shard_size}
+    with monkeypatch.context() as patch:
+        all_reads = counted_reads(patch)
+        whole = tree(locum.apply(original, out=tmp_path / "whole" / "out", **asked))
+    before = interrupted(original, tmp_path / "out", **asked)
+    reads, told = counted_reads(monkeypatch), []
+    locum.apply(original, out=tmp_path / "out", progress=lambda stage, done, total: told.append((done, total)), **asked)
+    assert len(reads) == len(all_reads) - before and told == [(1, 3), (2, 3), (3, 3)]
+    assert before > 0 or plan is even  # nothing but bytes is moved for it
+    ours = tree(tmp_path / "out")
+    assert {name for name in whole if ours.get(name) != whole[name]} <= {"README.md", "locum.json"}  # which say when
+    assert ours.keys() == whole.keys() and {p.name for p in tmp_path.iterdir()} == {"original", "out", "whole"}
+
+
+CHANGES = {
+    "seed was 0 and is 1": lambda original, asked: asked.update(seed=1),
+    "shard_size was": lambda original, asked: asked.update(shard_size="30KB"),
+    "plan was": lambda original, asked: asked.update(plan=even(read_shape(original))),
+    "files was": lambda original, asked: change_weights(original, lambda tensors: tensors["lm_head.weight"].add_(1)),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_run_that_asks_something_else_begins_afresh_and_says_why(said, original, tmp_path, caplog):
+    asked = {"plan": light(read_shape(original))}
+    interrupted(original, tmp_path / "out", **asked)
+    CHANGES[said](original, asked)
+    out = locum.apply(original, out=tmp_path / "out", **asked)
+    assert said in caplog.text and "begins afresh" in caplog.text
+    whole = locum.apply(original, out=tmp_path / "whole" / "out", **asked)
+    for file in whole.glob("*.safetensors*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"original", "out", "whole"}
+
+
+@pytest.mark.parametrize("damage", ["removed", "shorter", "other"])
+def test_what_was_begun_and_changed_since_is_refused_once(damage, original, tmp_path):
+    asked = {"plan": light(read_shape(original)), "out": tmp_path / "out"}
+    interrupted(original, **asked)
+    file = tmp_path / ".out.part-kept" / WEIGHTS
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] if damage == "shorter" else data[:9] + b"x" + data[10:])
+    if damage == "removed":
+        file.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors, which an interrupted run had begun, was changed since"
+    ):
+        locum.apply(original, **asked)
+    load_model(locum.apply(original, **asked))
+
+
+def test_a_disk_that_has_room_for_what_is_left_is_not_refused(original, tmp_path, monkeypatch):
+    asked = {"plan": light(read_shape(original)), "out": tmp_path / "out"}
+    interrupted(original, **asked)
+    begun = bytes_begun(tmp_path / "out")
+    rewriting = Rewriting(open_source(original), read_shape(original), asked["plan"])
+    needed = rewriting.bytes + PER_TENSOR * sum(len(step.entries) for step in rewriting.steps) + AROUND
+    usage = namedtuple("usage", "total used free")
+    for free, refused in ((needed - begun - 1, True), (needed - begun, False)):
+        monkeypatch.setattr("locum.files.shutil.disk_usage", lambda path, free=free: usage(0, 0, free))
+        with pytest.raises(OutputError, match="no space left") if refused else contextlib.nullcontext():
+            rewriting.check_space(tmp_path / "out")
+    assert begun > 0
 
 
 def without_an_expert(tensors: dict[str, torch.Tensor]) -> str:

@@ -313,10 +313,13 @@ def test_a_failure_while_writing_keeps_the_old_output(place, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(sys.modules["locum.checkpoints.application"], "save_plan", fail)
-    with pytest.raises(RuntimeError, match="planted"):
-        locum.apply(place["model"], plan=place["plan"], out=place["taken"], force=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["locum.checkpoints.application"], "save_plan", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            locum.apply(place["model"], plan=place["plan"], out=place["taken"], force=True)
     assert tree(place["taken"]) == before
+    assert sorted(path.name for path in place.folder.iterdir()) == [".taken.part-kept", "taken"]
+    locum.apply(place["model"], plan=place["plan"], out=place["taken"], force=True)
     assert sorted(path.name for path in place.folder.iterdir()) == ["taken"]
 
 

@@ -333,7 +333,8 @@ def test_nothing_appears_when_recovery_fails(checkpoint, words, monkeypatch, tmp
     monkeypatch.setattr("locum.stages.recovery.recover_model", fail)
     with pytest.raises(KeyboardInterrupt):
         locum.compress(checkpoint, recover="lora", **asked)
-    assert set(tree(tmp_path)) == {*before, ".out.statistics.safetensors"}
+    left = {name for name in tree(tmp_path) if not name.startswith(".out.unrecovered")}  # which is gone on with
+    assert left == {*before, ".out.statistics.safetensors"}
 
 
 def test_damaged_partial_files_are_made_anew(checkpoint, words, searched, tmp_path, caplog):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import locum
 from locum.checkpoints.read import fingerprint_checkpoint
+from locum.training.loop import Loop
 from making.checkpoints import tree, write_checkpoint, write_rows, write_text
 from making.tiny_models import CONFIGS, tiny_ids
 
@@ -63,7 +64,7 @@ def cut_short(checkpoint, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
     asked = {"data": str(words), "method": "prune", "remove": 0.25, **SHORT}
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("locum.stages.application.save_checkpoint", _press)
+        patched.setattr("locum.stages.application.resumable", _press)
         locum.compress(checkpoint, out=folder / "out", **asked)
     assert [p.name for p in folder.iterdir()] == [".out.statistics.safetensors"]
     return folder, asked
@@ -82,6 +83,40 @@ def test_compress_goes_on_from_the_statistics_that_it_made(checkpoint, cut_short
     one, two = (tmp_path / place / "model.safetensors" for place in ("whole", "again/out"))
     assert one.read_bytes() == two.read_bytes()
     assert [p.name for p in (tmp_path / "again").iterdir()] == ["out"]
+
+
+def test_compress_goes_on_from_the_checkpoint_that_it_trains(checkpoint, words, tmp_path, monkeypatch):
+    asked = {"data": str(words), "remove": 0.4, "rank": 2, "recover": "lora", "recover_steps": 2, **SHORT}
+    asked |= {"recover_batch_size": 1, "recover_length": 64, "recover_checkpoint_every": 1}
+    locum.compress(checkpoint, out=tmp_path / "whole" / "out", **asked)
+    step = Loop.one_step
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "one_step", lambda loop, parts: _press() if loop.step else step(loop, parts))
+        with pytest.raises(KeyboardInterrupt):
+            locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", ".out.recover", ".out.unrecovered"}
+    monkeypatch.setattr("locum.stages.application.Rewriting", None)  # neither calibrates nor applies again
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", None)
+    locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "out"}
+    one, two = (tmp_path / place / "model.safetensors" for place in ("whole/out", "out"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("changed", [{"rank": 1}, {"remove": 0.3}, {"recover_steps": 3}], ids=str)
+def test_compress_trains_what_its_options_make(changed, checkpoint, words, tmp_path, monkeypatch, caplog):
+    asked = {"data": str(words), "remove": 0.4, "rank": 2, "recover": "lora", "recover_steps": 2, **SHORT}
+    asked |= {"recover_batch_size": 1, "recover_length": 64, "recover_checkpoint_every": 1}
+    step = Loop.one_step
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "one_step", lambda loop, parts: _press() if loop.step else step(loop, parts))
+        with pytest.raises(KeyboardInterrupt):
+            locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    locum.compress(checkpoint, out=tmp_path / "out", **asked | changed)
+    assert "interrupted run of something else" in caplog.text
+    locum.compress(checkpoint, out=tmp_path / "whole" / "out", **asked | changed)
+    one, two = (tmp_path / place / "model.safetensors" for place in ("whole/out", "out"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 OTHER_QUESTIONS = [

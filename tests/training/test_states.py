@@ -1,4 +1,5 @@
-"""States of an interrupted training run: taken whole, refused where something is wrong, set aside where unreadable."""
+"""States of an interrupted training run: taken whole, refused where something is wrong, set aside where unreadable or of
+another run."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from locum.errors import CheckpointError, OptionError
+from locum.errors import CheckpointError
 from locum.training.loop import Hooks, open_log
 from locum.training.states import STATE_FILE, load_state
+from making.checkpoints import tree
 from making.tiny_models import tiny_model
-from making.training import Killed, compressed, light, run, tiny_tokens
+from making.training import Killed, compressed, light, run
 
 ASKED = {"how": "lora", "steps": 4, "checkpoint_every": 2}
 
@@ -82,9 +84,6 @@ SPOILED = {
     "a parameter of another": (None, lambda held: held.update({"parameter|x": torch.zeros(2)}), "should be not there"),
     "another shape": (None, of_shape("parameter|", lambda t: t[..., :1].contiguous()), "and should be"),
     "another type": (None, of_shape("exp_avg_sq|", torch.Tensor.double), "float64 and should be .*float32"),
-    "another version": (lambda n: n | {"version": "99"}, None, "its version is '99'"),
-    "no version": (lambda n: {k: v for k, v in n.items() if k != "version"}, None, "its version is None"),
-    "a list": (lambda n: [n], None, "its version is None"),
     "a step beyond the end": (lambda n: n | {"step": 5}, None, "of step 5, and the run has steps 1 to 4"),
     "no step": (lambda n: n | {"step": 0}, None, "of step 0"),
     "a step in words": (lambda n: n | {"step": "2"}, None, "notes are damaged"),
@@ -124,10 +123,29 @@ def test_a_state_that_cannot_be_read_is_set_aside_with_a_word(left, workdir, cap
     assert "cannot be read" in caplog.text and "begins afresh" in caplog.text
 
 
-def test_other_validation_data_is_another_run(workdir):
-    """Losses on one set would be told as those on another."""
-    with pytest.raises(OptionError, match="validation was None and is '3'"):
-        training(workdir, validation=tiny_tokens(2, seed=3))
+def with_identity(**changed):
+    return lambda notes: notes | {"identity": notes["identity"] | changed}
+
+
+OF_ANOTHER = {
+    "another version": (lambda n: n | {"version": "99"}, "its version is '99'"),
+    "no version": (lambda n: {k: v for k, v in n.items() if k != "version"}, "its version is None"),
+    "a list": (lambda n: [n], "its version is None"),
+    "other libraries": (with_identity(versions={"torch": "1.0"}), "versions was {'torch': '1.0'} and is"),
+    "another option": (with_identity(seed=7), "seed was 7 and is 0"),
+    "other validation data": (with_identity(validation="x"), "validation was 'x' and is None"),  # other losses
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER)
+def test_a_state_of_another_run_is_set_aside_whole_with_a_word(name, workdir, caplog):
+    notes, said = OF_ANOTHER[name]
+    change(workdir, notes)
+    before, seen = tree(workdir), []
+    training(workdir, lambda step, *_: seen.append(step))
+    assert seen == [1, 2, 3, 4]
+    assert tree(workdir.with_name("work.aside")) == before and (workdir / STATE_FILE).is_file()
+    assert said in caplog.text and "begins afresh" in caplog.text
 
 
 def test_a_damaged_log_is_gone_on_with_by_the_lines_that_can_be_read(tmp_path):
@@ -135,6 +153,9 @@ def test_a_damaged_log_is_gone_on_with_by_the_lines_that_can_be_read(tmp_path):
     good = ['{"event": "start"}', '{"step": 1, "loss": 2.0}', '{"step": 1, "said": "x\ufffd"}']
     lines = [good[0], good[1], good[2].replace("\ufffd", "\xfc"), '{"step": "2"', '{"step": "two"}', '{"step": []}']
     lines += ["[1]", "3", '{"step": 1e999}', '{"step": 3, "loss": 1.0}']
+    lines += [
+        '{"event": "kept", "kept_step": 2}'
+    ]  # said at the end, by a run that was killed while it saved the result
     log.write_bytes("\n".join(lines).encode("latin-1"))
     hooks = Hooks(lambda step: {}, lambda step: True, lambda batch: None, log=log, header={"options": {}})
     open_log(hooks, 2, 7)

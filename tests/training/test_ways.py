@@ -81,7 +81,7 @@ def test_layout_and_dtypes_are_left_as_they_were(name, dtype):
 
 
 @ways
-def test_an_interrupted_run_ends_in_the_same_bits(name, tmp_path):
+def test_an_interrupted_run_ends_in_the_same_bits(name, tmp_path, caplog):
     case = Case()
     given = {"how": name, "checkpoint_every": 2, "schedule": "cosine", "accumulate": 2}
     whole, summary = case.recover(log=tmp_path / "whole", **given)
@@ -97,8 +97,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(name, tmp_path):
     lines = [[json.loads(line) for line in (tmp_path / log).read_text().splitlines()] for log in ("whole", "parts")]
     steps = [[line | {"seconds": 0} for line in log if line["event"] == "step"] for log in lines]
     assert steps[0] == steps[1] and [line["event"] for line in lines[1]].count("resume") == 1
-    with pytest.raises(OptionError, match="interrupted run of something else: model was"):
-        case.recover(Case(torch.bfloat16).small, workdir=tmp_path / "work", **given)
+    case.recover(Case(torch.bfloat16).small, workdir=tmp_path / "work", **given)
+    assert "interrupted run of something else: model was" in caplog.text
 
 
 @ways

@@ -150,12 +150,25 @@ def save_checkpoint(
     """
     with whole(out, "folder") as folder:
         write(folder)
-        settle_config(folder)
-        tokenizer.save_pretrained(folder)
-        copy_side_files(source, folder)
-        if plan is not None:
-            save_plan(plan, folder / "plan.json")
-        for file in extra:
-            shutil.copyfile(file, folder / file.name)
-        (folder / NOTES).write_text(json.dumps(bare(notes), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        complete_checkpoint(folder, tokenizer, plan, card, source, notes, extra)
+
+
+def complete_checkpoint(
+    folder: Path,
+    tokenizer: Any,
+    plan: Plan | None,
+    card: str,
+    source: Path,
+    notes: dict[str, Any],
+    extra: Iterable[Path] = (),
+) -> None:
+    """Put into a folder that has weights and config whatever else makes it a checkpoint by Locum."""
+    settle_config(folder)
+    tokenizer.save_pretrained(folder)
+    copy_side_files(source, folder)
+    if plan is not None:
+        save_plan(plan, folder / "plan.json")
+    for file in extra:
+        shutil.copyfile(file, folder / file.name)
+    (folder / NOTES).write_text(json.dumps(bare(notes), indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -33,6 +33,7 @@ from ..formats.plain import ENTRIES
 from ..models.conversions import names_in_files, note_conversions, save_as_stock
 from ..models.families import EXPERT_COUNTS, MoeLayer, leave_router_logits, set_expert_count
 from ..plans.plan import KEPT, LayerPlan, Plan
+from ..runs import bytes_begun
 from ..shapes import ModelShape
 from ..stats.sums import LayerStatistics, Statistics
 from .card import describe_size
@@ -46,6 +47,7 @@ from .skeleton import Source
 
 ONE_EXPERT_OF = re.compile(r"(.*\.experts\.)(\d+)(|\..*)$")  # a name by what comes before an expert's number, and after
 SHARD = 5 * 2**30  # bytes of a weight file, at most
+SAVE = 2**30  # bytes after which what is written is saved for the case that the run is interrupted
 PER_TENSOR, AROUND = 256, 2**20  # bytes of a header's entry, and of what is written anew: plan, card, notes
 
 
@@ -56,6 +58,10 @@ class Step:
     entries: dict[str, Entry]
     fill: Callable[[ShardWriter], None]
     layer: str = ""  # where they are the experts of a layer: its name
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
 
 
 class Rewriting:
@@ -82,24 +88,43 @@ class Rewriting:
 
     @property
     def bytes(self) -> int:
-        return sum(entry.nbytes for step in self.steps for entry in step.entries.values())
+        return sum(step.bytes for step in self.steps)
 
     def check_space(self, out: Path, side_files: Iterable[Path] = ()) -> None:
         """Refuse a disk that is too small for it and the files that go along, before anything is written."""
         needed = self.bytes + PER_TENSOR * sum(len(step.entries) for step in self.steps) + AROUND
-        needed, free = needed + sum(file.stat().st_size for file in side_files), free_space(out)
+        needed += sum(file.stat().st_size for file in side_files)
+        free = free_space(out) + bytes_begun(out)
         if free < needed:
             raise OutputError(
                 f"no space left for {out}: it takes {describe_size(needed)}, and {describe_size(free)} are free there; free "
                 f"some, or choose another disk"
             )
 
-    def write(self, folder: Path, limit: int = SHARD, progress: Callable[[str], None] = lambda layer: None) -> None:
-        """Write config and weights into a folder. `progress` is told the name of each of the plan's layers that is done."""
-        writer = ShardWriter(folder, {n: entry for step in self.steps for n, entry in step.entries.items()}, limit)
+    def write(
+        self,
+        folder: Path,
+        limit: int = SHARD,
+        progress: Callable[[str], None] = lambda layer: None,
+        done: int = 0,
+        save: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Write config and weights into a folder. `progress` is told the name of each of the plan's layers that is done.
+
+        `save(number)` is called when so many steps are done: after every layer's experts, and SAVE bytes at the latest. The
+        same rewriting goes on from there in the same folder, given that number as `done`.
+        """
+        entries = {n: entry for step in self.steps for n, entry in step.entries.items()}
+        writer = ShardWriter(folder, entries, limit, {n for step in self.steps[:done] for n in step.entries})
         self.config.save_pretrained(folder)
-        for step in self.steps:
-            step.fill(writer)
+        unsaved = 0
+        for number, step in enumerate(self.steps, start=1):
+            if number > done:
+                step.fill(writer)
+                unsaved += step.bytes
+                if step.layer or unsaved >= SAVE:
+                    save(number)
+                    unsaved = 0
             if self._plan.layer(step.layer) is not None:
                 progress(step.layer)
         writer.finish()

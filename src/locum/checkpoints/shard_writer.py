@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..formats.plain import ENTRY_BYTES
 from .weight_files import INDEX, WEIGHTS
 
@@ -37,12 +38,16 @@ class Entry:
 class ShardWriter:
     """The weight files of a new folder: one, or several of at most `limit` bytes of tensors and an index.
 
-    A tensor that is larger than the limit has a file of its own.
+    A tensor that is larger than the limit has a file of its own. Tensors that are `written` are there already, by a writer
+    of the same entries and limit.
     """
 
-    def __init__(self, folder: Path, entries: Mapping[str, Entry], limit: int) -> None:
+    def __init__(
+        self, folder: Path, entries: Mapping[str, Entry], limit: int, written: Collection[str] = frozenset()
+    ) -> None:
         self._places: dict[str, tuple[Path, int]] = {}
-        self._left = {name: entry.nbytes for name, entry in entries.items()}
+        self._left = {name: 0 if name in written else entry.nbytes for name, entry in entries.items()}
+        self._is_begun = bool(written)
         shards = _shared_out(entries, limit)
         for number, shard in enumerate(shards):
             name = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
@@ -61,9 +66,13 @@ class ShardWriter:
             header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [places[name], end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         text += b" " * (-len(text) % ALIGNED)
-        with file.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + end)
+        head = struct.pack("<Q", len(text)) + text
+        if self._is_begun:
+            _check_laid_out(file, head, len(head) + end)
+        else:
+            with file.open("wb") as stream:
+                stream.write(head)
+                stream.truncate(len(head) + end)
         self._places |= {name: (file, 8 + len(text) + begin) for name, begin in places.items()}
 
     def write(self, name: str, pieces: Iterable[Any], begin: int = 0) -> None:
@@ -81,6 +90,17 @@ class ShardWriter:
         """What nobody wrote would be zeros. That is a fault of the caller's."""
         if wrong := sorted(name for name, left in self._left.items() if left):
             raise AssertionError(f"{len(wrong)} tensors were not written once and whole (first: {wrong[0]})")
+
+
+def _check_laid_out(file: Path, head: bytes, size: int) -> None:
+    """A file that was begun must be what its writer made of it."""
+    if file.is_file() and file.stat().st_size == size:
+        with file.open("rb") as stream:
+            if stream.read(len(head)) == head:
+                return
+    raise CheckpointError(
+        f"{file}, which an interrupted run had begun, was changed since; run it again, from the start"
+    )
 
 
 def _shared_out(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:

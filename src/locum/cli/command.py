@@ -23,7 +23,7 @@ from .shown import say
 from .system_errors import in_words
 
 SPLIT = ("calibrate", "eval")  # what several ranks do together
-RESUMABLE = ("calibrate", "search", "compress", "recover")
+RESUMABLE = ("calibrate", "search", "apply", "compress", "recover")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..budgets.target import parse_size
-from ..checkpoints.application import save_checkpoint
+from ..checkpoints.application import complete_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.card_data import card_data
 from ..checkpoints.convert import check_openable
+from ..checkpoints.notes import read_notes
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.rewrite import Rewriting
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import check_loadable, open_source, shape_in
 from ..containers.build import check_statistics
-from ..errors import PlanError, StatisticsError
-from ..files import check_output, provenance
+from ..errors import CheckpointError, PlanError, StatisticsError
+from ..files import check_output, fingerprint, provenance
 from ..models.families import opening_class
 from ..places import name_of, remember
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
+from ..runs import resumable
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from .options import MOST_SEED, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
 from .planning import statistics_behind
+
+DECISIVE = ("original_fingerprint", "plan", "statistics", "seed")  # notes on which every byte of the weights depends
 
 
 @alone
@@ -43,9 +48,26 @@ def apply(
 ) -> Path:
     """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card.
 
-    Files are rewritten, an expert at a time; what the plan does not touch keeps its bytes.
+    Files are rewritten, an expert at a time; what the plan does not touch keeps its bytes. An interrupted run goes on after
+    the last layer that was done when the same command is given again.
     """
-    model = Path(model)
+    options = {"plan": plan, "statistics": statistics, "shard_size": shard_size, "seed": seed, "progress": progress}
+    return carry_out(Path(model), out=out, force=force, **options)
+
+
+def carry_out(
+    model: Path,
+    *,
+    plan: Path | Plan,
+    out: Path | None,
+    statistics: Path | Statistics | None,
+    shard_size: str = "5GiB",
+    seed: int,
+    force: bool,
+    progress: Progress,
+    again: bool = True,
+) -> Path:
+    """The work of `apply`. Unless it is to be done `again`, an output that is the same plan carried out already is left as it is."""
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
     check_number("seed", seed, 0, MOST_SEED)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -59,6 +81,16 @@ def apply(
     observed = statistics_for(decided, statistics, model, beside) if decided.needs else None
     tokenizer = load_tokenizer(model)
     check_loadable(model, source)
+    made = provenance(
+        original=name_of(model),
+        original_fingerprint=fingerprint_checkpoint(model),
+        original_shape=shape.to_json(),
+        plan=decided.id,
+        seed=seed,
+        **({} if observed is None else {"statistics": observed.id}),
+    )
+    if not again and is_made(out, made):
+        return out
     rewriting = Rewriting(source, shape, decided, observed, seed)
     rewriting.check_space(out, along)
     count, told = 0, timed(progress)
@@ -68,18 +100,23 @@ def apply(
         count += 1
         told("apply", count, len(decided.layers))
 
-    made = provenance(
-        original=name_of(model),
-        original_fingerprint=fingerprint_checkpoint(model),
-        original_shape=shape.to_json(),
-        plan=decided.id,
-        seed=seed,
-    )
     remember(made["original_fingerprint"], model)
     opens = opening_class(source.config)
     card = model_card(decided, shape, out.name, made, opens, card_data(model, opens))
-    save_checkpoint(lambda folder: rewriting.write(folder, most, step), tokenizer, out, decided, card, model, made)
+    files = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in source.files]
+    asked = {**{name: made.get(name) for name in DECISIVE}, "shard_size": most, "files": fingerprint(*files)}
+    with resumable(out, asked) as work:
+        rewriting.write(work.folder, most, step, work.done, work.save)
+        complete_checkpoint(work.folder, tokenizer, decided, card, model, made)
     return out
+
+
+def is_made(out: Path, made: dict[str, Any]) -> bool:
+    """Whether a folder is what would be made now, by its notes; its plan says by which command it was made."""
+    with contextlib.suppress(CheckpointError):
+        notes = read_notes(out)
+        return all(notes.get(name) == made.get(name) for name in (*DECISIVE, "versions", "command"))
+    return False
 
 
 def statistics_for(plan: Plan, statistics: Path | Statistics | None, model: Path, beside: Path) -> Statistics:

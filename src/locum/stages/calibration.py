@@ -23,7 +23,7 @@ from ..files import check_output, clear, existing_folder, free_space
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
 from ..places import name_of, remember
-from ..runs import set_aside
+from ..runs import beside, other_versions, set_aside
 from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
@@ -196,7 +196,7 @@ def with_defaults(also: Sequence[str]) -> tuple[str, ...]:
 def partial_of(out: Path) -> Path:
     """What an interrupted pass left beside its output. Each of several ranks has one of its own."""
     of_rank = f"-{ranks.number()}-of-{ranks.count()}" if ranks.count() > 1 else ""
-    return out.with_name(f".{out.name}.partial{of_rank}")
+    return beside(out, f"partial{of_rank}")
 
 
 def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Statistics | None:
@@ -206,6 +206,7 @@ def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Stat
     try:
         start = load_statistics(path)
         check_start(start, subject.origin, asked, len(subject.blocks))
+        _check_versions(start)
     except StatisticsError as error:
         set_aside(path, f"{path} cannot be gone on from: {_first_part(error)}")
         return None
@@ -219,6 +220,7 @@ def finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics
     try:
         statistics = load_statistics(path)
         differ = statistics.unlike(origin, asked)
+        _check_versions(statistics)
         missing = sorted(set(asked["needs"]) - set(statistics.names))
         if missing and not differ:
             differ = f"it lacks {', '.join(missing)}"
@@ -228,6 +230,12 @@ def finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics
         set_aside(path, f"{path} cannot be used again: {differ}")
         return None
     return statistics
+
+
+def _check_versions(statistics: Statistics) -> None:
+    """Raise StatisticsError where other versions made these: their last bits may differ."""
+    if differ := other_versions(statistics.provenance.get("versions")):
+        raise StatisticsError(f"other versions made it: {differ}")
 
 
 def _first_part(error: StatisticsError) -> str:

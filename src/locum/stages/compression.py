@@ -9,18 +9,19 @@ from typing import Annotated, Any
 from ..checkpoints.read import fingerprint_checkpoint
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
-from ..errors import OptionError
+from ..errors import LocumError, OptionError
 from ..files import check_output, clear
 from ..measure.removals import SAMPLE
 from ..methods import Method, SearchingMethod
 from ..places import name_of, remember
 from ..plans.plan import Plan, with_provenance
+from ..runs import beside
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
 from ..training.recovery import check_fits
 from . import kept
-from .application import apply
+from .application import apply, carry_out
 from .calibration import calibrate, finished, read_text
 from .options import (
     MOST_SEED,
@@ -94,7 +95,7 @@ def compress(
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not chosen.needs():
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
-    keep = Path(statistics) if statistics is not None else out.with_name(f".{out.name}.statistics.safetensors")
+    keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
     if statistics is None:
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample)
@@ -162,15 +163,16 @@ def _finish(
     progress: Progress,
 ) -> Path:
     """Apply a plan and train the result if asked to; `out` appears when both are done."""
-    draft = out.with_name(f".{out.name}.unrecovered")
     asked = {"plan": decided, "statistics": statistics, "seed": seed, "progress": progress}
+    if recovery is None:
+        return apply(model, out=out, force=force, **asked)
+    draft = beside(out, "unrecovered")
     try:
-        if recovery is None:
-            return apply(model, out=out, force=force, **asked)
         check_fits(recovery.way, decided, "--recover")
-        apply(model, out=draft, force=True, **asked)
+        carry_out(model, out=draft, force=True, again=False, **asked)
         training = {"data": data, "original": model, "device": device, "progress": progress, **recovery.to_json()}
         recover_stage(draft, out=out, force=force, **training)
         return out
-    finally:
-        clear(draft)  # also that of a run that was killed
+    except LocumError:
+        clear(draft)
+        raise

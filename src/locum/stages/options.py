@@ -21,7 +21,7 @@ import torch
 from .. import ranks
 from ..errors import OptionError
 from ..files import watched
-from ..runs import reserved
+from ..runs import clear_states, is_reserved, reserved
 
 MOST_SEED = 2**31 - 1
 OUTPUTS = ("out", "picture")  # parameters of stages that say where to write
@@ -62,7 +62,7 @@ Stage = TypeVar("Stage", bound=Callable[..., Any])
 def alone(stage: Stage) -> Stage:
     """A stage beside which no other run writes to its outputs: reserved before they are looked at, and until the end.
     What a program that is no run puts there meanwhile stays, unless `force`. Runs that `append` to one file take turns in
-    writing alone."""
+    writing alone. A stage that ends well removes what it had kept to go on from, and what runs before it had."""
 
     parameters = inspect.signature(stage).parameters
     defaults = {name: parameters[name].default for name in OUTPUTS if name in parameters}
@@ -70,12 +70,17 @@ def alone(stage: Stage) -> Stage:
     @functools.wraps(stage)
     def run(*given: Any, **options: Any) -> Any:
         outputs = [options.get(name, default) for name, default in defaults.items() if not options.get("append")]
+        outputs = [Path(out) for out in outputs if isinstance(out, (str, Path)) and ranks.is_first()]
+        own = [out for out in outputs if not is_reserved(out)]
         with contextlib.ExitStack() as stack:
-            for out in (out for out in outputs if isinstance(out, (str, Path)) and ranks.is_first()):
+            for out in outputs:
                 stack.enter_context(reserved(out))
                 if not options.get("force", False):
                     stack.enter_context(watched(out))
-            return stage(*given, **options)
+            result = stage(*given, **options)
+            for out in own:
+                clear_states(out)
+            return result
 
     return run  # type: ignore[return-value]
 

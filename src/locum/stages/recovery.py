@@ -24,6 +24,7 @@ from ..models.families import opening_class
 from ..models.stored import write_model
 from ..places import name_of
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
+from ..runs import beside
 from ..shapes import ModelShape
 from ..training.context import Original
 from ..training.options import DEFAULT_WAY, make_recovery
@@ -88,7 +89,7 @@ def recover(
     )
     live = load_model(model, device=device)
     unchanged = Original.of(load_model(source, dtype=live.dtype, device=device)) if is_read else None
-    workdir = out.with_name(f".{out.name}.recover")
+    workdir = beside(out, "recover")
     try:
         live, summary = recover_model(
             live,
@@ -111,7 +112,6 @@ def recover(
     base = _base_of(model, decided, notes) if adapter_only else None
     notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
     _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
-    forget(workdir)
     return {"out": str(out), **summary}
 
 

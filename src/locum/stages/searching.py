@@ -11,12 +11,13 @@ from ..checkpoints.convert import check_openable
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
 from ..errors import OptionError, UnsupportedModel
-from ..files import check_output, clear, provenance
+from ..files import check_output, clear, provenance, versions
 from ..json_text import parse_json
 from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
 from ..methods import Method, SearchingMethod
+from ..runs import beside
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
 from ..stats.events import SearchEvent
@@ -90,7 +91,7 @@ def search(
     scratch = room_for(shape, with_defaults(to_collect(chosen)), domains, out)
     subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
-    calibrated = out.with_name(f".{out.name}.calibrated")
+    calibrated = beside(out, "calibrated")
     needs = with_defaults(to_collect(chosen))
     statistics = finished(calibrated, subject.origin, question(needs, batch_size))
     if statistics is None:
@@ -98,7 +99,8 @@ def search(
         save_statistics(statistics, calibrated)
         clear(partial_of(calibrated))
     explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
-    answers = RememberedAnswers(explorer, out.with_name(f".{out.name}.answers"), {**subject.origin.words(), **asked})
+    question_now = {**subject.origin.words(), **asked, "versions": versions()}
+    answers = RememberedAnswers(explorer, beside(out, "answers"), question_now)
     try:
         found = chosen.explore(answers, timed(progress))
     except BaseException:
@@ -111,8 +113,6 @@ def search(
         provenance={**statistics.provenance, **provenance(sample=sample)},
     )
     keep(result, out)
-    for left in (calibrated, answers.path):
-        clear(left)
     return result
 
 

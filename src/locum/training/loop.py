@@ -289,8 +289,10 @@ def open_log(hooks: Hooks, step: int, trainable: int) -> None:
 
 
 def _logged_step(line: str) -> float:
+    """The step that a line tells of. What a run says at its end is said again by the run that goes on."""
     try:
-        return float(parse_json(line).get("step", 0))
+        entry = parse_json(line)
+        return math.inf if entry.get("event") == "kept" else float(entry.get("step", 0))
     except (ValueError, AttributeError, TypeError, OverflowError):  # such as one that a killed run was writing
         return math.inf
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.tokens import Tokens
 from ..errors import OptionError, UnsupportedModel
-from ..files import fingerprint, provenance
+from ..files import fingerprint, provenance, versions
 from ..plans.plan import Plan
 from .context import Context, Original
 from .loop import Hooks, accelerated, train, validation_loss
@@ -124,7 +124,7 @@ def _identity(context: Context, options: Recovery, tokens: Tokens, validation: T
     samples = [part for name, tensor in context.model.state_dict().items() for part in (name, sample(tensor))]
     plan = None if context.plan is None else context.plan.id
     data = {"data": tokens.fingerprint, "validation": None if validation is None else validation.fingerprint}
-    return {**tracked, **data, "model": fingerprint(*samples), "plan": plan}
+    return {**tracked, **data, "model": fingerprint(*samples), "plan": plan, "versions": versions()}
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:

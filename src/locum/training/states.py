@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OptionError
-from ..files import read_tensors, whole
+from ..errors import CheckpointError
+from ..files import clear, read_tensors, whole
 from ..json_text import parse_json
 from ..runs import differences, set_aside
 
@@ -97,8 +97,8 @@ def sample(tensor: Tensor) -> bytes:
 def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
     """The state an interrupted run left in `workdir`, or a fresh one.
 
-    A file that cannot be read is set aside. Raises OptionError for another run's, and CheckpointError for one that can
-    be read and does not hold what a state holds: it may be of another version of Locum, and hours behind it.
+    Another run's is set aside with its log, and so is a file that cannot be read. Raises CheckpointError for one that
+    answers what is asked and does not hold what a state holds: there may be hours behind it.
     """
     if workdir is None or not (workdir / STATE_FILE).exists():
         return State()
@@ -112,17 +112,20 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
     except (SafetensorError, KeyError, ValueError) as error:
         set_aside(path, f"{path} cannot be read ({error!r})")
         return State()
-    if not isinstance(notes, dict) or notes.get("version") != STATE_VERSION:
-        version = notes.get("version") if isinstance(notes, dict) else None
-        raise _unfit(path, f"its version is {version!r} and should be {STATE_VERSION!r}")
-    theirs = notes.get("identity")
-    if differ := differences(theirs if isinstance(theirs, dict) else {}, identity):
-        raise OptionError(
-            f"{workdir} holds an interrupted run of something else: {differ}; give what that run was given to resume "
-            f"it, or --restart (restart=True) to discard it"
-        )
+    if differ := _unlike(notes, identity):
+        set_aside(workdir, f"{workdir} is of an interrupted run of something else: {differ}")
+        return State()
     best = {key.removeprefix("best|"): tensors.pop(key) for key in list(tensors) if key.startswith("best|")}
     return _checked(State(path=path, tensors=tensors, **_fields(path, notes, best)), identity.get("steps"))
+
+
+def _unlike(notes: Any, identity: dict[str, Any]) -> str:
+    """How the run that left a state differs from this one, in words."""
+    notes = notes if isinstance(notes, dict) else {}
+    if (version := notes.get("version")) != STATE_VERSION:
+        return f"its version is {version!r} and should be {STATE_VERSION!r}"
+    theirs = notes.get("identity")
+    return differences(theirs if isinstance(theirs, dict) else {}, parse_json(json.dumps(identity)))
 
 
 def _fields(path: Path, notes: dict[str, Any], best: dict[str, Tensor]) -> dict[str, Any]:
@@ -158,4 +161,5 @@ def _unfit(path: Path | None, why: str) -> CheckpointError:
 
 def forget(workdir: Path) -> None:
     """Remove the work folder of a run whose result is safe."""
-    shutil.rmtree(workdir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        clear(workdir)
