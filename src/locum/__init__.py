@@ -29,6 +29,7 @@ from .shapes import LayerShape, ModelShape
 from .speed.bench import bench
 from .stages.application import apply
 from .stages.calibration import calibrate
+from .stages.cleaning import clean
 from .stages.compression import compress
 from .stages.evaluation import evaluate
 from .stages.inspection import inspect
@@ -63,6 +64,7 @@ __all__ = [
     "bench",
     "calibrate",
     "catalogue",
+    "clean",
     "compress",
     "demo",
     "diff",

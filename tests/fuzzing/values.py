@@ -33,6 +33,7 @@ LINES = {
     "bench": "bench pruned --prompt 4 --new-tokens 2 --batch-sizes 1 --rounds 1 --out out.json --json",
     "report": "report results.jsonl --out out.html --json",
     "export": "export small --to stock --out out --json",
+    "clean": "clean out --json",
 }
 SLOW = ("verify", "bench")  # each starts processes of its own that import everything: drawn an eighth as often
 NOT_TRIED = (("demo", "steps"),)  # what it accepts takes a minute

@@ -69,6 +69,7 @@ COMMANDS = {
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --stream "
     "--tokens",
+    "clean": "[OUTPUTS]... --json",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
@@ -91,6 +92,7 @@ FUNCTIONS = {
     "apply": locum.apply,
     "bench": locum.bench,
     "calibrate": locum.calibrate,
+    "clean": locum.clean,
     "compress": locum.compress,
     "demo": locum.demo,
     "eval": locum.evaluate,

@@ -24,6 +24,7 @@ SEARCH = (
 COMPRESS = "compress {model} --data {words} --length 64 --batch-size 2 --remove 0.4 --rank 2 --recover annealed --recover-steps 12 --out small"
 RECOVER = "recover {small} --data {words} --length 64 --batch-size 2 --steps 12 --checkpoint-every 2 --out recovered"
 PARTIAL, WORKDIR, KEPT = ".out.safetensors.partial", ".recovered.recover", ".small.statistics.safetensors"
+BEGUN, DRAFT = ".small.part-kept", ".small.unrecovered"
 
 
 @pytest.fixture
@@ -119,11 +120,11 @@ def interrupted(patch, arguments, sign=signal.SIGINT):
     ("patch", "line", "kept"),
     [
         (AFTER_BATCHES, CALIBRATE, [PARTIAL]),
-        (IN_SAVING, "apply {model} --plan {plan} --out small", []),
+        (IN_SAVING, "apply {model} --plan {plan} --out small", [BEGUN]),
         (AFTER_STEPS, RECOVER, [WORKDIR]),
         (IN_EVALUATION, "eval {small} --data {words} --out results.jsonl", []),
         (AFTER_ANSWERS, SEARCH, [".stats.answers", ".stats.calibrated"]),
-        (AFTER_STEPS, COMPRESS, [KEPT]),
+        (AFTER_STEPS, COMPRESS, [KEPT, DRAFT]),
         (IN_AN_ENGINE, "verify {small} --engine transformers", []),
     ],
     ids=["calibrate", "apply", "recover", "eval", "search", "compress", "verify"],
@@ -140,6 +141,9 @@ def test_ctrl_c(patch, line, kept, fill, tmp_path):
         _goes_on_to_the_same_statistics(fill(line), tmp_path)
     elif name == "recover":
         _goes_on_to_the_same_weights(fill(line), tmp_path)
+    elif name == "apply":
+        assert command(*fill(line)).exit_code == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
@@ -149,7 +153,7 @@ def test_a_polite_signal_is_ctrl_c(sign, fill, tmp_path):
     assert (code, said.count("\n")) == (2, 1) and said.startswith(
         "locum apply: error: interrupted; nothing half-written"
     )
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [BEGUN]
 
 
 def _goes_on_to_the_same_statistics(arguments, folder):
@@ -190,7 +194,7 @@ def _goes_on_to_the_same_weights(arguments, folder):
             "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small",
         ),
         (
-            "locum.stages.application.save_checkpoint",
+            "locum.stages.application.resumable",
             "compress {model} --data {words} --length 64 --remove 0.4 --rank 2 --out small",
         ),
         (
@@ -233,7 +237,7 @@ def test_ctrl_c_before_the_first_state_keeps_nothing(fill, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_recovery_that_was_interrupted_as_something_else_says_so(fill, tmp_path, monkeypatch):
+def test_recovery_that_was_interrupted_as_something_else_says_so(fill, tmp_path, monkeypatch, caplog):
     step, done = sys.modules["locum.training.loop"].Loop.one_step, []
 
     def press(self, parts):
@@ -245,13 +249,11 @@ def test_recovery_that_was_interrupted_as_something_else_says_so(fill, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["locum.training.loop"].Loop, "one_step", press)
         assert command(*fill(RECOVER)).exit_code == 2
-    before = tree(tmp_path)
-    other = command(*fill(RECOVER), "--seed", 3)
-    assert other.exit_code == 2
-    assert "interrupted run of something else: seed was 0 and is 3" in other.stderr
-    assert "--restart" in other.stderr
-    assert tree(tmp_path) == before
-    assert command(*fill(RECOVER), "--seed", 3, "--restart").exit_code == 0
+    assert command(*fill(RECOVER), "--seed", 3).exit_code == 0
+    assert "interrupted run of something else: seed was 0 and is 3; it was set aside" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"recovered", f"{WORKDIR}.aside"}
+    assert command("clean", "recovered").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"recovered"}
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ..registries import catalogue, show
 from ..speed.bench import bench
 from ..stages.application import apply
 from ..stages.calibration import calibrate
+from ..stages.cleaning import clean
 from ..stages.compression import PREFIX, compress
 from ..stages.evaluation import evaluate
 from ..stages.inspection import inspect
@@ -160,6 +161,7 @@ cli.add_section(
         "write it for llama.cpp, vLLM alone, or any stock engine",
         choices=[Choice("to", TARGETS)],
     ),
+    Command("clean", clean, results.show_leftovers, "what interrupted runs left beside outputs, and away with it"),
 )
 
 

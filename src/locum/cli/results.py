@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,18 @@ def show_statistics(result: Any, as_json: bool) -> None:
 
 def show_path(result: Any, as_json: bool) -> None:
     emit({"out": str(result)}, as_json, lambda d: click.echo(d["out"]))
+
+
+def show_leftovers(rows: list[dict[str, Any]], as_json: bool) -> None:
+    def human(_: Any) -> None:
+        for row in rows:
+            say(f"{'removed' if row['removed'] else 'found'} {row['path']} ({describe_size(row['bytes'])})")
+        if outputs := dict.fromkeys(row["output"] for row in rows if not row["removed"]):
+            say(f"the same commands go on from what they left; to remove it: locum clean {shlex.join(outputs)}")
+        if not rows:
+            say("nothing was left by interrupted runs")
+
+    emit(rows, as_json, human)
 
 
 def show_summary(result: dict[str, Any], as_json: bool) -> None:
