@@ -9,7 +9,7 @@ SPREAD := --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz check fix install clean
+.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz kill-test check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -134,6 +134,11 @@ bench: $(READY)
 # goes on where a run ended early.
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m fuzzing $(FUZZ)
+
+# Commands of every stage, killed 100 times at random moments and given again; exit code 1 where an output is wrong or lost. Some
+# 10 minutes on a core. `make kill-test KILL="--only 17"` shows one trial, KILL=--resume goes on where a run ended early.
+kill-test: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m killing $(KILL)
 
 # On a machine with a CUDA device (without one it says so): whether the container is right there, how fast, what memory it
 # takes, and whole models; then the Triton kernels' own tests. PART=speed runs one part. Where there is no environment, the
