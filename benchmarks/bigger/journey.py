@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--measured", type=int, default=2048, help="tokens of evaluation")
-    parser.add_argument("--dtype", default="float32", help="to compute in")
+    parser.add_argument("--precision", default="fp32", help="to compute in")
     parser.add_argument("--out", type=Path, help="append a line for every stage")
     options = parser.parse_args()
     here, original = options.workdir, options.workdir / "original"
@@ -65,7 +65,7 @@ def main() -> None:
         random_checkpoint(original, "qwen2_moe", QWEN | {"num_hidden_layers": options.layers})
     shape, speed = read_shape(original), rate()
     data = [word for source in reference_data() for word in ("--data", source)]
-    run = ["--stream", "--dtype", options.dtype]
+    run = ["--stream", "--precision", options.precision]
     statistics, small = here / "statistics.safetensors", {"prune": here / "prune", "lightmoe": here / "lightmoe"}
 
     def stage(name: str, *words: Any, read: int = 0, written: int = 0, tokens: int = 0, passes: int = 1) -> None:

@@ -61,6 +61,23 @@ def test_statistics_are_those_of_the_whole_model(checkpoint, two, tmp_path, held
     assert streamed.domains == whole.domains == ("one", "two") and streamed.tokens == whole.tokens > 2500
 
 
+def test_another_precision_is_the_same_streamed_or_not(checkpoint, two, tmp_path):
+    """And is part of the question: nothing of a pass in another one is gone on from."""
+    asked = {"data": two, "tokens": 1000, "length": 64, "precision": "bf16"}
+    whole, streamed = (locum.calibrate(checkpoint, out=tmp_path / f"{s}", stream=s, **asked) for s in (False, True))
+    assert_same(whole, streamed)
+    assert whole.asked["dtype"] == "bfloat16"
+    narrow = locum.calibrate(checkpoint, out=tmp_path / "auto", **asked | {"precision": "auto"})
+    assert "dtype" not in narrow.asked and narrow.unlike(whole.origin, whole.asked)
+    name = next(iter(whole.layers))
+    assert not torch.equal(whole.layers[name]["gate_sum"], narrow.layers[name]["gate_sum"])
+    rows = [locum.evaluate(checkpoint, stream=s, **asked | {"split": "all"}) for s in (False, True)]
+    assert [row.value for row in rows[0]] == [row.value for row in rows[1]]
+    assert rows[0][0].provenance["precision"] == "bf16"
+    with pytest.raises(OptionError, match="--precision is 'fp31'; allowed: auto, fp32"):
+        locum.calibrate(checkpoint, out=tmp_path / "x", **asked | {"precision": "fp31"})
+
+
 def test_an_interrupted_pass_goes_on_streamed_or_not(checkpoint, two, tmp_path, monkeypatch):
     monkeypatch.setattr("locum.models.layer_major.HELD", 3 * states_of(checkpoint, 2 * 64))
     asked = {"data": two, "tokens": 3000, "length": 64, "batch_size": 2, "out": tmp_path / "out"}

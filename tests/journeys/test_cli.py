@@ -67,14 +67,14 @@ COMMANDS = {
     "apply": "MODEL --force --json --out --plan --seed --shard-size --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
-    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --seed --split --stream "
-    "--tokens",
+    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --precision --seed --split "
+    "--stream --tokens",
     "clean": "[OUTPUTS]... --json",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --append --batch-size --card --data --device --force --json --length --limit --name --out "
-    "--resamples --seed --split --stream --task-path --tasks --tokens",
+    "--precision --resamples --seed --split --stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",

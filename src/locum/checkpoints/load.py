@@ -76,10 +76,10 @@ def _from_pretrained(
         ) from error
 
 
-def open_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:
+def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A stock or pruned checkpoint as a live model with stock experts. Raises as `load_model`, and UnsupportedModel."""
     check_openable(path, "give the original checkpoint")
-    model = load_model(path, device=device)
+    model = load_model(path, dtype, device)
     return open_containers(model) if layouts_of(path) else model
 
 

@@ -23,26 +23,32 @@ from transformers.utils import logging
 from ..errors import CheckpointError, UnsupportedModel
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored
+from .load import set_dtype
 from .read import data_start, first_line
 from .skeleton import Source, check_loadable, open_source
 from .tensors import open_tensors
 from .weight_files import is_adapter
 
 
-def stream_model(path: str | Path, device: str = "cpu") -> PreTrainedModel:
-    """A checkpoint as a live model in eval mode whose decoder layers get their weights one at a time (models/layer_major.py).
+def stream_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A checkpoint as a live model in eval mode whose decoder layers get their weights one at a time (models/layer_major.py), in
+    this dtype or that of the checkpoint.
 
     Raises as `load_model`, and UnsupportedModel for an adapter and for a model whose layers are in no one stack.
     """
     path = Path(path)
-    source = open_source(path)
+    source = open_source(path, dtype)
     if is_adapter(path):
         raise UnsupportedModel(
             f"{path} is an adapter, which is not streamed; leave --stream out, or merge it into its base"
         )
     check_loadable(path, source)
     model = source.model
-    note_stored(model, source.files)
+    if dtype is None:
+        note_stored(model, source.files)
+    else:
+        model.config.dtype = dtype
+        set_dtype(model, dtype)
     layers = LayersOfFiles(path, source, device)
     setattr(model, NOTE, layers)
     return model.eval()

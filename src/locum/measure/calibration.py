@@ -58,6 +58,7 @@ def calibrate(
     save_every: int = 50,
     start: Statistics | None = None,
     scratch: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Statistics:
     """Statistics of every MoE layer of a model over these tokens, per domain. Padding is left out; prompts count.
 
@@ -66,14 +67,14 @@ def calibrate(
     `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches, and must not keep them: the next batch adds to
     them. To go on from there, pass what it saved as `start`. With a folder as `scratch`, Gram matrices lie in files without a
-    name there, and not in memory. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
+    name there, and not in memory. `dtype` is that of the model, where the checkpoint has another. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
     Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
     for a bad option and StatisticsError for a `start` that belongs to something else.
     """
     needs = check_needs(needs)
-    asked = question(needs, batch_size)
+    asked = question(needs, batch_size, dtype)
     for name, value in (("batch_size", batch_size), ("save_every", save_every)):
         if value < 1:
             raise OptionError(f"{name} is {value!r}; allowed: whole numbers from 1")
@@ -228,9 +229,11 @@ def _batches(tokens: Tokens, order_B: Tensor, batch_size: int) -> Iterator[tuple
 # --- where it comes from ----------------------------------------------------------------------------------------
 
 
-def question(needs: tuple[str, ...], batch_size: int) -> dict[str, Any]:
-    """What the numbers of a pass depend on, beside its origin; the last bits depend on the batches."""
-    return {"needs": sorted(needs), "batch_size": batch_size}
+def question(needs: tuple[str, ...], batch_size: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What the numbers of a pass depend on, beside its origin; the last bits depend on the batches. `dtype` is that in which a
+    model computes that has another."""
+    asked = {"needs": sorted(needs), "batch_size": batch_size}
+    return asked if dtype is None else {**asked, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def check_start(start: Statistics, origin: Origin, asked: Mapping[str, Any], num_blocks: int) -> None:

@@ -27,9 +27,9 @@ from ..checkpoints.skeleton import check_vocabularies, read_shape
 from ..engines.engines import last_words
 from ..errors import EngineError, OptionError
 from ..files import check_output, or_else_printed, provenance, write_text
-from ..formats.plain import COMPUTE_DTYPES
 from ..json_text import parse_json
 from ..places import name_of
+from ..stages.opening import Precision, dtype_of
 from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
 from . import page
 
@@ -47,7 +47,7 @@ def bench(
     new_tokens: Annotated[int, Help("tokens to generate after each prompt")] = 32,
     batch_sizes: Annotated[Sequence[int], Help("prompts at a time; may be given several times")] = (1, 8),
     rounds: Annotated[int, Help("times that everything is measured")] = 5,
-    precision: Annotated[str, Help("auto (as the checkpoint has it), fp32, bf16 or fp16")] = "auto",
+    precision: Precision = "auto",
     threads: Annotated[int | None, Help("threads of the processor; default: as many as PyTorch takes")] = None,
     device: Device = "auto",
     out: Out = None,
@@ -101,8 +101,7 @@ def _check(settings: dict[str, Any]) -> None:
         raise OptionError("--batch-sizes names no number of prompts; give at least one, such as 1")
     for size in settings["batch_sizes"]:
         check_number("batch-sizes", size, 1)
-    if settings["precision"] not in ("auto", *COMPUTE_DTYPES):
-        raise OptionError(f"--precision is {settings['precision']!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
+    dtype_of(settings["precision"])
 
 
 def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that the processes say, by model, and by model, implementation and number of prompts."""
     how = {"ids": ids, "prompt": settings["prompt"], "threads": settings["threads"], "device": settings["device"]}
-    how["dtype"] = "auto" if settings["precision"] == "auto" else str(COMPUTE_DTYPES[settings["precision"]])[6:]
+    how["dtype"] = str(dtype_of(settings["precision"]) or "auto").removeprefix("torch.")
     loaded, work, told = {}, {}, {name: [] for name in workers}
     for number, (name, ask) in enumerate(workers.items()):
         progress("bench: loading", number, len(workers))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
+import torch
 from transformers import PreTrainedModel
 
 from .. import ranks
@@ -28,7 +29,7 @@ from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics, check_needs, is_pooled, nbytes
-from .opening import Stream, check_stock, is_to_stream, open_to_run
+from .opening import Precision, Stream, check_stock, dtype_of, is_to_stream, open_to_run
 from .options import (
     BatchSize,
     Data,
@@ -68,6 +69,7 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "auto",
     stream: Stream = None,
+    precision: Precision = "auto",
     force: Force = False,
     progress: Progress = silent,
 ) -> Statistics:
@@ -84,11 +86,12 @@ def calibrate(
     shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")
     scratch = room_for(shape, needs, len({source.domain for source in parse_sources(data)}), out)
-    streamed = is_to_stream([model], stream, device)
+    dtype = dtype_of(precision)
+    streamed = is_to_stream([model], stream, device, dtype)
     if streamed:
         check_stock(model)
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
-    subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
+    subject = prepare(model, shape, data, device=device, streamed=streamed, dtype=dtype, **cut)
     statistics = observe(subject, needs, out, batch_size=batch_size, scratch=scratch, progress=progress)
     if ranks.is_first():
         keep(statistics, out)
@@ -135,6 +138,7 @@ class Subject:
     blocks: Tokens
     origin: Origin
     words: dict[str, object]  # for provenance
+    dtype: torch.dtype | None = None  # that was asked for; None: as the checkpoint has it
 
 
 def prepare(
@@ -148,11 +152,13 @@ def prepare(
     seed: int,
     device: str,
     streamed: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Subject:
     """Tokenise the text, then open the model. `shape` is that of its files."""
     blocks, origin = read_text(model, shape, data, split=split, length=length, tokens=tokens, seed=seed)
     words = {"model": name_of(model), "sources": list(blocks.sources), "seed": seed}
-    return Subject(open_to_run(model, streamed, device, whole=open_model), blocks, origin, words)
+    live = open_to_run(model, streamed, device, whole=open_model, dtype=dtype)
+    return Subject(live, blocks, origin, words, dtype)
 
 
 def read_text(model: Path, shape: ModelShape, data: Sequence[str], **cut: Any) -> tuple[Tokens, Origin]:
@@ -183,8 +189,9 @@ def observe(
         provenance=subject.words,
         progress=lambda done, total: progress("calibrate", done, total),
         on_batch=lambda so_far: save_statistics(so_far, partial),
-        start=_left_behind(partial, subject, question(needs, batch_size)),
+        start=_left_behind(partial, subject, question(needs, batch_size, subject.dtype)),
         scratch=scratch,
+        dtype=subject.dtype,
     )
 
 

@@ -22,7 +22,7 @@ from ..measure.tasks import evaluate_tasks, find_tasks
 from ..places import named_from
 from ..plans.plan import Plan
 from ..reports.card_results import open_card, write_card
-from .opening import Stream, is_to_stream, open_to_run
+from .opening import Precision, Stream, dtype_of, is_to_stream, open_to_run
 from .options import BatchSize, Data, Device, Force, Help, Length, Seed, alone, check_number, device_of
 from .planning import statistics_behind
 from .recovery import LOG
@@ -55,6 +55,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     stream: Stream = None,
+    precision: Precision = "auto",
     force: Force = False,
     json: Path | None = None,
 ) -> list[Row]:
@@ -87,13 +88,14 @@ def evaluate(
     blocks = None
     if data:
         blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
-    streamed = is_to_stream([model, *([] if against is None else [against])], stream, device)
+    dtype = dtype_of(precision)
+    streamed = is_to_stream([model, *([] if against is None else [against])], stream, device, dtype)
     if asked and ranks.count() > 1:
         raise OptionError("tasks are scored by one process: leave torchrun out, or --tasks")
     if streamed and asked:
         raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
-    live = open_to_run(model, streamed, device)
-    original = None if against is None else open_to_run(against, streamed, device)
+    live = open_to_run(model, streamed, device, dtype=dtype)
+    original = None if against is None else open_to_run(against, streamed, device, dtype=dtype)
     called = name or model.resolve().name
     plan = plan_of(model)
     shared = {
@@ -106,7 +108,7 @@ def evaluate(
     }
     rows = []
     if blocks is not None:
-        made = provenance(data_fingerprint=blocks.fingerprint, split=split)
+        made = provenance(data_fingerprint=blocks.fingerprint, split=split, precision=precision)
         rows += evaluate_models(live, blocks, **shared, provenance=made)
     if asked:
         rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,11 @@ from ..checkpoints.read import read_config
 from ..checkpoints.skeleton import layouts_of, read_shape
 from ..checkpoints.streamed import stream_model
 from ..checkpoints.weight_files import is_adapter, shard_files
-from ..errors import UnsupportedModel
+from ..errors import OptionError, UnsupportedModel
+from ..formats.plain import COMPUTE_DTYPES
 from .options import Help
+
+logger = logging.getLogger(__name__)
 
 Stream = Annotated[
     bool | None,
@@ -26,16 +30,29 @@ Stream = Annotated[
 ]
 
 
-def is_to_stream(models: Sequence[Path], stream: bool | None, device: str) -> bool:
+Precision = Annotated[str, Help("numbers to compute in: auto (as the checkpoint has them), fp32, bf16 or fp16")]
+LARGE = 10**9  # parameters
+
+
+def dtype_of(precision: str) -> torch.dtype | None:
+    """What a name means; None for that of the checkpoint. Raises OptionError for any other name."""
+    if precision not in ("auto", *COMPUTE_DTYPES):
+        raise OptionError(f"--precision is {precision!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES.get(precision)
+
+
+def is_to_stream(models: Sequence[Path], stream: bool | None, device: str, dtype: torch.dtype | None = None) -> bool:
     """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit."""
     if stream is not None:
         return stream
-    return sum(_bytes_in_memory(Path(model)) for model in models if not is_adapter(model)) > free_bytes(device)
+    return sum(_bytes_in_memory(Path(model), dtype) for model in models if not is_adapter(model)) > free_bytes(device)
 
 
-def _bytes_in_memory(model: Path) -> int:
-    """What a live model takes: as much as its files, or, quantised, as its numbers do."""
+def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
+    """What a live model takes: as much as its files, or, quantised or in another dtype, as its numbers do."""
     on_disk = sum(file.stat().st_size for file in shard_files(model))
+    if dtype is not None:
+        return read_shape(model).model.parameters * dtype.itemsize
     config = read_config(model)
     if not hasattr(config, "quantization_config") and not hasattr(config.get_text_config(), "quantization_config"):
         return on_disk
@@ -51,10 +68,20 @@ def free_bytes(device: str) -> int:
 
 
 def open_to_run(
-    model: Path, streamed: bool, device: str, whole: Callable[..., PreTrainedModel] = load_model
+    model: Path,
+    streamed: bool,
+    device: str,
+    whole: Callable[..., PreTrainedModel] = load_model,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A live model. `whole` opens it where it is not streamed."""
-    return stream_model(model, device) if streamed else whole(model, device=device)
+    """A live model, in this dtype or that of the checkpoint. `whole` opens it where it is not streamed."""
+    live = stream_model(model, device, dtype) if streamed else whole(model, dtype=dtype or "auto", device=device)
+    halves = live.dtype in (torch.bfloat16, torch.float16) and live.device.type == "cpu"
+    if halves and live.num_parameters() > LARGE and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            "this processor has no products of 16-bit numbers: --precision fp32 is many times as fast, in twice the memory"
+        )
+    return live
 
 
 def check_stock(model: Path) -> None:
