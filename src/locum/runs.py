@@ -96,7 +96,7 @@ def _locked(lock: Path, path: Path, wait: bool) -> Iterator[None]:
             continue
         try:
             _wait_for(handle, path, wait)
-            if not (lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())):
+            if not _is_named(handle, lock):
                 continue
             try:
                 with contextlib.suppress(OSError):  # a full disk; for the message of others alone
@@ -107,6 +107,14 @@ def _locked(lock: Path, path: Path, wait: bool) -> Iterator[None]:
             return
         finally:
             os.close(handle)
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path; others may remove it at any moment."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _wait_for(handle: int, path: Path, wait: bool) -> None:

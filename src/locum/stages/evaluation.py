@@ -66,12 +66,7 @@ def evaluate(
     if json is not None:
         logger.warning("evaluate(json=FILE) is out=FILE, append=True now")
         out, append = json, True
-    if append and out is None:
-        raise OptionError("--append adds rows to a results file; name it with --out")
-    if out is not None:
-        out = check_output(out, force or append, inputs=[model, against])
-        if append and out.exists():
-            read_rows(out)  # only to results can rows be added
+    out = _checked_output(out, append, force, [model, against])
     if card:
         open_card(model)
     check_number("batch-size", batch_size, 1)
@@ -90,10 +85,7 @@ def evaluate(
         blocks = load_tokens(data, tokenizer, split=split, length=length, tokens=tokens, seed=seed, keep_partial=True)
     dtype = dtype_of(precision)
     streamed = is_to_stream([model, *([] if against is None else [against])], stream, device, dtype)
-    if asked and ranks.count() > 1:
-        raise OptionError("tasks are scored by one process: leave torchrun out, or --tasks")
-    if streamed and asked:
-        raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
+    _check_whole(asked, streamed)
     live = open_to_run(model, streamed, device, dtype=dtype)
     original = None if against is None else open_to_run(against, streamed, device, dtype=dtype)
     called = name or model.resolve().name
@@ -122,6 +114,24 @@ def evaluate(
     if card and ranks.is_first():
         write_card(model, called, rows)
     return rows
+
+
+def _checked_output(out: Path | None, append: bool, force: bool, inputs: list[Path | None]) -> Path | None:
+    if append and out is None:
+        raise OptionError("--append adds rows to a results file; name it with --out")
+    if out is not None:
+        out = check_output(out, force or append, inputs=inputs)
+        if append and out.exists():
+            read_rows(out)  # only to results can rows be added
+    return out
+
+
+def _check_whole(tasks: dict[str, Any], streamed: bool) -> None:
+    """Tasks want one whole model."""
+    if tasks and ranks.count() > 1:
+        raise OptionError("tasks are scored by one process: leave torchrun out, or --tasks")
+    if tasks and streamed:
+        raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
 
 
 def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: int | None) -> None:
