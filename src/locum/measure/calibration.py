@@ -67,7 +67,9 @@ def calibrate(
     `progress(done, total)` is called after every batch, in blocks.
     `on_batch(statistics_so_far)` is called after every `save_every` batches, and must not keep them: the next batch adds to
     them. To go on from there, pass what it saved as `start`. With a folder as `scratch`, Gram matrices lie in files without a
-    name there, and not in memory. `dtype` is that of the model, where the checkpoint has another. A streamed model takes many batches at once, layer by layer (models/layer_major.py); numbers are the same.
+    name there, and not in memory. `dtype` is that of the model, where the checkpoint has another. A streamed model takes many
+    batches at once, layer by layer (models/layer_major.py); numbers are the same. Ranks that have met (ranks.py) share the
+    batches, and each gets the statistics of all.
     Afterwards, also after an error or Ctrl-C, the model is as it was.
 
     Raises UnsupportedModel for a model that cannot be observed, DataError for tokens that do not fit it, OptionError
@@ -158,10 +160,8 @@ class _SoFar:
     def of_all_ranks(self, tokens: Tokens) -> Statistics:
         """All of it, of every rank, with the domains in the order in which one rank would meet them."""
         has_text_B = (tokens.attention_BS != 0).any(dim=1)
-        mine, domains = (
-            self.statistics(),
-            tuple(tokens.domains[i] for i in tokens.domain_B[has_text_B].unique().tolist()),
-        )
+        domains = tuple(tokens.domains[i] for i in tokens.domain_B[has_text_B].unique().tolist())
+        mine = self.statistics()
         layers: dict[str, dict[str, Tensor]] = {}
         for layer in self.origin.shape.layers:
             layers[layer.name] = {}

@@ -50,9 +50,9 @@ def is_to_stream(models: Sequence[Path], stream: bool | None, device: str, dtype
 
 def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
     """What a live model takes: as much as its files, or, quantised or in another dtype, as its numbers do."""
-    on_disk = sum(file.stat().st_size for file in shard_files(model))
     if dtype is not None:
         return read_shape(model).model.parameters * dtype.itemsize
+    on_disk = sum(file.stat().st_size for file in shard_files(model))
     config = read_config(model)
     if not hasattr(config, "quantization_config") and not hasattr(config.get_text_config(), "quantization_config"):
         return on_disk
@@ -77,7 +77,8 @@ def open_to_run(
     """A live model, in this dtype or that of the checkpoint. `whole` opens it where it is not streamed."""
     live = stream_model(model, device, dtype) if streamed else whole(model, dtype=dtype or "auto", device=device)
     halves = live.dtype in (torch.bfloat16, torch.float16) and live.device.type == "cpu"
-    if halves and live.num_parameters() > LARGE and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    known = torch.backends.mkldnn.is_available()  # where it is not, nobody says what the processor has
+    if halves and known and live.num_parameters() > LARGE and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning(
             "this processor has no products of 16-bit numbers: --precision fp32 is many times as fast, in twice the memory"
         )

@@ -31,9 +31,8 @@ class StatisticDefinition:
     on_demand: bool = False  # collected only when a method's needs name it
     # Reads the experts' inputs and hidden states, which calibration keeps for such statistics alone.
     inside: bool = False
-    by_domain: bool = (
-        True  # kept apart for every domain; else added up over all of them, where it is too large for that
-    )
+    # Kept apart for every domain; else added up over all of them, where it is too large for that.
+    by_domain: bool = True
 
     @property
     def searched(self) -> bool:

@@ -40,8 +40,9 @@ class Stack:
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.shape = shape
         with tempfile.TemporaryFile(dir=folder) as file:
-            # Room is taken at once: of a mapped file without room, writing ends the process.
-            os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * ITEM))
+            file.truncate(math.prod(shape) * ITEM)
+            if hasattr(os, "posix_fallocate"):  # room at once: writing to a mapped file without room ends the process
+                os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * ITEM))
             self._file = _Opened(os.dup(file.fileno()))
 
     def add(self, row: int, more: Tensor) -> None:
