@@ -149,23 +149,24 @@ def _tensor_fields(path: Path) -> dict[str, str]:
 def _text_fields(name: str, text: str) -> Iterator[tuple[str, str]]:
     """The leaves of JSON, of each line of JSON lines; the lines of any other text."""
     try:
-        yield from _leaves(name, json.loads(text))
+        yield from leaves(name, json.loads(text))
         return
     except (ValueError, RecursionError):
         pass
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            yield from _leaves(f"{name}:{number}", json.loads(line))
+            yield from leaves(f"{name}:{number}", json.loads(line))
         except (ValueError, RecursionError):
             yield f"{name}:{number}", line
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every single value in JSON data, by where it is, as text."""
     if value and isinstance(value, dict):
         for key, below in value.items():
-            yield from _leaves(f"{name}.{key}", below)
+            yield from leaves(f"{name}.{key}", below)
     elif value and isinstance(value, list):
         for index, below in enumerate(value):
-            yield from _leaves(f"{name}[{index}]", below)
+            yield from leaves(f"{name}[{index}]", below)
     else:
         yield name, json.dumps(value)

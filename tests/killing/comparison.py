@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzzing.answers import TIME
+from fuzzing.answers import TIME, leaves
 from fuzzing.damages import NotHere
 from fuzzing.tensor_damages import read_tensors
 
@@ -80,16 +79,16 @@ def _fields(path: Path) -> dict[str, Any]:
         tensors, metadata = read_tensors(path)
         found = {f"tensor {name}": value for name, value in tensors.items()}
         for key, value in (metadata or {}).items():
-            found |= dict(_leaves(key, _json(value)))
+            found |= dict(leaves(key, _json(value)))
         return found
     except NotHere:
         pass
     text = path.read_bytes().decode("utf-8", errors="backslashreplace")
     if path.suffix == ".json":
-        return dict(_leaves("", _json(text)))
+        return dict(leaves("", _json(text)))
     rows = [_json(line) for line in text.splitlines()]
     rows = [row for row in rows if not (isinstance(row, dict) and row.get("event") == RESUMED)]
-    return dict(leaf for number, row in enumerate(rows, 1) for leaf in _leaves(f"line {number}", row))
+    return dict(leaf for number, row in enumerate(rows, 1) for leaf in leaves(f"line {number}", row))
 
 
 def _json(text: str) -> Any:
@@ -97,14 +96,3 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if value and isinstance(value, dict):
-        for key, below in value.items():
-            yield from _leaves(f"{name}.{key}", below)
-    elif value and isinstance(value, list):
-        for index, below in enumerate(value):
-            yield from _leaves(f"{name}[{index}]", below)
-    else:
-        yield name, value
