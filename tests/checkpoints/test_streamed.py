@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 import locum
+from locum.checkpoints import on_call
+from locum.checkpoints.expert_reader import ExpertReader
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import read_config
 from locum.checkpoints.skeleton import read_shape
 from locum.checkpoints.streamed import stream_model
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
+from locum.models.families import find_layers
 from locum.models.layer_major import COPIES, NOTE, passes, together
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from locum.stages import opening
@@ -59,6 +62,46 @@ def test_statistics_are_those_of_the_whole_model(checkpoint, two, tmp_path, held
     streamed = locum.calibrate(checkpoint, out=tmp_path / "streamed", stream=True, **asked)
     assert_same(whole, streamed)
     assert streamed.domains == whole.domains == ("one", "two") and streamed.tokens == whole.tokens > 2500
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_large_and_no_decoder_layer_is_there_while_it_is_called(tmp_path, monkeypatch, tied):
+    """The embedding is gone when the first layer is computed, the head comes at the end, and both again in the next run."""
+    monkeypatch.setattr(on_call, "LARGE", 0)
+    folder = write_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
+    whole, streamed = load_model(folder), stream_model(folder)
+    ids_BS = tiny_ids()
+    embedding, head = streamed.get_input_embeddings(), streamed.get_output_embeddings()
+    norm, there = streamed.model.norm, []
+    getattr(streamed, NOTE).modules[0].register_forward_hook(lambda *_: there.append(present(embedding, head, norm)))
+    for _ in range(2):
+        jobs = [lambda: streamed(input_ids=ids_BS, use_cache=False).logits] * 2
+        for logits in passes(streamed, jobs):
+            assert torch.equal(logits, whole(input_ids=ids_BS, use_cache=False).logits)
+    assert there == [[]] * 4
+    assert present(embedding, head, norm) == ([embedding] if tied else []) + [head, norm]
+    assert streamed.device.type == "cpu" and streamed.num_parameters() == whole.num_parameters()
+    assert (embedding.weight is head.weight) == tied
+
+
+def present(*modules):
+    """Those of them that have weights."""
+    return [module for module in modules if not module.weight.isnan().any()]
+
+
+def test_a_layer_is_read_an_expert_at_a_time(checkpoint, monkeypatch):
+    """So that no more than the layer and one expert are in memory."""
+    asked, together, stock = [], [], ExpertReader.tensors
+    monkeypatch.setattr(ExpertReader, "tensors", lambda reader, e: asked.append(e) or stock(reader, e))
+    whole, streamed = load_model(checkpoint), stream_model(checkpoint)
+    layers = getattr(streamed, NOTE)
+    load = layers._load
+    monkeypatch.setattr(layers, "_load", lambda names: load(together.extend(names) or together))
+    layers.bring(1)
+    assert asked == list(range(find_layers(whole)[1].shape.num_experts))
+    assert together and not [name for name in together if ".experts." in name]
+    for name, tensor in whole.model.layers[1].named_parameters():
+        assert torch.equal(tensor, streamed.model.layers[1].get_parameter(name))
 
 
 def test_another_precision_is_the_same_streamed_or_not(checkpoint, two, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch.nn import functional
 
@@ -117,12 +119,13 @@ def test_alignment_finds_the_best_matching():
     assert likeness(align(other, reference)) == pytest.approx(best, abs=1e-5)
 
 
-def test_svd_factors_are_the_best_of_their_rank():
-    matrix = draw(9, 7, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("rows", "columns"), [(9, 7), (7, 9)])
+def test_svd_factors_are_the_best_of_their_rank(rows, columns):
+    matrix = draw(rows, columns, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(matrix)
     for rank in (1, 3, 7):
         a, b = svd_factors(matrix, rank)
-        assert a.shape == (rank, 7) and b.shape == (9, rank)
+        assert a.shape == (rank, columns) and b.shape == (rows, rank)
         error = float((matrix - b @ a).norm())
         assert error == pytest.approx(float(values[rank:].norm()), abs=1e-5)
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # shared evenly
@@ -380,12 +383,17 @@ def test_weights_that_are_not_finite_are_refused_by_expert(number, align, start)
         build_layer(plan, shape, experts.__getitem__, observed(shape, **grams(shape)))
 
 
-def test_weights_that_cannot_be_factored_are_refused_by_expert(monkeypatch):
+@pytest.mark.parametrize("rank", [2, D])  # some eigenvectors are found by scipy, most of them by torch
+def test_weights_that_cannot_be_factored_are_refused_by_expert(monkeypatch, rank):
     def fail(*_, **__):
-        raise torch.linalg.LinAlgError("it did not converge")
+        raise (
+            np.linalg.LinAlgError("it did not converge")
+            if rank == 2
+            else torch.linalg.LinAlgError("it did not converge")
+        )
 
-    monkeypatch.setattr(torch.linalg, "svd", fail)
-    plan = LayerPlan("experts", (KEPT,) * 7 + (stand_in(None, 3, "svd"),))
+    monkeypatch.setattr(scipy.linalg if rank == 2 else torch.linalg, "eigh", fail)
+    plan = LayerPlan("experts", (KEPT,) * 7 + (stand_in(None, rank, "svd"),))
     with pytest.raises(CheckpointError, match=r"expert 7 of experts .*did not converge.*--start gaussian"):
         build_layer(plan, layer_shape("gate"), [expert(s) for s in range(E)].__getitem__)
 

@@ -13,6 +13,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from click.testing import CliRunner
@@ -34,6 +35,7 @@ from families.case import (
     stored,
     tokens_of,
 )
+from locum.checkpoints import on_call
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.rewrite import Rewriting
@@ -354,9 +356,10 @@ def experts_output(model: PreTrainedModel, name: str, ids_BS: Tensor) -> Tensor:
 
 
 def check_streamed(case: Case) -> None:
-    """One decoder layer in memory at a time gives the logits of the whole model, to the bit, on every batch."""
+    """One decoder layer in memory at a time gives the logits of the whole model, to the bit, on every batch; with all modules
+    outside of them taken for large ones, too."""
     batches = [case.ids_BS[:1], case.ids_BS[1:, :9], case.ids_BS]
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), mock.patch.object(on_call, "LARGE", 0):
         case.model().save_pretrained(folder)
         whole, streamed = load_model(folder), stream_model(folder)
         jobs = [lambda ids_BS=ids_BS: streamed(input_ids=ids_BS, use_cache=False).logits for ids_BS in batches]

@@ -51,6 +51,15 @@ class ExpertReader:
         self.dtype = max(map(files.dtype, names), key=lambda dtype: dtype.itemsize)
         self._check(self._tensors(0, self._on_meta))
 
+    @property
+    def names(self) -> set[str]:
+        """The tensors of the files that have all these experts."""
+        return {name for cut in self._cuts for name in cut.names}
+
+    def tensors(self, e: int) -> dict[str, Tensor]:
+        """One expert's tensors by their names in the experts module, where they have one more axis for the experts."""
+        return {name: tensor[0] for name, tensor in self._tensors(e, self._from_file).items()}
+
     def __call__(self, e: int) -> ExpertWeights:
         tensors = self._tensors(e, self._from_file)
         layout = self._layer.experts.layout if isinstance(self._layer.experts, StandInExperts) else None

@@ -1,8 +1,9 @@
 """Checkpoints as live models of which one decoder layer has weights at a time.
 
-All that is not a decoder layer (embeddings, norms, the output head, other towers) is loaded at once and stays. A layer's
-tensors are read when it is its turn, by transformers' own conversion, and dropped after it. Results are those of the whole
-model, to the bit.
+A layer's tensors are read when it is its turn, by transformers' own conversion, and dropped after it; its experts one after
+the other, so that nothing but the layer itself takes memory. What is large and not a decoder layer (embeddings, the output head)
+has weights while it is called (on_call.py); the rest (norms, small towers) is loaded at once and stays. Results are those of the
+whole model, to the bit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..containers.container import StandInExperts
 from ..errors import CheckpointError, UnsupportedModel
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored
+from .cuts import find_cuts
+from .expert_reader import ExpertReader, one_expert_model
 from .load import set_dtype
+from .on_call import OnCall
 from .read import data_start, first_line
+from .shard_reader import ShardReader
 from .skeleton import Source, check_loadable, open_source
 from .tensors import open_tensors
 from .weight_files import is_adapter
@@ -64,13 +70,19 @@ class LayersOfFiles:
         self.names: dict[int | None, list[str]] = {None: [], **{i: [] for i in range(len(self.modules))}}
         for name, place in source.places.items():
             self.names[self._layer_of(place.name)].append(name)
-        self._load(None)
+        self.experts = self._find_experts()
+        outside = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        outside = [name for name in outside if self._layer_of(name) is None]
+        self.on_call = OnCall(self.model, set(outside), device, self._load_parameters)
+        waiting = self.on_call.names
+        self._load(name for name in self.names[None] if source.places[name].name not in waiting)
         with _one_line(path):
             # Buffers that no file holds, such as rotary frequencies; then what is tied to what was read.
             self.model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
             self.model.tie_weights()
             self.model._initialize_missing_keys(False)
-        self._check_filled((n, t) for n, t in self.model.named_parameters() if self._layer_of(n) is None)
+        self.on_call.drop()
+        self._check_filled((n, self.model.get_parameter(n)) for n in outside)
 
     def _layer_of(self, live_name: str) -> int | None:
         """The layer that a tensor of the model belongs to; None for what is outside of the stack."""
@@ -78,7 +90,12 @@ class LayersOfFiles:
         return int(number) if live_name.startswith(f"{self.name}.") else None
 
     def bring(self, index: int) -> None:
-        self._load(index)
+        self.on_call.drop()
+        experts = {name: reader for name, reader in self.experts.items() if self._layer_of(name) == index}
+        apart = {name for reader in experts.values() for name in reader.names}
+        self._load(name for name in self.names[index] if name not in apart)
+        for name, reader in experts.items():
+            self._fill(self.model.get_submodule(name), reader)
         self._check_filled(self.modules[index].named_parameters())
         self._announce(index + 1)
 
@@ -88,11 +105,15 @@ class LayersOfFiles:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _load(self, index: int | None) -> None:
-        """Read what belongs to a layer, or to none. Files are open for as long as that takes."""
+    def _load_parameters(self, names: Iterable[str]) -> None:
+        wanted = set(names)
+        self._load(name for name in self.names[None] if self.source.places[name].name in wanted)
+
+    def _load(self, names: Iterable[str]) -> None:
+        """Read these tensors of the files, which are open for as long as that takes."""
         model, dtype = self.model, self.model.dtype
         with contextlib.ExitStack() as stack, _one_line(self.path):
-            slices = open_tensors(self.source, self.names[index], stack)
+            slices = open_tensors(self.source, names, stack)
             how = LoadStateDictConfig(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
@@ -101,6 +122,33 @@ class LayersOfFiles:
             )
             with _quiet():
                 convert_and_load_state_dict_in_model(model, slices, how, None)
+
+    def _find_experts(self) -> dict[str, ExpertReader]:
+        """A reader for every stock layer whose experts have tensors of their own in the files, by the name of its experts module.
+
+        Other layers are converted at once: files that have experts side by side, as memory has them, need no room for
+        joining them, and how those lie in the file changes last bits of products.
+        """
+        source, model = self.source, self.model
+        stock = [layer for layer in source.layers if not isinstance(layer.experts, StandInExperts)]
+        try:
+            cuts = find_cuts(model, stock, source.headers, source.places)
+        except UnsupportedModel:
+            return {}
+        files, one = ShardReader(source.stored, source.packed), one_expert_model(source.config)
+        numbered = [x for x in stock if all(cut.axis is None for cut in cuts[x.shape.name].experts)]
+        return {x.shape.name: ExpertReader(x, cuts[x.shape.name], source.places, files, one) for x in numbered}
+
+    def _fill(self, experts: nn.Module, reader: ExpertReader) -> None:
+        """Read a layer's experts one after the other: nothing but the layer itself takes memory."""
+        own = experts._parameters
+        with torch.inference_mode(False), torch.no_grad():
+            for e in range(experts.num_experts):
+                for leaf, tensor in reader.tensors(e).items():
+                    if own[leaf].device.type == "meta":
+                        room = torch.empty_like(own[leaf], device=self.device)
+                        own[leaf] = nn.Parameter(room, requires_grad=False)
+                    own[leaf][e].copy_(tensor)
 
     def _announce(self, index: int) -> None:
         """Tell the system what is read next, so that the disk works while a layer is computed."""
