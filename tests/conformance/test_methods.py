@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -14,7 +15,9 @@ from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
+from locum.methods.hc_smoe import HCSMoE
 from locum.methods.lightmoe import LightMoE
+from locum.methods.m_smoe import MSMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
@@ -129,7 +132,7 @@ def test_never_routed_experts_go_first_and_do_no_harm(name: str) -> None:
     for amount in AMOUNTS:
         plan = plan_of(METHODS[name](), statistics, SHAPE, amount)
         for layer in plan.layers:
-            if not layer.is_identity and sum(not slot.is_kept for slot in layer.slots) >= 3:
+            if not layer.is_identity and sum(not slot.is_kept for slot in layer.slots) - len(layer.bases) >= 3:
                 assert all(not layer.slots[e].is_kept for e in never)
     silent = make_statistics(SHAPE, never=tuple(range(2, 16)))  # all but the top-k
     assert plan_of(METHODS[name](), silent, SHAPE, 0.3).removed(SHAPE) > 0
@@ -328,6 +331,68 @@ def test_rank_0_is_plain_merging() -> None:
     plan = plan_of(LightMoE(rank=0, start="svd"), make_statistics(SHAPE), SHAPE, 0.5)
     slots = [slot for layer in plan.layers for slot in layer.slots if not slot.is_kept]
     assert slots and all(slot == stand_in(base=base_of(slot)) for slot in slots)
+
+
+# --- merging ----------------------------------------------------------------------------------------------------
+
+
+def groups_of(layer: LayerPlan) -> list[tuple[int, ...]]:
+    """The experts that become one, and those that stay, each by itself."""
+    assert all(slot == KEPT or slot == stand_in(base=base_of(slot)) for slot in layer.slots)
+    alone = [(e,) for e, slot in enumerate(layer.slots) if slot.is_kept]
+    return sorted([*alone, *(base.experts for base in layer.bases)])
+
+
+def assert_weights(layer: LayerPlan, counts: list[float]) -> None:
+    for base in layer.bases:
+        assert base.weights == pytest.approx([counts[e] / sum(counts[i] for i in base.experts) for e in base.experts])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("amount", [0.1, 0.4, 0.8, 1.0])
+def test_m_smoe_equals_a_slow_loop(seed: int, amount: float) -> None:
+    """Dominant experts by usage over all layers, straight from section 3.1 and its code."""
+    statistics = make_statistics(SHAPE, seed)
+    usage = [statistics.layer(layer.name)["count"].tolist() for layer in SHAPE.layers]
+    extra = [statistics.layer(layer.name)["softmax_sum"].tolist() for layer in SHAPE.layers]
+    ranked = sorted(
+        (
+            (n / max(counts), p, i, e)
+            for i, counts in enumerate(usage)
+            for e, (n, p) in enumerate(zip(counts, extra[i], strict=True))
+        ),
+    )
+    best = [max(range(16), key=lambda e: (usage[i][e], extra[i][e])) for i in range(len(usage))]
+    losers = [(i, e) for _, _, i, e in ranked if e != best[i]][: int(amount * 15 * len(usage) + 1e-9)]
+    for i, (layer, shape) in enumerate(zip(layers_of(MSMoE(), statistics, SHAPE, amount), SHAPE.layers, strict=True)):
+        named = statistics.layer(shape.name)
+        merged = [e for number, e in losers if number == i]
+        groups = {d: [d] for d in range(16) if d not in merged}
+        for e in merged:
+            groups[max(groups, key=lambda d: float(named["logit_cosine"][e, d]))].append(e)
+        assert groups_of(layer) == sorted(tuple(sorted(group)) for group in groups.values())
+        assert_weights(layer, usage[i])
+    (uniform, *_) = layers_of(MSMoE(budget="uniform"), statistics, SHAPE, amount)
+    assert len(groups_of(uniform)) == 16 - int(amount * 15)
+
+
+@pytest.mark.parametrize("linkage", ["average", "single", "complete"])
+@pytest.mark.parametrize("amount", [0.1, 0.4, 0.8, 1.0])
+def test_hc_smoe_equals_a_slow_loop(linkage: str, amount: float) -> None:
+    """Join the two clusters that are nearest, by all pairs of members, until few enough are left."""
+    statistics = make_statistics(SHAPE, 3)
+    reduce = {"average": lambda values: sum(values) / len(values), "single": min, "complete": max}[linkage]
+    for layer, shape in zip(layers_of(HCSMoE(linkage=linkage), statistics, SHAPE, amount), SHAPE.layers, strict=True):
+        named = statistics.layer(shape.name)
+        mean = [named["output_sum"][e] / named["count"][e] for e in range(16)]
+        far = [[float((a - b).norm()) for b in mean] for a in mean]
+        clusters = [[e] for e in range(16)]
+        while len(clusters) > 16 - int(amount * 15 + 1e-9):
+            pairs = itertools.combinations(range(len(clusters)), 2)
+            i, j = min(pairs, key=lambda p: reduce([far[a][b] for a in clusters[p[0]] for b in clusters[p[1]]]))
+            clusters[i] += clusters.pop(j)
+        assert groups_of(layer) == sorted(tuple(sorted(cluster)) for cluster in clusters)
+        assert_weights(layer, named["count"].tolist())
 
 
 # --- Replace ----------------------------------------------------------------------------------------------------

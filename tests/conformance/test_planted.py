@@ -14,6 +14,7 @@ from locum.criteria.criterion import CRITERIA
 from locum.experts.weights import ExpertWeights, permute_hidden
 from locum.measure.calibration import calibrate
 from locum.methods.lightmoe import LightMoE
+from locum.methods.m_smoe import MSMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
@@ -82,10 +83,18 @@ def with_twins(permuted: bool) -> PreTrainedModel:
     return model
 
 
-def test_duplicates_are_grouped_and_merging_them_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("method", "amount"),
+    [
+        (LightMoE(selection="average", bases=2, rank=0), 6 / 8),
+        (MSMoE(budget="uniform"), 4 / 7),
+        (MSMoE(align=False), 4 / 7),
+    ],
+)
+def test_duplicates_are_grouped_and_merging_them_changes_nothing(method: object, amount: float) -> None:
     model = with_twins(permuted=False)
     before, shape = logits(model), shape_of(model)
-    layers = layers_of(LightMoE(selection="average", bases=2, rank=0), measured(model), shape, 6 / 8)
+    layers = layers_of(method, measured(model), shape, amount)
     for layer in layers:
         assert sorted(base.experts for base in layer.bases) == sorted(TWINS.values())
     assert make_plan(shape, layers).removed(shape) == 0.5

@@ -5,21 +5,19 @@ Letters: E experts, D model width.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from ..budgets.groups import group_by_dominance, group_by_kmeans, routing_likeness
 from ..budgets.selection import SELECTIONS, SelectionScores, mass_weights, select, selection_scores
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option
 from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import LayerShape, ModelShape
-from ..stats.sums import LayerStatistics, Statistics, mean_output
+from ..stats.sums import Statistics, mean_output
 from . import Weights, method
 
 GROUPINGS = ("dominant", "kmeans")
@@ -103,27 +101,3 @@ class LightMoE:
         bases = tuple(Base(tuple(m), mass_weights(scores_E, m), self.align) for m in groups)
         plan = LayerPlan(shape.name, tuple(slots), bases)
         return plan if plan.parameters(shape) < whole.parameters(shape) else whole
-
-
-def routing_likeness(layer: LayerStatistics) -> Tensor:
-    """[E, E] mean over samples of the cosine of two experts' router logits."""
-    return layer["logit_cosine"] / layer["samples"].clamp(min=1)
-
-
-def group_by_dominance(
-    similarity_EE: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int
-) -> list[list[int]]:
-    """One group per dominant expert (the highest-scored candidates); the others join the one most alike in routing."""
-    dominant = candidates[-num_bases:][::-1]  # candidates come lowest score first
-    groups = {d: [d] for d in dominant}
-    for e in candidates[:-num_bases]:
-        groups[max(dominant, key=lambda d: (float(similarity_EE[e, d]), -dominant.index(d)))].append(e)
-    return list(groups.values())
-
-
-def group_by_kmeans(mean_ED: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
-    """Groups by k-means (fixed seed) on the experts' mean outputs, as HC-SMoE's k-means variant (arXiv 2410.08589)."""
-    points, point_of = np.unique(mean_ED[candidates].numpy(), axis=0, return_inverse=True)
-    with warnings.catch_warnings(action="ignore"):  # a cluster that became empty is one base fewer
-        _, labels = kmeans2(points, min(num_bases, len(points)), minit="++", rng=0)
-    return [[e for e, p in zip(candidates, point_of, strict=True) if labels[p] == b] for b in range(num_bases)]

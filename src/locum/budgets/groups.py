@@ -1,0 +1,63 @@
+"""Which experts go together: groups of a layer's experts that share a base, and the plan that merges each into one.
+
+Letters: E experts, D model width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from ..plans.plan import KEPT, Base, LayerPlan, stand_in
+from ..shapes import LayerShape
+from ..stats.sums import LayerStatistics
+from .selection import mass_weights
+
+
+def routing_likeness(layer: LayerStatistics) -> Tensor:
+    """[E, E] mean over samples of the cosine of two experts' router logits."""
+    return layer["logit_cosine"] / layer["samples"].clamp(min=1)
+
+
+def join_dominant(similarity_EE: Tensor, dominant: Sequence[int], others: Sequence[int]) -> list[list[int]]:
+    """One group per dominant expert, in their order; every other one joins the dominant expert that is most like it.
+
+    Ties go to the dominant expert that comes first.
+    """
+    groups = {d: [d] for d in dominant}
+    for e in others:
+        groups[max(dominant, key=lambda d: (float(similarity_EE[e, d]), -dominant.index(d)))].append(e)
+    return list(groups.values())
+
+
+def group_by_dominance(
+    similarity_EE: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int
+) -> list[list[int]]:
+    """One group per dominant expert (the highest-scored candidates); the others join the one most alike in routing."""
+    # candidates come lowest score first
+    return join_dominant(similarity_EE, candidates[-num_bases:][::-1], candidates[:-num_bases])
+
+
+def group_by_kmeans(mean_ED: Tensor, candidates: list[int], scores_E: Tensor, num_bases: int) -> list[list[int]]:
+    """Groups by k-means (fixed seed) on the experts' mean outputs, as HC-SMoE's k-means variant (arXiv 2410.08589)."""
+    points, point_of = np.unique(mean_ED[candidates].numpy(), axis=0, return_inverse=True)
+    with warnings.catch_warnings(action="ignore"):  # a cluster that became empty is one base fewer
+        _, labels = kmeans2(points, min(num_bases, len(points)), minit="++", rng=0)
+    return [[e for e, p in zip(candidates, point_of, strict=True) if labels[p] == b] for b in range(num_bases)]
+
+
+def merged(layer: LayerShape, groups: Sequence[Sequence[int]], scores_E: Tensor, align: bool) -> LayerPlan:
+    """The plan in which the members of every group are one expert: the mean of their weights, weighted by score.
+
+    The router keeps a row for each, so all of them lead to that expert. An expert that is alone in its group is kept.
+    """
+    slots, bases = [KEPT] * layer.num_experts, []
+    for members in (sorted(group) for group in groups if len(group) > 1):
+        for e in members:
+            slots[e] = stand_in(base=len(bases))
+        bases.append(Base(tuple(members), mass_weights(scores_E, members), align))
+    return LayerPlan(layer.name, tuple(slots), tuple(bases))
