@@ -30,6 +30,7 @@ from .speed.bench import bench
 from .stages.application import apply
 from .stages.calibration import calibrate
 from .stages.cleaning import clean
+from .stages.comparison import compare
 from .stages.compression import compress
 from .stages.evaluation import evaluate
 from .stages.inspection import inspect
@@ -65,6 +66,7 @@ __all__ = [
     "calibrate",
     "catalogue",
     "clean",
+    "compare",
     "compress",
     "demo",
     "diff",

@@ -49,7 +49,9 @@ SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --imp
 METHOD_OPTIONS = {
     "compressed-experts": "--main --renormalise --vectors",
     "decompose": f"{RANKS} --score",
+    "hc-smoe": "--align --linkage --score",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
+    "m-smoe": "--align --budget --score",
     "moe-i2": f"{SEARCH} --seed",
     "mone": "--budget --score",
     "prune": "--budget --score",
@@ -70,6 +72,8 @@ COMMANDS = {
     "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --precision --seed --split "
     "--stream --tokens",
     "clean": "[OUTPUTS]... --json",
+    "compare": "MODEL --batch-size --data --device --force --json --leave-out --length --measured --methods --out --precision "
+    "--recover --remove --seed --seeds --stream --tokens",
     "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
@@ -93,6 +97,7 @@ FUNCTIONS = {
     "bench": locum.bench,
     "calibrate": locum.calibrate,
     "clean": locum.clean,
+    "compare": locum.compare,
     "compress": locum.compress,
     "demo": locum.demo,
     "eval": locum.evaluate,
@@ -109,6 +114,7 @@ FUNCTIONS = {
 CHOOSING = ("compress", "plan", "search")  # with --method
 CHOICES = {
     **{name: ["method"] for name in CHOOSING},
+    "compare": ["recover"],
     "compress": ["method", "recover"],
     "export": ["to"],
     "recover": ["how"],
@@ -345,6 +351,7 @@ apply {checkpoint} --plan {plan} --out {folder}
 compress {checkpoint} --data {words} --remove 0.4 --out {folder}
 recover {small} --data {words} --out {folder}
 eval {small} --data {words} --out {file}
+compare {checkpoint} --data {words} --out {folder}
 bench {small} --out {file}
 bench {small} --picture {file}
 report {statistics} --out {file}

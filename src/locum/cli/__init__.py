@@ -26,6 +26,7 @@ from ..speed.bench import bench
 from ..stages.application import apply
 from ..stages.calibration import calibrate
 from ..stages.cleaning import clean
+from ..stages.comparison import compare
 from ..stages.compression import PREFIX, compress
 from ..stages.evaluation import evaluate
 from ..stages.inspection import inspect
@@ -147,6 +148,13 @@ cli.add_section(
         results.show_rows,
         "what was lost, beside the original, with intervals",
         earlier=_results_by_json,
+    ),
+    Command(
+        "compare",
+        compare,
+        results.show_comparison,
+        "methods side by side, at equal bytes and on the same text",
+        choices=[RECOVERING],
     ),
     Command("verify", verify, results.show_checks, "whether a checkpoint keeps its promise, in every engine here"),
     Command("bench", bench, results.show_bench, "speed and memory, beside the original"),

@@ -167,6 +167,43 @@ def show_export(result: dict[str, Any], as_json: bool) -> None:
     emit(result, as_json, lambda d: say(larger(d)))
 
 
+def show_comparison(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        for group in d["groups"]:
+            _show_group(group, d)
+        say(d["report"])
+
+    emit(result, as_json, human)
+
+
+def _show_group(group: dict[str, Any], result: dict[str, Any]) -> None:
+    left_out = [name for name in result["left_out"].split(",") if name]
+    title = (
+        f"{group['remove']:.0%} of the expert bytes removed, {group['state']}: loss above the original, nats per token"
+    )
+    heads = ["method", "size", "loss", "95% interval", *(f"{name} (not seen)" for name in left_out)]
+    table = Table(*heads, "worst domain", "KL", "against random", "better than next", box=None, title=title)
+    for row in group["rows"]:
+        lost, low, high = row["loss_delta"]
+        add_row(
+            table,
+            row["name"],
+            describe_size(row["bytes"]),
+            f"{lost:+.4f}",
+            f"{low:+.4f} to {high:+.4f}",
+            *(f"{row['left_out'][name][0]:+.4f}" for name in left_out),
+            f"{row['worst_domain'][0]} {row['worst_domain'][1]:+.4f}",
+            f"{row['kl']:.4f}",
+            "" if row["against_random"] is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*row["against_random"]),
+            "" if row["better_than_next"] is None else f"{row['better_than_next']:.0%}",
+        )
+    print_table(table, 170)
+    for name, why in group["refused"].items():
+        say(f"left out: {name}: {why}")
+    if group["order_over_seeds"] is not None:
+        say(f"order over {len(result['seeds'])} seeds: Kendall's tau {group['order_over_seeds']:.2f} (1: the same)")
+
+
 def show_demo(result: dict[str, Any], as_json: bool) -> None:
     def human(d: dict[str, Any]) -> None:
         domains = list(d["models"][0]["bits_per_byte"])

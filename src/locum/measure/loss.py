@@ -59,8 +59,30 @@ def evaluate(
     The original's own loss, perplexity and bits_per_byte are rows named `against_name` without a plan.
     Raises OptionError before any work if the tokens or the two models do not fit together.
     """
-    _check(model, against, tokens, batch_size, resamples)
+    if resamples < 1:
+        raise OptionError(f"resamples is {resamples}; it must be 1 or more")
     start = time.perf_counter()
+    sums_BY = block_sums(model, tokens, against=against, batch_size=batch_size)
+    _check_finite(sums_BY, model_name, against_name)
+    return rows_of(
+        sums_BY,
+        tokens,
+        compared=against is not None,
+        batch_size=batch_size,
+        seed=seed,
+        resamples=resamples,
+        model_name=model_name,
+        against_name=against_name,
+        plan=plan,
+        provenance=provenance,
+        seconds=time.perf_counter() - start,
+        peak=peak_bytes(model.device),
+    )
+
+
+def block_sums(model: Any, tokens: Tokens, *, against: Any = None, batch_size: int = 8) -> np.ndarray:
+    """[B, Y] float64: what every block of text adds to SUMS. The ranks share the batches."""
+    _check(model, against, tokens, batch_size)
     mine = ranks.share(batches(tokens, batch_size))
     places_B = ranks.share(torch.arange(len(tokens)).split(batch_size))
     sums_BY = torch.zeros(len(tokens), len(SUMS), dtype=torch.float64)
@@ -68,17 +90,34 @@ def evaluate(
         for some in _together([model, against], mine, batch_size * tokens.length):
             for made in _sums_of(model, against, some):
                 sums_BY[next(places_B)] = made
-    sums_BY = ranks.add_up(sums_BY).numpy()
-    _check_finite(sums_BY, model_name, against_name)
+    return ranks.add_up(sums_BY).numpy()
+
+
+def rows_of(
+    sums_BY: np.ndarray,
+    tokens: Tokens,
+    *,
+    compared: bool,
+    batch_size: int,
+    seed: int,
+    resamples: int,
+    model_name: str,
+    against_name: str,
+    plan: str | None,
+    provenance: Mapping[str, Any] | None,
+    seconds: float,
+    peak: int,
+) -> list[Row]:
+    """The rows that follow from sums, per domain and "all"; those of the original too where it was `compared` with."""
     shared = {
         "seed": seed,
-        "seconds": time.perf_counter() - start,
-        "peak_bytes": peak_bytes(model.device),
+        "seconds": seconds,
+        "peak_bytes": peak,
         "provenance": {**(provenance or {}), "evaluation": _settings(tokens, batch_size, resamples)},
     }
     rows = []
-    for domain, chosen_B in _domains(tokens):
-        measured = _measure(sums_BY[chosen_B], f"{seed}:{domain}", resamples, against is not None)
+    for domain, chosen_B in domains_of(tokens):
+        measured = _measure(sums_BY[chosen_B], f"{seed}:{domain}", resamples, compared)
         n = int(sums_BY[chosen_B, SUMS.index("tokens")].sum())
         for (whose, metric), (value, low, high) in measured.items():
             name, of_plan = (model_name, plan) if whose == "model" else (against_name, None)
@@ -86,7 +125,8 @@ def evaluate(
     return rows
 
 
-def _domains(tokens: Tokens) -> Iterator[tuple[str, np.ndarray]]:
+def domains_of(tokens: Tokens) -> Iterator[tuple[str, np.ndarray]]:
+    """Every domain and "all", with which blocks are of it."""
     domain_B = tokens.domain_B.numpy()
     for i, domain in enumerate(tokens.domains):
         yield domain, domain_B == i
@@ -102,9 +142,9 @@ def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _check(model: Any, against: Any, tokens: Tokens, batch_size: int, resamples: int) -> None:
-    if batch_size < 1 or resamples < 1:
-        raise OptionError(f"batch_size is {batch_size} and resamples {resamples}; both must be 1 or more")
+def _check(model: Any, against: Any, tokens: Tokens, batch_size: int) -> None:
+    if batch_size < 1:
+        raise OptionError(f"batch_size is {batch_size}; it must be 1 or more")
     size = _vocabulary(model)
     check_vocabulary(tokens, size)
     if against is not None and _vocabulary(against) != size:

@@ -89,7 +89,7 @@ def compress(
     paths = [source.path for source in parse_sources(data)] if data or chosen.needs() or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
-    recovery = _recovery(recover, of_training, seed)
+    recovery = recovery_of(recover, of_training, seed)
     check_target(remove, fit, method=chosen, shape=read_shape(model))
     asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
@@ -139,7 +139,7 @@ def _made_before(
     return finished(path, origin, asked) or kept.kept(origin, asked)
 
 
-def _recovery(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
+def recovery_of(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
     """How the result is trained back; None if that was not asked for."""
     if how is not None:
         return make_recovery({"seed": seed, **options, "how": how}, PREFIX)

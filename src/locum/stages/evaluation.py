@@ -105,10 +105,10 @@ def evaluate(
     if asked:
         rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())
     beside = None if out is None else out.parent
-    about = {called: _about(model, plan, notes, beside)}
+    said = {called: about(model, plan, notes, beside)}
     if against is not None:
-        about["original"] = _about(Path(against), None, {}, beside)
-    rows = [dataclasses.replace(row, provenance={**row.provenance, **about[row.model]}) for row in rows]
+        said["original"] = about(Path(against), None, {}, beside)
+    rows = [dataclasses.replace(row, provenance={**row.provenance, **said[row.model]}) for row in rows]
     if out is not None and ranks.is_first():
         write_rows(out, rows, append)
     if card and ranks.is_first():
@@ -156,12 +156,12 @@ def _original(model: Path, notes: dict[str, Any]) -> Path | None:
     return found.place
 
 
-def _about(model: Path, plan: Plan | None, notes: dict[str, Any], beside: Path | None) -> dict[str, Any]:
+def about(model: Path, plan: Plan | None, notes: dict[str, Any], beside: Path | None) -> dict[str, Any]:
     """What a results row says of the checkpoint behind it, so that reports find sizes and pictures: files as a results
     file in the folder `beside` names them."""
     shape, folder = read_shape(model), named_from(model, beside)
     statistics = None if plan is None else statistics_behind(plan, Path(os.path.abspath(model)).parent)
-    about = {
+    said = {
         "checkpoint": folder,
         "parameters": shape.parameters,
         "bytes": shape.bytes,
@@ -173,4 +173,4 @@ def _about(model: Path, plan: Plan | None, notes: dict[str, Any], beside: Path |
         "recovery_log": f"{folder}/{LOG}" if (model / LOG).is_file() else None,
         "statistics_file": None if statistics is None else named_from(statistics, beside),
     }
-    return {key: value for key, value in about.items() if value is not None}
+    return {key: value for key, value in said.items() if value is not None}

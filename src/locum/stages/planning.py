@@ -61,7 +61,7 @@ def plan(
     shape, total, origin = _planned_from(files, chosen)
     if total is not None:
         _check_whole(total, chosen)
-    chosen = _as_searched(chosen, options, total)
+    chosen = as_searched(chosen, options, total)
     weights = read_weights(folder, total) if chosen.reads_weights else None
     result = decide(chosen, total, shape, target, weights)
     origin["target"] = {"remove": remove, "fit": fit}
@@ -170,7 +170,7 @@ def statistics_behind(plan: Plan, beside: Path) -> Path | None:
     return find(named, mark if isinstance(mark, str) else None, beside, statistics_id).place
 
 
-def _as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics | None) -> Method:
+def as_searched(chosen: Method, given: dict[str, Any], statistics: Statistics | None) -> Method:
     """A searching method with the options that its statistics were searched with; others cannot be given any more."""
     search = None if statistics is None else statistics.searched
     if not isinstance(chosen, SearchingMethod) or search is None:
