@@ -124,12 +124,18 @@ def test_states_of_an_output_are_removed_and_no_others(tmp_path):
             ".outer.partial",
             ".out.2.partial",
             ".out.partial-1-of-x",
+            ".out.recover-0-of-2",
             "out.partial",
             ".out.recover.recover",
         ],
     )
-    for number in range(2):
-        (tmp_path / f".out.partial-{number}-of-2").write_text("of a rank")
+    for name in (
+        ".out.partial-0-of-2",
+        ".out.partial-1-of-2",
+        ".out.answers-1-of-2",
+        "..out.calibrated.partial-0-of-2",
+    ):
+        (tmp_path / name).write_text("of a rank")
     assert len(places_of_states(out)) == len({*places_of_states(out)})
     for place in places_of_states(out):
         place.write_text("state")

@@ -1,13 +1,18 @@
 """Several processes that do one run together, as `torchrun --nproc-per-node N -m locum ...` starts them.
 
-Each rank takes every N-th batch and they add up what they counted. What is written the first rank writes alone. A process of
-its own is the first rank of one.
+Each rank takes every N-th batch, or layer, and they add up or tell what they found. Who finishes a file is the first rank. A
+process of its own is the first rank of one. All ranks see the same files: they are on one machine, or share a file system.
+
+Where one rank dies, torchrun ends the others. One that waits for it then sees the connection closed, and takes that for an
+interrupt: what was saved stays, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,8 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(hours=2)  # a rank may have the longest text; where one has died, torchrun ends the others
+LOST = re.compile("gloo|NCCL|Connection (closed|reset)")  # in what torch says where a rank is gone
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 _joined = False
+
+
+class OtherRankEnded(KeyboardInterrupt):
+    """Another rank of the run has ended, so this one cannot go on."""
 
 
 def join() -> None:
@@ -61,6 +72,11 @@ def local() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def on_this_machine() -> int:
+    """Ranks of the run that share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
+
+
 def is_first() -> bool:
     return number() == 0
 
@@ -70,14 +86,52 @@ def share(items: Iterable[Item]) -> Iterator[Item]:
     return (item for index, item in enumerate(items) if index % count() == number())
 
 
+def divide(items: Iterable[Item], work: Callable[[Item], Result]) -> list[Result]:
+    """What `work` gives of every item, in their order, on every rank. Each rank works on its share alone."""
+    items = list(items)
+    mine = [work(item) for item in share(items)]
+    if count() == 1:
+        return mine
+    by_rank: list[Sequence[Result]] = [()] * count()
+    with meeting():
+        dist.all_gather_object(by_rank, mine)
+    return [by_rank[index % count()][index // count()] for index in range(len(items))]
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """A tensor on the host, with what the other ranks have in theirs added to it. In place; every rank must ask."""
     if count() > 1:
-        dist.all_reduce(tensor)
+        with meeting():
+            dist.all_reduce(tensor)
     return tensor
+
+
+def told(value: Item) -> Item:
+    """What the first rank has; what the others have does not matter. Every rank must ask."""
+    if count() == 1:
+        return value
+    box = [value]
+    with meeting():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def wait() -> None:
     """Until every rank is here."""
     if count() > 1:
-        dist.barrier()
+        with meeting():
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """What ranks do together. Where one of them is gone, it ends as by an interrupt."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise OtherRankEnded(
+            f"another of the {count()} ranks has ended (its own message says why; here: {said:.100})"
+        ) from error

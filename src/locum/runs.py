@@ -3,7 +3,7 @@
 What a run keeps, so that the same command goes on after it was killed, stands beside its output, as `.OUT.STATE`:
 
     partial                  sums of a calibration; of several ranks partial-R-of-N
-    calibrated, answers      of a search: its calibration, and what trying removals on the model gave
+    calibrated, answers      of a search: its calibration, and what trying removals on the model gave; answers-R-of-N
     part-kept                a checkpoint that is being written (`resumable`)
     recover                  the last state of a training, and its log
     statistics.safetensors   of `compress`
@@ -27,6 +27,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .errors import LocumError, OutputError
 from .files import check_place, clear, sweep, sync, versions, whole, write_text
 from .json_text import parse_json
@@ -38,7 +39,7 @@ except ImportError:  # Windows: nothing keeps two runs apart
 
 STATES = ("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered")
 OUTPUTS_INSIDE = ("calibrated", "statistics.safetensors", "unrecovered")  # what a stage inside the run writes
-RANK = re.compile(r"\.partial-\d+-of-\d+")  # of a calibration that several ranks share
+RANK = re.compile(r"\.(?:partial|answers)-\d+-of-\d+")  # what each of several ranks keeps for itself
 PROGRESS = ".locum-progress.json"  # in a folder that a run goes on with
 logger = logging.getLogger(__name__)
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # outputs that this run has reserved
@@ -139,15 +140,21 @@ def beside(out: Path, state: str) -> Path:
     return out.with_name(f".{out.name}.{state}")
 
 
+def beside_for_rank(out: Path, state: str) -> Path:
+    """Where this rank of a run that writes `out` keeps a state of its own."""
+    of_rank = f"-{ranks.number()}-of-{ranks.count()}" if ranks.count() > 1 else ""
+    return beside(out, f"{state}{of_rank}")
+
+
 def places_of_states(out: Path) -> list[Path]:
     """Where runs that write `out`, and the stages in them, keep states; of several ranks, those that there are."""
-    inner = [beside(beside(out, stage), state) for stage in OUTPUTS_INSIDE for state in STATES]
-    of_ranks = sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-[0-9]*-of-[0-9]*"))
-    return [
-        *(beside(out, state) for state in STATES),
-        *inner,
-        *(path for path in of_ranks if RANK.fullmatch(path.suffix)),
-    ]
+    written = [out, *(beside(out, stage) for stage in OUTPUTS_INSIDE)]
+    return [place for one in written for place in (*(beside(one, state) for state in STATES), *_of_ranks(one))]
+
+
+def _of_ranks(out: Path) -> list[Path]:
+    """What ranks of a run that wrote `out` kept for themselves."""
+    return [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*-of-*")) if RANK.fullmatch(path.suffix)]
 
 
 def clear_states(out: Path) -> None:
@@ -167,7 +174,10 @@ def asides_of(out: Path) -> list[Path]:
 
 
 class Work:
-    """A folder that is to become an output, and how many of the steps to it are done. `asked` is the question it answers."""
+    """A folder that is to become an output, and how many of the steps to it are done. `asked` is the question it answers.
+
+    Several ranks write into one folder; the first one makes it and notes what is done.
+    """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
         self.folder, self.done = folder, 0
@@ -176,6 +186,11 @@ class Work:
 
     def open(self) -> None:
         """Take up what an interrupted run left, if it answers the same; remove what it wrote after its last `save`."""
+        if ranks.is_first():
+            self._take_up()
+        self.done = ranks.told(self.done)
+
+    def _take_up(self) -> None:
         self.done, files, why = self._left()
         if why:
             logger.warning("%s cannot be gone on from: %s; the run begins afresh", self.folder, why)
@@ -201,10 +216,12 @@ class Work:
         return (0, [], differ) if differ else (done, files, "")
 
     def save(self, done: int) -> None:
-        """So many steps are done, whatever happens from now on: what they wrote is on the disk before it is noted."""
-        sync(self.folder)
-        files = sorted(path.name for path in self.folder.iterdir())
-        write_text(self._progress, json.dumps({"asked": self._asked, "done": done, "files": files}))
+        """So many steps are done, by all ranks, whatever happens from now on: what they wrote is on the disk before it is noted."""
+        ranks.wait()
+        if ranks.is_first():
+            sync(self.folder)
+            files = sorted(path.name for path in self.folder.iterdir())
+            write_text(self._progress, json.dumps({"asked": self._asked, "done": done, "files": files}))
         self.done = done
 
     def close(self) -> None:
@@ -219,9 +236,15 @@ class Work:
 @contextlib.contextmanager
 def resumable(out: Path, asked: Mapping[str, Any]) -> Iterator[Work]:
     """A folder beside `out` that takes its name when the block ends well, as by `whole`; an interrupt leaves what was saved
-    of it, and a run that asks the same goes on from there. After an error nothing stays."""
+    of it, and a run that asks the same goes on from there. After an error nothing stays. Of several ranks, the first one does
+    in the block what is left to do when all have been there; they leave it together."""
     out = Path(os.path.realpath(out))
     work = Work(beside(out, "part-kept"), asked)
+    if not ranks.is_first():
+        work.open()
+        yield work
+        ranks.wait()
+        return
     try:
         with whole(out, "folder", work.folder):
             work.open()
@@ -235,6 +258,7 @@ def resumable(out: Path, asked: Mapping[str, Any]) -> Iterator[Work]:
             clear(work.folder)
         raise
     clear(work.folder)
+    ranks.wait()
 
 
 def bytes_begun(out: Path) -> int:

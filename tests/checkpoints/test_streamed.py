@@ -20,8 +20,8 @@ from locum.errors import CheckpointError, OptionError, UnsupportedModel
 from locum.models.families import find_layers
 from locum.models.layer_major import COPIES, NOTE, passes, together
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
+from locum.runs import beside
 from locum.stages import opening
-from locum.stages.calibration import partial_of
 from locum.stages.opening import is_to_stream
 from making.checkpoints import locum as run
 from making.checkpoints import write_checkpoint, write_text
@@ -133,7 +133,7 @@ def test_an_interrupted_pass_goes_on_streamed_or_not(checkpoint, two, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         locum.calibrate(checkpoint, stream=True, progress=stop, **asked)
-    partial, left = partial_of(asked["out"]), []
+    partial, left = beside(asked["out"], "partial"), []
     assert partial.exists()
     streamed = locum.calibrate(checkpoint, stream=True, progress=lambda _, done, total: left.append(done), **asked)
     assert left[0] > seen[0] and not partial.exists()

@@ -24,6 +24,8 @@ def left(tmp_path, monkeypatch):
     names = [
         ".small.recover.aside",
         ".small.partial-0-of-2",
+        ".small.answers-1-of-2",
+        "..small.statistics.safetensors.partial-1-of-2",
         "..small.statistics.safetensors.partial",
         *(f".small.{state}" for state in STATES),
     ]

@@ -15,6 +15,8 @@ import torch
 
 import locum
 from locum.bundled import MODEL, reference_data
+from making.checkpoints import write_checkpoint, write_text
+from making.ranks import on_ranks
 
 pytestmark = pytest.mark.journeys
 TEXT = [word for source in reference_data()[:3] for word in ("--data", source)]
@@ -63,6 +65,62 @@ def test_ranks_count_what_one_counts(tmp_path):
 
 def test_what_is_not_shared_the_first_rank_does_alone():
     assert json.loads(run(2, "inspect", MODEL, "--json"))["model_type"] == "olmoe"
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A checkpoint of six layers, its statistics with Gram matrices, text, and a plan whose stand-ins are made from them."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_checkpoint(folder / "model", num_hidden_layers=6)
+    text = write_text(folder / "words.txt")
+    locum.calibrate(folder / "model", data=[str(text)], tokens=2048, length=64, out=folder / "stats")
+    locum.plan(folder / "stats", remove=0.4, rank=2, start="whitened", out=folder / "plan.json")
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path_factory):
+    """A folder for what ranks say."""
+    return tmp_path_factory.mktemp("words")
+
+
+def test_ranks_search_what_one_searches(deep, words, tmp_path):
+    """Layers and blocks of them are shared out; what was found is equal to the bit, sums of the calibration nearly so."""
+    asked = (
+        "--tokens",
+        1024,
+        "--length",
+        64,
+        "--batch-size",
+        2,
+        "--sample",
+        128,
+        "--population",
+        6,
+        "--generations",
+        2,
+    )
+    asked = (*asked, "--pruned", 0.3, "--block", 2, "--seed", 3, "--data", deep / "words.txt")
+    found = []
+    for ranks in (1, 2, 4):
+        on_ranks(ranks, words, "search", deep / "model", *asked, "--out", tmp_path / f"{ranks}")
+        found.append(locum.load_statistics(tmp_path / f"{ranks}"))
+    one = found[0]
+    for other in found[1:]:
+        assert (other.searched, other.asked, other.origin, other.tokens) == (
+            one.searched,
+            one.asked,
+            one.origin,
+            one.tokens,
+        )
+        for layer, named in one.layers.items():
+            for name, sums in named.items():
+                if name in ("dropped", "pruned_importance"):
+                    assert torch.equal(other.layers[layer][name], sums)
+                else:
+                    torch.testing.assert_close(other.layers[layer][name], sums, rtol=1e-12, atol=1e-12)
+    assert sum(int(named["dropped"].sum()) for named in one.layers.values()) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .. import ranks
 from ..stages.options import Progress as Report
 from .shown import shown
 
@@ -14,7 +15,7 @@ console = Console(stderr=True)
 
 
 class progress_lines:
-    """A live progress line per stage on a terminal; silent elsewhere."""
+    """A live progress line per stage on a terminal; silent elsewhere, and but for the first of several ranks."""
 
     def __enter__(self) -> Report:
         columns = (
@@ -24,7 +25,7 @@ class progress_lines:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = Progress(*columns, console=console, disable=ranks.is_spare() or not console.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.bar.start()
         return self.report

@@ -80,7 +80,10 @@ class SearchingMethod(Method[Scored], Protocol[Scored]):
     seed: int  # of the search
 
     def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:
-        """By layer and name, the values of the statistics that the search finds. The model may end up pruned."""
+        """By layer and name, the values of the statistics that the search finds. The model may end up pruned.
+
+        Of several ranks each has the model and calls this; all return the same. What is divided (ranks.py) they share.
+        """
         ...
 
 

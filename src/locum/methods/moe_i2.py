@@ -1,5 +1,7 @@
 """MoE-I2: a search finds the experts that are missed least together; the others become low-rank.
 
+Layers, and blocks of them, are searched apart: ranks that have met share them.
+
 Letters: C candidates, E experts.
 """
 
@@ -12,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..budgets.counts import COUNTS, prune_counts
 from ..budgets.sets import Experts, choose_in_block, finite, removed_mask, search_sets
 from ..experts.parts.low_rank import STARTS
@@ -92,16 +95,24 @@ class MoEI2(LowRank):
         first = self._importance(explorer, nothing, lambda done: progress("importance", done, len(layers)))
         totals = [float(importance_E.sum()) for importance_E in first.values()]
         counts = prune_counts(totals, explorer.shape, self.pruned, self.counts)
-        found: dict[str, list[Experts]] = {}
-        for index, (layer, count) in enumerate(zip(layers, counts, strict=True)):
-            found[layer.name] = self._search(explorer, layer, count, self.seed * 1_000_003 + index)
+
+        def sets_of(index: int) -> list[Experts]:
+            sets = self._search(explorer, layers[index], counts[index], self.seed * 1_000_003 + index)
             progress("search", index + 1, len(layers))
+            return sets
+
+        found = ranks.divide(range(len(layers)), sets_of)
+
+        def best_in_block(start: int) -> dict[str, Experts]:
+            block = slice(start, start + self.block)
+            sizes = {layer.name: layer.num_experts for layer in layers[block]}
+            best = choose_in_block(dict(zip(sizes, found[block], strict=True)), sizes, explorer.block_error)
+            progress("blocks", start + len(sizes), len(layers))
+            return best
+
         dropped: dict[str, Experts] = {}
-        for start in range(0, len(layers), self.block):
-            block = layers[start : start + self.block]
-            sizes = {layer.name: layer.num_experts for layer in block}
-            dropped |= choose_in_block({name: found[name] for name in sizes}, sizes, explorer.block_error)
-            progress("blocks", start + len(block), len(layers))
+        for best in ranks.divide(range(0, len(layers), self.block), best_in_block):
+            dropped |= best
         masks = {layer.name: removed_mask([dropped[layer.name]], layer.num_experts)[0] for layer in layers}
         explorer.prune(masks)
         last = self._importance(explorer, dropped, lambda done: progress("importance anew", done, len(layers)))
@@ -112,16 +123,20 @@ class MoEI2(LowRank):
     ) -> dict[str, Tensor]:
         """[E] float64 per layer: the error of removing each expert alone; 0 for those that are gone."""
         error = {"output": explorer.output_error, "loss": explorer.loss_increase}[self.importance]
-        result = {}
-        for index, layer in enumerate(explorer.shape.layers):
+        layers = explorer.shape.layers
+
+        def of_layer(index: int) -> Tensor:
+            layer = layers[index]
             left = [e for e in range(layer.num_experts) if e not in gone[layer.name]]
-            result[layer.name] = torch.zeros(layer.num_experts, dtype=torch.float64)
+            importance_E = torch.zeros(layer.num_experts, dtype=torch.float64)
             if len(left) > layer.fewest_experts:
                 masks_CE = removed_mask([(e,) for e in left], layer.num_experts)
                 error_C = finite(error(layer.name, masks_CE))
-                result[layer.name][left] = torch.tensor(error_C, dtype=torch.float64).clamp(min=0)
+                importance_E[left] = torch.tensor(error_C, dtype=torch.float64).clamp(min=0)
             progress(index + 1)
-        return result
+            return importance_E
+
+        return dict(zip((x.name for x in layers), ranks.divide(range(len(layers)), of_layer), strict=True))
 
     def _search(self, explorer: Explorer, layer: LayerShape, count: int, seed: int) -> list[Experts]:
         if not count:

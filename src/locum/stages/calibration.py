@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -24,12 +23,12 @@ from ..files import check_output, clear, existing_folder, free_space
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
 from ..places import name_of, remember
-from ..runs import beside, other_versions, set_aside
+from ..runs import beside_for_rank, other_versions, set_aside
 from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics, check_needs, is_pooled, nbytes
-from .opening import Precision, Stream, check_stock, dtype_of, is_to_stream, open_to_run
+from .opening import Precision, Stream, check_stock, dtype_of, free_bytes, is_to_stream, open_to_run
 from .options import (
     BatchSize,
     Data,
@@ -95,8 +94,8 @@ def calibrate(
     statistics = observe(subject, needs, out, batch_size=batch_size, scratch=scratch, progress=progress)
     if ranks.is_first():
         keep(statistics, out)
-    clear(partial_of(out))
     ranks.wait()
+    clear(beside_for_rank(out, "partial"))
     return statistics
 
 
@@ -113,7 +112,7 @@ def room_for(shape: ModelShape, needs: tuple[str, ...], domains: int, out: Path)
     Sums of every domain are held, and those of the one that is being run.
     """
     pooled = [name for name in needs if is_pooled(name)]
-    grams, free = nbytes(shape, pooled), psutil.virtual_memory().available
+    grams, free = nbytes(shape, pooled), free_bytes("cpu")
     apart = nbytes(shape, [name for name in needs if name not in pooled], domains + 1)
     if apart > free:
         raise OptionError(
@@ -179,7 +178,7 @@ def observe(
     scratch: Path | None = None,
 ) -> Statistics:
     """The pass. What it has now and then is in a file beside `out`, from which it goes on."""
-    partial = partial_of(out)
+    partial = beside_for_rank(out, "partial")
     return calibrate_model(
         subject.live,
         subject.blocks,
@@ -200,12 +199,6 @@ def with_defaults(also: Sequence[str]) -> tuple[str, ...]:
     return check_needs((*check_needs(None), *also))
 
 
-def partial_of(out: Path) -> Path:
-    """What an interrupted pass left beside its output. Each of several ranks has one of its own."""
-    of_rank = f"-{ranks.number()}-of-{ranks.count()}" if ranks.count() > 1 else ""
-    return beside(out, f"partial{of_rank}")
-
-
 def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Statistics | None:
     """What an interrupted pass left behind, if this one can go on from it."""
     if not path.exists():
@@ -222,6 +215,17 @@ def _left_behind(path: Path, subject: Subject, asked: Mapping[str, Any]) -> Stat
 
 def finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics | None:
     """Statistics that an interrupted run left behind whole, if they answer what this one asks."""
+    return for_all_ranks(path, _finished(path, origin, asked) if ranks.is_first() else None)
+
+
+def for_all_ranks(path: Path, found: Statistics | None) -> Statistics | None:
+    """What the first rank found in a file, if it did; the others read it there."""
+    if not ranks.told(found is not None):
+        return None
+    return found if ranks.is_first() else load_statistics(path)
+
+
+def _finished(path: Path, origin: Origin, asked: Mapping[str, Any]) -> Statistics | None:
     if not path.exists():
         return None
     try:

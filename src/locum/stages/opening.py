@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..checkpoints.load import load_model
 from ..checkpoints.read import read_config
 from ..checkpoints.skeleton import layouts_of, read_shape
@@ -42,10 +43,12 @@ def dtype_of(precision: str) -> torch.dtype | None:
 
 
 def is_to_stream(models: Sequence[Path], stream: bool | None, device: str, dtype: torch.dtype | None = None) -> bool:
-    """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit."""
+    """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit, in each
+    of several ranks."""
     if stream is not None:
         return stream
-    return sum(_bytes_in_memory(Path(model), dtype) for model in models if not is_adapter(model)) > free_bytes(device)
+    size = sum(_bytes_in_memory(Path(model), dtype) for model in models if not is_adapter(model))
+    return ranks.told(size > free_bytes(device))
 
 
 def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
@@ -61,10 +64,10 @@ def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory in which weights could be put, of a device."""
+    """Memory of a device in which weights could be put; a rank's share of it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // ranks.on_this_machine()
 
 
 def open_to_run(

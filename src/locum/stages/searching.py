@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import ranks
 from ..checkpoints.convert import check_openable
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
@@ -17,14 +18,14 @@ from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
 from ..methods import Method, SearchingMethod
-from ..runs import beside
+from ..runs import beside, beside_for_rank
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
 from ..stats.events import SearchEvent
 from ..stats.origin import SearchedBy
 from ..stats.statistics_file import save_statistics
 from ..stats.sums import Statistics
-from .calibration import finished, keep, observe, partial_of, prepare, room_for, with_defaults
+from .calibration import finished, keep, observe, prepare, room_for, with_defaults
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -96,11 +97,13 @@ def search(
     statistics = finished(calibrated, subject.origin, question(needs, batch_size))
     if statistics is None:
         statistics = observe(subject, needs, calibrated, batch_size=batch_size, scratch=scratch, progress=progress)
-        save_statistics(statistics, calibrated)
-        clear(partial_of(calibrated))
+        if ranks.is_first():
+            save_statistics(statistics, calibrated)
+        ranks.wait()
+        clear(beside_for_rank(calibrated, "partial"))
     explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
     question_now = {**subject.origin.words(), **asked, "versions": versions()}
-    answers = RememberedAnswers(explorer, beside(out, "answers"), question_now)
+    answers = RememberedAnswers(explorer, beside_for_rank(out, "answers"), question_now)
     try:
         found = chosen.explore(answers, timed(progress))
     except BaseException:
@@ -112,7 +115,9 @@ def search(
         asked=asked,
         provenance={**statistics.provenance, **provenance(sample=sample)},
     )
-    keep(result, out)
+    if ranks.is_first():
+        keep(result, out)
+    ranks.wait()
     return result
 
 
