@@ -15,7 +15,7 @@ import torch
 
 import locum
 from locum.bundled import MODEL, reference_data
-from making.checkpoints import write_checkpoint, write_text
+from making.checkpoints import tree, write_checkpoint, write_text
 from making.ranks import on_ranks
 
 pytestmark = pytest.mark.journeys
@@ -82,6 +82,49 @@ def deep(tmp_path_factory):
 def words(tmp_path_factory):
     """A folder for what ranks say."""
     return tmp_path_factory.mktemp("words")
+
+
+def applying(deep, out):
+    """Small files, so that there are several, and ranks write into the same ones."""
+    return ("apply", deep / "model", "--plan", deep / "plan.json", "--shard-size", "60KB", "--out", out)
+
+
+def files(folder):
+    """The files of a checkpoint, without what says when and by which command they were made."""
+    made = tree(folder)
+    notes, plan = (json.loads(made.pop(name)) for name in ("locum.json", "plan.json"))
+    made.pop("README.md")
+    for words in (notes, plan["provenance"]):
+        words.pop("time")
+        words.pop("command")
+    return made, notes, plan
+
+
+def test_ranks_write_the_files_that_one_writes(deep, words, tmp_path):
+    """Layers, and what lies between them, are shared out; two, three and four ranks; a plan that prunes is stock."""
+    locum.apply(deep / "model", plan=deep / "plan.json", shard_size="60KB", out=tmp_path / "1")
+    assert len(list((tmp_path / "1").glob("*.safetensors"))) > 2
+    for ranks in (2, 3, 4):
+        on_ranks(ranks, words, *applying(deep, tmp_path / f"{ranks}"))
+        assert files(tmp_path / f"{ranks}") == files(tmp_path / "1")
+    asked = ("compress", deep / "model", "--method", "prune", "--remove", "0.25", "--data", deep / "words.txt")
+    for ranks in (1, 2):
+        on_ranks(ranks, words, *asked, "--statistics", deep / "stats", "--out", tmp_path / f"pruned-{ranks}")
+    assert files(tmp_path / "pruned-1") == files(tmp_path / "pruned-2")
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3", "4", "pruned-1", "pruned-2"}
+
+
+def test_ranks_compress_from_text_to_files(deep, words, tmp_path):
+    """Nothing is there before. The sums of several ranks differ from one's in the last bits, so the plan is compared."""
+    asked = ("--remove", "0.4", "--rank", "2", "--data", deep / "words.txt", "--tokens", "2048", "--length", "64")
+    for ranks in (1, 2):
+        on_ranks(ranks, words, "compress", deep / "model", *asked, "--out", tmp_path / f"{ranks}")
+    (one, _, plan), (two, _, other) = (files(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert {name: len(content) for name, content in one.items()} == {
+        name: len(content) for name, content in two.items()
+    }
+    assert plan["layers"] == other["layers"]
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
 def test_ranks_search_what_one_searches(deep, words, tmp_path):

@@ -4,7 +4,8 @@ What a plan does not touch keeps its bytes, its dtype and its name, whether tran
 of a layer that loses some are cut where they lie (cuts.py). A layer that needs a container gets its tensors a row at a time,
 from one expert at a time (expert_reader.py). So memory holds one expert, what is made of it, and the bases of a layer.
 
-Steps and their order follow from plan and headers alone, and so do all sizes.
+Steps and their order follow from plan and headers alone, and so do all sizes. So several ranks (ranks.py) can share the steps:
+the first one lays the files out, and each writes the bytes of its own steps to their places.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import dot_natural_key
 
+from .. import ranks
 from ..containers.build import build_rows
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
@@ -111,23 +113,43 @@ class Rewriting:
     ) -> None:
         """Write config and weights into a folder. `progress` is told the name of each of the plan's layers that is done.
 
-        `save(number)` is called when so many steps are done: after every layer's experts, and SAVE bytes at the latest. The
-        same rewriting goes on from there in the same folder, given that number as `done`.
+        `save(number)` is called when so many steps are done: after every layer's experts (every N-th of N ranks, which then
+        had one each), and SAVE bytes of each rank at the latest. The same rewriting goes on from there in the same folder,
+        given that number as `done`, by any number of ranks. The first rank may go on when all have written theirs.
         """
-        entries = {n: entry for step in self.steps for n, entry in step.entries.items()}
-        writer = ShardWriter(folder, entries, limit, {n for step in self.steps[:done] for n in step.entries})
-        self.config.save_pretrained(folder)
-        unsaved = 0
-        for number, step in enumerate(self.steps, start=1):
-            if number > done:
-                step.fill(writer)
-                unsaved += step.bytes
-                if step.layer or unsaved >= SAVE:
-                    save(number)
-                    unsaved = 0
+        if ranks.is_first():
+            self.config.save_pretrained(folder)
+        mine = self._share()
+        written = [step for number, step in enumerate(self.steps) if number < done or number not in mine]
+        writer = self._writer(folder, limit, written, done > 0)
+        unsaved = layers = 0
+        for number, step in enumerate(self.steps):
+            if number >= done:
+                if number in mine:
+                    step.fill(writer)
+                unsaved, layers = unsaved + step.bytes, layers + bool(step.layer)
+                if layers == ranks.count() or unsaved >= SAVE * ranks.count():
+                    save(number + 1)
+                    unsaved = layers = 0
             if self._plan.layer(step.layer) is not None:
                 progress(step.layer)
         writer.finish()
+        ranks.wait()
+
+    def _share(self) -> set[int]:
+        """The numbers of the steps that this rank does: every N-th layer, and every N-th of all else."""
+        layers = [number for number, step in enumerate(self.steps) if step.layer]
+        others = [number for number, step in enumerate(self.steps) if not step.layer]
+        return {*ranks.share(layers), *ranks.share(others)}
+
+    def _writer(self, folder: Path, limit: int, written: Iterable[Step], is_begun: bool) -> ShardWriter:
+        """The files of a folder, in which some steps are `written` already, or by another rank."""
+        entries = {name: entry for step in self.steps for name, entry in step.entries.items()}
+        done = {name for step in written for name in step.entries}
+        if ranks.is_first():
+            writer = ShardWriter(folder, entries, limit, done, is_begun)
+        ranks.wait()
+        return writer if ranks.is_first() else ShardWriter(folder, entries, limit, done, is_begun=True)
 
     # --- steps
 

@@ -38,16 +38,21 @@ class Entry:
 class ShardWriter:
     """The weight files of a new folder: one, or several of at most `limit` bytes of tensors and an index.
 
-    A tensor that is larger than the limit has a file of its own. Tensors that are `written` are there already, by a writer
-    of the same entries and limit.
+    A tensor that is larger than the limit has a file of its own. A folder that `is_begun` was laid out by a writer of the same
+    entries and limit. Tensors that are `written` come from another one.
     """
 
     def __init__(
-        self, folder: Path, entries: Mapping[str, Entry], limit: int, written: Collection[str] = frozenset()
+        self,
+        folder: Path,
+        entries: Mapping[str, Entry],
+        limit: int,
+        written: Collection[str] = frozenset(),
+        is_begun: bool = False,
     ) -> None:
         self._places: dict[str, tuple[Path, int]] = {}
         self._left = {name: 0 if name in written else entry.nbytes for name, entry in entries.items()}
-        self._is_begun = bool(written)
+        self._is_begun = is_begun
         shards = _shared_out(entries, limit)
         for number, shard in enumerate(shards):
             name = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import ranks
 from ..budgets.target import parse_size
 from ..checkpoints.application import complete_checkpoint
 from ..checkpoints.card import model_card
@@ -89,10 +90,11 @@ def carry_out(
         seed=seed,
         **({} if observed is None else {"statistics": observed.id}),
     )
-    if not again and is_made(out, made):
+    if not again and ranks.told(is_made(out, made)):
         return out
     rewriting = Rewriting(source, shape, decided, observed, seed)
-    rewriting.check_space(out, along)
+    if ranks.is_first():
+        rewriting.check_space(out, along)
     count, told = 0, timed(progress)
 
     def step(layer: str) -> None:
@@ -107,7 +109,8 @@ def carry_out(
     asked = {**{name: made.get(name) for name in DECISIVE}, "shard_size": most, "files": fingerprint(*files)}
     with resumable(out, asked) as work:
         rewriting.write(work.folder, most, step, work.done, work.save)
-        complete_checkpoint(work.folder, tokenizer, decided, card, model, made)
+        if ranks.is_first():
+            complete_checkpoint(work.folder, tokenizer, decided, card, model, made)
     return out
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import ranks
 from ..checkpoints.read import fingerprint_checkpoint
 from ..checkpoints.skeleton import read_shape
 from ..data.documents import parse_sources
@@ -22,7 +23,7 @@ from ..training.options import Recovery, make_recovery
 from ..training.recovery import check_fits
 from . import kept
 from .application import apply, carry_out
-from .calibration import calibrate, finished, read_text
+from .calibration import calibrate, finished, for_all_ranks, read_text
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -112,17 +113,16 @@ def compress(
         decided = with_provenance(decided, statistics_file=name_of(statistics))
         remember(loaded.id, statistics)
     made = _finish(model, decided, loaded, out, recovery, **shared)
-    if statistics is None:
+    if statistics is None and ranks.is_first():
         kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
 
 
 def _named(path: Path, model: Path) -> Statistics | None:
     """The statistics in a file that the user named, if it is there."""
-    if not path.is_file():
-        return None
-    loaded = load_statistics(path)
-    check_statistics_of(loaded, model, path)
+    loaded = for_all_ranks(path, load_statistics(path) if ranks.is_first() and path.is_file() else None)
+    if loaded is not None:
+        check_statistics_of(loaded, model, path)
     return loaded
 
 
@@ -130,18 +130,24 @@ def _made_before(
     path: Path, model: Path, chosen: Method, text: dict[str, Any], *, batch_size: int, sample: int
 ) -> Statistics | None:
     """The statistics that an interrupted run left, or an earlier one, for the same question, if there are any."""
-    if not (path.exists() or kept.has_some(fingerprint_checkpoint(model))):
+    if not ranks.told(path.exists() or kept.has_some(fingerprint_checkpoint(model))):
         return None
     _, origin = read_text(model, read_shape(model), split="train", **text)
     if isinstance(chosen, SearchingMethod):
         chosen = dataclasses.replace(chosen, seed=text["seed"])
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
-    return finished(path, origin, asked) or kept.kept(origin, asked)
+    found = finished(path, origin, asked)
+    if found is None:
+        place, found = kept.kept(origin, asked) if ranks.is_first() else (None, None)
+        found = for_all_ranks(ranks.told(place), found)
+    return found
 
 
 def recovery_of(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
     """How the result is trained back; None if that was not asked for."""
     if how is not None:
+        if ranks.count() > 1:
+            raise OptionError("--recover trains in one process; compress without it, and start locum recover alone")
         return make_recovery({"seed": seed, **options, "how": how}, PREFIX)
     for name in options:
         flag = f"--{PREFIX}{name}".replace("_", "-")
@@ -174,5 +180,6 @@ def _finish(
         recover_stage(draft, out=out, force=force, **training)
         return out
     except LocumError:
-        clear(draft)
+        if ranks.is_first():
+            clear(draft)
         raise

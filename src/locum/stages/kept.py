@@ -39,21 +39,21 @@ def has_some(model_fingerprint: str) -> bool:
     return False
 
 
-def kept(origin: Origin, asked: Mapping[str, Any]) -> Statistics | None:
-    """The statistics that answer exactly this, if there are any; with a word."""
+def kept(origin: Origin, asked: Mapping[str, Any]) -> tuple[Path | None, Statistics | None]:
+    """The statistics that answer exactly this, and their file, if there are any; with a word."""
     try:
         file = _file(origin, asked)
         if not only_ours(file):
-            return None
+            return None, None
         found = load_statistics(file)
     except (OSError, LocumError):
-        return None
+        return None, None
     if found.unlike(origin, asked) or found.next_block is not None:
-        return None
+        return None, None
     with contextlib.suppress(OSError):
         os.utime(file)
     logger.warning("the statistics of an earlier run are used, of the same model, text and options: %s", file)
-    return found
+    return file, found
 
 
 def keep(made: Path, statistics: Statistics) -> None:
