@@ -56,3 +56,11 @@ def test_items_are_divided_and_come_back_in_order(become):
     assert ranks.divide("abc", str.upper) == ["A", "B", "C"]
     become(1, 2)
     assert list(ranks.share(range(5))) == [1, 3]
+
+
+def test_a_fault_is_no_lost_rank(become):
+    become(0, 2)
+    with pytest.raises(RuntimeError, match="shapes"), ranks.meeting():
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(ranks.OtherRankEnded, match="another of the 2 ranks has ended"), ranks.meeting():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")

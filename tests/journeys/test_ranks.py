@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +17,10 @@ import torch
 
 import locum
 from locum.bundled import MODEL, reference_data
+from locum.measure.removals import ModelExplorer
+from locum.runs import PROGRESS, Work
 from making.checkpoints import tree, write_checkpoint, write_text
-from making.ranks import on_ranks
+from making.ranks import Ranks, on_ranks
 
 pytestmark = pytest.mark.journeys
 TEXT = [word for source in reference_data()[:3] for word in ("--data", source)]
@@ -166,7 +170,102 @@ def test_ranks_search_what_one_searches(deep, words, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
+# --- a rank that dies -------------------------------------------------------------------------------------------------
+
+
+def stops_in(patched, name, number, after=True):
+    """Of every rank: a method or function that stops for good at its so-manieth call; with a file to say so."""
+    real, calls = getattr(patched, name), []
+
+    def slow(*given):
+        calls.append(1)
+        result = real(*given) if after else None
+        if len(calls) == number:
+            Path(os.environ["READY"]).touch()
+            time.sleep(600)
+        return result if after else real(*given)
+
+    setattr(patched, name, slow)
+
+
+def killed(words, stops, stop, *command):
+    """Start two ranks, kill -9 the one that stops, and return what the other one says when it has found out."""
+    ready = words / "ready"
+    os.environ["READY"] = str(ready)
+    started = Ranks(2, words, *command, first=lambda rank: stop() if rank == stops else None)
+    try:
+        while not ready.exists():
+            time.sleep(0.05)
+            assert not started.codes
+        time.sleep(1)  # the other one gets as far as it can
+        started.kill(started.pids[stops])
+        begin = time.monotonic()
+        codes = started.wait(60)
+    finally:
+        ready.unlink(missing_ok=True)
+    assert time.monotonic() - begin < 60 and (codes[stops], codes[1 - stops]) == (-signal.SIGKILL, 2)
+    said = started.said[1 - stops]
+    assert said.count("\n") == 1 and said.startswith(f"locum {command[0]}: error: another of the 2 ranks has ended")
+    assert "the same command again goes on from the last saved state" in said
+    return said
+
+
+def test_calibration_of_which_a_rank_dies_goes_on(deep, words, tmp_path):
+    asked = ("calibrate", deep / "model", "--data", deep / "words.txt", "--length", 32, "--batch-size", 1, "--no-gram")
+
+    def stop():
+        stops_in(sys.modules["locum.measure.calibration"], "_run_batch", 60)
+
+    killed(words, 1, stop, *asked, "--out", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial-0-of-2", ".out.partial-1-of-2"}
+    assert locum.load_statistics(tmp_path / ".out.partial-1-of-2").next_block == 50
+    on_ranks(2, words, *asked, "--out", tmp_path / "out")
+    on_ranks(2, words, *asked, "--out", tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    resumed, whole = locum.load_statistics(tmp_path / "out"), locum.load_statistics(tmp_path / "whole")
+    assert resumed.tokens == whole.tokens
+    for layer, named in whole.layers.items():
+        assert all(torch.equal(resumed.layers[layer][name], sums) for name, sums in named.items())
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_applying_of_which_a_rank_dies_goes_on(dies, deep, words, tmp_path):
+    """With as many ranks, with another number of them, and alone: in the files that were begun."""
+    locum.apply(deep / "model", plan=deep / "plan.json", shard_size="60KB", out=tmp_path / "whole")
+    killed(words, dies, lambda: stops_in(Work, "save", 2), *applying(deep, tmp_path / "out"))
+    begun = tmp_path / ".out.part-kept"
+    assert json.loads((begun / PROGRESS).read_text())["done"] > 0
+    for ranks in (1, 2, 3):
+        again = shutil.copytree(begun, tmp_path / f".{ranks}.part-kept")
+        nodes = {path.name: path.stat().st_ino for path in again.glob("*.safetensors")}
+        on_ranks(ranks, words, *applying(deep, tmp_path / f"{ranks}"))
+        assert files(tmp_path / f"{ranks}") == files(tmp_path / "whole")
+        assert {path.name: path.stat().st_ino for path in (tmp_path / f"{ranks}").glob("*.safetensors")} == nodes
+    on_ranks(2, words, *applying(deep, tmp_path / "out"), "--seed", 1)  # which begins afresh
+    assert files(tmp_path / "out")[1]["seed"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "1", "2", "3"}
+
+
+def test_a_search_of_which_a_rank_dies_goes_on(deep, words, tmp_path):
+    asked = ("search", deep / "model", "--data", deep / "words.txt", "--tokens", 1024, "--length", 64, "--sample", 128)
+    asked = (*asked, "--population", 6, "--generations", 2)
+
+    def stop():
+        sys.modules["locum.measure.remembered"].SAVE_EVERY = 0.0
+        stops_in(ModelExplorer, "output_error", 5, after=False)
+
+    killed(words, 1, stop, *asked, "--out", tmp_path / "out")
+    assert {".out.calibrated", ".out.answers-1-of-2"} <= {path.name for path in tmp_path.iterdir()}
+    on_ranks(2, words, *asked, "--out", tmp_path / "out")
+    on_ranks(2, words, *asked, "--out", tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    resumed, whole = locum.load_statistics(tmp_path / "out"), locum.load_statistics(tmp_path / "whole")
+    for layer, named in whole.layers.items():
+        assert all(torch.equal(resumed.layers[layer][name], sums) for name, sums in named.items())
+
+
+def test_torchrun_ends_the_others_where_a_rank_dies(tmp_path):
+    """They compute, and wait for nobody."""
     words = command(2, "calibrate", MODEL, *TEXT, "--tokens", 400000, "--out", tmp_path / "out")
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as started:
         ranks = []
@@ -180,4 +279,5 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
         _, said = started.communicate(timeout=60)
         assert time.monotonic() - begin < 60 and started.returncode != 0
     assert "SIGKILL" in said or "exitcode: -9" in said or "exitcode  : -9" in said
+    assert "another of the 2 ranks or the whole run was ended; nothing half-written was kept" in said
     assert not psutil.pid_exists(ranks[0].pid) and not (tmp_path / "out").exists()

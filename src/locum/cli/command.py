@@ -40,8 +40,8 @@ def one_line(command: str) -> Iterator[None]:
     except click.UsageError as error:
         path = f"locum {command}".strip() if error.ctx is None else _typed(error.ctx)
         message = f"{error.format_message().strip(' .:')}; see: {path} --help"
-    except KeyboardInterrupt:
-        message = "interrupted; nothing half-written was kept"
+    except KeyboardInterrupt as interrupt:
+        message = f"{_why(interrupt)}; nothing half-written was kept"
         if command in RESUMABLE:
             message += "; the same command again goes on from the last saved state, if there is one"
     except torch.OutOfMemoryError as error:
@@ -54,6 +54,13 @@ def one_line(command: str) -> Iterator[None]:
         message = " ".join(in_words(error).split())
     say(f"{f'locum {command}'.strip()}: error: {message}", err=True)
     raise click.exceptions.Exit(2)
+
+
+def _why(interrupt: KeyboardInterrupt) -> str:
+    """torchrun ends ranks by a signal when one of them has died, so a signal to one of several says little."""
+    if isinstance(interrupt, ranks.OtherRankEnded) or ranks.count() == 1:
+        return str(interrupt) or "interrupted"
+    return f"rank {ranks.number()} was interrupted, as another of the {ranks.count()} ranks or the whole run was ended"
 
 
 def _check_utf8(word: str) -> None:
