@@ -43,7 +43,7 @@ def rate() -> float:
     """Operations per second of a float32 product."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     seconds = []
-    for _ in range(5):
+    for _ in range(20):
         begin = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - begin)
@@ -73,7 +73,8 @@ def main() -> None:
         operations = 2 * active_parameters_in(original, shape) * tokens * passes
         measured = child(["-m", "locum", *map(str, words)])
         about = {"stage": name, "layers": options.layers, "checkpoint_bytes": shape.bytes, "tokens": tokens}
-        sizes = {"bytes_needed": read + written, "floor_seconds": floor + operations / speed}
+        parts = {"disk_seconds": floor, "operations": operations, "operations_per_second": speed}
+        sizes = {"bytes_needed": read + written, "floor_seconds": floor + operations / speed, **parts}
         publish(about | measured | sizes, torch.get_num_threads(), options.out)
 
     stage("inspect", "inspect", original)

@@ -15,12 +15,14 @@ from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
+from locum.methods.d2_moe import D2MoE
 from locum.methods.hc_smoe import HCSMoE
 from locum.methods.lightmoe import LightMoE
 from locum.methods.m_smoe import MSMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
+from locum.methods.res_moe import ResMoE
 from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
@@ -393,6 +395,27 @@ def test_hc_smoe_equals_a_slow_loop(linkage: str, amount: float) -> None:
             clusters[i] += clusters.pop(j)
         assert groups_of(layer) == sorted(tuple(sorted(cluster)) for cluster in clusters)
         assert_weights(layer, named["count"].tolist())
+
+
+# --- all experts over one base ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount", [0.05, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("cls", [D2MoE, ResMoE])
+def test_all_experts_share_one_base_and_one_rank(cls: type, amount: float) -> None:
+    statistics = make_statistics(SHAPE)
+    for layer, shape in zip(layers_of(cls(multiple=1), statistics, SHAPE, amount), SHAPE.layers, strict=True):
+        d, f = shape.hidden_size, shape.expert_width
+        rank = int((1 - amount) * -(-d * f // (d + f)) + 1e-9)
+        if 3 * d * f + 16 * 3 * rank * (d + f) >= 16 * 3 * d * f:
+            assert layer.is_identity
+            continue
+        assert set(layer.slots) == {stand_in(base=0, rank=rank, start="whitened" if cls is D2MoE else "svd")}
+        counts = statistics.layer(shape.name)["count"].tolist()
+        weights = [n / sum(counts) for n in counts] if cls is D2MoE else [1 / 16] * 16
+        (base,) = layer.bases
+        assert base.experts == tuple(range(16)) and base.weights == pytest.approx(weights)
+        assert base.align == (cls is ResMoE)
 
 
 # --- Replace ----------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from locum.checkpoints.application import apply_plan
 from locum.criteria.criterion import CRITERIA
 from locum.experts.weights import ExpertWeights, permute_hidden
 from locum.measure.calibration import calibrate
+from locum.methods.d2_moe import D2MoE
 from locum.methods.lightmoe import LightMoE
 from locum.methods.m_smoe import MSMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
+from locum.methods.res_moe import ResMoE
 from locum.models.families import MoeLayer, find_layers, read_expert, write_expert
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
@@ -122,6 +124,41 @@ def test_shuffled_duplicates_merge_exactly_when_aligned(align: bool, exact: bool
     ]
     assert all(sorted(base.experts for base in layer.bases) == sorted(TWINS.values()) for layer in even)
     assert close(compressed(model, even), before) == exact
+
+
+# --- one base under all -----------------------------------------------------------------------------------------
+
+
+def of_one_direction(permuted: bool) -> PreTrainedModel:
+    """Every expert is one expert and a multiple of one matrix of rank 1; if `permuted`, with its hidden units shuffled."""
+    model = tiny_model("olmoe")
+    for number, layer in enumerate(find_layers(model)):
+        first, second = copy_of(layer, 0), copy_of(layer, 1)
+        for e in range(layer.shape.num_experts):
+            apart = second.map(lambda _, w, e=e: 0.3 * e * w[:, :1] @ w[:1] / w.norm())
+            made = first.map(lambda name, w, apart=apart: w + getattr(apart, name))
+            order = torch.randperm(made.up_FD.shape[0], generator=torch.Generator().manual_seed(100 * number + e))
+            edit(layer, {e: permute_hidden(made, order) if permuted and e else made})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "permuted", "exact"),
+    [
+        (D2MoE(start="svd", multiple=1), False, True),
+        (D2MoE(multiple=1), False, True),
+        (D2MoE(multiple=1), True, False),
+        (ResMoE(multiple=1), True, True),
+        (ResMoE(multiple=1), False, True),
+    ],
+)
+def test_what_differs_in_one_direction_is_kept_whole_in_little(method: object, permuted: bool, exact: bool) -> None:
+    model = of_one_direction(permuted)
+    before, shape = logits(model), shape_of(model)
+    statistics = calibrate(model, tokens_of(IDS), needs=("gate_sum", *method.needs())) if method.needs() else None
+    layers = layers_of(method, statistics, shape, 0.8)
+    assert {len(layer.bases) for layer in layers} == {1} and make_plan(shape, layers).removed(shape) > 0.5
+    assert close(compressed(model, layers, statistics), before, 1e-4) == exact
 
 
 # --- dead -------------------------------------------------------------------------------------------------------

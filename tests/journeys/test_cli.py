@@ -48,6 +48,7 @@ RANKS = "--exponent --minimum --multiple --start"
 SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
 METHOD_OPTIONS = {
     "compressed-experts": "--main --renormalise --vectors",
+    "d2-moe": "--align --multiple --score --start",
     "decompose": f"{RANKS} --score",
     "hc-smoe": "--align --linkage --score",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
@@ -55,6 +56,7 @@ METHOD_OPTIONS = {
     "moe-i2": f"{SEARCH} --seed",
     "mone": "--budget --score",
     "prune": "--budget --score",
+    "res-moe": "--multiple",
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
 WAY_OPTIONS = {

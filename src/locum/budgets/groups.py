@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plans.plan import KEPT, Base, LayerPlan, stand_in
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics
+from .ranks import break_even, rank_step
 from .selection import mass_weights
 
 
@@ -61,3 +62,18 @@ def merged(layer: LayerShape, groups: Sequence[Sequence[int]], scores_E: Tensor,
             slots[e] = stand_in(base=len(bases))
         bases.append(Base(tuple(members), mass_weights(scores_E, members), align))
     return LayerPlan(layer.name, tuple(slots), tuple(bases))
+
+
+def over_one_base(
+    layer: LayerShape, weights: Sequence[float], amount: float, *, start: str, align: bool, multiple: int
+) -> LayerPlan:
+    """The plan in which all experts of a layer are one base and an adapter each, of one rank: what is left at this amount, from
+    the rank that saves nothing (0) to none (1). Ranks are multiples of `multiple`, or of less where that is too much."""
+    whole = LayerPlan(layer.name, (KEPT,) * layer.num_experts)
+    if amount <= 0:
+        return whole
+    step = rank_step(layer, multiple)
+    rank = int((1 - amount) * break_even(layer) / step + 1e-9) * step
+    base = Base(tuple(range(layer.num_experts)), tuple(weights), align)
+    plan = LayerPlan(layer.name, (stand_in(base=0, rank=rank, start=start),) * layer.num_experts, (base,))
+    return plan if plan.parameters(layer) < whole.parameters(layer) else whole
