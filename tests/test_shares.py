@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import locum
 from locum import ranks
@@ -10,7 +11,9 @@ from locum.checkpoints.rewrite import Rewriting
 from locum.checkpoints.shard_writer import ShardWriter
 from locum.checkpoints.skeleton import open_source, read_shape
 from locum.plans.plan_file import load_plan
+from locum.training.sharding import share_of
 from making.checkpoints import tree
+from making.training import tiny_tokens
 
 
 @pytest.fixture
@@ -56,6 +59,19 @@ def test_items_are_divided_and_come_back_in_order(become):
     assert ranks.divide("abc", str.upper) == ["A", "B", "C"]
     become(1, 2)
     assert list(ranks.share(range(5))) == [1, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_ranks_share_the_blocks_of_a_batch(count, become):
+    """Every block is one rank's; one that has none left runs a block without loss."""
+    batch, seen = tiny_tokens(blocks=4), []
+    for rank in range(count):
+        become(rank, count)
+        mine = share_of(batch)
+        assert len(mine.ids_BS) > 0
+        seen += [ids_S for ids_S, loss_S in zip(mine.ids_BS, mine.loss_mask_BS, strict=True) if bool(loss_S.any())]
+    assert sorted(map(torch.Tensor.tolist, seen)) == sorted(batch.ids_BS.tolist())
+    assert bool(batch.loss_mask_BS[0].any())
 
 
 def test_a_fault_is_no_lost_rank(become):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +19,7 @@ from locum.bundled import MODEL, reference_data
 from locum.measure.removals import ModelExplorer
 from locum.runs import PROGRESS, Work
 from making.checkpoints import tree, write_checkpoint, write_text
-from making.ranks import Ranks, on_ranks
+from making.ranks import killed, on_ranks, stops_in
 
 pytestmark = pytest.mark.journeys
 TEXT = [word for source in reference_data()[:3] for word in ("--data", source)]
@@ -171,43 +170,6 @@ def test_ranks_search_what_one_searches(deep, words, tmp_path):
 
 
 # --- a rank that dies -------------------------------------------------------------------------------------------------
-
-
-def stops_in(patched, name, number, after=True):
-    """Of every rank: a method or function that stops for good at its so-manieth call; with a file to say so."""
-    real, calls = getattr(patched, name), []
-
-    def slow(*given):
-        calls.append(1)
-        result = real(*given) if after else None
-        if len(calls) == number:
-            Path(os.environ["READY"]).touch()
-            time.sleep(600)
-        return result if after else real(*given)
-
-    setattr(patched, name, slow)
-
-
-def killed(words, stops, stop, *command):
-    """Start two ranks, kill -9 the one that stops, and return what the other one says when it has found out."""
-    ready = words / "ready"
-    os.environ["READY"] = str(ready)
-    started = Ranks(2, words, *command, first=lambda rank: stop() if rank == stops else None)
-    try:
-        while not ready.exists():
-            time.sleep(0.05)
-            assert not started.codes
-        time.sleep(1)  # the other one gets as far as it can
-        started.kill(started.pids[stops])
-        begin = time.monotonic()
-        codes = started.wait(60)
-    finally:
-        ready.unlink(missing_ok=True)
-    assert time.monotonic() - begin < 60 and (codes[stops], codes[1 - stops]) == (-signal.SIGKILL, 2)
-    said = started.said[1 - stops]
-    assert said.count("\n") == 1 and said.startswith(f"locum {command[0]}: error: another of the 2 ranks has ended")
-    assert "the same command again goes on from the last saved state" in said
-    return said
 
 
 def test_calibration_of_which_a_rank_dies_goes_on(deep, words, tmp_path):

@@ -6,6 +6,7 @@ The test stands in for torchrun. Ranks that wait for one that has died have to f
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -52,15 +53,19 @@ class Ranks:
             sys.stdout.flush()
             os._exit(code)
 
+    def look(self) -> None:
+        """Note the exit codes of those that have ended: minus the signal of one that was killed."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                self.codes[rank] = os.waitstatus_to_exitcode(ended[1])
+
     def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """Exit codes, minus the signal of one that was killed."""
+        """Exit codes of all."""
         until = time.monotonic() + seconds
         while len(self.codes) < len(self.pids):
-            for rank, pid in enumerate(self.pids):
-                if rank not in self.codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                    self.codes[rank] = os.waitstatus_to_exitcode(ended[1])
+            self.look()
             if time.monotonic() > until:
-                self.kill(*self.pids)
+                self.kill(*(pid for rank, pid in enumerate(self.pids) if rank not in self.codes))
                 raise TimeoutError(f"ranks are not done after {seconds} s: {self.said}")
             time.sleep(0.02)
         return [self.codes[rank] for rank in range(len(self.pids))]
@@ -79,3 +84,41 @@ def on_ranks(count: int, folder: Path, *words: object) -> list[str]:
     started = Ranks(count, folder, *words)
     assert started.wait() == [0] * count, started.said
     return started.said
+
+
+def stops_in(patched: object, name: str, number: int, after: bool = True) -> None:
+    """Have a method or function that stops for good at its call of this number, after it or before; a file says so."""
+    real, calls = getattr(patched, name), []
+
+    def slow(*given):
+        calls.append(1)
+        result = real(*given) if after else None
+        if len(calls) == number:
+            Path(os.environ["READY"]).touch()
+            time.sleep(600)
+        return result if after else real(*given)
+
+    setattr(patched, name, slow)
+
+
+def killed(folder: Path, stops: int, stop: Callable[[], None], *command: object) -> str:
+    """Start two ranks, kill -9 the one that stops, and return what the other one says when it has found out."""
+    ready = folder / "ready"
+    os.environ["READY"] = str(ready)
+    started = Ranks(2, folder, *command, first=lambda rank: stop() if rank == stops else None)
+    try:
+        while not ready.exists():
+            time.sleep(0.05)
+            started.look()
+            assert not started.codes, started.said
+        time.sleep(1)  # the other one gets as far as it can
+        started.kill(started.pids[stops])
+        begin = time.monotonic()
+        codes = started.wait(60)
+    finally:
+        ready.unlink(missing_ok=True)
+    assert time.monotonic() - begin < 60 and (codes[stops], codes[1 - stops]) == (-signal.SIGKILL, 2)
+    said = started.said[1 - stops]
+    assert said.count("\n") == 1 and said.startswith(f"locum {command[0]}: error: another of the 2 ranks has ended")
+    assert "the same command again goes on from the last saved state" in said
+    return said

@@ -22,7 +22,7 @@ from .progress import progress_lines
 from .shown import say
 from .system_errors import in_words
 
-SPLIT = ("calibrate", "search", "apply", "compress", "eval")  # what several ranks do together
+SPLIT = ("calibrate", "search", "apply", "compress", "recover", "eval")  # what several ranks do together
 RESUMABLE = ("calibrate", "search", "apply", "compress", "recover")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
 

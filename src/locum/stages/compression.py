@@ -45,6 +45,7 @@ from .options import (
     silent,
 )
 from .planning import check_statistics_of, check_target, chosen_method, plan
+from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .searching import Sample, question_of, search, to_collect
 
@@ -146,9 +147,9 @@ def _made_before(
 def recovery_of(how: str | None, options: dict[str, Any], seed: int) -> Recovery | None:
     """How the result is trained back; None if that was not asked for."""
     if how is not None:
-        if ranks.count() > 1:
-            raise OptionError("--recover trains in one process; compress without it, and start locum recover alone")
-        return make_recovery({"seed": seed, **options, "how": how}, PREFIX)
+        recovery = make_recovery({"seed": seed, **options, "how": how}, PREFIX)
+        check_across_ranks(recovery.way, "--recover")
+        return recovery
     for name in options:
         flag = f"--{PREFIX}{name}".replace("_", "-")
         raise OptionError(f"{flag} is about training the result back; say how with --recover, or leave {flag} out")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import ranks
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.card_data import card_data, validated
@@ -30,7 +31,7 @@ from ..training.context import Original
 from ..training.options import DEFAULT_WAY, make_recovery
 from ..training.recovery import check_fits, recover_model
 from ..training.states import STATE_FILE, forget
-from ..training.ways import WAYS
+from ..training.ways import WAYS, Way
 from .options import Data, Device, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
@@ -62,11 +63,9 @@ def recover(
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, original, *paths])
     chosen = make_recovery({"how": how, **options})
-    if adapter_only and chosen.way.changes_weights:
-        others = [f"--how {name}" for name, cls in WAYS.items() if not cls.changes_weights]
-        raise OptionError(
-            f"--adapter-only keeps the base's weights, and --how {how} trains them; use {' or '.join(others)}"
-        )
+    check_across_ranks(chosen.way)
+    if adapter_only:
+        _check_adapter(chosen.way)
     check_number("validation-tokens", validation_tokens, 1)
     device = device_of(device)
     shape = read_shape(model)
@@ -104,15 +103,35 @@ def recover(
             restart=restart,
         )
     except BaseException:
-        if not (workdir / STATE_FILE).is_file():  # nothing to go on from
+        if ranks.is_first() and not (workdir / STATE_FILE).is_file():  # nothing to go on from
             forget(workdir)
         raise
-    notes = notes_for_another(model)
-    before = read_shape(source) if source is not None else _original_shape(notes, shape)
-    base = _base_of(model, decided, notes) if adapter_only else None
-    notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
-    _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
+    if ranks.is_first():  # the others have none of the model
+        notes = notes_for_another(model)
+        before = read_shape(source) if source is not None else _original_shape(notes, shape)
+        base = _base_of(model, decided, notes) if adapter_only else None
+        notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
+        _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
+    ranks.wait()
     return {"out": str(out), **summary}
+
+
+def _check_adapter(way: Way) -> None:
+    """Refuse a way whose result no adapter holds."""
+    if way.changes_weights:
+        others = [f"--how {name}" for name, cls in WAYS.items() if not cls.changes_weights]
+        raise OptionError(
+            f"--adapter-only keeps the base's weights, and --how {way.name} trains them; use {' or '.join(others)}"
+        )
+
+
+def check_across_ranks(way: Way, flag: str = "--how") -> None:
+    """Refuse a way that several ranks cannot share. Raises OptionError."""
+    if ranks.count() > 1 and not getattr(way, "across_ranks", False):
+        shared = " or ".join(f"{flag} {name}" for name, cls in WAYS.items() if getattr(cls, "across_ranks", False))
+        raise OptionError(
+            f"{flag} {way.name} trains in one process, these are {ranks.count()}; start one, or use {shared}"
+        )
 
 
 def _save(

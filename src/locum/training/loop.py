@@ -16,6 +16,9 @@ The log is a file of JSON lines. The `event` of a line says what it holds:
     validation   step, validation_loss; step 0 is the model as it came
     kept         kept_step and kept_loss: the step whose state the run ends with, and its validation loss
 
+Ranks that have met share a run (sharding.py): each takes some blocks of every batch, the first one writes log and states, whose
+tensors are whole. So any number of ranks goes on from them.
+
 Where there is validation text, a run ends with its best validated state, which may be the model as it came: training never
 makes a model worse there. A state counts if the model that runs is the one that the run would give (Way.is_result).
 
@@ -39,6 +42,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
+from .. import ranks
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError
 from ..files import write_text
@@ -47,6 +51,7 @@ from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
 from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
+from .sharding import gather, like, shard, share_of, whole
 from .states import Best, State, save_state
 
 
@@ -56,9 +61,10 @@ def accelerated(precision: str, device: torch.device) -> Iterator[Accelerator]:
     had_partial, had_state = bool(PartialState._shared_state), bool(AcceleratorState._shared_state)
     try:
         accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=device.type == "cpu")
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes != ranks.count():
             raise OptionError(
-                f"recovery runs in one process, this is one of {accelerator.num_processes}; start it without a launcher"
+                f"this process is one of {accelerator.num_processes} that have not met; start locum recover by torchrun or "
+                f"accelerate launch, or alone"
             )
         yield accelerator
     except ValueError as error:
@@ -121,21 +127,22 @@ class Loop:
             for key, tensor in state.tensors.items():
                 kind, _, rest = key.partition("|")
                 if kind == "parameter":
-                    self.trained[rest].copy_(tensor)
+                    self.trained[rest].copy_(like(tensor, self.trained[rest]))
                 else:
                     moments.setdefault(rest, {})[kind] = tensor
         for name, tensors in moments.items():
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            place = {kind: "cpu" if kind == "step" else self.trained[name].device for kind in tensors}
-            self.optimizer.state[self.trained[name]] = {kind: t.to(place[kind]) for kind, t in tensors.items()}
+            p = self.trained[name]
+            self.optimizer.state[p] = {k: t.cpu() if k == "step" else like(t, p) for k, t in tensors.items()}
 
     def save(self, workdir: Path, identity: dict[str, Any]) -> None:
-        tensors = {f"parameter|{name}": p.detach().contiguous() for name, p in self.trained.items()}
+        tensors = {f"parameter|{name}": whole(p).contiguous() for name, p in self.trained.items()}
         for name, p in self.trained.items():
-            tensors |= {f"{kind}|{name}": t.contiguous() for kind, t in self.optimizer.state.get(p, {}).items()}
+            tensors |= {f"{kind}|{name}": whole(t).contiguous() for kind, t in self.optimizer.state.get(p, {}).items()}
         bare = tuple(name for name, p in self.trained.items() if not self.optimizer.state.get(p))
         done = (self.step, tensors, self.tokens_seen, self.seconds, tuple(self.validation), self.loss, self.best, bare)
-        save_state(workdir, identity, State(*done))
+        if ranks.is_first():
+            save_state(workdir, identity, State(*done))
 
     def one_step(self, parts: list[Batch]) -> None:
         """One optimizer step on these batches together; the loss is the mean over all of their positions with loss."""
@@ -145,6 +152,8 @@ class Loop:
         count = max(sum(int(part.loss_mask_BS[:, 1:].sum()) for part in parts), 1)
         total = self.balance_loss = 0.0
         for part in parts:
+            self.tokens_seen += int(part.attention_BS.sum())
+            part = share_of(part)
             with self.accelerator.autocast():
                 summed, positions = self.objective(part)
             loss = summed / count
@@ -154,7 +163,7 @@ class Loop:
                 self.balance_loss += float(uneven.detach())
                 loss = loss + self.options.balance * uneven
             self.accelerator.backward(loss)
-            self.tokens_seen += int(part.attention_BS.sum())
+        total, self.balance_loss = ranks.add_up(torch.tensor([total, self.balance_loss], dtype=torch.float64)).tolist()
         if not math.isfinite(total):
             raise OptionError(
                 f"the loss is {total} at step {self.step + 1}; lower --learning-rate "
@@ -169,15 +178,15 @@ class Loop:
     def remember(self, loss: float) -> None:
         """Keep the trained parameters as they are now if no state before them had a lower validation loss."""
         if self.best is None or loss < self.best.loss:
-            tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.trained.items()}
-            self.best = Best(self.step, loss, tensors)
+            tensors = {name: whole(p).to("cpu", copy=True).contiguous() for name, p in self.trained.items()}
+            self.best = Best(self.step, loss, tensors if ranks.is_first() else {})
 
     @torch.no_grad()
     def take_best(self) -> None:
-        """Go back to the best validated state, if it is not the last one."""
+        """Go back to the best validated state, if it is not the last one. Parameters are whole again."""
         if self.best is not None and self.best.step < self.step:
             for name, tensor in self.best.tensors.items():
-                self.trained[name].copy_(tensor)
+                self.model.get_parameter(name).copy_(tensor)
 
 
 @torch.no_grad()
@@ -186,8 +195,9 @@ def validation_loss(model: nn.Module, tokens: Tokens, options: Recovery, acceler
     total, count, device = 0.0, 0, next(model.parameters()).device
     for batch in batches(tokens, options.batch_size):
         with accelerator.autocast():
-            summed, positions = loss_sum(model, batch, device)
+            summed, positions = loss_sum(model, share_of(batch), device)
         total, count = total + float(summed), count + positions
+    total, count = ranks.add_up(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / max(count, 1)
 
 
@@ -214,11 +224,14 @@ def train(
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with accelerated(options.precision, device) as accelerator, _observing(model, options) as balance:
+    settings = accelerated(options.precision, device)
+    with settings as accelerator, _observing(model, options) as balance, ranks.meeting():
+        shard(model)
         loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, balance)
         loop.resume(state)
         open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
+        gather(model)
         loop.take_best()
         if loop.best is not None:
             write_log(hooks.log, {"event": "kept", "kept_step": loop.best.step, "kept_loss": loop.best.loss})

@@ -7,12 +7,15 @@ all of them: checks, states to resume from, precision, and that the model comes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..data.tokens import Tokens
 from ..errors import OptionError, UnsupportedModel
 from ..files import fingerprint, provenance, versions
@@ -20,7 +23,7 @@ from ..plans.plan import Plan
 from .context import Context, Original
 from .loop import Hooks, accelerated, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
-from .states import load_state, sample
+from .states import State, load_state, sample
 from .ways import WAYS, Way
 
 
@@ -62,6 +65,8 @@ def recover_model(
 
     Where there is validation text, the result is the best validated state, which may be the model as it came.
 
+    Ranks that have met share the training, and the first one then has the model, in the host's memory; others have none of it.
+
     Returns the model, in the layout and dtype it came with, and a summary. If it raises after training has begun, the
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
@@ -76,7 +81,7 @@ def recover_model(
         raise OptionError(f"--how {way.name} needs the original model; give it with --original (original=...)")
     way.check(context)
     identity = _identity(context, options, tokens, validation) | way.identity(context)
-    state = load_state(workdir, identity, restart)
+    state = _left_behind(workdir, identity, restart)
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
     before = None
     if validation is not None and state.step == 0 and not way.is_result(context, 0):
@@ -92,17 +97,29 @@ def recover_model(
         loss=lambda batch: way.loss(context, batch),
         workdir=workdir,
         identity=identity,
-        log=log,
+        log=log if ranks.is_first() else None,
         header=header,
         progress=progress,
     )
     summary = train(model, tokens, validation, options, state, hooks)
+    if not ranks.is_first():
+        return model, summary
+    if ranks.count() > 1:  # which share a model that no device may hold alone
+        context.layers = [replace(layer, device=torch.device("cpu")) for layer in context.layers]
     way.finish(context)
     for name, tensor in _floats(model):
         tensor.data = tensor.data.to(dtypes[name])
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval(), summary
+
+
+def _left_behind(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
+    """The state to go on from. The first rank sees to what cannot be gone on from; the others read what it found."""
+    state = load_state(workdir, identity, restart) if ranks.is_first() else State()
+    if ranks.told(state.step) and not ranks.is_first():
+        state = load_state(workdir, identity, restart=False)
+    return state
 
 
 def _loss_before(model: PreTrainedModel, validation: Tokens, options: Recovery) -> float:

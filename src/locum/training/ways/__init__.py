@@ -36,6 +36,9 @@ class Way(Protocol):
     changes_weights: ClassVar[
         bool
     ]  # False: only routers and vectors change, so a small adapter file can hold the result
+    across_ranks: ClassVar[
+        bool
+    ]  # whether several ranks can share a run: its loss comes from the model's output. Default: no
 
     def objection(self, plan: Plan | None) -> str | None:
         """Why this way cannot train what the plan made, as a sentence that begins with the way's name. None: it can."""

@@ -62,6 +62,7 @@ class Annealed:
     """
 
     changes_weights: ClassVar[bool] = True
+    across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     end_fraction: float = option(

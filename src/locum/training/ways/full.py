@@ -26,6 +26,7 @@ class Full:
     """
 
     changes_weights: ClassVar[bool] = True
+    across_ranks: ClassVar[bool] = True
 
     def objection(self, plan: Plan | None) -> str | None:
         return None

@@ -43,6 +43,9 @@ class Layerwise:
     """
 
     changes_weights: ClassVar[bool] = True
+    across_ranks: ClassVar[bool] = (
+        False  # gradients do not come through the model's outputs, where weights are gathered
+    )
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     routers: bool = option(False, "train the routers of the layers too")

@@ -31,6 +31,7 @@ class Lora:
     """
 
     changes_weights: ClassVar[bool] = True
+    across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
 

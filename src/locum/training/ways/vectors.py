@@ -29,6 +29,7 @@ class Vectors:
     """
 
     changes_weights: ClassVar[bool] = False
+    across_ranks: ClassVar[bool] = True
 
     def objection(self, plan: Plan | None) -> str | None:
         if any(layer.routing for layer in (plan.layers if plan else ())):
