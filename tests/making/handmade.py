@@ -73,7 +73,8 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
             counts = tuple(torch.bincount(expert_P, minlength=num_experts).tolist())
             sums.add(layer.name, RouterEvent(logits_TE, SAMPLES))
             inside = (normal(len(expert_P), d), normal(len(expert_P), layer.expert_width))
-            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside))
+            token_P = order_P // layer.top_k
+            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside, token_P))
             sums.num_tokens = sum(SAMPLES)
     return with_search(statistics_of(domain_sums, shape))
 

@@ -96,7 +96,8 @@ def slow_statistics(experts: nn.Module, seen: dict[str, Tensor], num_samples: in
     """Sums over tokens and experts, one at a time, through the stock experts module itself with a gate of one."""
     logits_TE = seen["logits_TE"].double()
     x_TD = seen["x_TD"]
-    sums = {n: torch.zeros(E, dtype=torch.float64) for n in ("count", "gate_sum", "output_norm", "gated_output_norm")}
+    by_expert = ("count", "gate_sum", "output_norm", "gated_output_norm", "output_peak")
+    sums = {n: torch.zeros(E, dtype=torch.float64) for n in by_expert}
     sums |= {n: torch.zeros(E, x_TD.shape[1], dtype=torch.float64) for n in ("output_sum", "output_square")}
     for t in range(len(x_TD)):
         for k in range(K):
@@ -108,6 +109,7 @@ def slow_statistics(experts: nn.Module, seen: dict[str, Tensor], num_samples: in
             sums["gate_sum"][expert] += gate
             sums["output_norm"][expert] += out_D.norm()
             sums["gated_output_norm"][expert] += gate * out_D.norm()
+            sums["output_peak"][expert] = max(sums["output_peak"][expert], out_D.abs().max())
             sums["output_sum"][expert] += out_D
             sums["output_square"][expert] += out_D * out_D
     cosine = torch.nn.functional.cosine_similarity

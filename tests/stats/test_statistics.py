@@ -98,7 +98,7 @@ def slow_router(event: RouterEvent) -> dict[str, object]:
 
 
 def slow_routed(event: RoutedEvent) -> dict[str, object]:
-    sums = {name: [0.0] * E for name in ("count", "gate_sum", "output_norm", "gated_output_norm")}
+    sums = {name: [0.0] * E for name in ("count", "gate_sum", "output_norm", "gated_output_norm", "output_peak")}
     rows = {name: [[0.0] * D for _ in range(E)] for name in ("output_sum", "output_square")}
     grams = {"input_gram": (event.in_PD, D), "hidden_gram": (event.hidden_PF, F)}
     products = {name: [[[0.0] * size for _ in range(size)] for _ in range(E)] for name, (_, size) in grams.items()}
@@ -113,6 +113,7 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         sums["gate_sum"][expert] += gate
         sums["output_norm"][expert] += norm
         sums["gated_output_norm"][expert] += gate * norm
+        sums["output_peak"][expert] = max(sums["output_peak"][expert], *map(abs, out))
         for d, value in enumerate(out):
             rows["output_sum"][expert][d] += value
             rows["output_square"][expert][d] += value * value
@@ -234,11 +235,22 @@ def test_statistics_of_another_shape_or_selection_are_refused() -> None:
         one + fewer
 
 
-def test_a_layer_is_summed_over_domains() -> None:
+def test_a_maximum_is_one_over_batches_domains_and_files() -> None:
+    parts = [collect(seed, domain=domain) for seed, domain in ((1, "a"), (2, "a"), (3, "b"))]
+    peaks = [part.layer("layer.0")["output_peak"] for part in parts]
+    assert len({float(peak_E.max()) for peak_E in peaks}) == 3
+    total = parts[0] + parts[1] + parts[2]
+    assert torch.equal(total.layer("layer.0")["output_peak"], torch.stack(peaks).amax(dim=0))
+    assert torch.equal(total.layers["layer.0"]["output_peak"][0], torch.maximum(peaks[0], peaks[1]))
+    assert torch.equal(collect(1, 2).layer("layer.0")["output_peak"], torch.maximum(peaks[0], peaks[1]))
+
+
+def test_a_layer_is_merged_over_domains() -> None:
     both = collect(1, domain="a") + collect(2, domain="b")
     layer, named = both.layer("layer.0"), both.layers["layer.0"]
     for name in SUMMED:
-        torch.testing.assert_close(layer[name], named[name].sum(dim=0), rtol=0, atol=0)
+        expected = named[name].amax(dim=0) if STATISTICS[name].merge == "max" else named[name].sum(dim=0)
+        torch.testing.assert_close(layer[name], expected, rtol=0, atol=0)
         assert len(named[name]) == (2 if STATISTICS[name].by_domain else 1)
     assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer
 

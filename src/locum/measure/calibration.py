@@ -170,9 +170,9 @@ class _SoFar:
                 if mine is not None:
                     rows = torch.tensor([domains.index(domain) for domain in mine.domains])
                     total.index_add_(0, rows, mine.layers[layer.name][name])
-                layers[layer.name][name] = ranks.add_up(total)
+                layers[layer.name][name] = ranks.merge(total, STATISTICS[name].merge)
             for name in filter(is_pooled, self.needs):
-                self.pooled.add_up(layer.name, name, axis_sizes(layer, STATISTICS[name].axes))
+                self.pooled.merge_ranks(layer.name, name, axis_sizes(layer, STATISTICS[name].axes))
         seen = int(ranks.add_up(torch.tensor(0 if mine is None else mine.tokens)))
         whole = Statistics(domains, layers, self.origin, seen, dict(self.words), asked=self.asked)
         return self.pooled.joined_to(whole)
@@ -299,7 +299,7 @@ class Observer:
 
     def experts_forward(self, experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """An implementation of transformers' experts interface that also looks."""
-        y_TD, event, token_P = run_experts(experts, x_TD, index_TK, gate_TK, self.inside)
+        y_TD, event = run_experts(experts, x_TD, index_TK, gate_TK, self.inside)
         name, batch = self.name_of[id(experts)], self.batch
         if len(x_TD) != batch.num_rows:
             raise UnsupportedModel(
@@ -308,15 +308,8 @@ class Observer:
             )
         if type(event) in self.events:
             keep_T = batch.keep_T
-            batch.sums.add(name, event if keep_T is None else _select_pairs(event, keep_T.to(token_P.device)[token_P]))
+            batch.sums.add(name, event if keep_T is None else event.of_tokens(keep_T))
         return y_TD
-
-
-def _select_pairs(event: RoutedEvent, keep_P: Tensor) -> RoutedEvent:
-    expert_P = event.expert_P[keep_P]
-    counts = tuple(torch.bincount(expert_P, minlength=len(event.counts)).tolist())
-    inside = (None if x_PI is None else x_PI[keep_P] for x_PI in (event.in_PD, event.hidden_PF))
-    return RoutedEvent(expert_P, event.gate_P[keep_P], event.out_PD[keep_P], counts, *inside)
 
 
 # --- leaving everything as it was -------------------------------------------------------------------------------

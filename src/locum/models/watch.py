@@ -41,8 +41,8 @@ def observable_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
 
 def run_experts(
     experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, inside: bool = False
-) -> tuple[Tensor, RoutedEvent, Tensor]:
-    """A stock experts module's output [T, D], every selected pair behind it, and the token of each pair [P].
+) -> tuple[Tensor, RoutedEvent]:
+    """A stock experts module's output [T, D], and every selected pair behind it.
 
     On a CPU a few experts at a time, so that what lies between their products stays in the cache. With `inside`, the
     pairs' inputs and hidden states are in the event too.
@@ -71,7 +71,7 @@ def run_experts(
             seen.append((in_QD, hidden_QF))
     in_PD, hidden_PF = map(torch.cat, zip(*seen, strict=True)) if seen else (None, None)
     y_TD = _weighted_sum(out_PD, gate_TK, order_P).to(x_TD.dtype)
-    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF), token_P
+    return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF, token_P)
 
 
 def _some_experts(counts: tuple[int, ...], room: int) -> Iterator[slice]:

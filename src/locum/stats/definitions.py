@@ -33,6 +33,7 @@ class StatisticDefinition:
     inside: bool = False
     # Kept apart for every domain; else added up over all of them, where it is too large for that.
     by_domain: bool = True
+    merge: str = "sum"  # how two of it become one (merging.py)
 
     @property
     def searched(self) -> bool:
@@ -44,12 +45,12 @@ STATISTICS: Registry[StatisticDefinition] = Registry("statistic", entry_points="
 
 
 def statistic(
-    name: str, axes: str, event: type[Event], on_demand: bool = False, inside: bool = False, by_domain: bool = True
+    name: str, axes: str, event: type[Event], **how: Any
 ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register the function below as the definition of a statistic."""
+    """Register the function below as the definition of a statistic; `how` are further fields of StatisticDefinition."""
 
     def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, on_demand, inside, by_domain))
+        STATISTICS.add(name, StatisticDefinition(name, axes, event, function, **how))
         return function
 
     return register
@@ -207,6 +208,24 @@ def gated_output_norm(event: RoutedEvent) -> Tensor:
               model uses (they agree where gates are neither renormalised nor scaled).
     """
     return event.sum_pairs(event.norm_P * event.gate_P)
+
+
+@statistic("output_peak", axes="E", event=RoutedEvent, merge="max")
+def output_peak(event: RoutedEvent) -> Tensor:
+    """The largest number that an expert ever put out, which tells the experts that make massive activations.
+
+    max_{t routed to e, d} |f_e(x_t)_d|
+
+    Needs:    routed tokens' expert outputs.
+    Shapes:   (E,).
+    Units:    hidden state; comparable across layers. It is a maximum, over domains and files too.
+    Edges:    0 for a never-routed expert.
+    Cost:     one pass over P*D.
+    Source:   Super Experts, arXiv 2507.23279; "max_activations" of REAP's code, arXiv 2510.13999. Differs: that code takes
+              the largest signed number.
+    """
+    peak_P = event.out_PD.abs().amax(dim=1).double() if len(event.out_PD) else event.gate_P.new_zeros(0).double()
+    return torch.segment_reduce(peak_P, "max", lengths=event.lengths_E, unsafe=True, initial=0.0)
 
 
 @statistic("output_sum", axes="ED", event=RoutedEvent)

@@ -7,7 +7,7 @@ F expert width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -50,6 +50,15 @@ class RoutedEvent(Event):
     counts: tuple[int, ...]  # pairs of each of the E experts; on the host, because they cut tensors
     in_PD: Tensor | None = None  # what went in and the input of the last product: only where a statistic that is
     hidden_PF: Tensor | None = None  # declared with inside=True is collected
+    token_P: Tensor | None = None  # which token of the batch each pair is of
+
+    def of_tokens(self, keep_T: Tensor) -> RoutedEvent:
+        """The pairs of some of the batch's tokens."""
+        keep_P = keep_T.to(self.token_P.device)[self.token_P]
+        pairs = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
+        kept = {name: value_P if value_P is None else value_P[keep_P] for name, value_P in pairs.items()}
+        counts = torch.bincount(kept["expert_P"], minlength=len(self.counts)).tolist()
+        return RoutedEvent(counts=tuple(counts), **kept)
 
     @property
     def norm_P(self) -> Tensor:
@@ -74,12 +83,19 @@ class RoutedEvent(Event):
         return sum_ED, square_ED, square_P.sqrt_()
 
     @cached_property
-    def _lengths_E(self) -> Tensor:
+    def lengths_E(self) -> Tensor:
         return torch.tensor(self.counts, device=self.out_PD.device)
+
+    def by_token(self, value_P: Tensor) -> Tensor:
+        """[T, E] float64: a number of each pair in its token's row and its expert's column, 0 elsewhere."""
+        rows = int(self.token_P.max()) + 1 if len(self.token_P) else 0
+        value_TE = value_P.new_zeros(rows, len(self.counts), dtype=torch.float64)
+        value_TE[self.token_P, self.expert_P] = value_P.double()
+        return value_TE
 
     def sum_pairs(self, value_P: Tensor) -> Tensor:
         """[E] sums of one number per pair. Unlike index_add_ it gives the same bits every time on a GPU too."""
-        return torch.segment_reduce(value_P.double(), "sum", lengths=self._lengths_E, unsafe=True)
+        return torch.segment_reduce(value_P.double(), "sum", lengths=self.lengths_E, unsafe=True)
 
     def gram(self, x_PI: Tensor) -> Rows:
         """[E, I, I] sums of x x^T, an expert's when it is asked for; a batch's products are float32."""

@@ -1,9 +1,9 @@
-"""What calibration counts: additive float64 sums per layer and domain, and means made from them.
+"""What calibration counts: mergeable float64 sums (and a few maxima) per layer and domain, and means made from them.
 
     events of one layer --Sums.add--> sums --Sums.statistics--> Statistics --layer(name)--> LayerStatistics
 
-What is counted is defined in definitions.py. Because all statistics are sums, shards and files add up, and one file serves
-every criterion that reads them; only what a search finds does not add up. Padding never reaches an event.
+What is counted is defined in definitions.py. Because all statistics merge (merging.py), shards and files add up, and one file
+serves every criterion that reads them; only what a search finds does not add up. Padding never reaches an event.
 
 Precision: what comes from routers (probabilities, norms) and the products of Gram matrices are float32 or the model's own
 wider type, which leaves a relative error near 1e-7 in each; what comes from experts' outputs (norms, squares) and every
@@ -33,6 +33,7 @@ from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event, Rows
+from .merging import merge_into, merge_of, over_domains
 from .on_disk import Stack
 from .origin import Origin, SearchedBy
 
@@ -87,8 +88,8 @@ class Sums:
                 if not definition.by_domain:
                     self.pooled.add(layer, name, increment)
                     continue
-                known = name in sums
-                sums[name] = sums[name].to(increment.device).add_(increment) if known else increment.clone()
+                known, how = name in sums, definition.merge
+                sums[name] = merge_into(sums[name].to(increment.device), increment, how) if known else increment.clone()
 
     def statistics(self, origin: Origin, provenance: Mapping[str, Any] | None = None) -> Statistics:
         """A copy of the sums so far, without what is pooled with others. Raises StatisticsError for a layer of the shape that an
@@ -117,6 +118,8 @@ class Pooled:
 
     def add(self, layer: str, name: str, increment: Tensor | Rows) -> None:
         totals, shape = self._layers.setdefault(layer, {}), tuple(increment.shape)
+        if name in totals and merge_of(name) == "same":
+            return
         if name not in totals:
             in_memory = self._folder is None
             totals[name] = torch.zeros(shape, dtype=torch.float64) if in_memory else Stack(self._folder, shape)
@@ -127,12 +130,13 @@ class Pooled:
             else:
                 total[row].add_(more.cpu())
 
-    def add_up(self, layer: str, name: str, shape: tuple[int, ...]) -> None:
-        """Add what the other ranks have, a row at a time. Every rank must ask, also one that has nothing."""
-        self.add(layer, name, Rows(shape, ()))
+    def merge_ranks(self, layer: str, name: str, shape: tuple[int, ...]) -> None:
+        """Merge what the other ranks have, a row at a time. Every rank must ask, also one that has nothing."""
+        if name not in self.of(layer):
+            self.add(layer, name, Rows(shape, ()))
         total = self._layers[layer][name]
         for row in total.tensor() if isinstance(total, Stack) else total:
-            ranks.add_up(row)
+            ranks.merge(row, merge_of(name))
 
     def of(self, layer: str) -> Mapping[str, Stack | Tensor]:
         return self._layers.get(layer, {})
@@ -257,8 +261,7 @@ class _OverDomains(Mapping[str, Tensor]):
     by_domain: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        sums = self.by_domain[name]
-        return sums[0] if len(sums) == 1 else sums.sum(dim=0)
+        return over_domains(self.by_domain[name], merge_of(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self.by_domain
@@ -356,12 +359,15 @@ class Statistics:
         for layer, named in self.layers.items():
             layers[layer] = {}
             for name, tensor in named.items():
+                more, how = other.layers[layer][name], merge_of(name)
                 if is_pooled(name):
-                    layers[layer][name] = tensor.sum(0, keepdim=True) + other.layers[layer][name].sum(0, keepdim=True)
+                    both = (over_domains(part, how).clone() for part in (tensor, more))
+                    layers[layer][name] = merge_into(*both, how).unsqueeze(0)
                     continue
                 total = tensor.new_zeros(len(domains), *tensor.shape[1:])
-                for part, part_tensor in ((self, tensor), (other, other.layers[layer][name])):
-                    total.index_add_(0, torch.tensor([domains.index(d) for d in part.domains]), part_tensor)
+                for part, part_tensor in ((self, tensor), (other, more)):
+                    rows = torch.tensor([domains.index(d) for d in part.domains])
+                    total[rows] = merge_into(total[rows], part_tensor, how)
                 layers[layer][name] = total
         words = _merge_provenance(self.provenance, other.provenance)
         return Statistics(domains, layers, origin, self.tokens + other.tokens, words)
