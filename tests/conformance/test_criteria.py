@@ -63,9 +63,10 @@ def test_the_two_readings_of_ean_scale_differently_with_tokens() -> None:
     torch.testing.assert_close(CRITERIA["ean_dims"](four), 2 * CRITERIA["ean_dims"](one))
 
 
-def test_reap_times_frequency_is_the_gated_norm() -> None:
+@pytest.mark.parametrize(("mean", "total"), [("reap", "weighted_ean"), ("man", "ean")])
+def test_means_times_frequency_are_sums(mean: str, total: str) -> None:
     layer = Layer(7).statistics()
-    torch.testing.assert_close(CRITERIA["reap"](layer) * CRITERIA["frequency"](layer), layer["gated_output_norm"])
+    torch.testing.assert_close(CRITERIA[mean](layer) * CRITERIA["frequency"](layer), CRITERIA[total](layer))
 
 
 def test_random_is_uniform_whatever_experts_are_worth_and_other_text_draws_anew() -> None:

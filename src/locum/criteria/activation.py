@@ -36,6 +36,45 @@ def ean_dims(layer: LayerStatistics) -> Tensor:
     return layer["output_square"].clamp(min=0).sqrt().sum(dim=-1)
 
 
+@criterion("man", paper="arXiv 2606.15716 (unified scoring)", needs=("count", "output_norm"))
+def man(layer: LayerStatistics) -> Tensor:
+    """Mean activation norm: how loud an expert is where it is selected, however often and with what weight that is.
+
+    S_e = (1 / n_e) sum_{t in T_e} ||f_e(x_t)||_2
+
+    Units:    hidden-state L2 norm; norms grow with depth.
+    Edges:    a rare but loud expert ranks high.
+    Differs:  nothing. "ean_mean" of REAP's code is the same.
+    """
+    return _per_token(layer["output_norm"], layer["count"])
+
+
+@criterion("msan", paper="arXiv 2606.15716 (unified scoring)", needs=("count", "output_square"))
+def msan(layer: LayerStatistics) -> Tensor:
+    """Mean squared activation norm: as `man`, with more weight on an expert's loudest tokens.
+
+    S_e = (1 / n_e) sum_{t in T_e} ||f_e(x_t)||_2^2
+
+    Units:    hidden-state L2 norm squared.
+    Edges:    a rare but loud expert ranks high.
+    Cost:     E*D numbers per layer.
+    """
+    return _per_token(layer["output_square"].sum(dim=-1), layer["count"])
+
+
+@criterion("weighted_ean", paper="arXiv 2504.06792 (EASY-EP)", needs=("gated_output_norm",))
+def weighted_ean(layer: LayerStatistics) -> Tensor:
+    """How much an expert contributed in total, after its router weight.
+
+    S_e = sum_{t in T_e} g_t,e ||f_e(x_t)||_2
+
+    Units:    hidden-state L2 norm; it is n_e times `reap`.
+    Differs:  this is EASY-EP's expert importance alone (its ablation without the token term), and "weighted_ean_sum" of
+              REAP's code; with the token term it is `easy_ep`.
+    """
+    return layer["gated_output_norm"].clone()
+
+
 @criterion("reap", paper="arXiv 2510.13999 (REAP)", needs=("count", "gated_output_norm"))
 def reap(layer: LayerStatistics) -> Tensor:
     """Router-weighted expert activation: how much an expert contributes whenever it is selected.
@@ -48,5 +87,8 @@ def reap(layer: LayerStatistics) -> Tensor:
               the model itself uses, which the paper's formula says. The two agree where weights are neither
               renormalised nor scaled.
     """
-    count_E = layer["count"]
-    return torch.where(count_E > 0, layer["gated_output_norm"] / torch.where(count_E > 0, count_E, 1.0), 0.0)
+    return _per_token(layer["gated_output_norm"], layer["count"])
+
+
+def _per_token(total_E: Tensor, count_E: Tensor) -> Tensor:
+    return torch.where(count_E > 0, total_E / torch.where(count_E > 0, count_E, 1.0), 0.0)
