@@ -139,6 +139,51 @@ def reap(layer: Layer) -> list[float]:
 
 
 @oracle
+def reap_renormalised(layer: Layer) -> list[float]:
+    scores = []
+    for e in range(E):
+        parts = []
+        for t, k in layer.pairs(e):
+            parts.append(float(layer.gate_TK[t, k] / sum(layer.gate_TK[t])) * norm(layer.out_TKD[t, k].tolist()))
+        scores.append(mean(parts))
+    return scores
+
+
+def order_of_pairs(shared: Callable[[int, int], float], layer: Layer, largest: bool) -> list[float]:
+    """MC-Suite's rule for a matrix of pairs: the less used of the first pair goes, and so on; its step for each expert."""
+    used = {e: (len(layer.pairs(e)), sum(layer.outputs(e)[0])) for e in range(E)}
+    left, steps, step = [e for e in range(E) if used[e][0]], [0.0] * E, 0
+    while left:
+        step += 1
+        sign = 1 if largest else -1
+        best = max((sign * shared(p, q) for p in left for q in left if p != q), default=0)
+        candidates = []
+        for p in left:
+            for q in left:
+                if p != q and sign * shared(p, q) == best and used[p] < used[q]:
+                    candidates.append(p)
+        gone = sorted(candidates or left, key=lambda e: used[e])[0]
+        steps[gone] = float(step)
+        left.remove(gone)
+    return steps
+
+
+def tokens_of_both(layer: Layer) -> Callable[[int, int], float]:
+    chosen = [set(row) for row in layer.index_TK.tolist()]
+    return lambda p, q: float(sum(p in row and q in row for row in chosen))
+
+
+@oracle
+def ecc_max(layer: Layer) -> list[float]:
+    return order_of_pairs(tokens_of_both(layer), layer, largest=True)
+
+
+@oracle
+def ecc_min(layer: Layer) -> list[float]:
+    return order_of_pairs(tokens_of_both(layer), layer, largest=False)
+
+
+@oracle
 def mone(layer: Layer) -> list[float]:
     scores = []
     for e in range(E):
@@ -170,7 +215,12 @@ POPULAR = torch.tensor([0.0, 0.0, 3.0, -3.0, 0.0, 0.0])
 PLANTED: dict[str, Callable[[], Layer]] = {
     **dict.fromkeys(("frequency", "gate", "gate_softmax"), lambda: Layer(3, prefer_E=POPULAR)),
     **dict.fromkeys(
-        ("ean", "ean_dims", "man", "msan", "weighted_ean", "reap", "mone", "spread"), lambda: Layer(3, scale_E=LOUD)
+        ("ean", "ean_dims", "man", "msan", "weighted_ean", "reap", "reap_renormalised", "mone", "spread"),
+        lambda: Layer(3, scale_E=LOUD),
     ),
 }
-PLANTED_ELSEWHERE = {"random"}  # what stands for a planted case is a test of its own in test_criteria.py
+PLANTED_ELSEWHERE = {
+    "random",
+    "ecc_max",
+    "ecc_min",
+}  # what stands for a planted case is a test of its own in test_criteria.py

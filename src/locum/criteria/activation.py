@@ -90,5 +90,19 @@ def reap(layer: LayerStatistics) -> Tensor:
     return _per_token(layer["gated_output_norm"], layer["count"])
 
 
+@criterion("reap_renormalised", paper="arXiv 2510.13999 (REAP)", needs=("count", "renormalised_output_norm"))
+def reap_renormalised(layer: LayerStatistics) -> Tensor:
+    """REAP with router weights that add up to one for every token, whatever the model's own do.
+
+    S_e = (1 / n_e) sum_{t in T_e} g_t,e / (sum_{j selected by t} g_t,j) ||f_e(x_t)||_2
+
+    Units:    hidden-state L2 norm; norms grow with depth.
+    Edges:    a rare but strong expert ranks high.
+    Differs:  nothing: `renormalize_router_weights` of the authors' code. Where the model renormalises, it is `reap` (up to
+              the constant that gates are scaled by).
+    """
+    return _per_token(layer["renormalised_output_norm"], layer["count"])
+
+
 def _per_token(total_E: Tensor, count_E: Tensor) -> Tensor:
     return torch.where(count_E > 0, total_E / torch.where(count_E > 0, count_E, 1.0), 0.0)
