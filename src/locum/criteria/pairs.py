@@ -1,0 +1,58 @@
+"""Criteria of MC-Suite that look at pairs of experts: of the pair that is most (or least) alike, the less used one goes first.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..stats.sums import LayerStatistics
+from .criterion import criterion
+
+
+@criterion("ecc_max", paper="arXiv 2504.05586 (MC-Suite)", needs=("co_count", "count", "gate_sum"))
+def ecc_max(layer: LayerStatistics) -> Tensor:
+    """Expert co-activation count, the largest first: of the two that are selected together most, the less used one goes.
+
+    S_e = the step at which e goes: in step 1, 2, ..., of the pair (p, q) of those left with the most tokens that selected
+    both, the one with the smaller n
+
+    Units:    steps.
+    Edges:    equal pairs and equal counts go by n, then by gate mass.
+    Cost:     E*E numbers per layer.
+    Differs:  the paper drops one expert, fine-tunes and counts anew; this is the order that one count gives.
+    """
+    return _steps(layer["co_count"], layer["count"], layer["gate_sum"])
+
+
+@criterion("ecc_min", paper="arXiv 2504.05586 (MC-Suite)", needs=("co_count", "count", "gate_sum"))
+def ecc_min(layer: LayerStatistics) -> Tensor:
+    """Expert co-activation count, the smallest first: of the two that are selected together least, the less used one goes.
+
+    S_e = the step at which e goes, as in `ecc_max` with the fewest tokens that selected both
+
+    Units:    steps.
+    Edges:    equal pairs and equal counts go by n, then by gate mass.
+    Cost:     E*E numbers per layer.
+    Differs:  the paper drops one expert, fine-tunes and counts anew; this is the order that one count gives.
+    """
+    return _steps(-layer["co_count"], layer["count"], layer["gate_sum"])
+
+
+def _steps(alike_EE: Tensor, count_E: Tensor, gate_E: Tensor) -> Tensor:
+    """The step, from 1, at which each expert goes; 0 for those that are never routed."""
+    if bool(alike_EE.isnan().any()):
+        return torch.where(alike_EE.isnan().any(dim=1), torch.nan, 0.0)
+    use, alike = list(zip(count_E.tolist(), gate_E.tolist(), strict=True)), alike_EE.tolist()
+    step_E = torch.zeros_like(count_E)
+    left = [e for e in range(len(use)) if use[e][0] > 0]
+    for step in range(1, len(left) + 1):
+        pairs = [(alike[p][q], p, q) for p in left for q in left if p < q]
+        most = max((value for value, _, _ in pairs), default=0.0)
+        less_used = [min(p, q, key=use.__getitem__) for value, p, q in pairs if value == most] or left
+        gone = min(less_used, key=use.__getitem__)
+        step_E[gone] = step
+        left.remove(gone)
+    return step_E
