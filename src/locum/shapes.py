@@ -108,6 +108,7 @@ class ModelShape(_Checked):
     expert_itemsize: int  # bytes of one expert parameter in the checkpoint, or of what stands in for quantised ones
     notes: tuple[str, ...] = field(default=())
     aside: Aside = field(default=Aside())  # counted above
+    vocab_size: int = 0  # tokens that have an embedding; 0 where it is not known
 
     @property
     def model(self) -> ModelShape:

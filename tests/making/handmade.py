@@ -23,6 +23,7 @@ from locum.stats.origin import Origin
 from locum.stats.sums import Statistics, Sums
 
 SAMPLES = (20, 30, 14)
+VOCABULARY = 32
 
 
 def toy_shape(
@@ -36,7 +37,7 @@ def toy_shape(
         for i in range(layers)
     ]
     routed = sum(shape.num_experts * shape.parameters() for shape in shapes)
-    return ModelShape("toy", tuple(shapes), routed + 5000, 2 * routed + 10000, 2)
+    return ModelShape("toy", tuple(shapes), routed + 5000, 2 * routed + 10000, 2, vocab_size=VOCABULARY)
 
 
 def statistics_of(sums: list[Sums], shape: ModelShape) -> Statistics:
@@ -57,7 +58,7 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    summed = tuple(name for name, definition in STATISTICS.items() if not definition.searched)
+    summed = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
     domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size
@@ -74,7 +75,8 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
             sums.add(layer.name, RouterEvent(logits_TE, SAMPLES))
             inside = (normal(len(expert_P), d), normal(len(expert_P), layer.expert_width))
             token_P = order_P // layer.top_k
-            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside, token_P))
+            seen = (token_P, token_P % VOCABULARY, torch.rand(len(token_P), generator=generator), VOCABULARY)
+            sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside, *seen))
             sums.num_tokens = sum(SAMPLES)
     return with_search(statistics_of(domain_sums, shape))
 
@@ -87,6 +89,7 @@ def with_search(statistics: Statistics) -> Statistics:
         dropped_E = torch.zeros_like(worth_E)
         dropped_E[list(lowest(worth_E, max(2, layer.num_groups), layer.num_groups))] = 1
         found = {"dropped": dropped_E, "pruned_importance": worth_E * (1 - dropped_E)}
+        found |= {"removal_loss": worth_E, "loss_curve": worth_E.sort().values.cumsum(0)}
         rest_CE = torch.zeros(len(statistics.domains) - 1, layer.num_experts, dtype=torch.float64)
         found_CE = {name: torch.cat([value_E[None], rest_CE]) for name, value_E in found.items()}
         layers[layer.name] = {**statistics.layers[layer.name], **found_CE}

@@ -12,19 +12,29 @@ import torch
 from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import RoutedEvent, RouterEvent, Rows, SearchEvent
+from locum.stats.events import (
+    EveryExpertEvent,
+    HiddenGradientEvent,
+    RoutedEvent,
+    RouterEvent,
+    Rows,
+    SearchEvent,
+    WeightGradientEvent,
+    WeightsEvent,
+)
 from locum.stats.origin import Origin
 from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
-E, D, F, K = 5, 4, 3, 2
+E, D, F, K, V = 5, 4, 3, 2, 7
 HEADINGS = ("Needs:", "Shapes:", "Units:", "Edges:", "Cost:", "Source:")
 ALL = tuple(STATISTICS)
 SUMMED = tuple(name for name in ALL if not STATISTICS[name].searched)
+OF_TEXT = tuple(name for name in ALL if STATISTICS[name].event in (RouterEvent, RoutedEvent))
 
 
 def model_shape(experts: int = E, layers: int = 2) -> ModelShape:
     shapes = (LayerShape(f"layer.{i}", experts, K, D, 3, f"router.{i}", "softmax", True) for i in range(layers))
-    return ModelShape("toy", tuple(shapes), 1000, 4000, 4)
+    return ModelShape("toy", tuple(shapes), 1000, 4000, 4, vocab_size=V)
 
 
 ORIGIN = Origin(model_shape(), "m", "t", ("d",))
@@ -46,26 +56,50 @@ def draw(lengths: tuple[int, ...], seed: int = 0, experts: int = E) -> tuple[Rou
     counts = tuple(torch.bincount(expert_P, minlength=experts).tolist())
     inside = (torch.randn(len(expert_P), size, generator=generator) for size in (D, F))
     token_P = index_TK.flatten().sort(stable=True).indices // K
-    return RouterEvent(logits_TE, lengths), RoutedEvent(expert_P, gate_P, out_PD, counts, *inside, token_P)
+    id_P = torch.randint(0, V, (sum(lengths),), generator=generator)[token_P]
+    turn_P = torch.rand(sum(lengths), generator=generator)[token_P]
+    routed = RoutedEvent(expert_P, gate_P, out_PD, counts, *inside, token_P, id_P, turn_P, V)
+    return RouterEvent(logits_TE, lengths), routed
+
+
+def matrices(generator: torch.Generator) -> tuple[tuple[torch.Tensor, ...], ...]:
+    sides = ((F, D), (F, D), (D, F))
+    return tuple(tuple(torch.randn(*side, generator=generator) for side in sides) for _ in range(E))
+
+
+WEIGHTS = WeightsEvent(
+    matrices(torch.Generator().manual_seed(9)), torch.randn(E, D, generator=torch.Generator().manual_seed(8))
+)
+
+
+def others(seed: int = 0) -> tuple[object, ...]:
+    """Events of calibration beside those of routers and routed experts."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    out_TED = torch.randn(6, E, D, generator=generator, dtype=torch.float64)
+    counts = (2, 0, 3, 1, 0)
+    back = HiddenGradientEvent(counts, torch.randn(sum(counts), F, generator=generator))
+    return WEIGHTS, EveryExpertEvent(out_TED @ out_TED.mT), back, WeightGradientEvent(matrices(generator))
 
 
 FOUND = SearchEvent(
     {
         "dropped": torch.tensor([0.0, 1, 0, 0, 1], dtype=torch.float64),
         "pruned_importance": torch.tensor([0.5, 0, 2, 3, 0], dtype=torch.float64),
+        "removal_loss": torch.tensor([0.5, -1, 2, 3, 0], dtype=torch.float64),
+        "loss_curve": torch.tensor([-1, 0.5, 2, 2, 2], dtype=torch.float64),
     }
 )
 
 
 def event_for(name: str, *events: object) -> object:
-    return next(event for event in (*events, FOUND) if type(event) is STATISTICS[name].event)
+    return next(event for event in (*events, *others(), FOUND) if type(event) is STATISTICS[name].event)
 
 
 def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), **changes: object) -> Statistics:
     sums = Sums(domain, SUMMED)
     for seed in seeds:
         for layer in ("layer.0", "layer.1"):
-            for event in draw(lengths, seed):
+            for event in (*draw(lengths, seed), *others(seed)):
                 sums.add(layer, event)
         sums.num_tokens += sum(lengths)
     return sums.statistics(dataclasses.replace(ORIGIN, **changes), WORDS)
@@ -138,7 +172,41 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         for d, value in enumerate(out):
             rows["output_sum"][expert][d] += value
             rows["output_square"][expert][d] += value * value
+    tokens = [[0] * V for _ in range(E)]
+    turned = [0.0] * E
+    for p, expert in enumerate(event.expert_P.tolist()):
+        tokens[expert][int(event.id_P[p])] += 1
+        length = math.sqrt(sum(v * v for v in event.out_PD[p].tolist()))
+        turned[expert] += float(event.gate_P[p]) * length * float(event.turn_P[p])
+    together |= {"token_count": tokens, "turned_output_norm": turned}
     return {**sums, **rows, **products, **columns, **together}
+
+
+def slow_others() -> dict[str, object]:
+    weights, every, back, gradient = others()
+    numbers = [[v for m in expert for row in m.tolist() for v in row] for expert in weights.experts]
+    gram = every.gram_TEE.tolist()
+    cosine = [[sum(g[i][j] / math.sqrt(g[i][i] * g[j][j]) for g in gram) for j in range(E)] for i in range(E)]
+    squares, rows = [[0.0] * F for _ in range(E)], iter(back.hidden_gradient_PF.tolist())
+    for e, count in enumerate(back.counts):
+        for _ in range(count):
+            squares[e] = [total + v * v for total, v in zip(squares[e], next(rows), strict=True)]
+    ranks = []
+    for expert in weights.experts:
+        values = [torch.linalg.svdvals(m.double()).tolist() for m in expert]
+        ranks.append(sum(sum(s * s for s in each) / each[0] ** 2 for each in values) / len(values))
+    return {
+        "weight_mass": [sum(map(abs, n)) for n in numbers],
+        "weight_square": [sum(v * v for v in n) for n in numbers],
+        "weight_product": [[sum(a * b for a, b in zip(m, n, strict=True)) for n in numbers] for m in numbers],
+        "stable_rank": ranks,
+        "down_column_square": [[sum(row[c] ** 2 for row in x[2].tolist()) for c in range(F)] for x in weights.experts],
+        "router_norm": [math.sqrt(sum(v * v for v in row)) for row in weights.router_EI.tolist()],
+        "output_cosine": cosine,
+        "hidden_gradient_square": squares,
+        "gate_up_gradient": [[*x[0].tolist(), *x[1].tolist()] for x in gradient.experts],
+        "down_gradient": [x[2].tolist() for x in gradient.experts],
+    }
 
 
 def whole(increment: torch.Tensor | Rows) -> torch.Tensor:
@@ -148,10 +216,10 @@ def whole(increment: torch.Tensor | Rows) -> torch.Tensor:
 @pytest.mark.parametrize("name", ALL)
 def test_definition_equals_slow_loop(name: str) -> None:
     router, routed = draw((6, 1, 3))
-    expected = {**slow_router(router), **slow_routed(routed), **FOUND.found}[name]
+    expected = {**slow_router(router), **slow_routed(routed), **slow_others(), **FOUND.found}[name]
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
-    sizes = {"E": E, "D": D, "F": F}
+    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
     torch.testing.assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
@@ -163,18 +231,18 @@ def test_docstring_has_every_heading(name: str) -> None:
     assert [heading for heading in HEADINGS if heading not in text] == []
 
 
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("name", OF_TEXT)
 def test_empty_event_adds_zero(name: str) -> None:
     router = RouterEvent(torch.zeros(0, E), ())
     rows = (torch.zeros(0, size) for size in (D, D, F))
     none_P = torch.zeros(0, dtype=torch.int64)
-    routed = RoutedEvent(none_P, torch.zeros(0), next(rows), (0,) * E, *rows, none_P)
+    routed = RoutedEvent(none_P, torch.zeros(0), next(rows), (0,) * E, *rows, none_P, none_P, torch.zeros(0), V)
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
     assert value.count_nonzero() == 0 and value.ndim == len(definition.axes)
 
 
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("name", OF_TEXT)
 def test_half_precision_events_are_summed_wide(name: str) -> None:
     router, routed = draw((40, 24))
     definition = STATISTICS[name]
@@ -185,7 +253,7 @@ def test_half_precision_events_are_summed_wide(name: str) -> None:
         return event_for(
             name,
             RouterEvent(router.logits_TE.bfloat16().to(dtype), router.sample_lengths),
-            RoutedEvent(routed.expert_P, gate_P, out_PD, routed.counts, *inside, routed.token_P),
+            dataclasses.replace(routed, gate_P=gate_P, out_PD=out_PD, in_PD=inside[0], hidden_PF=inside[1]),
         )
 
     half, wide = cast(torch.bfloat16), cast(torch.float32)
@@ -267,11 +335,19 @@ def test_a_maximum_is_one_over_batches_domains_and_files() -> None:
     assert torch.equal(collect(1, 2).layer("layer.0")["output_peak"], torch.maximum(peaks[0], peaks[1]))
 
 
+def test_facts_of_the_model_are_kept_once() -> None:
+    both = collect(1, domain="a") + collect(2, domain="b")
+    for name in ("weight_mass", "weight_product"):
+        expected = whole(STATISTICS[name].increment(WEIGHTS))
+        assert torch.equal(both.layer("layer.0")[name], expected) and both.layers["layer.0"][name].shape[0] == 1
+
+
 def test_a_layer_is_merged_over_domains() -> None:
     both = collect(1, domain="a") + collect(2, domain="b")
     layer, named = both.layer("layer.0"), both.layers["layer.0"]
     for name in SUMMED:
-        expected = named[name].amax(dim=0) if STATISTICS[name].merge == "max" else named[name].sum(dim=0)
+        summed = STATISTICS[name].merge == "sum"
+        expected = named[name].sum(dim=0) if summed else named[name].amax(dim=0)
         torch.testing.assert_close(layer[name], expected, rtol=0, atol=0)
         assert len(named[name]) == (2 if STATISTICS[name].by_domain else 1)
     assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer
@@ -299,7 +375,7 @@ def test_malformed_statistics_are_refused() -> None:
 
 def test_layer_without_events_is_refused() -> None:
     sums = Sums("a", SUMMED)
-    for event in draw((4,)):
+    for event in (*draw((4,)), *others()):
         sums.add("layer.0", event)
     with pytest.raises(StatisticsError, match=r"layer layer\.1 never gave what .*count"):
         sums.statistics(ORIGIN)
@@ -321,7 +397,7 @@ def test_only_needed_statistics_are_collected() -> None:
 
 def test_grams_are_collected_on_demand_only() -> None:
     assert {name for name in ALL if STATISTICS[name].on_demand} >= {"input_gram", "hidden_gram", *FOUND.found}
-    assert {name for name in ALL if STATISTICS[name].inside} == {"input_gram", "hidden_gram"}
+    assert {name for name in ALL if STATISTICS[name].inside} >= {"input_gram", "hidden_gram"}
     assert check_needs(("input_gram",)) == ("input_gram",)
     with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*on demand only"):
         statistics({"layer.0": {}}).layer("layer.0")["input_gram"]

@@ -24,7 +24,7 @@ from ..experts.parts.own_weights import OwnWeights
 from ..formats.format import declared_formats, format_of
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, notes_on, unread_tensors
-from ..models.sizes import expert_itemsize, shape_of, stored_shapes
+from ..models.sizes import expert_itemsize, shape_of, stored_shapes, vocab_size
 from ..models.stored import Place, live_names, note_stored, places_of
 from ..shapes import Aside, ModelShape
 from .cuts import LayerCuts, find_cuts
@@ -204,7 +204,8 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
         sizes = {name: _per_expert(cut, headers) for name, cut in cuts.items()}
         sizes |= {name: _per_expert(own.cuts, own.headers) for name, own in source.own.items()}
         shapes = tuple(replace(x, expert_bytes=sizes.get(x.name, 0)) for x in shapes)
-    return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, _aside(source))
+    aside, tokens = _aside(source), vocab_size(model)
+    return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, aside, tokens)
 
 
 def _per_expert(cuts: LayerCuts, headers: dict[str, dict[str, Any]]) -> int:

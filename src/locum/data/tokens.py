@@ -342,6 +342,12 @@ def take(tokens: Batch, index_B: torch.Tensor) -> Batch:
     return Batch(**{field.name: getattr(tokens, field.name)[index_B] for field in fields(Batch)})
 
 
+def cut(tokens: Batch, width: int) -> Batch:
+    """The first tokens of every block."""
+    whole = {field.name: getattr(tokens, field.name) for field in fields(Batch)}
+    return Batch(**{name: x if name == "domain_B" else x[:, :width] for name, x in whole.items()})
+
+
 def permutation(size: int, *seed: Any) -> torch.Tensor:
     number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1
     return torch.randperm(size, generator=torch.Generator().manual_seed(number))

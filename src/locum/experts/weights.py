@@ -29,6 +29,11 @@ class ExpertWeights:
         return replace(self, **{n: function(n, t) for n, t in vars(self).items() if t is not None})
 
     @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate (where there is one), up and down."""
+        return tuple(m for m in (self.gate_FD, self.up_FD, self.down_DF) if m is not None)
+
+    @property
     def gate_up_GD(self) -> Tensor:
         return self.up_FD if self.gate_FD is None else torch.cat([self.gate_FD, self.up_FD])
 

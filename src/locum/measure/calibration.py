@@ -24,25 +24,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import ranks
-from ..data.tokens import check_vocabulary
+from ..data.tokens import check_vocabulary, cut, take
 from ..errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from ..files import provenance as make_provenance
-from ..models.families import MoeLayer
+from ..models.families import MoeLayer, read_expert
 from ..models.layer_major import passes, together
 from ..models.routers import router_logits
 from ..models.sizes import shape_of
 from ..models.watch import evaluating, experts_implementation, observable_layers, run_experts
+from ..shapes import LayerShape
 from ..stats.definitions import STATISTICS
-from ..stats.events import Event, RoutedEvent, RouterEvent
+from ..stats.events import (
+    Event,
+    EveryExpertEvent,
+    HiddenGradientEvent,
+    RoutedEvent,
+    RouterEvent,
+    WeightGradientEvent,
+    WeightsEvent,
+)
 from ..stats.origin import Origin
 from ..stats.sums import Pooled, Statistics, Sums, axis_sizes, check_needs, is_pooled, taken_up
+from .gradients import Gradients
+from .removals import gram_of_outputs
+from .residuals import Residuals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.tokens import Tokens
+
+GRAMS = 2**24  # numbers of products of all experts' outputs at a time
 
 
 def calibrate(
@@ -166,16 +181,19 @@ class _SoFar:
         for layer in self.origin.shape.layers:
             layers[layer.name] = {}
             for name in (name for name in self.needs if not is_pooled(name)):
-                total = torch.zeros(len(domains), *axis_sizes(layer, STATISTICS[name].axes), dtype=torch.float64)
+                total = torch.zeros(len(domains), *self._sizes(layer, name), dtype=torch.float64)
                 if mine is not None:
                     rows = torch.tensor([domains.index(domain) for domain in mine.domains])
                     total.index_add_(0, rows, mine.layers[layer.name][name])
                 layers[layer.name][name] = ranks.merge(total, STATISTICS[name].merge)
             for name in filter(is_pooled, self.needs):
-                self.pooled.merge_ranks(layer.name, name, axis_sizes(layer, STATISTICS[name].axes))
+                self.pooled.merge_ranks(layer.name, name, self._sizes(layer, name))
         seen = int(ranks.add_up(torch.tensor(0 if mine is None else mine.tokens)))
         whole = Statistics(domains, layers, self.origin, seen, dict(self.words), asked=self.asked)
         return self.pooled.joined_to(whole)
+
+    def _sizes(self, layer: LayerShape, name: str) -> tuple[int, ...]:
+        return axis_sizes(layer, STATISTICS[name].axes, self.origin.shape.vocab_size)
 
     def _with(self, sums: Sums | None) -> Statistics | None:
         if sums is None or sums.num_tokens == 0:
@@ -200,9 +218,13 @@ def _run_batches(
         # Cut to what is not padding: whole blocks and, at the end, whole columns.
         width = int((tokens.attention_BS[blocks_B] != 0).any(dim=0).nonzero().max()) + 1
         attention_BS = tokens.attention_BS[blocks_B, :width] != 0
-        current.append(CurrentBatch.of(sums, attention_BS, model.device))
+        ids_BS = tokens.ids_BS[blocks_B, :width]
+        current.append(CurrentBatch.of(sums, ids_BS, attention_BS, model.device))
         sums.num_tokens += int(attention_BS.sum())
-        jobs.append(functools.partial(_run_batch, model, tokens.ids_BS[blocks_B, :width], attention_BS))
+        if observer.gradients is None:
+            jobs.append(functools.partial(_run_batch, model, ids_BS, attention_BS))
+        else:
+            jobs.append(functools.partial(observer.gradients.run, cut(take(tokens, blocks_B), width), sums.add))
 
     def turn(job: int) -> None:
         observer.batch = current[job]
@@ -259,11 +281,13 @@ class CurrentBatch:
     num_rows: int  # tokens, padding included
     sample_lengths: tuple[int, ...]
     keep_T: Tensor | None  # which tokens are text; None: all are
+    ids_T: Tensor  # their numbers in the vocabulary
 
     @classmethod
-    def of(cls, sums: Sums, attention_BS: Tensor, device: torch.device) -> CurrentBatch:
+    def of(cls, sums: Sums, ids_BS: Tensor, attention_BS: Tensor, device: torch.device) -> CurrentBatch:
         keep_T = None if bool(attention_BS.all()) else attention_BS.flatten().to(device)
-        return cls(sums, attention_BS.numel(), tuple(attention_BS.sum(dim=1).tolist()), keep_T)
+        lengths = tuple(attention_BS.sum(dim=1).tolist())
+        return cls(sums, attention_BS.numel(), lengths, keep_T, ids_BS.flatten().to(device))
 
     def text(self, x_TI: Tensor) -> Tensor:
         """The rows that are no padding."""
@@ -276,9 +300,14 @@ class Observer:
     def __init__(self, model: PreTrainedModel, needs: tuple[str, ...]) -> None:
         definitions = [STATISTICS[name] for name in needs]
         self.model, self.layers = model, observable_layers(model)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.name_of = {id(layer.experts): layer.shape.name for layer in self.layers}
         self.events = {definition.event for definition in definitions}
-        self.inside = any(definition.inside for definition in definitions)
+        self.inside = any(definition.inside for definition in definitions) or HiddenGradientEvent in self.events
+        self.residuals = Residuals(model, self.layers) if any(d.turns for d in definitions) else None
+        back = self.events & {HiddenGradientEvent, WeightGradientEvent}
+        self.gradients = Gradients(model, self.layers, back) if back else None
+        self.weighed: set[str] = set()  # layers whose weights were looked at
         self.batch: CurrentBatch | None = None  # set by the pass before the model runs
 
     def saw_router(self, layer: MoeLayer, output: Any) -> None:
@@ -294,7 +323,7 @@ class Observer:
                 f"router {layer.shape.router} gave {shape} first; expected logits of {batch.num_rows} tokens for "
                 f"{num_experts} experts; statistics of the router cannot be collected for this model"
             )
-        logits_TE = batch.text(logits.reshape(-1, num_experts))
+        logits_TE = batch.text(logits.detach().reshape(-1, num_experts))
         batch.sums.add(layer.shape.name, RouterEvent(logits_TE, batch.sample_lengths))
 
     def experts_forward(self, experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
@@ -306,10 +335,38 @@ class Observer:
                 f"{name} was called with {len(x_TD)} tokens, the batch has {batch.num_rows}; padding cannot be told from "
                 f"text, so this model cannot be calibrated"
             )
-        if type(event) in self.events:
-            keep_T = batch.keep_T
-            batch.sums.add(name, event if keep_T is None else event.of_tokens(keep_T))
+        if self.gradients is not None:
+            self.gradients.watch(name, event, batch.keep_T)
+        with torch.no_grad():
+            self._count(name, experts, x_TD.detach(), y_TD.detach(), event.detached())
         return y_TD
+
+    def _count(self, name: str, experts: nn.Module, x_TD: Tensor, y_TD: Tensor, event: RoutedEvent) -> None:
+        batch = self.batch
+        if WeightsEvent in self.events and name not in self.weighed:
+            self.weighed.add(name)
+            batch.sums.add(name, weights_event(next(x for x in self.layers if x.experts is experts)))
+        if EveryExpertEvent in self.events:
+            for part_TD in batch.text(x_TD).split(max(1, GRAMS // experts.num_experts**2)):
+                batch.sums.add(name, EveryExpertEvent(gram_of_outputs(experts, part_TD)))
+        if RoutedEvent not in self.events:
+            return
+        ids_T = batch.ids_T.to(event.token_P.device)
+        event = replace(event, id_P=ids_T[event.token_P], vocab_size=self.vocab_size)
+        if self.residuals is not None:
+            before_TD = self.residuals.of(name, y_TD).double()
+            turn_T = (1 - functional.cosine_similarity(before_TD, before_TD + y_TD, dim=-1)).clamp(min=0)
+            event = replace(event, turn_P=turn_T[event.token_P])
+        batch.sums.add(name, event if batch.keep_T is None else event.of_tokens(batch.keep_T))
+
+
+def weights_event(layer: MoeLayer) -> WeightsEvent:
+    """The weights of a live layer."""
+    rows = [part.tensor.detach().movedim(part.axis, 0) for part in layer.per_expert if part.tensor.ndim == 2]
+    if not rows:
+        raise UnsupportedModel(f"router {layer.shape.router} has no matrix with a row for each expert")
+    count = layer.shape.num_experts
+    return WeightsEvent(tuple(read_expert(layer.experts, e).matrices for e in range(count)), rows[0][:count])
 
 
 # --- leaving everything as it was -------------------------------------------------------------------------------
@@ -340,12 +397,29 @@ def watch_routers(observer: Observer) -> Iterator[None]:
             hook.remove()
 
 
-def watch_experts(observer: Observer) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def watch_experts(observer: Observer) -> Iterator[None]:
     """The experts run through the observer, whatever is collected: so all passes compute the same numbers."""
-    return experts_implementation(observer.model, observer.layers, observer.experts_forward)
+    residuals = observer.residuals.watched() if observer.residuals is not None else contextlib.nullcontext()
+    with residuals, experts_implementation(observer.model, observer.layers, observer.experts_forward):
+        yield
+
+
+def watch_gradients(observer: Observer) -> contextlib.AbstractContextManager[None]:
+    """Gradients go where they are asked for, and nowhere else."""
+    return contextlib.nullcontext() if observer.gradients is None else observer.gradients.ready()
+
+
+def watched_with_experts(_observer: Observer) -> contextlib.AbstractContextManager[None]:
+    """Nothing: what runs the experts makes these events."""
+    return contextlib.nullcontext()
 
 
 WATCHERS: dict[type[Event], Callable[[Observer], contextlib.AbstractContextManager[None]]] = {
     RouterEvent: watch_routers,
     RoutedEvent: watch_experts,
+    WeightsEvent: watched_with_experts,
+    EveryExpertEvent: watched_with_experts,
+    HiddenGradientEvent: watch_gradients,
+    WeightGradientEvent: watched_with_experts,
 }

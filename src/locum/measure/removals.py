@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.tokens import Batch, Tokens, permutation, take
+from ..data.tokens import Batch, Tokens, cut, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
 from ..models.families import MoeLayer, slice_experts, slice_router
 from ..models.masking import MaskedRouters
@@ -62,14 +62,7 @@ def draw_sample(tokens: Tokens, sample: int, seed: int) -> Batch:
         of_it_B = tokens.domain_B[order_B] == domain
         ranks_B[of_it_B] = torch.arange(int(of_it_B.sum()))
     chosen_B = order_B[torch.argsort(ranks_B, stable=True)][: max(1, sample // width)]
-    blocks = take(tokens, chosen_B)
-    return Batch(
-        ids_BS=blocks.ids_BS[:, :width],
-        loss_mask_BS=blocks.loss_mask_BS[:, :width],
-        attention_BS=blocks.attention_BS[:, :width],
-        bytes_BS=blocks.bytes_BS[:, :width],
-        domain_B=blocks.domain_B,
-    )
+    return cut(take(tokens, chosen_B), width)
 
 
 @dataclass(frozen=True, eq=False)

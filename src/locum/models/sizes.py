@@ -21,7 +21,13 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     }
     total, size = sum(numel for numel, _ in tensors.values()), sum(math.prod(x) for x in tensors.values())
     itemsize = expert_itemsize(model, layers[0])
-    return ModelShape(model.config.model_type, stored_shapes(model, layers), total, size, itemsize)
+    shapes = stored_shapes(model, layers)
+    return ModelShape(model.config.model_type, shapes, total, size, itemsize, vocab_size=vocab_size(model))
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:

@@ -53,7 +53,8 @@ def run_experts(
     weight = experts.down_proj
     out_PD = torch.empty(len(order_P), x_TD.shape[1], dtype=weight.dtype, device=weight.device)
     seen: list[tuple[Tensor, Tensor]] = []
-    room = CHUNK // x_TD.shape[1] if x_TD.device.type == "cpu" else len(order_P)
+    at_once = x_TD.device.type != "cpu" or torch.is_grad_enabled()  # gradients come back to one tensor of hidden states
+    room = len(order_P) if at_once else CHUNK // x_TD.shape[1]
     start = 0
     for some in _some_experts(counts, room):
         pairs = slice(start, start + sum(counts[some]))
@@ -69,7 +70,9 @@ def run_experts(
         out_PD[pairs] = out_QD
         if inside:
             seen.append((in_QD, hidden_QF))
-    in_PD, hidden_PF = map(torch.cat, zip(*seen, strict=True)) if seen else (None, None)
+    in_PD, hidden_PF = (
+        (None, None) if not seen else seen[0] if len(seen) == 1 else map(torch.cat, zip(*seen, strict=True))
+    )
     y_TD = _weighted_sum(out_PD, gate_TK, order_P).to(x_TD.dtype)
     return y_TD, RoutedEvent(expert_P, gate_P, out_PD, counts, in_PD, hidden_PF, token_P)
 
@@ -96,7 +99,7 @@ def _project(
 
 def _weighted_sum(out_PD: Tensor, gate_TK: Tensor, order_P: Tensor) -> Tensor:
     """[T, D] every token's outputs times their gates; pair p of the outputs is number order_P[p] of T*K."""
-    if gate_TK.dtype == out_PD.dtype:
+    if gate_TK.dtype == out_PD.dtype and not torch.is_grad_enabled():
         place_P = torch.empty_like(order_P)
         place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
         return functional.embedding_bag(place_P.view_as(gate_TK), out_PD, per_sample_weights=gate_TK, mode="sum")

@@ -109,10 +109,12 @@ def _nameless(layer: LayerShape) -> LayerShape:
 
 def even_statistics(shape: ModelShape, names: tuple[str, ...]) -> Statistics:
     """Statistics of a model whose experts are all alike: every sum is one, in one domain."""
-    layers = {layer.name: {name: _ones(layer, STATISTICS[name].axes) for name in names} for layer in shape.layers}
+    layers = {
+        layer.name: {name: _ones(shape, layer, STATISTICS[name].axes) for name in names} for layer in shape.layers
+    }
     return Statistics(("even",), layers, Origin(shape), tokens=1)
 
 
-def _ones(layer: LayerShape, axes: str) -> torch.Tensor:
+def _ones(shape: ModelShape, layer: LayerShape, axes: str) -> torch.Tensor:
     """[Z, ...] float64, without memory of its own."""
-    return torch.ones((), dtype=torch.float64).expand(1, *axis_sizes(layer, axes))
+    return torch.ones((), dtype=torch.float64).expand(1, *axis_sizes(layer, axes, shape.vocab_size))

@@ -31,6 +31,9 @@ class StatisticDefinition:
     on_demand: bool = False  # collected only when a method's needs name it
     # Reads the experts' inputs and hidden states, which calibration keeps for such statistics alone.
     inside: bool = False
+    turns: bool = (
+        False  # reads how far the routed output turns a token, which calibration computes for such statistics alone
+    )
     # Kept apart for every domain; else added up over all of them, where it is too large for that.
     by_domain: bool = True
     merge: str = "sum"  # how two of it become one (merging.py)

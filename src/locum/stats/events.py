@@ -1,13 +1,13 @@
 """What is observed: the events that calibration and search make, one per layer and batch.
 
 Letters: T tokens, P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, D model width,
-F expert width.
+F expert width, I width of what a router reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -51,14 +51,23 @@ class RoutedEvent(Event):
     in_PD: Tensor | None = None  # what went in and the input of the last product: only where a statistic that is
     hidden_PF: Tensor | None = None  # declared with inside=True is collected
     token_P: Tensor | None = None  # which token of the batch each pair is of
+    id_P: Tensor | None = None  # of these tokens: the number in the vocabulary
+    # How far the routed output turns the pair's token: only where a statistic that is declared with turns=True is collected.
+    turn_P: Tensor | None = None
+    vocab_size: int = 0
 
     def of_tokens(self, keep_T: Tensor) -> RoutedEvent:
         """The pairs of some of the batch's tokens."""
         keep_P = keep_T.to(self.token_P.device)[self.token_P]
-        pairs = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
-        kept = {name: value_P if value_P is None else value_P[keep_P] for name, value_P in pairs.items()}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: value_P[keep_P] for name, value_P in given.items() if isinstance(value_P, Tensor)}
         counts = torch.bincount(kept["expert_P"], minlength=len(self.counts)).tolist()
-        return RoutedEvent(counts=tuple(counts), **kept)
+        return replace(self, counts=tuple(counts), **kept)
+
+    def detached(self) -> RoutedEvent:
+        """The same without the way back to weights."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.detach() for name, x in given.items() if isinstance(x, Tensor)})
 
     @property
     def norm_P(self) -> Tensor:
@@ -101,6 +110,40 @@ class RoutedEvent(Event):
         """[E, I, I] sums of x x^T, an expert's when it is asked for; a batch's products are float32."""
         by_expert = (wide(x_QI) for x_QI in x_PI.split(list(self.counts)))
         return Rows((len(self.counts), x_PI.shape[1], x_PI.shape[1]), (x_QI.T @ x_QI for x_QI in by_expert))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsEvent(Event):
+    """The weights of one layer, once for a model. One layer's experts are in memory."""
+
+    experts: tuple[
+        tuple[Tensor, ...], ...
+    ]  # of every expert gate [F, D] (where there is one), up [F, D] and down [D, F]
+    router_EI: Tensor  # the router's matrix
+
+
+@dataclass(frozen=True, eq=False)
+class EveryExpertEvent(Event):
+    """What all experts of one layer would give for some tokens, as products of their outputs with one another."""
+
+    gram_TEE: Tensor  # float64
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenGradientEvent(Event):
+    """What came back from the loss to the hidden states of a layer's experts: its pairs sorted by expert, no padding."""
+
+    counts: tuple[int, ...]
+    hidden_gradient_PF: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGradientEvent(Event):
+    """What came back from the loss of one batch to the weights of a layer's experts."""
+
+    experts: tuple[
+        tuple[Tensor, ...], ...
+    ]  # of every expert gate [F, D] (where there is one), up [F, D] and down [D, F]
 
 
 @dataclass(frozen=True, eq=False)

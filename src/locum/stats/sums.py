@@ -241,16 +241,17 @@ def _how_to_get(name: str) -> str:
 def nbytes(shape: ModelShape, names: Sequence[str], domains: int = 1) -> int:
     """Bytes of these statistics of so many domains."""
     each = (
-        (axis_sizes(layer, STATISTICS[name].axes), STATISTICS[name].by_domain)
+        (axis_sizes(layer, STATISTICS[name].axes, shape.vocab_size), STATISTICS[name].by_domain)
         for layer in shape.layers
         for name in names
     )
     return torch.float64.itemsize * sum(math.prod(sizes) * (domains if by_domain else 1) for sizes, by_domain in each)
 
 
-def axis_sizes(layer: LayerShape, axes: str) -> tuple[int, ...]:
-    """The shape of a statistic of one layer and domain, from the letters of its axes."""
-    sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width}
+def axis_sizes(layer: LayerShape, axes: str, vocab_size: int = 0) -> tuple[int, ...]:
+    """The shape of a statistic of one layer and domain, from the letters of its axes (X: numbers of experts that go)."""
+    sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width, "G": layer.gate_width}
+    sizes |= {"V": vocab_size, "X": layer.num_experts}
     return tuple(sizes[axis] for axis in axes)
 
 
@@ -297,7 +298,9 @@ class Statistics:
             for name, tensor in named.items():
                 first = (1,) if is_pooled(name) and tensor.shape[:1] == (1,) else (len(self.domains),)
                 known = name in STATISTICS and layer in shapes
-                rest = axis_sizes(shapes[layer], STATISTICS[name].axes) if known else tuple(tensor.shape[1:])
+                vocab_size = self.origin.shape.vocab_size
+                axes = STATISTICS[name].axes if known else ""
+                rest = axis_sizes(shapes[layer], axes, vocab_size) if known else tuple(tensor.shape[1:])
                 if tuple(tensor.shape) != (*first, *rest) or tensor.dtype != torch.float64:
                     raise StatisticsError(
                         f"{name} of layer {layer} is {tensor.dtype} of shape {list(tensor.shape)}; expected float64 of shape "

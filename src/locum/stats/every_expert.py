@@ -1,0 +1,30 @@
+"""Statistics of all experts on all tokens, whatever the router selects. They cost E / K times the experts' usual work.
+
+Letters: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .definitions import statistic
+from .events import EveryExpertEvent
+
+
+@statistic("output_cosine", axes="EE", event=EveryExpertEvent, on_demand=True)
+def output_cosine(event: EveryExpertEvent) -> Tensor:
+    """How alike the outputs of two experts are, on all tokens.
+
+    sum_t cos(f_i(x_t), f_j(x_t))
+
+    Needs:    the output of every expert for every token; collected on demand only.
+    Shapes:   (E, E), symmetric.
+    Units:    tokens (a cosine per token, -1 to 1).
+    Edges:    an output of 0 has cosine 0 with all, itself included.
+    Cost:     every expert runs on every token; E*E float64 per layer and domain.
+    Source:   EAS of MC-Suite, arXiv 2504.05586.
+    """
+    length_TE = event.gram_TEE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    scale_TE = torch.where(length_TE > 0, length_TE, 1.0)
+    return (event.gram_TEE / (scale_TE[:, :, None] * scale_TE[:, None, :])).sum(dim=0)

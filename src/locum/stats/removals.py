@@ -1,0 +1,43 @@
+"""Statistics that trying removals on the model finds, by the model's own loss.
+
+Letters: E experts, X numbers of experts that go, from 1 to E.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .definitions import statistic
+from .events import SearchEvent
+
+
+@statistic("removal_loss", axes="E", event=SearchEvent, on_demand=True)
+def removal_loss(event: SearchEvent) -> Tensor:
+    """What the whole model loses without one expert: the yardstick of every criterion.
+
+    loss(model without e) - loss(model), the mean over the sample's tokens
+
+    Needs:    a search on the live model (`locum search --method leave-one-out`); calibration does not give it.
+    Shapes:   (E,).
+    Units:    nats per token; comparable across layers. Below 0 where the model is better without the expert.
+    Edges:    0 for an expert that no token misses, and in a layer that can spare none.
+    Cost:     one pass of the model over the sample for each expert.
+    Source:   not from a paper.
+    """
+    return event.found["removal_loss"]
+
+
+@statistic("loss_curve", axes="X", event=SearchEvent, on_demand=True)
+def loss_curve(event: SearchEvent) -> Tensor:
+    """What the whole model loses as more and more experts of one layer go, those first that are missed least alone.
+
+    loss(model without the x experts of the layer with the lowest removal_loss) - loss(model), x = 1, 2, ...
+
+    Needs:    a search on the live model (`locum search --method leave-one-out`); calibration does not give it.
+    Shapes:   (E,), the first for one expert; beyond what the layer can spare, the last one that it can.
+    Units:    nats per token; comparable across layers.
+    Edges:    0 in a layer that can spare none.
+    Cost:     one pass of the model over the sample for each number of experts.
+    Source:   not from a paper.
+    """
+    return event.found["loss_curve"]

@@ -1,0 +1,47 @@
+"""Statistics of which tokens an expert gets, and of what its layer does with them.
+
+Letters: P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .definitions import statistic
+from .events import RoutedEvent, Rows
+
+
+@statistic("token_count", axes="EV", event=RoutedEvent, on_demand=True, by_domain=False)
+def token_count(event: RoutedEvent) -> Rows:
+    """How often an expert was selected for each token of the vocabulary.
+
+    sum_{t routed to e} [t is token v]
+
+    Needs:    routed tokens and their numbers; collected on demand only.
+    Shapes:   (E, V).
+    Units:    tokens; sums to `count` over the vocabulary.
+    Edges:    0 for a never-routed expert.
+    Cost:     E*V float64 per layer (64 experts, 50,000 tokens: 25 MiB), over all domains together.
+    Source:   EVTC and ETS of MC-Suite, arXiv 2504.05586.
+    """
+    by_expert = event.id_P.split(list(event.counts))
+    counted = (torch.bincount(id_Q, minlength=event.vocab_size).double() for id_Q in by_expert)
+    return Rows((len(event.counts), event.vocab_size), counted)
+
+
+@statistic("turned_output_norm", axes="E", event=RoutedEvent, on_demand=True, turns=True)
+def turned_output_norm(event: RoutedEvent) -> Tensor:
+    """The size of what an expert contributed, weighed by how far the layer's routed output turns the token.
+
+    sum_{t routed to e} g_t,e ||f_e(x_t)||_2 max(0, 1 - cos(h_t, h_t + y_t)),  h the hidden state before the norm in front of
+    the experts' block, y the sum of the routed experts' outputs times their gates
+
+    Needs:    routed tokens' gates and outputs, and the hidden state before the norm; collected on demand only.
+    Shapes:   (E,).
+    Units:    hidden-state L2 norm; comparable within a layer.
+    Edges:    0 for a never-routed expert.
+    Cost:     one cosine per token.
+    Source:   EASY-EP, arXiv 2504.06792. Shared experts are left out of y, as in its code.
+    """
+    return event.sum_pairs(event.gate_P * event.norm_P * event.turn_P)
