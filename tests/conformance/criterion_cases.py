@@ -15,10 +15,19 @@ from torch import Tensor
 
 from locum.shapes import LayerShape
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import RoutedEvent, RouterEvent, Rows, SearchEvent
+from locum.stats.events import (
+    EveryExpertEvent,
+    HiddenGradientEvent,
+    RoutedEvent,
+    RouterEvent,
+    Rows,
+    SearchEvent,
+    WeightGradientEvent,
+    WeightsEvent,
+)
 from locum.stats.sums import LayerStatistics
 
-E, D, F, K, T = 6, 4, 3, 2, 60
+E, D, F, K, T, V = 6, 4, 3, 2, 60, 12
 NEVER = E - 1
 SHAPE = LayerShape("model.layers.0.mlp.experts", E, K, D, F, "model.layers.0.mlp.gate", "softmax", False)
 
@@ -37,6 +46,12 @@ class Layer:
         self.out_TKD = torch.randn(T, K, D, generator=generator) * scale_E[self.index_TK][..., None]
         self.in_TD = torch.randn(T, D, generator=generator)
         self.hidden_TKF = torch.randn(T, K, F, generator=generator) * scale_E[self.index_TK][..., None]
+        self.hidden_back_TKF = torch.randn(T, K, F, generator=generator) * scale_E[self.index_TK][..., None]
+        self.id_T = torch.randint(0, V, (T,), generator=generator)
+        self.before_TD = torch.randn(T, D, generator=generator)
+        self.every_TED = torch.randn(T, E, D, generator=generator).double()
+        self.weights, self.weights_back = ([matrices(generator, scale) for scale in scale_E] for _ in range(2))
+        self.router_EI = torch.randn(E, D, generator=generator) * scale_E[:, None]
         self.found = {name: torch.rand(E, generator=generator) for name, item in STATISTICS.items() if item.searched}
 
     def statistics(self, order: list[int] | None = None) -> LayerStatistics:
@@ -56,10 +71,35 @@ class Layer:
             counts,
             self.in_TD[pair_P // K],
             self.hidden_TKF.flatten(0, 1)[pair_P],
-            token_P=pair_P // K,
+            pair_P // K,
+            self.id_T[pair_P // K],
+            self.turns()[pair_P // K],
+            V,
         )
         router = RouterEvent(self.logits_TE[:, order], (T // 2, T - T // 2))
-        return [routed, router, SearchEvent({name: found_E[order].double() for name, found_E in self.found.items()})]
+        every_TED = self.every_TED[:, order]
+        return [
+            routed,
+            router,
+            WeightsEvent(tuple(self.weights[e] for e in order), self.router_EI[order]),
+            EveryExpertEvent(every_TED @ every_TED.mT),
+            HiddenGradientEvent(counts, self.hidden_back_TKF.flatten(0, 1)[pair_P]),
+            WeightGradientEvent(tuple(self.weights_back[e] for e in order)),
+            SearchEvent({name: found_E[order].double() for name, found_E in self.found.items()}),
+        ]
+
+    def turns(self) -> Tensor:
+        after_TD = self.before_TD + (self.gate_TK[..., None] * self.out_TKD).sum(dim=1)
+        return (1 - torch.cosine_similarity(self.before_TD.double(), after_TD.double(), dim=1)).clamp(min=0)
+
+    def turn(self, t: int) -> float:
+        """1 - cos(h, h + y) of a token, y what its experts add."""
+        before = self.before_TD[t].tolist()
+        after = [
+            h + sum(float(self.gate_TK[t, k] * self.out_TKD[t, k, d]) for k in range(K)) for d, h in enumerate(before)
+        ]
+        dot = sum(a * b for a, b in zip(before, after, strict=True))
+        return max(0.0, 1 - dot / (norm(before) * norm(after)))
 
     def outputs(self, expert: int) -> tuple[list[float], list[list[float]]]:
         return [float(self.gate_TK[p]) for p in self.pairs(expert)], [
@@ -68,6 +108,32 @@ class Layer:
 
     def pairs(self, expert: int) -> list[tuple[int, int]]:
         return [(t, k) for t in range(T) for k in range(K) if int(self.index_TK[t, k]) == expert]
+
+
+def matrices(generator: torch.Generator, scale: float) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*side, generator=generator) * scale for side in ((F, D), (F, D), (D, F)))
+
+
+def numbers(expert: tuple[Tensor, ...]) -> list[float]:
+    return [value for matrix in expert for row in matrix.tolist() for value in row]
+
+
+def cosine(one: list[float], two: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, two, strict=True)) / (norm(one) * norm(two))
+
+
+def std(values: list[float]) -> float:
+    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def geometric(values: list[float]) -> float:
+    return math.exp(mean([math.log(v) for v in values])) if all(values) else 0.0
+
+
+def turned_round(scores: list[float]) -> list[float]:
+    """Highest first: what was highest has what was lowest; 0 stays 0."""
+    there = [s for s in scores if s > 0]
+    return [min(there) + max(there) - s if s else 0.0 for s in scores]
 
 
 def whole(increment: Tensor | Rows) -> Tensor:
@@ -195,6 +261,135 @@ def mone(layer: Layer) -> list[float]:
 
 
 @oracle
+def easy_ep(layer: Layer) -> list[float]:
+    scores = []
+    for e in range(E):
+        parts = [float(layer.gate_TK[p]) * norm(layer.out_TKD[p].tolist()) * layer.turn(p[0]) for p in layer.pairs(e)]
+        scores.append(sum(parts))
+    return scores
+
+
+def vocabularies(layer: Layer) -> list[set[int]]:
+    return [{int(layer.id_T[t]) for t, _ in layer.pairs(e)} for e in range(E)]
+
+
+@oracle
+def evtc(layer: Layer) -> list[float]:
+    return [len(seen) / V for seen in vocabularies(layer)]
+
+
+@oracle
+def ets_max(layer: Layer) -> list[float]:
+    seen = vocabularies(layer)
+    return order_of_pairs(lambda p, q: float(len(seen[p] & seen[q])), layer, largest=True)
+
+
+@oracle
+def ets_min(layer: Layer) -> list[float]:
+    seen = vocabularies(layer)
+    return order_of_pairs(lambda p, q: float(len(seen[p] & seen[q])), layer, largest=False)
+
+
+@oracle
+def eae(layer: Layer) -> list[float]:
+    outs = [layer.outputs(e)[1] for e in range(E)]
+    return [geometric([std([row[d] for row in out]) for d in range(D)]) if len(out) > 1 else 0.0 for out in outs]
+
+
+@oracle
+def eas(layer: Layer) -> list[float]:
+    every = layer.every_TED.tolist()
+    return [1 + mean([mean([cosine(row[e], row[i]) for row in every]) for i in range(E) if i != e]) for e in range(E)]
+
+
+@oracle
+def aimer(layer: Layer) -> list[float]:
+    found = map(numbers, layer.weights)
+    return [math.sqrt(mean([v * v for v in n])) / mean(list(map(abs, n))) for n in found]
+
+
+@oracle
+def ewn(layer: Layer) -> list[float]:
+    return [norm(numbers(expert)) for expert in layer.weights]
+
+
+@oracle
+def ews(layer: Layer) -> list[float]:
+    flat = list(map(numbers, layer.weights))
+    return [1 + mean([cosine(flat[e], flat[i]) for i in range(E) if i != e]) for e in range(E)]
+
+
+@oracle
+def rwn(layer: Layer) -> list[float]:
+    return [norm(row) for row in layer.router_EI.tolist()]
+
+
+@oracle
+def wsr(layer: Layer) -> list[float]:
+    values = [[torch.linalg.svdvals(m.double()).tolist() for m in expert] for expert in layer.weights]
+    return [mean([sum(s * s for s in each) / each[0] ** 2 for each in expert]) for expert in values]
+
+
+@oracle
+def camera(layer: Layer) -> list[float]:
+    scores = []
+    for e in range(E):
+        total = 0.0
+        for c in range(F):
+            energy = [float(layer.gate_TK[p] * layer.hidden_TKF[p][c]) ** 2 for p in layer.pairs(e)]
+            length = sum(float(layer.weights[e][2][d, c]) ** 2 for d in range(D))
+            total += length * (0.1 * sum(energy) + 0.9 * max(energy, default=0.0))
+        scores.append(total)
+    return scores
+
+
+@oracle
+def heapr(layer: Layer) -> list[float]:
+    scores = []
+    for e in range(E):
+        total = 0.0
+        for c in range(F):
+            squares = mean([float(layer.hidden_TKF[p][c]) ** 2 for p in layer.pairs(e)])
+            total += squares * mean([float(layer.hidden_back_TKF[p][c]) ** 2 for p in layer.pairs(e)])
+        scores.append(total)
+    return scores
+
+
+@oracle
+def egn(layer: Layer) -> list[float]:
+    return [norm(numbers(expert)) for expert in layer.weights_back]
+
+
+@oracle
+def egs(layer: Layer) -> list[float]:
+    flat = list(map(numbers, layer.weights_back))
+    return [1 + mean([cosine(flat[e], flat[i]) for i in range(E) if i != e]) for e in range(E)]
+
+
+@oracle
+def ege(layer: Layer) -> list[float]:
+    scores = []
+    for gate, up, down in layer.weights_back:
+        columns = [[*gate[:, d].tolist(), *up[:, d].tolist(), *down[d].tolist()] for d in range(D)]
+        scores.append(geometric([std(column) for column in columns]))
+    return scores
+
+
+@oracle
+def ego(layer: Layer) -> list[float]:
+    scores = []
+    for expert in layer.weights_back:
+        flat = numbers(expert)
+        scores.append(float(sum(abs(v - mean(flat)) > 3 * std(flat) for v in flat)))
+    return scores
+
+
+@oracle
+def removal_loss(layer: Layer) -> list[float]:
+    return layer.found["removal_loss"].tolist()
+
+
+@oracle
 def random(layer: Layer) -> list[float]:
     gates = [layer.outputs(e)[0] for e in range(E)]
     texts = [f"{SHAPE.name} {len(g)} {sum(g):.6e}" for g in gates]
@@ -208,19 +403,111 @@ def spread(layer: Layer) -> list[float]:  # of tests/making/foreign
     return [max(norm([row[d] for row in out]) for d in range(D)) if out else 0.0 for out in outs]
 
 
+for name, reverse in {"frequency": "euf_max", "ean_dims": "ean_dims_max", "evtc": "evtc_max", "eae": "eae_max"}.items():
+    ORACLES[reverse] = lambda layer, name=name: turned_round(ORACLES[name](layer))
+for name in ("eas", "ewn", "ews", "rwn", "wsr", "egn", "egs", "ege", "ego"):
+    ORACLES[f"{name}_max"] = lambda layer, name=name: turned_round(ORACLES[name](layer))
+
+
 # --- planted truth -------------------------------------------------------------------------------------------------
 
 LOUD = torch.tensor([1.0, 1.0, 8.0, 0.05, 1.0, 1.0])
+QUIET = 1 / LOUD
 POPULAR = torch.tensor([0.0, 0.0, 3.0, -3.0, 0.0, 0.0])
+FOUND = torch.tensor([0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
+
+
+def planted(**changes: Callable[[Layer], object]) -> Callable[[], Layer]:
+    """A layer with some of its raw numbers changed."""
+
+    def make() -> Layer:
+        layer = Layer(3)
+        for name, change in changes.items():
+            setattr(layer, name, change(layer))
+        return layer
+
+    return make
+
+
+def concentrated(layer: Layer) -> list[tuple[Tensor, ...]]:
+    """Expert 2 has a few large weights, expert 3 weights of one size."""
+    weights = list(layer.weights)
+    weights[2] = tuple(m**5 for m in weights[2])
+    weights[3] = tuple(m.sign() for m in weights[3])
+    return weights
+
+
+def spread_out(layer: Layer) -> list[tuple[Tensor, ...]]:
+    """Expert 2 has all directions alike, expert 3 one alone."""
+    weights = list(layer.weights)
+    weights[2] = tuple(torch.eye(*m.shape) for m in weights[2])
+    weights[3] = tuple(torch.ones_like(m) for m in weights[3])
+    return weights
+
+
+def alike(name: str) -> Callable[[Layer], list[tuple[Tensor, ...]]]:
+    """Expert 2 is the mean of all, expert 3 its opposite."""
+
+    def change(layer: Layer) -> list[tuple[Tensor, ...]]:
+        weights = list(getattr(layer, name))
+        others = [weights[e] for e in (0, 1, 4, 5)]
+        weights[2] = tuple(sum(same) for same in zip(*others, strict=True))
+        weights[3] = tuple(-m for m in weights[2])
+        return weights
+
+    return change
+
+
+def alike_outputs(layer: Layer) -> Tensor:
+    every_TED = layer.every_TED.clone()
+    every_TED[:, 2] = every_TED[:, [0, 1, 4, 5]].sum(dim=1)
+    every_TED[:, 3] = -every_TED[:, 2]
+    return every_TED
+
+
+def extreme(layer: Layer) -> list[tuple[Tensor, ...]]:
+    """Expert 2 has gradients that stand out, expert 3 has none; the others have one."""
+    gradients = [tuple(m.sign() for m in expert) for expert in layer.weights_back]
+    for e, many in ((0, 1), (1, 1), (2, 2), (4, 1), (5, 1)):
+        gradients[e][0].flatten()[:many] = 40.0
+    return gradients
+
+
 PLANTED: dict[str, Callable[[], Layer]] = {
+    "aimer": planted(weights=concentrated),
+    "wsr": planted(weights=spread_out),
+    "ews": planted(weights=alike("weights")),
+    "egs": planted(weights_back=alike("weights_back")),
+    "eas": planted(every_TED=alike_outputs),
+    "ego": planted(weights_back=extreme),
+    "removal_loss": planted(found=lambda layer: {**layer.found, "removal_loss": FOUND}),
+    "evtc": planted(id_T=lambda layer: torch.arange(T) % V, index_TK=lambda layer: few_tokens()),
     **dict.fromkeys(("frequency", "gate", "gate_softmax"), lambda: Layer(3, prefer_E=POPULAR)),
     **dict.fromkeys(
-        ("ean", "ean_dims", "man", "msan", "weighted_ean", "reap", "reap_renormalised", "mone", "spread"),
+        ("ean", "ean_dims", "man", "msan", "weighted_ean", "easy_ep", "reap", "reap_renormalised", "mone", "spread"),
         lambda: Layer(3, scale_E=LOUD),
     ),
+    **dict.fromkeys(("eae", "ewn", "rwn", "camera", "heapr", "egn", "ege"), lambda: Layer(3, scale_E=LOUD)),
 }
+
+
+def few_tokens() -> Tensor:
+    """Expert 2 is selected by every token, expert 3 by one."""
+    index_TK = torch.tensor([[2, (0, 1, 4)[t % 3]] for t in range(T)])
+    index_TK[0, 1] = 3
+    return index_TK
+
+
+# What stands for a planted case is a test of its own in test_criteria.py; of an order turned round, the oracle says it all.
 PLANTED_ELSEWHERE = {
     "random",
     "ecc_max",
     "ecc_min",
-}  # what stands for a planted case is a test of its own in test_criteria.py
+    "ets_max",
+    "ets_min",
+    "ean_dims_max",
+    "evtc_max",
+    "eae_max",
+    "eas_max",
+}
+PLANTED_ELSEWHERE |= {"euf_max"} | {f"{name}_max" for name in ("ewn", "ews", "rwn", "wsr", "egn", "egs", "ege", "ego")}

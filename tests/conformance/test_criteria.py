@@ -12,12 +12,13 @@ from criterion_cases import LOUD, NEVER, ORACLES, PLANTED, PLANTED_ELSEWHERE, PO
 from locum.criteria.criterion import CRITERIA, criterion
 from locum.errors import OptionError, StatisticsError
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import RoutedEvent
+from locum.stats.events import HiddenGradientEvent, RoutedEvent
 from locum.stats.sums import LayerStatistics
 
 PAPER = r"arXiv \d{4}\.\d{5} \([^()]+\)|no paper \([^()]+\)"
 ONCE = ("Needs:", "Shapes:", "Order:", "Raises:", "Source:")  # said by the decorator, or of all in criterion.py
 ALL = tuple(CRITERIA)
+OF_ROUTED = (RoutedEvent, HiddenGradientEvent)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -120,7 +121,7 @@ def test_relabelled_experts_give_relabelled_scores(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_never_routed_expert_and_layer_without_tokens(name: str) -> None:
     layer = Layer(2).statistics()
-    if all(STATISTICS[need].event is RoutedEvent or need == "tokens" for need in CRITERIA[name].needs):
+    if all(STATISTICS[need].event in OF_ROUTED or need == "tokens" for need in CRITERIA[name].needs):
         assert CRITERIA[name](layer)[NEVER] == 0
         assert bool((CRITERIA[name](layer) >= 0).all())
     empty = LayerStatistics(SHAPE, {key: torch.zeros_like(value) for key, value in layer.items()})

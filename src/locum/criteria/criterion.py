@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import StatisticsError
@@ -57,11 +58,39 @@ class Criterion:
 CRITERIA: Registry[Criterion] = Registry("criterion", entry_points="locum.criteria")
 
 
-def criterion(name: str, paper: str, needs: tuple[str, ...]) -> Callable[[Callable], Callable]:
-    """Register the function below as a criterion. Raises OptionError for a need that is not a statistic."""
+def criterion(
+    name: str, paper: str, needs: tuple[str, ...], reverse: str | None = None
+) -> Callable[[Callable], Callable]:
+    """Register the function below as a criterion, and the reverse of its order under a name of its own if one is given.
+
+    Raises OptionError for a need that is not a statistic.
+    """
 
     def register(score: Callable[[LayerStatistics], Tensor]) -> Callable[[LayerStatistics], Tensor]:
-        CRITERIA.add(name, Criterion(name, paper, tuple(STATISTICS[need].name for need in needs), score))
+        known = tuple(STATISTICS[need].name for need in needs)
+        CRITERIA.add(name, Criterion(name, paper, known, score))
+        if reverse is not None:
+            CRITERIA.add(reverse, Criterion(reverse, paper, known, _reversed(name, score)))
         return score
 
     return register
+
+
+def _reversed(name: str, score: Callable[[LayerStatistics], Tensor]) -> Callable[[LayerStatistics], Tensor]:
+    def turned(layer: LayerStatistics) -> Tensor:
+        score_E = score(layer)
+        there = score_E > 0
+        if not bool(there.any()):
+            return score_E
+        ends = score_E[there].max() + score_E[there].min()
+        return torch.where(score_E == 0, score_E, ends - score_E)
+
+    turned.__doc__ = f"""The order of `{name}` turned round: the highest goes first.
+
+    S_e = max + min - S'_e,  S' the score of `{name}`, max and min of those above 0
+
+    Units:    those of `{name}`.
+    Edges:    what has a score of 0 there, such as a never-routed expert, has it here too and goes first in both.
+    Differs:  MC-Suite tries both directions of every criterion.
+    """
+    return turned

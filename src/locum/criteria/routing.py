@@ -9,7 +9,19 @@ from ..stats.sums import LayerStatistics
 from .criterion import criterion
 
 
-@criterion("frequency", paper="arXiv 2404.05089 (SEER-MoE)", needs=("count",))
+@criterion("evtc", paper="arXiv 2504.05586 (MC-Suite)", needs=("token_count",), reverse="evtc_max")
+def evtc(layer: LayerStatistics) -> Tensor:
+    """Expert vocabulary coverage: experts that see few different tokens go first.
+
+    S_e = (different tokens that selected e) / V,  V the vocabulary
+
+    Units:    a fraction of the vocabulary.
+    Cost:     E*V numbers per layer.
+    """
+    return layer["token_count"].clamp(max=1).mean(dim=1)
+
+
+@criterion("frequency", paper="arXiv 2404.05089 (SEER-MoE)", needs=("count",), reverse="euf_max")
 def frequency(layer: LayerStatistics) -> Tensor:
     """How often an expert is selected: the baseline that every other criterion has to beat.
 
