@@ -41,6 +41,41 @@ def ecc_min(layer: LayerStatistics) -> Tensor:
     return _steps(-layer["co_count"], layer["count"], layer["gate_sum"])
 
 
+@criterion("ets_max", paper="arXiv 2504.05586 (MC-Suite)", needs=("token_count", "count", "gate_sum"))
+def ets_max(layer: LayerStatistics) -> Tensor:
+    """Expert token similarity, the largest first: of the two that share most of the vocabulary, the less used one goes.
+
+    S_e = the step at which e goes, as in `ecc_max` with the number of different tokens that both were selected for
+
+    Units:    steps.
+    Edges:    equal pairs and equal counts go by n, then by gate mass.
+    Cost:     E*V numbers per layer, V the vocabulary.
+    Differs:  the paper's best criterion of those that read routing. It says "shared tokens"; here these are tokens of the
+              vocabulary, since the same places of the text are what `ecc_max` counts. One estimate, as there.
+    """
+    return _steps(_shared(layer), layer["count"], layer["gate_sum"])
+
+
+@criterion("ets_min", paper="arXiv 2504.05586 (MC-Suite)", needs=("token_count", "count", "gate_sum"))
+def ets_min(layer: LayerStatistics) -> Tensor:
+    """Expert token similarity, the smallest first: of the two that share least of the vocabulary, the less used one goes.
+
+    S_e = the step at which e goes, as in `ecc_min` with the number of different tokens that both were selected for
+
+    Units:    steps.
+    Edges:    equal pairs and equal counts go by n, then by gate mass.
+    Cost:     E*V numbers per layer, V the vocabulary.
+    Differs:  as `ets_max`.
+    """
+    return _steps(-_shared(layer), layer["count"], layer["gate_sum"])
+
+
+def _shared(layer: LayerStatistics) -> Tensor:
+    """[E, E] different tokens that two experts were both selected for."""
+    seen_EV = layer["token_count"].clamp(max=1)
+    return seen_EV @ seen_EV.T
+
+
 def _steps(alike_EE: Tensor, count_E: Tensor, gate_E: Tensor) -> Tensor:
     """The step, from 1, at which each expert goes; 0 for those that are never routed."""
     if bool(alike_EE.isnan().any()):
