@@ -22,7 +22,7 @@ def ean(layer: LayerStatistics) -> Tensor:
     return layer["output_norm"].clone()
 
 
-@criterion("ean_dims", paper="arXiv 2504.05586 (MC-Suite)", needs=("output_square",))
+@criterion("ean_dims", paper="arXiv 2504.05586 (MC-Suite)", needs=("output_square",), reverse="ean_dims_max")
 def ean_dims(layer: LayerStatistics) -> Tensor:
     """Expert activation norm, over dimensions: MC-Suite's own definition and its best criterion.
 
@@ -34,6 +34,23 @@ def ean_dims(layer: LayerStatistics) -> Tensor:
               REAP's "EAN" is `ean`.
     """
     return layer["output_square"].clamp(min=0).sqrt().sum(dim=-1)
+
+
+@criterion("eas", paper="arXiv 2504.05586 (MC-Suite)", needs=("output_cosine", "tokens"), reverse="eas_max")
+def eas(layer: LayerStatistics) -> Tensor:
+    """Expert activation similarity: experts whose outputs are least like those of the others go first.
+
+    S_e = 1 + 1 / (E - 1) sum_{i != e} mean_t cos(f_e(x_t), f_i(x_t)), over all tokens
+
+    Units:    a mean cosine, plus one.
+    Edges:    knows nothing of routing; an expert whose outputs are all 0 gets 0.
+    Cost:     every expert runs on every token.
+    Differs:  the paper's sum of cosines without itself; a mean, plus one, has the same order and is not below 0. On which
+              tokens, it does not say.
+    """
+    cosine_EE = layer["output_cosine"] / layer["tokens"].clamp(min=1)
+    others_E = (cosine_EE.sum(dim=1) - cosine_EE.diagonal()) / max(1, len(cosine_EE) - 1)
+    return torch.where(cosine_EE.diagonal() != 0, (1 + others_E).clamp(min=0), cosine_EE.diagonal())
 
 
 @criterion("man", paper="arXiv 2606.15716 (unified scoring)", needs=("count", "output_norm"))
@@ -73,6 +90,20 @@ def weighted_ean(layer: LayerStatistics) -> Tensor:
               REAP's code; with the token term it is `easy_ep`.
     """
     return layer["gated_output_norm"].clone()
+
+
+@criterion("easy_ep", paper="arXiv 2504.06792 (EASY-EP)", needs=("turned_output_norm",))
+def easy_ep(layer: LayerStatistics) -> Tensor:
+    """How much an expert contributed to tokens that the layer changes: output-aware importance times token contribution.
+
+    S_e = sum_{t in T_e} g_t,e ||f_e(x_t)||_2 s_t,  s_t = max(0, 1 - cos(h_t, h_t + y_t)), h_t the residual stream in front of
+    the layer, y_t what the routed experts add to it
+
+    Units:    hidden-state L2 norm.
+    Cost:     one cosine per token.
+    Differs:  mixed domains: the paper divides each domain's scores by their sum first; here all tokens count alike.
+    """
+    return layer["turned_output_norm"].clone()
 
 
 @criterion("reap", paper="arXiv 2510.13999 (REAP)", needs=("count", "gated_output_norm"))
