@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from .budgets.budget import BUDGETS
 from .criteria.criterion import CRITERIA
 from .engines.engines import ENGINES
 from .errors import OptionError, unknown
@@ -46,6 +47,11 @@ KINDS: Mapping[str, Kind] = {
     "criteria": Kind(
         CRITERIA,
         documented=lambda item: item.score,
+        facts=lambda item: {"paper": item.paper, "statistics": _once(item.needs)},
+    ),
+    "budgets": Kind(
+        BUDGETS,
+        documented=lambda item: item.counts,
         facts=lambda item: {"paper": item.paper, "statistics": _once(item.needs)},
     ),
     "statistics": Kind(

@@ -22,7 +22,7 @@ from torch import Tensor
 import locum
 import test_methods as conformance
 from locum.budgets.counts import spare
-from locum.budgets.selection import layer_scores
+from locum.budgets.ranking import layer_scores
 from locum.budgets.target import Target
 from locum.criteria.criterion import CRITERIA, Criterion
 from locum.errors import OptionError, PlanError, StatisticsError

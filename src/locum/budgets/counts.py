@@ -5,7 +5,7 @@ Letters: L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch import Tensor
 from ..shapes import LayerShape, ModelShape
 
 
-def uniform_counts(shape: ModelShape, amount: float) -> list[int]:
-    """Experts to take from each layer, the same share of what each can spare."""
-    return [int(amount * spare(layer) + 1e-9) // layer.num_groups * layer.num_groups for layer in shape.layers]
+def uniform_counts(shape: ModelShape, amount: float, most_L: Sequence[int] | None = None) -> list[int]:
+    """Experts to take from each layer, the same share of what each can spare, or of `most_L`."""
+    most_L = [spare(layer) for layer in shape.layers] if most_L is None else most_L
+    layers = zip(most_L, shape.layers, strict=True)
+    return [int(amount * most + 1e-9) // layer.num_groups * layer.num_groups for most, layer in layers]
 
 
 def spare(layer: LayerShape) -> int:
@@ -23,21 +25,37 @@ def spare(layer: LayerShape) -> int:
     return layer.num_experts - layer.fewest_experts
 
 
-def global_counts(scores_LE: Sequence[Tensor], shape: ModelShape, amount: float) -> list[int]:
+def most_to_lose(layer: LayerShape, kept: Collection[int] = (), floor: int = 0) -> int:
+    """Experts a layer can lose where these are kept, and never fewer than `floor`: equally many of every group."""
+    group = layer.num_experts // layer.num_groups
+    free = min(sum(e not in kept for e in range(i, i + group)) for i in range(0, layer.num_experts, group))
+    most = min(spare(layer), layer.num_groups * free, layer.num_experts - floor)
+    return max(0, most) // layer.num_groups * layer.num_groups
+
+
+def global_counts(
+    scores_LE: Sequence[Tensor],
+    shape: ModelShape,
+    amount: float,
+    most_L: Sequence[int] | None = None,
+    of_layer: bool = True,
+) -> list[int]:
     """Experts to take from each layer when all layers compete: lowest share of the layer's score first.
 
-    Scores are divided by their layer's sum, so that a layer's experts weigh by their share of it; never more than the
-    layer can spare. A group-limited router gives up one expert of every group at a time, at the dearest one's price.
-    Ties go to the earlier layer and expert.
+    Scores are divided by their layer's sum (with `of_layer`), so that a layer's experts weigh by their share of it; never
+    more than the layer can spare, or `most_L` says. A group-limited router gives up one expert of every group at a time,
+    at the dearest one's price. Infinite scores are no part of the sum. Ties go to the earlier layer and expert.
     """
+    most_L = [spare(layer) for layer in shape.layers] if most_L is None else most_L
     entries = []
-    for index, (scores_E, layer) in enumerate(zip(scores_LE, shape.layers, strict=True)):
-        share_E = scores_E / scores_E.sum().clamp(min=1e-300)
-        rounds = share_E.view(layer.num_groups, -1).sort(dim=1).values.amax(dim=0)[: spare(layer) // layer.num_groups]
+    for index, (scores_E, layer, most) in enumerate(zip(scores_LE, shape.layers, most_L, strict=True)):
+        mass = scores_E[scores_E.isfinite()].sum().clamp(min=1e-300) if of_layer else 1.0
+        share_E = scores_E / mass
+        rounds = share_E.view(layer.num_groups, -1).sort(dim=1).values.amax(dim=0)[: most // layer.num_groups]
         entries += [(cost, index, layer.num_groups) for cost in rounds.tolist()]
     entries.sort()
     counts = [0] * len(shape.layers)
-    budget = int(amount * sum(spare(layer) for layer in shape.layers) + 1e-9)
+    budget = int(amount * sum(most_L) + 1e-9)
     for _, index, size in entries:
         if budget < size:
             break
@@ -59,14 +77,18 @@ def lowest(scores_E: Tensor, count: int, num_groups: int = 1) -> tuple[int, ...]
 COUNTS = ("inverse", "gap", "uniform")
 
 
-def prune_counts(importance_L: Sequence[float], shape: ModelShape, share: float, policy: str) -> list[int]:
+def prune_counts(
+    importance_L: Sequence[float], shape: ModelShape, share: float, policy: str, most_L: Sequence[int] | None = None
+) -> list[int]:
     """Experts to prune from each layer: `share` of all experts together, more of them where the layer matters less.
 
     The count of layer i is proportional to 1 / I_i ("inverse"), to I_max - I_i ("gap") or to its number of experts
     ("uniform"); rounded by largest remainder, in steps of one expert per group. A layer never gives more than it can
-    spare, and none where the family refuses dropping; what that leaves over goes to the others in the same proportions.
+    spare (or `most_L` says), and none where the family refuses dropping; what that leaves over goes to the others in the
+    same proportions.
     """
-    most_L = [0 if layer.refuse_dropping else spare(layer) for layer in shape.layers]
+    if most_L is None:
+        most_L = [0 if layer.refuse_dropping else spare(layer) for layer in shape.layers]
     step_L = [layer.num_groups for layer in shape.layers]
     total = min(round(share * sum(layer.num_experts for layer in shape.layers)), sum(most_L))
     weights_L = {

@@ -1,4 +1,4 @@
-"""Which experts a method takes: LightMoE's thresholds on gate mass (arXiv 2603.12645, section 3.1), or the lowest scored.
+"""Which experts a method takes by LightMoE's thresholds on gate mass (arXiv 2603.12645, section 3.1).
 
 Letters: E experts, L layers.
 """
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..criteria.criterion import CRITERIA
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from .counts import global_counts, lowest, uniform_counts
+from .ranking import layer_scores
 
 SELECTIONS = ("adaptive", "uniform", "average")
-BUDGETS = ("uniform", "global")
 
 
 def layer_thresholds(norms_L: Sequence[float], base: float, alpha: float, clip: float) -> list[float]:
@@ -36,11 +34,6 @@ def count_below(scores_E: Tensor, threshold: float) -> int:
     """Experts in the shortest prefix, lowest score first, whose share of the total just exceeds the threshold."""
     share_E = torch.sort(scores_E, stable=True).values / scores_E.sum().clamp(min=1e-300)
     return min(1 + int((share_E.cumsum(0) <= threshold).sum()), scores_E.shape[0])
-
-
-def layer_scores(statistics: Statistics, shape: ModelShape, score: str) -> tuple[Tensor, ...]:
-    """[E] of every layer: what a criterion says of its experts."""
-    return tuple(CRITERIA[score](statistics.layer(layer.name)) for layer in shape.layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +70,6 @@ def select(
         ]
     orders = [torch.sort(scores_E, stable=True).indices.tolist() for scores_E in scored.scores_LE]
     return [order[:n] for order, n in zip(orders, counts, strict=True)]
-
-
-def select_lowest(scores_LE: Sequence[Tensor], shape: ModelShape, amount: float, budget: str) -> list[set[int]]:
-    """For every layer, the lowest-scored experts: the same share of each ("uniform"), or all ranked together ("global")."""
-    counts = uniform_counts(shape, amount) if budget == "uniform" else global_counts(scores_LE, shape, amount)
-    layers = zip(scores_LE, counts, shape.layers, strict=True)
-    return [set(lowest(scores_E, count, layer.num_groups)) for scores_E, count, layer in layers]
 
 
 def mass_weights(scores_E: Tensor, members: list[int]) -> tuple[float, ...]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..budgets.ranking import layer_scores
 from ..budgets.ranks import allocate_ranks, rank_bounds, rank_shares
-from ..budgets.selection import layer_scores
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option

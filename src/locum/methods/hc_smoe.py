@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
 from ..budgets.groups import merged
-from ..budgets.selection import layer_scores
+from ..budgets.ranking import layer_scores
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import LayerPlan

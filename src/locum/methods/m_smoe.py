@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..budgets.groups import join_dominant, merged, routing_likeness
-from ..budgets.selection import BUDGETS, layer_scores
+from ..budgets.ranking import layer_scores
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import LayerPlan
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
 from . import Weights, method
+
+BUDGETS = ("uniform", "global")
 
 
 @dataclass(frozen=True, eq=False)
