@@ -111,6 +111,9 @@ def show_summary(result: dict[str, Any], as_json: bool) -> None:
             say(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
         say(f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}")
         say(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
+        if d["super_experts"]:
+            total, lost = sum(map(len, d["super_experts"].values())), d["super_experts_lost"]
+            say(f"{'super experts':>18}: {total}, {'all of them kept' if not lost else 'lost: ' + ', '.join(lost)}")
 
     emit(result, as_json, human)
 

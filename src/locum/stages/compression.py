@@ -44,7 +44,7 @@ from .options import (
     needed,
     silent,
 )
-from .planning import check_statistics_of, check_target, chosen_method, plan
+from .planning import check_statistics_of, check_target, chosen_method, plan, reads_text
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .searching import Sample, question_of, search, to_collect
@@ -88,14 +88,14 @@ def compress(
     of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
     options = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
     chosen = chosen_method(method, options, preset)
-    paths = [source.path for source in parse_sources(data)] if data or chosen.needs() or recover else []
+    paths = [source.path for source in parse_sources(data)] if data or reads_text(chosen) or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
     recovery = recovery_of(recover, of_training, seed)
     check_target(remove, fit, method=chosen, shape=read_shape(model))
     asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
-    if not chosen.needs():
+    if not reads_text(chosen):
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
     keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}

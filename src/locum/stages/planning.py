@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 from ..budgets.target import Target, check_met, meet_target, parse_size
 from ..checkpoints.convert import check_openable
-from ..checkpoints.experts_of import expert_readers
+from ..checkpoints.experts_of import expert_readers, weights_events
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
 from ..containers.layout import active_parameters
+from ..criteria.super_experts import NEEDS as SUPER_EXPERTS_NEED
+from ..criteria.super_experts import super_experts
 from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import check_output, provenance
@@ -23,6 +25,9 @@ from ..plans.plan import Plan, make_plan, with_provenance, with_routing
 from ..plans.plan import diff as diff_plans
 from ..plans.plan_file import load_plan, save_plan
 from ..shapes import ModelShape
+from ..stats.definitions import STATISTICS
+from ..stats.events import WeightsEvent
+from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, statistics_id
 from ..stats.sums import Statistics
 from .calibration import WHITENED
@@ -65,6 +70,7 @@ def plan(
     weights = read_weights(folder, total) if chosen.reads_weights else None
     result = decide(chosen, total, shape, target, weights)
     origin["target"] = {"remove": remove, "fit": fit}
+    origin |= _super_experts(total)
     if base is not None:
         result = _joined(base, result, shape)
         origin |= {key: value for key, value in base.provenance.items() if key in (*origin, *OF_STATISTICS)}
@@ -72,6 +78,14 @@ def plan(
     if out is not None:
         save_plan(result, out)
     return result
+
+
+def _super_experts(statistics: Statistics | None) -> dict[str, Any]:
+    """What a plan's provenance says of the experts that make massive activations, where statistics tell them."""
+    if statistics is None or not set(SUPER_EXPERTS_NEED) <= set(statistics.names):
+        return {}
+    found = zip(statistics.shape.layers, super_experts(statistics, statistics.shape), strict=True)
+    return {"super_experts": {layer.name: sorted(experts) for layer, experts in found if experts}}
 
 
 def decide(
@@ -143,7 +157,16 @@ def _planned_from(
         known = {key: words[key] for key in ("model_fingerprint", "data_fingerprint")}
         known |= {"statistics": total.id, "domains": list(total.domains)}
         return total.shape, total, _named(named, total) | known
+    if not reads_text(chosen) and chosen.needs() and len(files) == 1:
+        total = _of_weights(Path(folder), chosen.needs())
+        return total.shape, total, {"model_fingerprint": total.origin.model_fingerprint}
     if chosen.needs() or len(files) > 1:
+        alone = {name for name in chosen.needs() if STATISTICS[name].event is not WeightsEvent} == {*SUPER_EXPERTS_NEED}
+        if alone and getattr(chosen, "protect", False):
+            raise OptionError(
+                f"{folder} is a folder, and only what calibration sees tells the Super Experts that {chosen.name} keeps; give "
+                f"a statistics file, or plan from weights alone with --no-protect"
+            )
         made_by = "search" if isinstance(chosen, SearchingMethod) else "calibrate"
         raise OptionError(
             f"{folder} is a folder, and method {chosen.name} plans from statistics files; make one with locum {made_by}"
@@ -153,6 +176,21 @@ def _planned_from(
     shape = read_shape(folder)
     check_openable(folder, "make plans for the original checkpoint")
     return shape, None, {"model_fingerprint": fingerprint_checkpoint(folder)}
+
+
+def reads_text(chosen: Method) -> bool:
+    """Whether a method needs anything beside weights: statistics of text, or a search."""
+    return any(STATISTICS[name].event is not WeightsEvent for name in chosen.needs())
+
+
+def _of_weights(folder: Path, names: tuple[str, ...]) -> Statistics:
+    """Statistics of a checkpoint's weights, without any text."""
+    shape = read_shape(folder)
+    layers = {
+        name: {need: STATISTICS[need].increment(event).double()[None] for need in dict.fromkeys(names)}
+        for name, event in weights_events(folder)
+    }
+    return Statistics(("no text",), layers, Origin(shape, fingerprint_checkpoint(folder)), tokens=0)
 
 
 def _named(files: Sequence[Path], statistics: Statistics) -> dict[str, Any]:
@@ -258,6 +296,14 @@ def check_statistics_of(statistics: Statistics, model: Path, path: Path) -> None
             )
 
 
+def _lost(decided: Plan) -> list[str]:
+    """The Super Experts that a plan does not keep whole."""
+    found = decided.provenance.get("super_experts") or {}
+    slots = {layer.layer: layer.slots for layer in decided.layers}
+    pairs = ((name, e) for name, experts in found.items() if name in slots for e in experts)
+    return [f"{name} expert {e}" for name, e in pairs if not slots[name][e].is_kept]
+
+
 def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
     """Sizes before and after, and what becomes of how many experts, for people and tests."""
     size = decided.size(shape)
@@ -272,4 +318,6 @@ def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
         "stock_layout": decided.is_stock(shape),
         "replaced_per_layer": [len(layer.replaced) for layer in decided.layers],
         "experts_per_layer": [len(layer.survivors) for layer in decided.layers],
+        "super_experts": decided.provenance.get("super_experts"),
+        "super_experts_lost": _lost(decided),
     }
