@@ -47,6 +47,13 @@ def slow_experts(seen: list) -> object:
     return forward
 
 
+def assert_near(one: Tensor, two: Tensor) -> None:
+    """Float32 passes in another order; each expert is compared by the size of its own numbers."""
+    assert one.shape == two.shape
+    for a, b in zip(one, two, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_a_plain_loop(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model(family), tokens_of(tiny_ids(3, 6))
@@ -64,13 +71,13 @@ def test_gradients_equal_those_of_a_plain_loop(family: str, monkeypatch: pytest.
         for owner, e, hidden_F in seen:
             if owner is experts:
                 squares[e] += hidden_F.grad.double() ** 2
-        torch.testing.assert_close(named["hidden_gradient_square"], squares, rtol=1e-3, atol=1e-9)
+        assert_near(named["hidden_gradient_square"], squares)
         first, down = experts.gate_up_proj.grad, experts.down_proj.grad
         first, down = (first.mT, down.mT) if experts.is_transposed else (first, down)
         if not experts.is_concatenated:
             first = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
-        torch.testing.assert_close(named["gate_up_gradient"], first.double(), rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(named["down_gradient"], down.double(), rtol=1e-3, atol=1e-7)
+        assert_near(named["gate_up_gradient"], first.double())
+        assert_near(named["down_gradient"], down.double())
         assert float(squares.sum()) > 0 and float(down.abs().sum()) > 0
 
 
@@ -82,8 +89,7 @@ def test_padding_and_batches_change_no_gradient() -> None:
     one, three = (calibrate(model, tokens, batch_size=size, needs=GRADIENTS) for size in (1, 3))
     for layer in find_layers(model):
         for name in GRADIENTS:
-            pair = (made.layer(layer.shape.name)[name] for made in (one, three))
-            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            assert_near(*(made.layer(layer.shape.name)[name] for made in (one, three)))
 
 
 def everything(model: PreTrainedModel, **how: object) -> Statistics:
@@ -128,7 +134,9 @@ def test_token_contribution_all_outputs_weights_and_vocabulary_equal_a_plain_pas
         weights = [read_expert(layer.experts, e) for e in range(E)]
         squares = [sum(float(m.double().square().sum()) for m in (w.gate_FD, w.up_FD, w.down_DF)) for w in weights]
         assert named["weight_square"].tolist() == pytest.approx(squares)
-        assert named["router_norm"].tolist() == pytest.approx([float(row.norm()) for row in layer.router.weight])
+        assert named["router_norm"].tolist() == pytest.approx(
+            [float(row.norm()) for row in layer.router.weight.detach()]
+        )
         assert float(named["down_column_square"].sum()) == pytest.approx(
             sum(float(w.down_DF.double().square().sum()) for w in weights)
         )
