@@ -32,7 +32,7 @@ class Additive:
 
 
 def test_each_expert_is_tried_alone_and_then_more_and_more_of_those_that_are_missed_least() -> None:
-    shape = toy_shape(layers=2, experts=6, top_k=2)
+    shape = toy_shape(layers=2, experts=6, top_k=2, d=16, f=8)
     model = Additive(shape)
     found = LeaveOneOut().explore(model, lambda *_: None)
     first = [members for layer, members in model.asked if layer == shape.layers[0].name]
@@ -48,7 +48,7 @@ def test_each_expert_is_tried_alone_and_then_more_and_more_of_those_that_are_mis
 
 
 def test_plans_take_where_the_loss_grows_least_and_other_methods_read_the_same_file() -> None:
-    shape = toy_shape(layers=2, experts=6, top_k=2)
+    shape = toy_shape(layers=2, experts=6, top_k=2, d=16, f=8)
     statistics = with_found(make_statistics(shape), LeaveOneOut().explore(Additive(shape), lambda *_: None))
     dropped = [
         [e for e, slot in enumerate(layer.slots) if not slot.survives]

@@ -6,7 +6,7 @@
 What holds for every budget: it gives as many numbers as layers, each a multiple of the layer's groups, from 0 to what the
 layer can lose; an amount of 0 gives none, of 1 (nearly) all that can go, and more amount never takes fewer together.
 
-Letters: E experts, L layers, N numbers of experts that a layer may lose, from 0.
+Letters: E experts, L layers, X numbers of experts that a layer may lose, from 0.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def measured(ranking: Ranking, shape: ModelShape, amount: float) -> list[int]:
 def _curves(ranking: Ranking, shape: ModelShape) -> list[np.ndarray]:
     curves = []
     for statistics, most, layer in zip(ranking.statistics_L, ranking.most_L, shape.layers, strict=True):
-        cost_N = np.concatenate([[0.0], statistics["loss_curve"].numpy()[:most]])
-        cost_N[np.arange(most + 1) % layer.num_groups != 0] = np.inf
-        curves.append(cost_N)
+        cost_X = np.concatenate([[0.0], statistics["loss_curve"].numpy()[:most]])
+        cost_X[np.arange(most + 1) % layer.num_groups != 0] = np.inf
+        curves.append(cost_X)
     return curves
 
 
@@ -146,7 +146,7 @@ class Limits:
         """
         if (self.multiple, self.distinct) == (1, 0) or not any(asked_L):
             return asked_L
-        cost_LN = []
+        cost_LX = []
         for asked, most, layer in zip(asked_L, ranking.most_L, shape.layers, strict=True):
             taken = np.arange(most + 1)
             allowed = (taken % layer.num_groups == 0) & ((layer.num_experts - taken) % self.multiple == 0)
@@ -155,11 +155,11 @@ class Limits:
                     f"--multiple is {self.multiple}, and {layer.name} keeps {layer.num_experts - most} to {layer.num_experts} "
                     f"experts; give a number of which there is a multiple among these"
                 )
-            cost_LN.append(np.where(allowed, (taken - asked) ** 2.0, np.inf))
+            cost_LX.append(np.where(allowed, (taken - asked) ** 2.0, np.inf))
         if not self.distinct:
-            return cheapest(cost_LN, sum(asked_L))
+            return cheapest(cost_LX, sum(asked_L))
         experts_L = [layer.num_experts for layer in shape.layers]
-        return cheapest_of_few(cost_LN, experts_L, sum(asked_L), self.distinct)
+        return cheapest_of_few(cost_LX, experts_L, sum(asked_L), self.distinct)
 
 
 def taken(name: str, ranking: Ranking, shape: ModelShape, amount: float, limits: Limits) -> list[set[int]]:
