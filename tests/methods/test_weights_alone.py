@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import locum
-from locum.errors import OptionError
+from locum.errors import OptionError, StatisticsError
 from making.checkpoints import locum as command
 
 OPTIONS = {"method": "prune", "remove": 0.25, "protect": False}
@@ -28,6 +28,15 @@ def test_super_experts_need_text_and_the_error_says_so(checkpoint, tmp_path):
         locum.plan(checkpoint, method="prune", score="aimer", remove=0.25)
     with pytest.raises(OptionError, match="plans from statistics files; make one with locum calibrate"):
         locum.plan(checkpoint, method="prune", score="reap", remove=0.25)
+
+
+def test_statistics_of_earlier_versions_plan_without_protection(statistics_file):
+    seen = locum.load_statistics(statistics_file)
+    for named in seen.layers.values():
+        named.pop("output_peak")
+    with pytest.raises(StatisticsError, match=r"no statistic 'output_peak'.*or plan with --no-protect"):
+        locum.plan(seen, method="prune", remove=0.25)
+    assert locum.plan(seen, **OPTIONS).provenance.get("super_experts") is None
 
 
 def test_compress_by_weights_alone_takes_no_data(checkpoint, tmp_path):

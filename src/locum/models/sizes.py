@@ -27,7 +27,8 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 def vocab_size(model: PreTrainedModel) -> int:
     """How many tokens have an embedding."""
-    return model.get_input_embeddings().weight.shape[0]
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return 0 if weight is None else weight.shape[0]
 
 
 def expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:

@@ -232,6 +232,10 @@ def _check_whole(statistics: Statistics, chosen: Method) -> None:
         try:
             layer[name]
         except StatisticsError as error:
+            if name in SUPER_EXPERTS_NEED and getattr(chosen, "protect", False):
+                raise StatisticsError(
+                    f"{error}; or plan with --no-protect, which looks for no Super Experts"
+                ) from error
             if name not in WHITENED or "start" not in vars(chosen):
                 raise
             raise StatisticsError(f"{error}; or plan with --start svd, which reads no Gram matrices") from error
