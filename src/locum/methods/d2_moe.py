@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..budgets.groups import over_one_base
-from ..budgets.selection import layer_scores, mass_weights
+from ..budgets.ranking import layer_scores
+from ..budgets.selection import mass_weights
 from ..criteria.criterion import CRITERIA
 from ..experts.parts.low_rank import STARTS
 from ..options import option

@@ -1,5 +1,7 @@
 """Leave one out: experts go by what the model's loss says of each of them, counts by what it says of many.
 
+Ranks that have met share the layers.
+
 Letters: C candidates, E experts, X numbers of experts that go, from 1 to E.
 """
 
@@ -12,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..budgets.counts import lowest, spare
 from ..budgets.sets import finite, removed_mask
 from ..options import option
@@ -46,16 +49,21 @@ class LeaveOneOut(Prune):
 
     def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:
         """`removal_loss` and `loss_curve` of every layer. The model stays as it is."""
-        layers, found = explorer.shape.layers, {}
-        for index, layer in enumerate(layers):
+        layers = explorer.shape.layers
+
+        def of_layer(index: int) -> dict[str, Tensor]:
+            layer = layers[index]
             alone_E = self._losses(explorer, layer, [(e,) for e in range(layer.num_experts)])
-            found[layer.name] = {"removal_loss": alone_E}
+            found = {"removal_loss": alone_E}
             if self.curve:
                 steps = range(layer.num_groups, spare(layer) + 1, layer.num_groups)
                 losses = self._losses(explorer, layer, [lowest(alone_E, x, layer.num_groups) for x in steps])
-                found[layer.name]["loss_curve"] = _filled(losses, layer)
+                found["loss_curve"] = _filled(losses, layer)
             progress("leave one out", index + 1, len(layers))
-        return found
+            return found
+
+        names = (layer.name for layer in layers)
+        return dict(zip(names, ranks.divide(range(len(layers)), of_layer), strict=True))
 
     def _losses(self, explorer: Explorer, layer: LayerShape, sets: list[tuple[int, ...]]) -> Tensor:
         if spare(layer) < layer.num_groups:

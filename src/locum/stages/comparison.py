@@ -38,6 +38,7 @@ from ..reports.report import make_report
 from ..runs import Work, resumable
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
+from ..stats.events import EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery
@@ -73,7 +74,7 @@ RANDOM = "prune:score=random"  # the row that every choice has to beat
 RESAMPLES = 1000
 GROUPS = {
     "all": lambda: [name for name in METHODS if METHODS[name].saves == "stored"],
-    "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_searched(name)],
+    "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_costly(name)],
 }
 
 
@@ -246,8 +247,10 @@ def _check_left_out(leave_out: str, sources: Sequence[Any], seen: Sequence[str])
         raise OptionError(f"--leave-out {leave_out} leaves no domain to calibrate on")
 
 
-def _is_searched(criterion: str) -> bool:
-    return any(STATISTICS[name].searched for name in CRITERIA[criterion].needs)
+def _is_costly(criterion: str) -> bool:
+    """Whether a criterion takes a search, a backward pass, or all experts on all tokens: such are compared where they are named."""
+    costly = (SearchEvent, HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
+    return any(STATISTICS[name].event in costly for name in CRITERIA[criterion].needs)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
