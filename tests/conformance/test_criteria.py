@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from criterion_cases import LOUD, NEVER, ORACLES, PLANTED, PLANTED_ELSEWHERE, POPULAR, SHAPE, E, Layer
+from criterion_cases import NEVER, ORACLES, SHAPE, E, Layer, usual
+from criterion_planted import LOUD, PLANTED, PLANTED_ELSEWHERE, POPULAR
 from locum.criteria.criterion import CRITERIA, criterion
 from locum.errors import OptionError, StatisticsError
 from locum.stats.definitions import STATISTICS
@@ -27,7 +28,7 @@ def test_equals_slow_loop(name: str, seed: int) -> None:
     layer = Layer(seed)
     assert name in ORACLES, f"criterion {name!r} has no oracle yet; write its formula in criterion_cases.py"
     expected_E = torch.tensor(ORACLES[name](layer), dtype=torch.float64)
-    torch.testing.assert_close(CRITERIA[name](layer.statistics()), expected_E, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(CRITERIA[name](usual(seed)), expected_E, rtol=1e-5, atol=1e-6)
 
 
 # --- planted truth: one expert is made best, one worst, in the sense of the criterion ------------------------------
@@ -103,7 +104,7 @@ def test_gate_is_a_share_of_the_layer() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_gives_one_finite_float64_per_expert_every_time_the_same(name: str) -> None:
-    layer = Layer(1).statistics()
+    layer = usual(1)
     before = {key: value.clone() for key, value in layer.items()}
     first_E, again_E = CRITERIA[name](layer), CRITERIA[name](layer)
     assert first_E.shape == (E,) and first_E.dtype == torch.float64 and bool(first_E.isfinite().all())
@@ -114,13 +115,13 @@ def test_gives_one_finite_float64_per_expert_every_time_the_same(name: str) -> N
 
 @pytest.mark.parametrize("name", ALL)
 def test_relabelled_experts_give_relabelled_scores(name: str) -> None:
-    layer, order = Layer(2), [3, 5, 0, 4, 1, 2]
-    torch.testing.assert_close(CRITERIA[name](layer.statistics(order)), CRITERIA[name](layer.statistics())[order])
+    order = (3, 5, 0, 4, 1, 2)
+    torch.testing.assert_close(CRITERIA[name](usual(2, order)), CRITERIA[name](usual(2))[list(order)])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_never_routed_expert_and_layer_without_tokens(name: str) -> None:
-    layer = Layer(2).statistics()
+    layer = usual(2)
     if all(STATISTICS[need].event in OF_ROUTED or need == "tokens" for need in CRITERIA[name].needs):
         assert CRITERIA[name](layer)[NEVER] == 0
         assert bool((CRITERIA[name](layer) >= 0).all())
@@ -130,7 +131,7 @@ def test_never_routed_expert_and_layer_without_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_reads_what_it_declares_and_nothing_else(name: str) -> None:
-    layer, needs = Layer(2).statistics(), CRITERIA[name].needs
+    layer, needs = usual(2), CRITERIA[name].needs
     CRITERIA[name](LayerStatistics(SHAPE, {need: layer[need] for need in needs}))
     for need in needs:
         with pytest.raises(StatisticsError, match=f"no statistic '{need}'"):
@@ -139,7 +140,7 @@ def test_reads_what_it_declares_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_nan_in_statistics_is_refused(name: str) -> None:
-    layer = Layer(2).statistics()
+    layer = usual(2)
     broken = {key: value.clone() for key, value in layer.items()}
     for key, value in broken.items():
         if value.ndim and key != "count":  # counts are whole numbers whatever the model does
