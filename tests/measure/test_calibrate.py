@@ -366,7 +366,7 @@ def test_plain_linear_router_gives_its_output() -> None:
     layer = find_layers(model)[0]
     needs = ("tokens", "logit_norm")
     observer, sums = Observer(model, needs), Sums("a", needs)
-    observer.batch = CurrentBatch.of(sums, torch.ones(1, 3, dtype=torch.bool), torch.device("cpu"))
+    observer.batch = CurrentBatch.of(sums, torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), torch.device("cpu"))
     logits_TE = torch.randn(1, 3, E)
     observer.saw_router(layer, logits_TE)
     shape = replace(shape_of(model), layers=(layer.shape,))
