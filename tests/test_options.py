@@ -98,7 +98,8 @@ def test_every_registered_option_has_help_and_an_allowed_default(owner: object) 
         ("lightmoe", {"alpha": math.inf}, ("--alpha is inf", "at most 100")),
         ("replace", {"rank": 0}, ("--rank is 0", "at least 1")),
         ("replace", {"start": "svg"}, ("did you mean 'svd'",)),
-        ("prune", {"budget": "globall"}, ("did you mean 'global'",)),
+        ("prune", {"floor": -1}, ("--floor is -1", "at least 0")),
+        ("prune", {"multiple": 0}, ("--multiple is 0", "at least 1")),
         ("mone", {"scores": "reap"}, ("method mone has no option '--scores'", "did you mean '--score'")),
     ],
 )

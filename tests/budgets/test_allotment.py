@@ -106,6 +106,11 @@ def test_every_method_takes_every_budget_and_says_what_it_needs(name: str) -> No
     assert text and re.fullmatch(r"arXiv \d{4}\.\d{5} \([^()]+\)|no paper \([^()]+\)", BUDGETS[name].paper)
 
 
+def test_an_unknown_budget_lists_close_ones() -> None:
+    with pytest.raises(OptionError, match="unknown budget 'globall': did you mean 'global'"):
+        Prune(budget="globall").needs()
+
+
 def test_registering_twice_is_refused() -> None:
     with pytest.raises(OptionError, match="registered twice"):
         budget("uniform", paper="x")(lambda ranking, shape, amount: [])

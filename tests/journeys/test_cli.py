@@ -45,6 +45,7 @@ locum list --json
 """
 # Every command and option. A change here is a change for users: say it in the changelog.
 RANKS = "--exponent --minimum --multiple --start"
+RANKED = "--budget --distinct --floor --multiple --protect --score"
 SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
 METHOD_OPTIONS = {
     "compressed-experts": "--main --renormalise --vectors",
@@ -54,8 +55,9 @@ METHOD_OPTIONS = {
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
     "m-smoe": "--align --budget --score",
     "moe-i2": f"{SEARCH} --seed",
-    "mone": "--budget --score",
-    "prune": "--budget --score",
+    "mone": RANKED,
+    "prune": RANKED,
+    "leave-one-out": f"{RANKED} --curve --seed",
     "res-moe": "--multiple",
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
