@@ -37,6 +37,8 @@ QWEN = {
     "num_experts_per_tok": 4,
     "vocab_size": 151936,
 }
+# Routers of random weights leave most experts of some layers alone, so that no threshold on their mass gives half of them.
+HOW = {"lightmoe": ["--start", "svd", "--selection", "average"]}
 
 
 def rate() -> float:
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--measured", type=int, default=2048, help="tokens of evaluation")
+    parser.add_argument("--methods", default="prune,lightmoe", help="what it is compressed by")
     parser.add_argument("--precision", default="fp32", help="to compute in")
     parser.add_argument("--out", type=Path, help="append a line for every stage")
     options = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
     shape, speed = read_shape(original), rate()
     data = [word for source in reference_data() for word in ("--data", source)]
     run = ["--stream", "--precision", options.precision]
-    statistics, small = here / "statistics.safetensors", {"prune": here / "prune", "lightmoe": here / "lightmoe"}
+    statistics, small = here / "statistics.safetensors", {name: here / name for name in options.methods.split(",")}
 
     def stage(name: str, *words: Any, read: int = 0, written: int = 0, tokens: int = 0, passes: int = 1) -> None:
         floor = disk_seconds(original, written, here / "scratch", limit=read)
@@ -83,9 +86,9 @@ def main() -> None:
         made = ["--no-gram", *run, "--out", statistics]
         stage("calibrate", "calibrate", original, *text, *made, read=shape.bytes, tokens=options.tokens)
     for name, out in small.items():
-        plan, start = here / f"{name}.json", ["--start", "svd"] if name == "lightmoe" else []
+        plan, how = here / f"{name}.json", HOW.get(name, [])
         if not plan.exists():
-            stage(f"plan {name}", "plan", statistics, "--method", name, *start, "--remove", 0.5, "--out", plan)
+            stage(f"plan {name}", "plan", statistics, "--method", name, *how, "--remove", 0.5, "--out", plan)
         if not out.exists():
             half = shape.bytes - shape.expert_parameters * shape.expert_itemsize // 2
             stage(f"apply {name}", "apply", original, "--plan", plan, "--out", out, read=shape.bytes, written=half)
