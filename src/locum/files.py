@@ -107,6 +107,23 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(existing_folder(path)).free
 
 
+def check_room(path: Path, needed: int, begun: int = 0) -> None:
+    """Refuse a disk that is too small for so many bytes at a path, `begun` of which are there, before they are made."""
+    if needed > (free := free_space(path) + begun):
+        raise OutputError(
+            f"no space left for {path}: it takes {describe_size(needed)}, and {describe_size(free)} are free there; free some, or "
+            f"choose another disk"
+        )
+
+
+def describe_size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
 def existing_folder(path: Path) -> Path:
     """The nearest folder that exists above a path."""
     return next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())

@@ -70,19 +70,19 @@ WAY_OPTIONS = {
 }
 TARGET_OPTIONS = {"gguf": "--pre-tokenizer --type", "remote-code": "", "stock": "", "vllm": ""}
 COMMANDS = {
-    "apply": "MODEL --force --json --out --plan --seed --shard-size --statistics",
+    "apply": "MODEL --dry-run --force --json --out --plan --seed --shard-size --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
-    "calibrate": "MODEL --also --batch-size --data --device --force --gram --json --length --out --precision --seed --split "
-    "--stream --tokens",
+    "calibrate": "MODEL --also --batch-size --data --device --dry-run --force --gram --json --length --out --precision --seed "
+    "--split --stream --tokens",
     "clean": "[OUTPUTS]... --json",
     "compare": "MODEL --batch-size --data --device --force --json --leave-out --length --measured --methods --out --precision "
     "--recover --remove --seed --seeds --stream --tokens",
-    "compress": "MODEL --batch-size --data --device --fit --force --json --length --method --out --preset --recover "
+    "compress": "MODEL --batch-size --data --device --dry-run --fit --force --json --length --method --out --preset --recover "
     "--remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
-    "eval": "MODEL --against --append --batch-size --card --data --device --force --json --length --limit --name --out "
-    "--precision --resamples --seed --split --stream --task-path --tasks --tokens",
+    "eval": "MODEL --against --append --batch-size --card --data --device --dry-run --force --json --length --limit --name "
+    "--out --precision --resamples --seed --split --stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
@@ -92,7 +92,8 @@ COMMANDS = {
     "--restart --schedule --seed "
     "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
-    "search": "MODEL --batch-size --data --device --force --json --length --method --out --preset --sample --seed --split --tokens",
+    "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "
+    "--split --tokens",
     "show": "NAME --json",
     "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }

@@ -16,14 +16,6 @@ from ..plans.plan import Plan
 from ..shapes import ModelShape
 
 
-def describe_size(count: float) -> str:
-    """A number of bytes for people."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
 def plain(text: Any) -> str:
     """Text from a file or an option as one line of Markdown that says it and does nothing else."""
     return re.sub(r"([\\`*_{}\[\]#|!~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

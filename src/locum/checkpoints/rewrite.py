@@ -27,9 +27,9 @@ from .. import ranks
 from ..containers.build import build_rows
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..errors import OutputError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..experts.parts.own_weights import OwnWeights
-from ..files import free_space
+from ..files import check_room
 from ..formats.format import part_name
 from ..formats.plain import ENTRIES
 from ..models.conversions import names_in_files, note_conversions, save_as_stock
@@ -38,7 +38,6 @@ from ..plans.plan import KEPT, LayerPlan, Plan
 from ..runs import bytes_begun
 from ..shapes import ModelShape
 from ..stats.sums import LayerStatistics, Statistics
-from .card import describe_size
 from .cuts import Cut, find_cuts, kept_ranges
 from .expert_reader import ExpertReader, ExpertSplitter, one_expert_model
 from .own_rows import BASES
@@ -92,16 +91,14 @@ class Rewriting:
     def bytes(self) -> int:
         return sum(step.bytes for step in self.steps)
 
+    def needed_space(self, side_files: Iterable[Path] = ()) -> int:
+        """Bytes on the disk that it takes, with the files that go along."""
+        entries = sum(len(step.entries) for step in self.steps)
+        return self.bytes + PER_TENSOR * entries + AROUND + sum(file.stat().st_size for file in side_files)
+
     def check_space(self, out: Path, side_files: Iterable[Path] = ()) -> None:
-        """Refuse a disk that is too small for it and the files that go along, before anything is written."""
-        needed = self.bytes + PER_TENSOR * sum(len(step.entries) for step in self.steps) + AROUND
-        needed += sum(file.stat().st_size for file in side_files)
-        free = free_space(out) + bytes_begun(out)
-        if free < needed:
-            raise OutputError(
-                f"no space left for {out}: it takes {describe_size(needed)}, and {describe_size(free)} are free there; free "
-                f"some, or choose another disk"
-            )
+        """Refuse a disk that is too small for it, before anything is written."""
+        check_room(out, self.needed_space(side_files), bytes_begun(out))
 
     def write(
         self,

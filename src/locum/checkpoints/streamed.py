@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..containers.container import StandInExperts
 from ..errors import CheckpointError, UnsupportedModel
+from ..models.decoder_layers import decoder_stack, place_in
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored
 from .cuts import find_cuts
@@ -87,8 +88,11 @@ class LayersOfFiles:
 
     def _layer_of(self, live_name: str) -> int | None:
         """The layer that a tensor of the model belongs to; None for what is outside of the stack."""
-        number = live_name.removeprefix(f"{self.name}.").partition(".")[0]
-        return int(number) if live_name.startswith(f"{self.name}.") else None
+        return place_in(self.name, live_name) if live_name.startswith(f"{self.name}.") else None
+
+    @property
+    def first_with_experts(self) -> int:
+        return place_in(self.name, self.source.layers[0].shape.name)
 
     def bring(self, index: int) -> None:
         self.on_call.drop()
@@ -174,18 +178,10 @@ class LayersOfFiles:
 
 
 def _stack_of(source: Source) -> tuple[str, Sequence[nn.Module]]:
-    """The list of decoder layers: the outermost one that holds the MoE layers."""
-    name = source.layers[0].shape.name
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    prefix = ".".join(parts[:number])
-    stack = source.model.get_submodule(prefix) if number else None
-    if not isinstance(stack, nn.ModuleList) or not all(
-        layer.shape.name.startswith(f"{prefix}.") for layer in source.layers
-    ):
-        raise UnsupportedModel(
-            f"the MoE layers of {source.config.model_type!r} are in no one stack of decoder layers, so it cannot be streamed"
-        )
+    try:
+        prefix, stack = decoder_stack(source.model, (layer.shape.name for layer in source.layers))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{source.config.model_type!r} cannot be streamed: {error}") from error
     return prefix, list(stack)
 
 

@@ -17,8 +17,10 @@ from click.core import ParameterSource
 
 from .. import ranks
 from ..errors import LocumError, OutputError, did_you_mean, unknown
+from ..stages.estimate import Estimate
 from .parameters import Choice, flags_of, options_of, parameters_of
 from .progress import progress_lines
+from .results import show_estimate
 from .shown import say
 from .system_errors import in_words
 
@@ -153,7 +155,8 @@ class Command(click.Command):
         else:
             result = self.function(**given)
         if ranks.is_first():
-            self.show(result, as_json)
+            show = show_estimate if isinstance(result, Estimate) else self.show
+            show(result, as_json)
 
     # --- choices ----------------------------------------------------------------------------------------------------
 

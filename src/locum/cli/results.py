@@ -11,9 +11,10 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ..checkpoints.card import describe_size
 from ..exports.export import larger
+from ..files import describe_size
 from ..speed import page
+from ..stages.estimate import Estimate
 from ..verification.folder import FAILED, Check
 from .shown import add_row, print_table, say, shown
 
@@ -90,6 +91,28 @@ def show_statistics(result: Any, as_json: bool) -> None:
 
 def show_path(result: Any, as_json: bool) -> None:
     emit({"out": str(result)}, as_json, lambda d: click.echo(d["out"]))
+
+
+def show_estimate(result: Estimate, as_json: bool) -> None:
+    def human(_: Any) -> None:
+        table = Table("stage", "time", "memory", "read", "written", "measured on", box=None)
+        for row in (*result.parts, result):
+            sizes = map(describe_size, (row.memory_bytes, row.read_bytes, row.written_bytes))
+            add_row(table, row.stage, _duration(row.seconds), *sizes, "" if row.parts else row.measured)
+        print_table(table, 120)
+        disk = result.free_disk_bytes
+        room = "" if disk is None else f", {describe_size(disk)} of disk"
+        say(f"free now: {describe_size(result.free_memory_bytes)} of memory{room}; nothing was written")
+
+    emit(dataclasses.asdict(result), as_json, human)
+
+
+def _duration(seconds: float) -> str:
+    """About so long, for people."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def show_leftovers(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checkpoints.card import describe_size
 from ..checkpoints.patch import check_adapter
 from ..checkpoints.read import read_headers
 from ..checkpoints.skeleton import check_loadable, open_source
 from ..errors import OptionError, unknown
-from ..files import check_output
+from ..files import check_output, describe_size
 from ..options import make_options
 from ..stages.options import Force, Help, Out, alone, needed
 from .target import TARGETS, Target, write_form

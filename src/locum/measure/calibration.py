@@ -69,6 +69,7 @@ def calibrate(
     origin: Origin | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
     on_batch: Callable[[Statistics], None] | None = None,
     save_every: int = 50,
     start: Statistics | None = None,
@@ -79,7 +80,7 @@ def calibrate(
 
     `needs` names the statistics to collect (by default all but those on demand only). `origin` is for what only
     the caller knows (the shape in the files, fingerprints), `provenance` for words: the seed, the sources.
-    `progress(done, total)` is called after every batch, in blocks.
+    `progress(done, total)` is called after every batch, in blocks, `on_layer` of a streamed model after every layer.
     `on_batch(statistics_so_far)` is called after every `save_every` batches, and must not keep them: the next batch adds to
     them. To go on from there, pass what it saved as `start`. With a folder as `scratch`, Gram matrices lie in files without a
     name there, and not in memory. `dtype` is that of the model, where the checkpoint has another. A streamed model takes many
@@ -118,6 +119,7 @@ def calibrate(
 
             def streamed(layer: int, layers: int, before: int = before, count: int = count) -> None:
                 told(before + count * layer // (layers + 1), len(order_B))
+                on_layer(layer, layers)
 
             _run_batches(model, tokens, [(so_far.sums_of(domain), b) for domain, b in some], observer, streamed)
             next_block += count

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -47,6 +47,8 @@ def evaluate(
     against_name: str = "original",
     plan: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """Measure a causal language model, and with `against` its distance from the original; rows per domain and "all".
 
@@ -56,13 +58,14 @@ def evaluate(
     top1_agreement  fraction of predicted tokens whose likeliest token is the same (ties: the lower id)
     loss_delta   loss minus the original's loss
 
+    `progress(done, total)` is called after every batch, in blocks, `on_layer` of streamed models after every layer.
     The original's own loss, perplexity and bits_per_byte are rows named `against_name` without a plan.
     Raises OptionError before any work if the tokens or the two models do not fit together.
     """
     if resamples < 1:
         raise OptionError(f"resamples is {resamples}; it must be 1 or more")
     start = time.perf_counter()
-    sums_BY = block_sums(model, tokens, against=against, batch_size=batch_size)
+    sums_BY = block_sums(model, tokens, against=against, batch_size=batch_size, progress=progress, on_layer=on_layer)
     _check_finite(sums_BY, model_name, against_name)
     return rows_of(
         sums_BY,
@@ -80,16 +83,26 @@ def evaluate(
     )
 
 
-def block_sums(model: Any, tokens: Tokens, *, against: Any = None, batch_size: int = 8) -> np.ndarray:
+def block_sums(
+    model: Any,
+    tokens: Tokens,
+    *,
+    against: Any = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
     """[B, Y] float64: what every block of text adds to SUMS. The ranks share the batches."""
     _check(model, against, tokens, batch_size)
     mine = ranks.share(batches(tokens, batch_size))
     places_B = ranks.share(torch.arange(len(tokens)).split(batch_size))
-    sums_BY = torch.zeros(len(tokens), len(SUMS), dtype=torch.float64)
+    sums_BY, done = torch.zeros(len(tokens), len(SUMS), dtype=torch.float64), 0
     with _evaluating(model), _evaluating(against), torch.no_grad():
         for some in _together([model, against], mine, batch_size * tokens.length):
-            for made in _sums_of(model, against, some):
+            for made in _sums_of(model, against, some, on_layer):
                 sums_BY[next(places_B)] = made
+                done += len(made)
+                progress(min(done * ranks.count(), len(tokens)), len(tokens))
     return ranks.add_up(sums_BY).numpy()
 
 
@@ -214,12 +227,14 @@ def _together(models: list[Any], given: Iterable[Batch], tokens: int) -> Iterato
     return together(next((m for m in models if is_streamed(m)), models[0]), given, tokens)
 
 
-def _sums_of(model: Any, against: Any, some: list[Batch]) -> Iterator[torch.Tensor]:
+def _sums_of(
+    model: Any, against: Any, some: list[Batch], on_layer: Callable[[int, int], None]
+) -> Iterator[torch.Tensor]:
     """The sums of each of these batches. A streamed model has seen all of them before the first is there."""
-    ours = passes(model, [functools.partial(_hidden, model, batch) for batch in some])
+    ours = passes(model, [functools.partial(_hidden, model, batch) for batch in some], progress=on_layer)
     theirs: Iterator[Any] = repeat((None, None))
     if against is not None:
-        theirs = passes(against, [functools.partial(_hidden, against, batch) for batch in some])
+        theirs = passes(against, [functools.partial(_hidden, against, batch) for batch in some], progress=on_layer)
     for batch, output, original in zip(some, ours, theirs, strict=False):
         yield _batch_sums(*output, *original, batch)
 

@@ -1,4 +1,4 @@
-"""The most memory that was in use at once."""
+"""The most memory that was in use at once, and what is free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
+
+from .. import ranks
 
 
 def start_peak(device: torch.device) -> bool:
@@ -40,3 +43,10 @@ def peak_bytes(device: torch.device) -> int:
         1 if sys.platform == "darwin" else 1024
     )  # a process that was started by a large one may inherit its mark here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(device: str | torch.device) -> int:
+    """Memory of a device in which weights could be put; a rank's share of it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // ranks.on_this_machine()

@@ -59,13 +59,15 @@ def is_streamed(model: Any) -> bool:
 def together(model: PreTrainedModel, batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
     """Batches of at most so many tokens, in lists that `passes` can take at once. A streamed model reads its weights once for
     each list, and holds the hidden states of all of it: at most HELD bytes of them, or one batch."""
-    count = 1
-    if is_streamed(model):
-        states = tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize * COPIES
-        count = max(1, HELD // states)
+    count = max(1, HELD // held_bytes(model, tokens)) if is_streamed(model) else 1
     rest = iter(batches)
     while some := list(islice(rest, count)):
         yield some
+
+
+def held_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """What the hidden states of a batch of so many tokens take between two layers."""
+    return tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize * COPIES
 
 
 def passes(

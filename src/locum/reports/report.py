@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.card import describe_size
-from ..files import write_text
+from ..files import describe_size, write_text
 from ..measure.rows import Row
 from ..places import bare
 from ..stats.sums import Statistics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..checkpoints.card import describe_size
+from ..files import describe_size
 from ..reports.charts import Bar, bars, escape
 from ..reports.page import figure, page, section, table
 

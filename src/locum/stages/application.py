@@ -27,7 +27,9 @@ from ..plans.plan_file import load_plan
 from ..runs import resumable
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
-from .options import MOST_SEED, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
+from .dry_run import of_application
+from .estimate import Estimate
+from .options import MOST_SEED, DryRun, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
 from .planning import statistics_behind
 
 DECISIVE = ("original_fingerprint", "plan", "statistics", "seed")  # notes on which every byte of the weights depends
@@ -45,15 +47,16 @@ def apply(
     shard_size: Annotated[str, Help("most bytes of tensors in a weight file")] = "5GiB",
     seed: Seed = 0,
     force: Force = False,
+    dry_run: DryRun = False,
     progress: Progress = silent,
-) -> Path:
+) -> Path | Estimate:
     """Carry out a plan: a checkpoint folder with weights, config, tokenizer, plan and model card.
 
     Files are rewritten, an expert at a time; what the plan does not touch keeps its bytes. An interrupted run goes on after
     the last layer that was done when the same command is given again.
     """
     options = {"plan": plan, "statistics": statistics, "shard_size": shard_size, "seed": seed, "progress": progress}
-    return carry_out(Path(model), out=out, force=force, **options)
+    return carry_out(Path(model), out=out, force=force, dry_run=dry_run, **options)
 
 
 def carry_out(
@@ -67,7 +70,8 @@ def carry_out(
     force: bool,
     progress: Progress,
     again: bool = True,
-) -> Path:
+    dry_run: bool = False,
+) -> Path | Estimate:
     """The work of `apply`. Unless it is to be done `again`, an output that is the same plan carried out already is left as it is."""
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
     check_number("seed", seed, 0, MOST_SEED)
@@ -95,6 +99,8 @@ def carry_out(
     rewriting = Rewriting(source, shape, decided, observed, seed)
     if ranks.is_first():
         rewriting.check_space(out, along)
+    if dry_run:
+        return of_application(rewriting, decided, shape, out, along)
     count, told = 0, timed(progress)
 
     def step(layer: str) -> None:

@@ -19,7 +19,7 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import OptionError, StatisticsError
 from ..experts.parts.low_rank import STARTS
-from ..files import check_output, clear, existing_folder, free_space
+from ..files import check_output, check_room, clear, existing_folder, free_space
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
 from ..places import name_of, remember
@@ -28,11 +28,15 @@ from ..shapes import ModelShape
 from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, save_statistics
 from ..stats.sums import Statistics, check_needs, is_pooled, nbytes
+from . import dry_run as dry_runs
+from .estimate import Estimate
 from .opening import Precision, Stream, check_stock, dtype_of, free_bytes, is_to_stream, open_to_run
 from .options import (
     BatchSize,
+    Counted,
     Data,
     Device,
+    DryRun,
     Force,
     Help,
     Length,
@@ -70,8 +74,9 @@ def calibrate(
     stream: Stream = None,
     precision: Precision = "auto",
     force: Force = False,
+    dry_run: DryRun = False,
     progress: Progress = silent,
-) -> Statistics:
+) -> Statistics | Estimate:
     """One pass over text: what every router and expert does, as additive sums in one file.
 
     An interrupted pass goes on where it stopped when the same command is given again.
@@ -90,6 +95,10 @@ def calibrate(
     if streamed:
         check_stock(model)
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
+    if dry_run:
+        how = dry_runs.Running(device, dtype, streamed, batch_size)
+        blocks, _ = read_text(model, shape, data, **cut)
+        return dry_runs.of_calibration(model, shape, blocks, needs, how, out, scratch is not None)
     subject = prepare(model, shape, data, device=device, streamed=streamed, dtype=dtype, **cut)
     statistics = observe(subject, needs, out, batch_size=batch_size, scratch=scratch, progress=progress)
     if ranks.is_first():
@@ -112,6 +121,7 @@ def room_for(shape: ModelShape, needs: tuple[str, ...], domains: int, out: Path)
     Sums of every domain are held, and those of the one that is being run.
     """
     pooled = [name for name in needs if is_pooled(name)]
+    check_room(out, 2 * nbytes(shape, needs, domains))  # as they are saved now and then, and in the end
     grams, free = nbytes(shape, pooled), free_bytes("cpu")
     apart = nbytes(shape, [name for name in needs if name not in pooled], domains + 1)
     if apart > free:
@@ -179,6 +189,7 @@ def observe(
 ) -> Statistics:
     """The pass. What it has now and then is in a file beside `out`, from which it goes on."""
     partial = beside_for_rank(out, "partial")
+    told = Counted(progress, "calibrate", len(subject.blocks), subject.blocks.length)
     return calibrate_model(
         subject.live,
         subject.blocks,
@@ -186,7 +197,8 @@ def observe(
         needs=needs,
         origin=subject.origin,
         provenance=subject.words,
-        progress=lambda done, total: progress("calibrate", done, total),
+        progress=told.blocks,
+        on_layer=told.layers,
         on_batch=lambda so_far: save_statistics(so_far, partial),
         start=_left_behind(partial, subject, question(needs, batch_size, subject.dtype)),
         scratch=scratch,

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import ranks
+from ..budgets.target import Target
 from ..checkpoints.read import fingerprint_checkpoint
-from ..checkpoints.skeleton import read_shape
+from ..checkpoints.rewrite import Rewriting
+from ..checkpoints.side_files import side_files
+from ..checkpoints.skeleton import open_source, read_shape, shape_in
 from ..data.documents import parse_sources
-from ..errors import LocumError, OptionError
-from ..files import check_output, clear
+from ..errors import LocumError, OptionError, PlanError
+from ..files import check_output, check_room, clear
 from ..measure.removals import SAMPLE
 from ..methods import Method, SearchingMethod
 from ..places import name_of, remember
-from ..plans.plan import Plan, with_provenance
-from ..runs import beside
+from ..plans.plan import KEPT, LayerPlan, Plan, make_plan, with_provenance
+from ..runs import beside, bytes_begun
+from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
@@ -24,11 +28,15 @@ from ..training.recovery import check_fits
 from . import kept
 from .application import apply, carry_out
 from .calibration import calibrate, finished, for_all_ranks, read_text
+from .dry_run import of_application
+from .estimate import Estimate
+from .inspection import even_statistics
 from .options import (
     MOST_SEED,
     BatchSize,
     Data,
     Device,
+    DryRun,
     Fit,
     Force,
     Help,
@@ -44,7 +52,7 @@ from .options import (
     needed,
     silent,
 )
-from .planning import check_statistics_of, check_target, chosen_method, plan, reads_text
+from .planning import check_statistics_of, check_target, chosen_method, decide, plan, reads_text
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .searching import Sample, question_of, search, to_collect
@@ -73,16 +81,18 @@ def compress(
     ] = None,
     recover: Annotated[str | None, Help("train the result back, as locum recover --how; default: do not")] = None,
     force: Force = False,
+    dry_run: DryRun = False,
     progress: Progress = silent,
     **options: Any,
-) -> Path:
+) -> Path | Estimate:
     """Calibrate (or search, for a method that searches), plan and apply in one, and recover if asked to.
 
     A method that needs no statistics needs no data. Every option of recover has the prefix recover_ here, as in
     --recover-steps 100. The seed of that training is --seed unless --recover-seed is given.
 
     The statistics are kept for the next run that asks the same of the same model and text, which then does not calibrate:
-    those of the last 8 questions, 8 GiB in all, in the user's cache (locum/statistics).
+    those of the last 8 questions, 8 GiB in all, in the user's cache (locum/statistics). --dry-run does not know them, nor the
+    time of a training: ask that of recover, for a smaller checkpoint that is there.
     """
     model = Path(model)
     of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
@@ -92,23 +102,26 @@ def compress(
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
     recovery = recovery_of(recover, of_training, seed)
-    check_target(remove, fit, method=chosen, shape=read_shape(model))
+    target, shape = check_target(remove, fit, method=chosen, shape=read_shape(model)), read_shape(model)
+    check_room(out, _least_bytes(shape, target) * (1 if recovery is None else 2), bytes_begun(out))
     asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
+    text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
+    observed = {**text, "batch_size": batch_size, "device": device, "progress": progress}
+    keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
+    how = {"method": method, "preset": preset, "sample": sample, **options}
+    if dry_run:
+        is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
+        before = [] if is_known else [_observe(model, chosen, how, out=keep, dry_run=True, **observed)]
+        return Estimate.joined("compress", [*before, _making(model, chosen, target, out)])
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not reads_text(chosen):
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
-    keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
-    text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
     if statistics is None:
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample)
     else:
         loaded = _named(keep, model)
     if loaded is None:
-        observed = {**text, "batch_size": batch_size, "device": device, "out": keep, "progress": progress}
-        if isinstance(chosen, SearchingMethod):
-            loaded = search(model, method=method, preset=preset, sample=sample, **observed, **options)
-        else:
-            loaded = calibrate(model, gram=False, also=to_collect(chosen), **observed)
+        loaded = _observe(model, chosen, how, out=keep, **observed)
     decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
     if statistics is not None:
         decided = with_provenance(decided, statistics_file=name_of(statistics))
@@ -117,6 +130,37 @@ def compress(
     if statistics is None and ranks.is_first():
         kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
+
+
+def _observe(model: Path, chosen: Method, how: dict[str, Any], **observed: Any) -> Statistics | Estimate:
+    """What the method needs to know of the model, by a search or a calibration."""
+    if isinstance(chosen, SearchingMethod):
+        return search(model, **how, **observed)
+    return calibrate(model, gram=False, also=to_collect(chosen), **observed)
+
+
+def _least_bytes(shape: ModelShape, target: Target | None) -> int:
+    """What is written at least."""
+    if target is None:
+        return shape.bytes
+    return shape.bytes - int(shape.bytes_of_experts * (1 if target.remove is None else target.remove))
+
+
+def _making(model: Path, chosen: Method, target: Target | None, out: Path) -> Estimate:
+    """Of applying a plan. What the statistics will say is not known: it is made as if all experts mattered alike, or, where the
+    method cannot plan from that, keeps every expert."""
+    source = open_source(model)
+    shape = shape_in(model, source)
+    try:
+        if chosen.reads_weights or isinstance(chosen, SearchingMethod):
+            raise PlanError("it plans from what is not known yet")
+        even = even_statistics(shape, chosen.needs())
+        decided = decide(chosen, even if chosen.needs() else None, shape, target)
+        return of_application(Rewriting(source, shape, decided, even), decided, shape, out, side_files(model))
+    except LocumError:
+        layers = [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers]
+        decided = make_plan(shape, layers)
+        return of_application(Rewriting(source, shape, decided), decided, shape, out, side_files(model))
 
 
 def _named(path: Path, model: Path) -> Statistics | None:

@@ -22,8 +22,25 @@ from ..measure.tasks import evaluate_tasks, find_tasks
 from ..places import named_from
 from ..plans.plan import Plan
 from ..reports.card_results import open_card, write_card
+from . import dry_run as dry_runs
+from .estimate import Estimate
 from .opening import Precision, Stream, dtype_of, is_to_stream, open_to_run
-from .options import BatchSize, Data, Device, Force, Help, Length, Seed, alone, check_number, device_of
+from .options import (
+    BatchSize,
+    Counted,
+    Data,
+    Device,
+    DryRun,
+    Force,
+    Help,
+    Length,
+    Progress,
+    Seed,
+    alone,
+    check_number,
+    device_of,
+    silent,
+)
 from .planning import statistics_behind
 from .recovery import LOG
 
@@ -57,12 +74,14 @@ def evaluate(
     stream: Stream = None,
     precision: Precision = "auto",
     force: Force = False,
+    dry_run: DryRun = False,
+    progress: Progress = silent,
     json: Path | None = None,
-) -> list[Row]:
+) -> list[Row] | Estimate:
     """Loss, bits per byte and perplexity per domain, and distance from the original, with 95% intervals; the same for
     what the model scores on tasks with gold answers."""
     model = Path(model)
-    _check_asked(data, tasks, task_path, limit)
+    _check_asked(data, tasks, task_path, limit, dry_run)
     if json is not None:
         logger.warning("evaluate(json=FILE) is out=FILE, append=True now")
         out, append = json, True
@@ -86,6 +105,9 @@ def evaluate(
     dtype = dtype_of(precision)
     streamed = is_to_stream([model, *([] if against is None else [against])], stream, device, dtype)
     _check_whole(asked, streamed)
+    if dry_run:
+        models = [(Path(path), read_shape(path)) for path in (model, against) if path is not None]
+        return dry_runs.of_evaluation(models, blocks, dry_runs.Running(device, dtype, streamed, batch_size), out)
     live = open_to_run(model, streamed, device, dtype=dtype)
     original = None if against is None else open_to_run(against, streamed, device, dtype=dtype)
     called = name or model.resolve().name
@@ -101,7 +123,9 @@ def evaluate(
     rows = []
     if blocks is not None:
         made = provenance(data_fingerprint=blocks.fingerprint, split=split, precision=precision)
-        rows += evaluate_models(live, blocks, **shared, provenance=made)
+        told = Counted(progress, "eval", len(blocks), blocks.length)
+        shown = {"progress": told.blocks, "on_layer": told.layers}
+        rows += evaluate_models(live, blocks, **shared, **shown, provenance=made)
     if asked:
         rows += evaluate_tasks(live, tokenizer, asked, limit=limit, **shared, provenance=provenance())
     beside = None if out is None else out.parent
@@ -134,7 +158,9 @@ def _check_whole(tasks: dict[str, Any], streamed: bool) -> None:
         raise OptionError("tasks are scored on whole models: give --no-stream, or leave --tasks out")
 
 
-def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: int | None) -> None:
+def _check_asked(data: Any, tasks: str | None, task_path: Path | None, limit: int | None, dry_run: bool) -> None:
+    if dry_run and tasks is not None:
+        raise OptionError("--dry-run measures passes over text; leave --tasks out, and give --data")
     if not data and tasks is None:
         raise OptionError("nothing to evaluate on; give --data (text), --tasks (questions with answers), or both")
     if data:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from ..checkpoints.streamed import stream_model
 from ..checkpoints.weight_files import is_adapter, shard_files
 from ..errors import OptionError, UnsupportedModel
 from ..formats.plain import COMPUTE_DTYPES
+from ..measure.memory import free_bytes
 from .options import Help
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,6 @@ def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
         return on_disk
     shape = read_shape(model)
     return max(on_disk, shape.model.parameters * shape.expert_itemsize)
-
-
-def free_bytes(device: str) -> int:
-    """Memory of a device in which weights could be put; a rank's share of it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // ranks.on_this_machine()
 
 
 def open_to_run(

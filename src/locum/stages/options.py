@@ -51,6 +51,9 @@ ToObserve = Annotated[int, Help("tokens to observe, shared over domains by weigh
 Split = Annotated[str, Help("train, validation, test or all of the documents")]
 Length = Annotated[int, Help("tokens in a block")]
 BatchSize = Annotated[int, Help("blocks in a batch")]
+DryRun = Annotated[
+    bool, Help("say what it would take (time, memory, disk), measured on one decoder layer, and do nothing else")
+]
 Preset = Annotated[str, Help("best: the best defaults that are known; paper: the method as it was published")]
 Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
 Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such as 16GiB")]
@@ -69,6 +72,8 @@ def alone(stage: Stage) -> Stage:
 
     @functools.wraps(stage)
     def run(*given: Any, **options: Any) -> Any:
+        if options.get("dry_run"):  # nothing is written, nor is what an interrupted run left removed
+            return stage(*given, **options)
         outputs = [options.get(name, default) for name, default in defaults.items() if not options.get("append")]
         outputs = [Path(out) for out in outputs if isinstance(out, (str, Path)) and ranks.is_first()]
         own = [out for out in outputs if not is_reserved(out)]
@@ -99,6 +104,29 @@ def timed(progress: Progress) -> Progress:
         progress(f"{stage}: {last - before:.1f} s for the last layer", done, total)
 
     return report
+
+
+class Counted:
+    """Progress of a pass over text: tokens, their rate, and the decoder layer where the model is streamed."""
+
+    def __init__(self, progress: Progress, stage: str, blocks: int, tokens: int) -> None:
+        self._progress, self._stage, self._tokens = progress, stage, tokens  # of a block
+        self._first: tuple[float, int] | None = None
+        self._layer, self._now = "", (0, blocks)
+
+    def blocks(self, done: int, total: int) -> None:
+        """So many of all blocks are done. A run that goes on counts its rate from where it begins."""
+        now = time.perf_counter()
+        self._first = self._first or (now, done)
+        seconds, new = now - self._first[0], done - self._first[1]
+        rate = f", {new * self._tokens / seconds:,.0f} a second" if new and seconds > 0 else ""
+        self._now = done, total
+        self._progress(f"{self._stage}: {self._layer}{done * self._tokens:,} tokens{rate}", done, total)
+
+    def layers(self, done: int, of: int) -> None:
+        """So many decoder layers are done in the pass that is running."""
+        self._layer = f"layer {done} of {of}, " if done < of else ""
+        self.blocks(*self._now)
 
 
 def device_of(name: str) -> str:

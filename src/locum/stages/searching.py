@@ -25,12 +25,15 @@ from ..stats.events import SearchEvent
 from ..stats.origin import SearchedBy
 from ..stats.statistics_file import save_statistics
 from ..stats.sums import Statistics
-from .calibration import finished, keep, observe, prepare, room_for, with_defaults
+from . import dry_run as dry_runs
+from .calibration import finished, keep, observe, prepare, read_text, room_for, with_defaults
+from .estimate import Estimate
 from .options import (
     MOST_SEED,
     BatchSize,
     Data,
     Device,
+    DryRun,
     Force,
     Help,
     Length,
@@ -68,9 +71,10 @@ def search(
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
+    dry_run: DryRun = False,
     progress: Progress = silent,
     **options: Any,
-) -> Statistics:
+) -> Statistics | Estimate:
     """Calibrate, and let a method try removals on the model: statistics that its plans then read, in one file.
 
     An interrupted search goes on where it stopped when the same command is given again.
@@ -89,11 +93,17 @@ def search(
     shape = read_shape(model)
     _check_droppable(model, shape)
     domains = len({source.domain for source in parse_sources(data)})
-    scratch = room_for(shape, with_defaults(to_collect(chosen)), domains, out)
-    subject = prepare(model, shape, data, split=split, length=length, tokens=tokens, seed=seed, device=device)
+    needs = with_defaults(to_collect(chosen))
+    scratch = room_for(shape, needs, domains, out)
+    cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
+    if dry_run:
+        how = dry_runs.Running(device, None, False, batch_size)
+        blocks, _ = read_text(model, shape, data, **cut)
+        calibrated = dry_runs.of_calibration(model, shape, blocks, needs, how, out, scratch is not None)
+        return dry_runs.of_search(calibrated, model, shape, blocks, chosen, sample, how)
+    subject = prepare(model, shape, data, device=device, **cut)
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
     calibrated = beside(out, "calibrated")
-    needs = with_defaults(to_collect(chosen))
     statistics = finished(calibrated, subject.origin, question(needs, batch_size))
     if statistics is None:
         statistics = observe(subject, needs, calibrated, batch_size=batch_size, scratch=scratch, progress=progress)

@@ -15,7 +15,6 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..bundled import sample_texts
-from ..checkpoints.card import describe_size
 from ..checkpoints.inside import read_json
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import plan_of, read_notes
@@ -25,6 +24,7 @@ from ..checkpoints.skeleton import layouts_of, open_source, read_shape, skeleton
 from ..checkpoints.weight_files import is_adapter, shard_files
 from ..containers.layout import Layout
 from ..errors import CheckpointError, LocumError, PlanError
+from ..files import describe_size
 from ..models.families import opening_class
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape

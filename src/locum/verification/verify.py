@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..bundled import sample_texts
 from ..checkpoints.application import apply_plan
-from ..checkpoints.card import describe_size
 from ..checkpoints.load import load_model, open_model, set_dtype
 from ..checkpoints.notes import original_of
 from ..checkpoints.read import base_of, read_config
@@ -30,6 +29,7 @@ from ..checkpoints.weight_files import is_adapter
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
 from ..errors import CheckpointError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form
+from ..files import describe_size
 from ..formats.plain import COMPUTE_DTYPES
 from ..measure.repetition import loops, more_than_chance
 from ..models.families import opening_class

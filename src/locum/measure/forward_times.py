@@ -1,0 +1,58 @@
+"""How long a model's forward passes take, and its decoder layers in them: what a model with more layers would take follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ForwardTimes:
+    """While it is entered, seconds of every forward pass of a model, and of the last of some layers in it, are added up.
+
+    A pass is a call of the model, or of its body where that is called alone.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self._modules = {"model": model, "body": getattr(model, "base_model", model), "layer": layers[-1]}
+        self._begun: dict[str, float] = {}
+        self._seconds = dict.fromkeys(self._modules, 0.0)
+        self._count, self._device = len(layers), next(model.parameters()).device
+
+    def __enter__(self) -> ForwardTimes:
+        self._hooks = []
+        for name, module in self._modules.items():
+            self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
+            self._hooks.append(module.register_forward_hook(self._end(name)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def of_all(self, seconds: float, layers: int) -> float:
+        """What took so many seconds, by this model, would take with so many layers, the others like the last one."""
+        whole = max(self._seconds["model"], self._seconds["body"])
+        if not whole:
+            return seconds * layers / self._count
+        return seconds * (whole + (layers - self._count) * self._seconds["layer"]) / whole
+
+    def _begin(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._begun[name] = self._now()
+
+        return hook
+
+    def _end(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._seconds[name] += self._now() - self._begun[name]
+
+        return hook
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,247 @@
+"""What the heavy stages would take, measured: each runs its own work on the first layers of the checkpoint, up to the first one
+with experts (checkpoints/beginning.py), and counts the other layers like the last of these.
+
+    of_calibration, of_evaluation    the second of two batches
+    of_search                        a calibration, then the method's search on one layer
+    of_application                   one changed layer is made, and the largest of the other tensors copied, into a file without a name
+    of_recovery                      the third of three steps, and a validation of one batch
+
+Memory is the high-water mark of that, and what the other layers and the sums over all layers add to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..checkpoints.beginning import Beginning, begin_model
+from ..checkpoints.rewrite import Rewriting, Step
+from ..data.tokens import Tokens, take
+from ..files import existing_folder
+from ..measure.calibration import calibrate
+from ..measure.forward_times import ForwardTimes
+from ..measure.loss import evaluate
+from ..measure.memory import free_bytes, peak_bytes, start_peak
+from ..measure.removals import CACHE_BYTES, ModelExplorer
+from ..methods import Explorer, SearchingMethod
+from ..models.layer_major import HELD, held_bytes
+from ..plans.plan import Plan
+from ..shapes import ModelShape
+from ..stats.sums import is_pooled, nbytes
+from .estimate import Estimate, disk_of
+
+ONE_LAYER = "one decoder layer with experts, one batch of {} blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How a stage that runs a model over text was asked to."""
+
+    device: str
+    dtype: torch.dtype | None
+    streamed: bool
+    batch_size: int
+
+    @property
+    def measured(self) -> str:
+        return ONE_LAYER.format(self.batch_size)
+
+
+def of_calibration(
+    model: Path, shape: ModelShape, blocks: Tokens, needs: tuple[str, ...], how: Running, out: Path, on_disk: bool
+) -> Estimate:
+    """`on_disk`: Gram matrices are added up there."""
+    _start(how.device)
+    begun = begin_model(model, how.device, how.dtype)
+    stamps: list[float] = []
+    with ForwardTimes(begun.model, begun.layers) as times:
+        calibrate(
+            begun.model,
+            _two_batches(blocks, how.batch_size),
+            batch_size=how.batch_size,
+            needs=needs,
+            progress=lambda done, total: stamps.append(time.perf_counter()),
+            dtype=how.dtype,
+        )
+    domains, pooled = len(blocks.domains), [name for name in needs if is_pooled(name)]
+    sums = nbytes(shape, [name for name in needs if name not in pooled], domains + 1)
+    sums += 0 if on_disk else nbytes(shape, pooled)
+    count = sum(math.ceil(number / how.batch_size) for number in blocks.domain_B.bincount().tolist() if number)
+    seconds = count * times.of_all(stamps[-1] - stamps[-2], begun.of)
+    written = 2 * nbytes(shape, needs, domains) + (nbytes(shape, pooled) if on_disk else 0)
+    return _of_passes("calibrate", [(begun, shape)], how, blocks.length, count, seconds, sums, written, out)
+
+
+def of_search(
+    calibrated: Estimate,
+    model: Path,
+    shape: ModelShape,
+    blocks: Tokens,
+    chosen: SearchingMethod,
+    sample: int,
+    how: Running,
+) -> Estimate:
+    """A search after its calibration."""
+    begun = begin_model(model, how.device, how.dtype)
+    explorer = _Timed(ModelExplorer(begun.model, blocks, sample=sample, batch_size=how.batch_size, seed=chosen.seed))
+    phases: set[str] = set()
+    with ForwardTimes(begun.model, begun.layers) as times:
+        begin = time.perf_counter()
+        chosen.explore(explorer, lambda phase, done, total: phases.add(phase))
+        seconds = time.perf_counter() - begin
+    layers = len(shape.layers)
+    searching = layers * (seconds - explorer.whole_seconds + times.of_all(explorer.whole_seconds, begun.of))
+    cached = min(CACHE_BYTES, sum(8 * sample * layer.num_experts**2 for layer in shape.layers))
+    states = begun.of * held_bytes(begun.model, sample)
+    passes = len(phases) + 2 if how.streamed else 0  # of reading every layer: each phase, and the recordings
+    tried = dataclasses.replace(
+        calibrated,
+        stage="try removals",
+        measured="the whole search of one layer",
+        seconds=searching + passes * begun.of * begun.layer_seconds,
+        memory_bytes=_peak(how.device) + (0 if how.streamed else begun.missing_bytes) + cached + states,
+        read_bytes=passes * shape.bytes,
+        written_bytes=0,
+    )
+    return Estimate.joined("search", [calibrated, tried])
+
+
+def of_evaluation(
+    models: Sequence[tuple[Path, ModelShape]], blocks: Tokens, how: Running, out: Path | None
+) -> Estimate:
+    """Of a model, or of one and its original."""
+    _start(how.device)
+    begun = [begin_model(model, how.device, how.dtype) for model, _ in models]
+    stamps: list[float] = []
+    with ForwardTimes(begun[0].model, begun[0].layers) as times:
+        evaluate(
+            begun[0].model,
+            _two_batches(blocks, how.batch_size),
+            against=begun[1].model if len(begun) > 1 else None,
+            batch_size=how.batch_size,
+            resamples=1,
+            progress=lambda done, total: stamps.append(time.perf_counter()),
+        )
+    count = math.ceil(len(blocks) / how.batch_size)
+    seconds = count * times.of_all(stamps[-1] - stamps[-2], begun[0].of)
+    opened = [(one, shape) for one, (_, shape) in zip(begun, models, strict=True)]
+    return _of_passes("eval", opened, how, blocks.length, count, seconds, 0, 0, out)
+
+
+def of_application(
+    rewriting: Rewriting, plan: Plan, shape: ModelShape, out: Path, side_files: Iterable[Path]
+) -> Estimate:
+    """Of writing what a plan makes."""
+    _start("cpu")
+    changed = [step for step in rewriting.steps if step.layer and _is_changed(plan, step.layer)]
+    others = [step for step in rewriting.steps if step not in changed]
+    seconds = 0.0
+    with tempfile.TemporaryFile(dir=existing_folder(out)) as file:
+        for steps in filter(None, (changed, others)):
+            one = max(steps, key=lambda step: step.bytes)
+            seconds += _seconds_of(one, file) / max(one.bytes, 1) * sum(step.bytes for step in steps)
+    return Estimate(
+        "apply",
+        "one layer that the plan changes, and one copied tensor" if changed else "one copied tensor",
+        seconds,
+        peak_bytes(torch.device("cpu")),
+        shape.bytes,
+        rewriting.needed_space(side_files),
+        psutil.virtual_memory().available,
+        disk_of(out),
+    )
+
+
+def _is_changed(plan: Plan, layer: str) -> bool:
+    found = plan.layer(layer)
+    return found is not None and not found.is_identity
+
+
+def _seconds_of(step: Step, file: Any) -> float:
+    begin = time.perf_counter()
+    step.fill(_Nowhere(file))  # type: ignore[arg-type]
+    file.flush()
+    return time.perf_counter() - begin
+
+
+class _Nowhere:
+    """Takes what a ShardWriter takes, into a file that nobody will see."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, name: str, pieces: Iterable[Any], begin: int = 0) -> None:
+        self._file.seek(0)
+        for piece in pieces:
+            self._file.write(piece)
+
+
+class _Timed:
+    """An explorer that adds up the seconds of questions that run the whole model."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self._explorer, self.shape, self.whole_seconds = explorer, explorer.shape, 0.0
+        self.output_error, self.block_error, self.prune = explorer.output_error, explorer.block_error, explorer.prune
+
+    def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            return self._explorer.loss_increase(layer, removed_CE)
+        finally:
+            self.whole_seconds += time.perf_counter() - begin
+
+
+# --- what they share --------------------------------------------------------------------------------------------
+
+
+def _of_passes(
+    stage: str,
+    opened: Sequence[tuple[Beginning, ModelShape]],
+    how: Running,
+    length: int,
+    count: int,
+    seconds: float,
+    sums: int,
+    written: int,
+    out: Path | None,
+) -> Estimate:
+    """Of `count` batches that took so many seconds to compute, and `sums` that are held beside the models."""
+    held = held_bytes(opened[0][0].model, how.batch_size * length)
+    together = max(1, HELD // held)
+    times_read = math.ceil(count / together) if how.streamed else 1
+    memory = _peak(how.device) + sums + (min(count, together) * held if how.streamed else 0)
+    read = 0
+    for begun, shape in opened:
+        memory += 0 if how.streamed else begun.missing_bytes
+        read += times_read * shape.model.bytes
+        seconds += times_read * begun.of * begun.layer_seconds
+    disk = disk_of(out)
+    return Estimate(stage, how.measured, seconds, memory, read, written, free_bytes(how.device), disk)
+
+
+def _two_batches(blocks: Tokens, batch_size: int) -> Tokens:
+    """Two whole batches of the first domain, with blocks again where it has few."""
+    of_it_B = (blocks.domain_B == blocks.domain_B[0]).nonzero().flatten()
+    chosen_B = of_it_B[torch.arange(2 * batch_size) % len(of_it_B)]
+    return some_blocks(blocks, chosen_B)
+
+
+def some_blocks(blocks: Tokens, chosen_B: Tensor) -> Tokens:
+    return dataclasses.replace(blocks, **vars(take(blocks, chosen_B)))
+
+
+def _start(device: str) -> None:
+    start_peak(torch.device(device))
+
+
+def _peak(device: str) -> int:
+    return peak_bytes(torch.device(device))

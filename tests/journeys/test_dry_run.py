@@ -1,0 +1,154 @@
+"""--dry-run: what a stage would take, and nothing else; disks that are too small are refused before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import locum
+from locum.checkpoints.beginning import begin_model
+from locum.checkpoints.load import load_model
+from locum.checkpoints.skeleton import read_shape
+from locum.measure.forward_times import ForwardTimes
+from locum.stages.estimate import Estimate
+from locum.stats.sums import nbytes
+from making.checkpoints import locum as command
+from making.checkpoints import tree, write_checkpoint
+from making.tiny_models import tiny_ids
+
+SHORT = ("--tokens", 512, "--length", 64, "--dry-run")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Four decoder layers, alike."""
+    return write_checkpoint(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4)
+
+
+def test_the_beginning_is_the_first_layers_to_the_bit(deep):
+    begun, whole = begin_model(deep), load_model(deep)
+    assert (len(begun.layers), begun.of) == (1, 4)
+    del whole.model.layers[1:]
+    with torch.no_grad():
+        assert torch.equal(begun.model(tiny_ids()).logits, whole(tiny_ids()).logits)
+
+
+def test_what_is_missing_of_it_is_counted(deep):
+    begun = begin_model(deep)
+    there = sum(tensor.nbytes for tensor in begun.model.parameters())
+    assert there + begun.missing_bytes == sum(tensor.nbytes for tensor in load_model(deep).parameters())
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds: float, *inside: nn.Module):
+        super().__init__()
+        self.seconds, self.inside, self.weight = seconds, nn.ModuleList(inside), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        for module in self.inside:
+            x = module(x)
+        return x
+
+
+def test_more_layers_take_as_much_more_time_as_the_last_one_took():
+    model = Sleeper(0.01, Sleeper(0.02), Sleeper(0.04))
+    with ForwardTimes(model, list(model.inside)) as times:
+        begin = time.perf_counter()
+        model(torch.ones(1))
+        seconds = time.perf_counter() - begin
+    assert math.isclose(times.of_all(seconds, 2), seconds, rel_tol=0.02)
+    assert math.isclose(times.of_all(seconds, 5), 0.07 + 3 * 0.04, rel_tol=0.2)
+    assert not model._forward_hooks and not model.inside[1]._forward_pre_hooks
+
+
+def checked(estimate, stage):
+    assert isinstance(estimate, Estimate) and estimate.stage == stage
+    for each in (estimate, *estimate.parts):
+        assert each.seconds > 0 and each.memory_bytes > 2**20 and each.read_bytes >= 0 and each.written_bytes >= 0
+        assert each.free_memory_bytes > 0 and each.measured
+    return estimate
+
+
+def test_calibrate_reads_the_weights_once_or_for_every_list_of_batches(deep, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("locum.stages.dry_run.HELD", 1)  # a batch at a time
+    asked = {"data": [str(words)], "tokens": 512, "length": 64, "batch_size": 4, "out": tmp_path / "out"}
+    made = [locum.calibrate(deep, stream=stream, dry_run=True, **asked) for stream in (False, True)]
+    said, streamed = (checked(each, "calibrate") for each in made)
+    shape = read_shape(deep)
+    assert (said.read_bytes, streamed.read_bytes) == (shape.model.bytes, 2 * shape.model.bytes)  # two batches
+    made = locum.calibrate(deep, **asked)
+    assert said.written_bytes == 2 * nbytes(shape, made.names) and said.free_disk_bytes > 0
+    assert (tmp_path / "out").stat().st_size < said.written_bytes
+
+
+def test_apply_knows_the_size_of_what_it_writes(checkpoint, plan_file, tmp_path):
+    said = checked(locum.apply(checkpoint, plan=plan_file, out=tmp_path / "small", dry_run=True), "apply")
+    assert not list(tmp_path.iterdir())
+    made = locum.apply(checkpoint, plan=plan_file, out=tmp_path / "small")
+    size = sum(file.stat().st_size for file in made.iterdir())
+    assert size <= said.written_bytes <= size + 2**21
+
+
+def test_eval_reads_both_models(checkpoint, small, words):
+    asked = {"data": [str(words)], "split": "all", "tokens": 1000, "length": 64, "dry_run": True}
+    alone = checked(locum.evaluate(checkpoint, **asked), "eval")
+    both = checked(locum.evaluate(small, against=checkpoint, **asked), "eval")
+    assert both.read_bytes == alone.read_bytes + read_shape(small).model.bytes and both.free_disk_bytes is None
+    said = command("eval", checkpoint, "--tasks", "x", "--data", words, "--dry-run")
+    assert said.exit_code == 2 and "--dry-run measures passes over text" in said.stderr
+
+
+def test_search_is_a_calibration_and_what_it_tries(checkpoint, words, tmp_path):
+    few = {"sample": 128, "generations": 2, "population": 4, "pruned": 0.25}
+    asked = {"data": [str(words)], "tokens": 512, "length": 64, "out": tmp_path / "found", "dry_run": True}
+    said = checked(locum.search(checkpoint, **asked, **few), "search")
+    assert [part.stage for part in said.parts] == ["calibrate", "try removals"]
+    assert said.seconds == sum(part.seconds for part in said.parts) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "--method lightmoe --rank 2 --remove 0.4",
+        "--method moe-i2 --remove 0.5 --sample 128 --generations 2 --population 4",
+    ],
+)
+def test_compress_is_all_of_it(checkpoint, words, tmp_path, how):
+    said = command("compress", checkpoint, "--data", words, *SHORT, *how.split(), "--out", tmp_path / "small", "--json")
+    assert said.exit_code == 0, said.output
+    made = json.loads(said.stdout)
+    assert [part["stage"] for part in made["parts"]] == ["search" if "moe-i2" in how else "calibrate", "apply"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_people_see_a_table_and_nothing_is_touched(checkpoint, words, tmp_path):
+    out = tmp_path / "s"
+    (tmp_path / ".s.partial").write_bytes(b"what an interrupted run left")
+    before = tree(tmp_path)
+    said = command("calibrate", checkpoint, "--data", words, *SHORT, "--out", out)
+    assert said.exit_code == 0, said.output
+    assert "measured on" in said.stdout and "one decoder layer" in said.stdout and "nothing was written" in said.stdout
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibrate {model} --data {data}",
+        "search {model} --data {data}",
+        "compress {model} --data {data} --method prune --remove 0.5 --recover lora",
+    ],
+)
+@pytest.mark.parametrize("dry", ["", " --dry-run"])
+def test_a_disk_that_is_too_small_is_refused_early(checkpoint, words, tmp_path, monkeypatch, line, dry):
+    monkeypatch.setattr("locum.files.free_space", lambda path: 1000)
+    said = command(line.format(model=checkpoint, data=words) + f" --out {tmp_path / 'out'}" + dry)
+    assert said.exit_code == 2 and said.stderr.count("\n") == 1
+    assert "no space left for" in said.stderr and "1000 B are free there" in said.stderr
+    assert not list(tmp_path.iterdir())
