@@ -93,7 +93,7 @@ COMMANDS = {
     "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "
-    "--split --tokens",
+    "--split --stream --tokens",
     "show": "NAME --json",
     "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
 }

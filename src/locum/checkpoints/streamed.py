@@ -9,9 +9,10 @@ whole model, to the bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ..errors import CheckpointError, UnsupportedModel
 from ..models.decoder_layers import decoder_stack, place_in
 from ..models.layer_major import NOTE
 from ..models.stored import note_stored
+from ..models.watch import configs_of
 from .cuts import find_cuts
 from .expert_reader import ExpertReader, one_expert_model
 from .load import set_dtype
@@ -69,6 +71,8 @@ class LayersOfFiles:
         self.path, self.model, self.device = path, source.model, device
         self.source = source
         self.name, self.modules = _stack_of(source)
+        self._changes: dict[int, Callable[[], None]] = {}
+        self._unchanged: dict[int, dict[str, nn.Module]] = {}
         self.names: dict[int | None, list[str]] = {None: [], **{i: [] for i in range(len(self.modules))}}
         for name, place in source.places.items():
             self.names[self._layer_of(place.name)].append(name)
@@ -103,8 +107,20 @@ class LayersOfFiles:
             self._fill(self.model.get_submodule(name), reader)
         self._check_filled(self.modules[index].named_parameters())
         self._announce(index + 1)
+        if index in self._changes:
+            self._changes[index]()
+
+    def change(self, index: int, change: Callable[[], None]) -> None:
+        """Have a layer changed whenever it is brought, until another change takes the place of this one. It must not be there."""
+        self._changes[index] = change
+        if index not in self._unchanged:
+            shared = {id(config): config for config in configs_of(self.model)}
+            self._unchanged[index] = copy.deepcopy(self.modules[index]._modules, shared)
 
     def drop(self, index: int) -> None:
+        if index in self._changes:  # what is read next are the files' own shapes
+            shared = {id(config): config for config in configs_of(self.model)}
+            self.modules[index]._modules = copy.deepcopy(self._unchanged[index], shared)
         for module in self.modules[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

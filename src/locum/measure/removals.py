@@ -11,6 +11,8 @@ d_t, and so the layer's output by O_t^T d_t, whose square is d_t^T G_t d_t. The 
 always the model's own: by the rule of its router where a simple one was found and agrees with the real router on the
 sample and on removals of it (`gate_rules.py`), else by that router itself (`masking.py`).
 
+Of a streamed model, the decoder layers that are asked for are read and no others are there; what was pruned is taken off each time.
+
 Memory: 8 T E^2 bytes for a cached layer (64 MiB for 64 experts and 2,048 tokens, 1 GiB for 256), as many layers as go
 into `CACHE_BYTES` but one at least; and the hidden state before every decoder layer (`replay.py`).
 
@@ -32,6 +34,7 @@ from transformers import PreTrainedModel
 from ..data.tokens import Batch, Tokens, cut, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
 from ..models.families import MoeLayer, slice_experts, slice_router
+from ..models.layer_major import Resident, is_streamed
 from ..models.masking import MaskedRouters
 from ..models.next_token_loss import loss_sum
 from ..models.replay import Call, Recording
@@ -115,16 +118,36 @@ class ModelExplorer:
 
     def _find(self) -> None:
         """Look at the model afresh; what was recorded and cached before is let go."""
-        self.layers: dict[str, MoeLayer] = {layer.shape.name: layer for layer in observable_layers(self.model)}
+        self._resident = Resident(self.model)
+        self._see()
         self._recording: Recording | None = None
         self._caches: dict[str, LayerCache] = {}
         self._loss: float | None = None
         self._whole: tuple[tuple[int, int], list[Tensor]] | None = None
 
+    def _see(self) -> None:
+        self.layers: dict[str, MoeLayer] = {layer.shape.name: layer for layer in observable_layers(self.model)}
+
+    def _hold(self, names: Sequence[str]) -> None:
+        """Of a streamed model, bring the decoder layers from the first to the last that hold these; no others are there then."""
+        if not is_streamed(self.model) or not names:
+            return
+        for name in names:
+            self._check_known(name)
+        with self._quiet():
+            stretch = self._record().stretch(names)
+        if self._resident.hold(*stretch):
+            self._see()  # their tensors are new
+
+    def _check_known(self, layer: str) -> None:
+        if layer not in self.layers:
+            raise OptionError(unknown("layer", layer, self.layers))
+
     # --- questions ----------------------------------------------------------------------------------------------
 
     def output_error(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] ||F(X) - F_without(X)||_F of a layer's routed output over the sample, rerouted without the removed."""
+        self._hold([layer])
         removed_CE = self._checked(layer, removed_CE)
         with self._quiet():
             cache = self._cache(layer)
@@ -138,6 +161,11 @@ class ModelExplorer:
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] mean next-token loss of the whole model on the sample without them, minus with all, in nats per token."""
+        if is_streamed(self.model):
+            raise UnsupportedModel(
+                "what a removal does to the model's loss asks all layers at once, which a streamed model has not: give --no-stream, "
+                "or let the method go by a layer's output"
+            )
         removed_CE = self._checked(layer, removed_CE)
         if self.model.get_output_embeddings() is None:
             raise UnsupportedModel(
@@ -159,6 +187,7 @@ class ModelExplorer:
         else the decoder layers between the first and the last of them do is included.
         """
         names = sorted({name for candidate in candidates for name in candidate})
+        self._hold(names)
         masks = [{n: self._checked(n, mask[None])[0] for n, mask in candidate.items()} for candidate in candidates]
         errors = []
         with self._quiet():
@@ -189,13 +218,28 @@ class ModelExplorer:
             for x in self.shape.layers
         }
         make_plan(self.shape, [LayerPlan(name, slots[name]) for name in slots])
-        for name, layer in self.layers.items():
+        self._resident.let_go()
+        for name in self.layers:
             keep = tuple(i for i, e in enumerate(self.alive[name].tolist()) if e not in gone[name])
-            if len(keep) < layer.shape.num_experts:
-                slice_experts(layer.experts, keep)
-                slice_router(layer, keep)
+            if len(keep) < len(self.alive[name]):
                 self.alive[name] = self.alive[name][list(keep)]
+                self._cut(name, keep)
         self._find()
+
+    def _cut(self, name: str, keep: tuple[int, ...]) -> None:
+        """Leave a layer these of the experts that it has; a streamed one whenever it is read, of all that its files have."""
+        if not is_streamed(self.model):
+            slice_experts(self.layers[name].experts, keep)
+            slice_router(self.layers[name], keep)
+            return
+        alive = tuple(self.alive[name].tolist())
+
+        def change() -> None:
+            layer = next(layer for layer in observable_layers(self.model) if layer.shape.name == name)
+            slice_experts(layer.experts, alive)
+            slice_router(layer, alive)
+
+        self._resident.change(self._record().position[name], change)
 
     # --- what they need -----------------------------------------------------------------------------------------
 
@@ -206,8 +250,7 @@ class ModelExplorer:
 
     def _checked(self, layer: str, removed_CE: Tensor) -> Tensor:
         """Masks over the experts that are still there."""
-        if layer not in self.layers:
-            raise OptionError(unknown("layer", layer, self.layers))
+        self._check_known(layer)
         shape, total = self.layers[layer].shape, self.shape.layer(layer).num_experts
         if removed_CE.ndim != 2 or removed_CE.shape[1] != total or removed_CE.dtype != torch.bool:
             raise OptionError(
@@ -216,7 +259,7 @@ class ModelExplorer:
             )
         removed_CE = removed_CE.cpu()[:, self.alive[layer]]
         left_CG = (
-            (~removed_CE).view(len(removed_CE), shape.num_groups, shape.num_experts // shape.num_groups).sum(dim=2)
+            (~removed_CE).view(len(removed_CE), shape.num_groups, len(self.alive[layer]) // shape.num_groups).sum(dim=2)
         )
         if len(removed_CE) and (
             int(left_CG.sum(dim=1).min()) < shape.top_k or int(left_CG.min()) < shape.min_per_group
@@ -230,6 +273,7 @@ class ModelExplorer:
 
     def _record(self) -> Recording:
         if self._recording is None:
+            self._resident.let_go()
             self._recording = Recording(self.model, list(self.layers), self.batches)
         return self._recording
 

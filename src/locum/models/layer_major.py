@@ -51,9 +51,48 @@ class Layers(Protocol):
         """Take them away."""
         ...
 
+    def change(self, index: int, change: Callable[[], None]) -> None:
+        """Have a layer changed by this whenever it is brought."""
+        ...
+
+
+def layers_of(model: Any) -> Layers | None:
+    """The layers of a streamed model; None for one that is whole."""
+    return getattr(model, NOTE, None)
+
 
 def is_streamed(model: Any) -> bool:
-    return getattr(model, NOTE, None) is not None
+    return layers_of(model) is not None
+
+
+class Resident:
+    """Those of a streamed model's layers that have weights between its runs: as few as are asked for at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._layers, self._there = layers_of(model), range(0)
+
+    def hold(self, first: int, last: int) -> bool:
+        """Bring these layers and no others. False where they are there already, or the model is whole."""
+        wanted = range(first, last + 1)
+        if self._layers is None or wanted == self._there:
+            return False
+        self.let_go(but=wanted)
+        for index in wanted:
+            if index not in self._there:
+                self._layers.bring(index)
+        self._there = wanted
+        return True
+
+    def let_go(self, but: range = range(0)) -> None:
+        """Drop the layers that are there."""
+        for index in self._there:
+            if index not in but:
+                self._layers.drop(index)
+        self._there = range(0) if not but else range(max(but.start, self._there.start), min(but.stop, self._there.stop))
+
+    def change(self, index: int, change: Callable[[], None]) -> None:
+        """Have a layer, which is not there, changed by this whenever it comes."""
+        self._layers.change(index, change)
 
 
 def together(model: PreTrainedModel, batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
@@ -81,7 +120,7 @@ def passes(
     One after the other, each when its result is asked for; or, on a streamed model, all of them layer by layer before the first
     result is there, `progress(done, total)` in layers. Raises what a job raises.
     """
-    layers: Layers | None = getattr(model, NOTE, None)
+    layers = layers_of(model)
     if layers is None:
         for index, job in enumerate(jobs):
             turn(index)
@@ -95,7 +134,7 @@ class _Stopped(BaseException):
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """A decoder layer called by a job, with what the thread's state of torch was."""
 
     layer: int
@@ -119,9 +158,9 @@ class _LayerMajor:
 
     def __init__(self, layers: Layers, jobs: Sequence[Job[Any]], turn: Callable[[int], None]) -> None:
         self.layers, self.jobs, self.turn = layers, jobs, turn
-        self.from_jobs: queue.SimpleQueue[_Call | _End] = queue.SimpleQueue()
+        self.from_jobs: queue.SimpleQueue[LayerCall | _End] = queue.SimpleQueue()
         self.to_jobs: list[queue.SimpleQueue[_End]] = [queue.SimpleQueue() for _ in jobs]
-        self.now: list[_Call | _End | None] = [None] * len(jobs)
+        self.now: list[LayerCall | _End | None] = [None] * len(jobs)
         self.forwards = [module.forward for module in layers.modules]
         self.job = threading.local()
 
@@ -142,13 +181,13 @@ class _LayerMajor:
                     self._compute(index, layer)
                 self.layers.drop(layer)
                 progress(layer + 1, len(self.forwards))
-            if any(isinstance(now, _Call) for now in self.now):
+            if any(isinstance(now, LayerCall) for now in self.now):
                 raise UnsupportedModel(
                     "the model does not call its decoder layers in their order, so it cannot be streamed"
                 )
         finally:
             for index in range(started):
-                if isinstance(self.now[index], _Call):
+                if isinstance(self.now[index], LayerCall):
                     self.to_jobs[index].put(_End(error=_Stopped()))
             for thread in threads[:started]:
                 thread.join()
@@ -171,7 +210,7 @@ class _LayerMajor:
 
         def forward(*given: Any, **named: Any) -> Any:
             state = (contextvars.copy_context(), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-            self.from_jobs.put(_Call(layer, given, named, *state))
+            self.from_jobs.put(LayerCall(layer, given, named, *state))
             end = self.to_jobs[self.job.index].get()
             if end.error is not None:
                 raise end.error
@@ -187,7 +226,7 @@ class _LayerMajor:
 
     def _compute(self, index: int, layer: int) -> None:
         """Answer a job for as long as it calls this layer."""
-        while isinstance(call := self.now[index], _Call) and call.layer == layer:
+        while isinstance(call := self.now[index], LayerCall) and call.layer == layer:
             self.turn(index)
             self.now[index] = None
             try:

@@ -6,15 +6,19 @@ Letters: B blocks of text, S tokens of a block, D model width.
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.tokens import Batch
 from ..errors import UnsupportedModel
+from .layer_major import passes
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Call:
 class Recording:
     """The calls of every decoder layer of a model, in one pass over some batches.
 
-    Memory: the hidden state before every decoder layer, L * tokens * D numbers of the model's dtype.
+    Memory: the hidden state before every decoder layer, L * tokens * D numbers of the model's dtype. Layers of a streamed model must
+    be brought before they are run again.
     """
 
     def __init__(self, model: PreTrainedModel, experts: Sequence[str], batches: Sequence[Batch]) -> None:
@@ -42,9 +47,8 @@ class Recording:
         self.calls: list[list[Call]] = [[] for _ in self.layers]
         hooks = [hook for index, layer in enumerate(self.layers) for hook in self._record(index, layer)]
         try:
-            for batch in batches:
-                mask_BS = None if bool(batch.attention_BS.all()) else batch.attention_BS.to(model.device)
-                model.base_model(batch.ids_BS.to(model.device), attention_mask=mask_BS, use_cache=False)
+            for _ in passes(model, [functools.partial(_run, model, batch) for batch in batches]):
+                pass
         finally:
             for hook in hooks:
                 hook.remove()
@@ -63,12 +67,15 @@ class Recording:
         self.position[experts] = self.layers.index(stack[int(parts[prefix.count(".") + 1])])
 
     def _record(self, index: int, layer: nn.Module) -> Iterator[Any]:
+        running: dict[int, Call] = {}  # by thread: a streamed model runs all batches at once, each in its own
+
         def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             notes = {id(v): copy.copy(v) for v in (*args, *kwargs.values()) if isinstance(v, (MutableMapping, list))}
-            self.calls[index].append(Call(args, kwargs, notes))
+            running[threading.get_ident()] = call = Call(args, kwargs, notes)
+            self.calls[index].append(call)
 
         def after(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-            self.calls[index][-1].output = output
+            running.pop(threading.get_ident()).output = output
 
         yield layer.register_forward_pre_hook(before, with_kwargs=True)
         yield layer.register_forward_hook(after)
@@ -103,6 +110,12 @@ class Recording:
 
     def recorded(self, last: int, batch: int) -> Tensor:
         return next(_tensors(self.calls[last][batch].output))
+
+
+def _run(model: PreTrainedModel, batch: Batch) -> None:
+    mask_BS = None if bool(batch.attention_BS.all()) else batch.attention_BS.to(model.device)
+    with torch.no_grad():  # a streamed model runs in threads of its own
+        model.base_model(batch.ids_BS.to(model.device), attention_mask=mask_BS, use_cache=False)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -28,6 +28,7 @@ from ..stats.sums import Statistics
 from . import dry_run as dry_runs
 from .calibration import finished, keep, observe, prepare, read_text, room_for, with_defaults
 from .estimate import Estimate
+from .opening import Stream, check_stock, is_to_stream
 from .options import (
     MOST_SEED,
     BatchSize,
@@ -70,6 +71,7 @@ def search(
     split: Split = "train",
     seed: Seed = 0,
     device: Device = "auto",
+    stream: Stream = None,
     force: Force = False,
     dry_run: DryRun = False,
     progress: Progress = silent,
@@ -95,13 +97,16 @@ def search(
     domains = len({source.domain for source in parse_sources(data)})
     needs = with_defaults(to_collect(chosen))
     scratch = room_for(shape, needs, domains, out)
+    streamed = is_to_stream([model], stream, device)
+    if streamed:
+        check_stock(model)
     cut = {"split": split, "length": length, "tokens": tokens, "seed": seed}
     if dry_run:
-        how = dry_runs.Running(device, None, False, batch_size)
+        how = dry_runs.Running(device, None, streamed, batch_size)
         blocks, _ = read_text(model, shape, data, **cut)
         calibrated = dry_runs.of_calibration(model, shape, blocks, needs, how, out, scratch is not None)
         return dry_runs.of_search(calibrated, model, shape, blocks, chosen, sample, how)
-    subject = prepare(model, shape, data, device=device, **cut)
+    subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
     calibrated = beside(out, "calibrated")
     statistics = finished(calibrated, subject.origin, question(needs, batch_size))

@@ -1,0 +1,94 @@
+"""A search on a model of which one decoder layer is there at a time gives what it gives on the whole model, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import locum
+from families.case import tokens_of
+from locum.checkpoints.load import load_model
+from locum.checkpoints.streamed import stream_model
+from locum.errors import OptionError, UnsupportedModel
+from locum.measure.removals import ModelExplorer
+from locum.models.layer_major import NOTE
+from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
+from making.tiny_models import tiny_ids
+
+ONE = torch.eye(8, dtype=torch.bool)
+TWO = torch.tensor([[e in pair for e in range(8)] for pair in ((1, 6), (0, 5))])  # an expert of each of two groups
+
+
+@pytest.fixture(scope="module", params=["olmoe", "deepseek_v3"])
+def two(request, tmp_path_factory):
+    """An explorer of a whole model and one of the same, streamed."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "m", request.param, num_hidden_layers=3)
+    tokens = tokens_of(tiny_ids(4, 16))
+    opened = (load_model(folder), stream_model(folder))
+    for model in opened:
+        model.set_experts_implementation("eager")
+    return tuple(ModelExplorer(model, tokens, sample=64, batch_size=2) for model in opened)
+
+
+def there(explorer) -> list[int]:
+    """The decoder layers that have weights."""
+    modules = getattr(explorer.model, NOTE).modules
+    return [i for i, m in enumerate(modules) if any(p.device.type != "meta" for p in m.parameters())]
+
+
+def test_answers_are_those_of_the_whole_model_before_and_after_pruning(two):
+    whole, streamed = two
+    names = [layer.name for layer in whole.shape.layers]
+    for name in (names[1], names[0], names[1]):
+        assert torch.equal(whole.output_error(name, TWO), streamed.output_error(name, TWO))
+        assert there(streamed) == [names.index(name)]
+    candidates = [{names[1]: TWO[a], names[2]: TWO[b]} for a in (0, 1) for b in (0, 1)]
+    assert torch.equal(whole.block_error(candidates), streamed.block_error(candidates))
+    assert there(streamed) == [1, 2]
+    for explorer in two:
+        explorer.prune({names[0]: TWO[0], names[2]: TWO[1]})
+    assert there(streamed) == []
+    for name in reversed(names):
+        gone = {names[0]: TWO[0], names[2]: TWO[1]}.get(name, torch.zeros(8, dtype=torch.bool))
+        more = TWO[[1 if name == names[0] else 0]] & ~gone
+        assert torch.equal(whole.output_error(name, more), streamed.output_error(name, more))
+    for explorer in two:
+        explorer.prune({names[1]: TWO[0]})
+    assert torch.equal(*(explorer.block_error([{names[0]: TWO[1], names[1]: TWO[1]}]) for explorer in two))
+
+
+def test_what_asks_all_layers_is_refused_with_what_to_do(two):
+    _, streamed = two
+    name = streamed.shape.layers[0].name
+    with pytest.raises(
+        UnsupportedModel, match="asks all layers at once, which a streamed model has not: give --no-stream"
+    ):
+        streamed.loss_increase(name, ONE[:1])
+    with pytest.raises(OptionError, match="unknown layer"):
+        streamed.output_error("model.layers.9.mlp.experts", ONE[:1])
+
+
+def test_a_search_finds_the_same(checkpoint, words, tmp_path):
+    few = {"sample": 128, "generations": 2, "population": 4, "tokens": 512, "length": 64}
+    made = [
+        locum.search(checkpoint, data=[str(words)], out=tmp_path / f"{stream}", stream=stream, **few)
+        for stream in (False, True)
+    ]
+    for name, named in made[0].layers.items():
+        assert all(torch.equal(tensor, made[1].layers[name][key]) for key, tensor in named.items())
+    said = command(
+        "search",
+        checkpoint,
+        "--data",
+        words,
+        "--stream",
+        "--tokens",
+        512,
+        "--length",
+        64,
+        "--dry-run",
+        "--out",
+        tmp_path / "x",
+    )
+    assert said.exit_code == 0 and "try removals" in said.stdout
