@@ -87,8 +87,8 @@ COMMANDS = {
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
     "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --preset --remove",
-    "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --clip --data "
-    "--device --force --how --json --learning-rate --length --original --out --precision "
+    "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --checkpointing --clip --data "
+    "--device --dry-run --force --how --json --learning-rate --length --original --out --precision "
     "--restart --schedule --seed "
     "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",

@@ -111,10 +111,26 @@ class BuildSite:
         return {"gate_FD": input_EDD[e], "up_FD": input_EDD[e], "down_DF": hidden_FF}
 
 
-def old_weights(plan: LayerPlan, read: Read) -> dict[int, ExpertWeights]:
-    """The original weights of every replaced expert, in the hidden order of its base (annealing blends the two)."""
-    site = BuildSite(plan, read, None, 0)
-    return {e: site.original(e) for e in plan.replaced}
+class _Old(Mapping[int, ExpertWeights]):
+    def __init__(self, plan: LayerPlan, read: Read) -> None:
+        self._experts, self._site = plan.replaced, BuildSite(plan, read, None, 0)
+
+    def __getitem__(self, e: int) -> ExpertWeights:
+        if e not in self._experts:
+            raise KeyError(e)
+        return self._site.original(e)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._experts)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+
+def old_weights(plan: LayerPlan, read: Read) -> Mapping[int, ExpertWeights]:
+    """The original weights of every replaced expert, in the hidden order of its base (annealing blends the two). Each is read when
+    it is asked for."""
+    return _Old(plan, read)
 
 
 def build_layer(

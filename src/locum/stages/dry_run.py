@@ -25,18 +25,25 @@ from torch import Tensor
 
 from ..checkpoints.beginning import Beginning, begin_model
 from ..checkpoints.rewrite import Rewriting, Step
+from ..checkpoints.skeleton import read_shape
 from ..data.tokens import Tokens, take
 from ..files import existing_folder
+from ..json_text import parse_json
 from ..measure.calibration import calibrate
 from ..measure.forward_times import ForwardTimes
 from ..measure.loss import evaluate
 from ..measure.memory import free_bytes, peak_bytes, start_peak
 from ..measure.removals import CACHE_BYTES, ModelExplorer
 from ..methods import Explorer, SearchingMethod
+from ..models.families import find_layers
 from ..models.layer_major import HELD, held_bytes
 from ..plans.plan import Plan
 from ..shapes import ModelShape
 from ..stats.sums import is_pooled, nbytes
+from ..training.context import Original
+from ..training.from_files import original_experts
+from ..training.options import Recovery
+from ..training.recovery import recover_model
 from .estimate import Estimate, disk_of
 
 ONE_LAYER = "one decoder layer with experts, one batch of {} blocks"
@@ -159,6 +166,61 @@ def of_application(
         psutil.virtual_memory().available,
         disk_of(out),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training that was asked for."""
+
+    plan: Plan | None
+    options: Recovery
+    trained: int  # parameters
+    original: Path | None  # where the way reads it
+
+
+def of_recovery(
+    model: Path, training: Training, blocks: Tokens, validation: Tokens, device: str, written: int, out: Path
+) -> Estimate:
+    """Of a training whose result and states have `written` bytes."""
+    _start(device)
+    begun, options = begin_model(model, device), training.options
+    names, plan = {layer.shape.name for layer in find_layers(begun.model)}, training.plan
+    if plan is not None:
+        plan = dataclasses.replace(plan, layers=tuple(layer for layer in plan.layers if layer.layer in names))
+    short = dataclasses.replace(options, steps=3, validate_every=0, checkpoint_every=0)
+    few = some_blocks(validation, torch.arange(min(len(validation), options.batch_size)))
+    original, theirs = _original(training, begun.model, device)
+    with tempfile.TemporaryDirectory() as folder, ForwardTimes(begun.model, begun.layers) as times:
+        log = Path(folder) / "log"
+        _, said = recover_model(begun.model, plan, blocks, few, short, original, workdir=Path(folder), log=log)
+        lines = map(parse_json, log.read_text(encoding="utf-8").splitlines())
+        ends = [line["seconds"] for line in lines if line["event"] == "step"]
+    step, each = times.of_all(ends[-1] - ends[-2], begun.of), times.of_all(said["seconds"] - ends[-1], begun.of)
+    validated = 1 + options.steps // options.validate_every if options.validate_every else 2
+    validations = validated * math.ceil(len(validation) / options.batch_size)
+    moments = 4 * 4 * max(0, training.trained - said["trainable_parameters"])  # and gradients, and the best state
+    activations = (begun.of - len(begun.layers)) * (0 if said["checkpointed"] else said["layer_activation_bytes"])
+    shapes = [read_shape(path) for path in (model, training.original) if path is not None]
+    others = begun.missing_bytes + (0 if theirs is None else theirs.missing_bytes) + moments + activations
+    return Estimate(
+        "recover",
+        f"three steps of {options.batch_size} blocks through the layers up to the first one with experts",
+        options.steps * step + validations * each + begun.of * begun.layer_seconds,
+        _peak(device) + others,
+        sum(shape.bytes for shape in shapes),
+        written,
+        free_bytes(device),
+        disk_of(out),
+    )
+
+
+def _original(training: Training, live: Any, device: str) -> tuple[Original | None, Beginning | None]:
+    if training.original is None:
+        return None, None
+    if training.options.way.experts_alone:
+        return original_experts(training.original, live.dtype), None
+    begun = begin_model(training.original, device, live.dtype)
+    return Original.of(begun.model), begun
 
 
 def _is_changed(plan: Plan, layer: str) -> bool:

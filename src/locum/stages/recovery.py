@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
+
+from transformers import PreTrainedModel
 
 from .. import ranks
 from ..checkpoints.application import save_checkpoint
@@ -15,12 +19,12 @@ from ..checkpoints.notes import named_original, notes_for_another, original_of, 
 from ..checkpoints.patch import adapter_notes, write_adapter
 from ..checkpoints.read import base_of, fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.side_files import side_files
-from ..checkpoints.skeleton import is_compressed, read_shape
+from ..checkpoints.skeleton import is_compressed, open_source, read_shape
 from ..checkpoints.weight_files import is_adapter
 from ..data.documents import parse_sources
-from ..data.tokens import load_tokens
+from ..data.tokens import Tokens, load_tokens
 from ..errors import CheckpointError, OptionError
-from ..files import check_output, provenance
+from ..files import check_output, check_room, provenance
 from ..models.families import opening_class
 from ..models.stored import write_model
 from ..places import name_of
@@ -28,11 +32,14 @@ from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
 from ..runs import beside
 from ..shapes import ModelShape
 from ..training.context import Original
-from ..training.options import DEFAULT_WAY, make_recovery
-from ..training.recovery import check_fits, recover_model
+from ..training.from_files import original_experts
+from ..training.options import DEFAULT_WAY, Recovery, make_recovery
+from ..training.recovery import check_fits, count_trainable, recover_model
 from ..training.states import STATE_FILE, forget
 from ..training.ways import WAYS, Way
-from .options import Data, Device, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
+from .dry_run import Training, of_recovery
+from .estimate import Estimate
+from .options import Data, Device, DryRun, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
 
@@ -52,9 +59,10 @@ def recover(
         bool, Help("write vectors and routers alone, over the base; for ways that train nothing else")
     ] = False,
     validation_tokens: Annotated[int, Help("most tokens that a validation reads, shared over domains")] = 65536,
+    dry_run: DryRun = False,
     progress: Progress = silent,
     **options: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | Estimate:
     """Train a compressed checkpoint back to strength. An interrupted run goes on where it stopped.
 
     `options` are those of every run (training/options.py) and those of the way (training/ways/).
@@ -70,42 +78,30 @@ def recover(
     device = device_of(device)
     shape = read_shape(model)
     side_files(model)  # all of them may go along
-    decided = plan_of(model)
-    if decided is None and is_compressed(read_config(model)):
-        raise CheckpointError(
-            f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
-        )
+    decided = _plan_of(model)
     check_fits(chosen.way, decided)
     source, is_read = None, chosen.way.needs_original(decided)
     if is_read or original is not None:  # one that is not needed is looked at too: it may be a mistake
         source = original_of(model, original, f"--how {how} needs the original")
         if decided is not None:
             decided.validate(read_shape(source))
+    trained = count_trainable(open_source(model).model, decided, chosen)
+    check_room(out, written := shape.bytes + _state_bytes(trained, chosen))
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
-    live = load_model(model, device=device)
-    unchanged = Original.of(load_model(source, dtype=live.dtype, device=device)) if is_read else None
-    workdir = beside(out, "recover")
-    try:
-        live, summary = recover_model(
-            live,
-            decided or _keep_all(shape),
-            blocks,
-            validation,
-            chosen,
-            original=unchanged,
-            workdir=workdir,
-            log=workdir / LOG,
-            progress=lambda done, total, loss: progress(f"recover: loss {loss:.3f}", done, total),
-            restart=restart,
-        )
-    except BaseException:
-        if ranks.is_first() and not (workdir / STATE_FILE).is_file():  # nothing to go on from
-            forget(workdir)
-        raise
+    if dry_run:
+        training = Training(decided, chosen, trained, source if is_read else None)
+        return of_recovery(model, training, blocks, validation, device, written, out)
+    workdir, told = beside(out, "recover"), _told(progress, chosen)
+    if restart and ranks.is_first():
+        forget(workdir)
+    ranks.wait()
+    training = (decided or _keep_all(shape), blocks, validation, chosen)
+    where = {"device": device, "workdir": workdir, "progress": told}
+    live, summary = _train(model, source if is_read else None, *training, **where)
     if ranks.is_first():  # the others have none of the model
         notes = notes_for_another(model)
         before = read_shape(source) if source is not None else _original_shape(notes, shape)
@@ -114,6 +110,66 @@ def recover(
         _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
+
+
+def _train(
+    model: Path,
+    original: Path | None,
+    plan: Plan,
+    blocks: Tokens,
+    validation: Tokens,
+    options: Recovery,
+    *,
+    device: str,
+    workdir: Path,
+    progress: Callable[[int, int, float], None],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The trained model, and the summary."""
+    live = load_model(model, device=device)
+    unchanged = None if original is None else _original(original, options.way, live)
+    shared = {"original": unchanged, "workdir": workdir, "log": workdir / LOG, "progress": progress}
+    try:
+        return recover_model(live, plan, blocks, validation, options, **shared)
+    except BaseException:
+        if ranks.is_first() and not (workdir / STATE_FILE).is_file():  # nothing to go on from
+            forget(workdir)
+        raise
+
+
+def _plan_of(model: Path) -> Plan | None:
+    """The plan that a checkpoint was made by; None for one that never was compressed."""
+    if (decided := plan_of(model)) is None and is_compressed(read_config(model)):
+        raise CheckpointError(
+            f"{model} has no plan.json, so what stands in for what is not known; apply the plan again"
+        )
+    return decided
+
+
+def _original(source: Path, way: Way, live: Any) -> Original:
+    """The original as a way needs it: its experts, read one at a time, or all of it, in the dtype of the live model."""
+    if way.experts_alone:
+        return original_experts(source, live.dtype)
+    return Original.of(load_model(source, dtype=live.dtype, device=live.device))
+
+
+def _state_bytes(trained: int, options: Recovery) -> int:
+    """What states take on the disk, while a new one takes the place of the last: float32 parameters, two moments, the best state."""
+    return 2 * 4 * 4 * trained if options.checkpoint_every else 0
+
+
+def _told(progress: Progress, options: Recovery) -> Callable[[int, int, float], None]:
+    """Progress of a training: its loss, and tokens a second since the first step that is told of."""
+    first: tuple[float, int] | None = None
+    tokens = options.batch_size * options.length * options.accumulate
+
+    def report(done: int, total: int, loss: float) -> None:
+        nonlocal first
+        now = time.perf_counter()
+        first = first or (now, done)
+        rate = f", {(done - first[1]) * tokens / (now - first[0]):,.0f} tokens a second" if done > first[1] else ""
+        progress(f"recover: loss {loss:.3f}{rate}", done, total)
+
+    return report
 
 
 def _check_adapter(way: Way) -> None:
@@ -154,9 +210,9 @@ def _save(
     about = {"relation": "finetune", "over": base, "data": data, "name": out.name}
     data = card_data(model, opens, results=validated(notes["recovery"]), **about)
     card = model_card(plan, before, out.name, notes, opens, data)
-    write = write_model if base is None else write_adapter
+    write = functools.partial(write_model if base is None else write_adapter, live)
     kept = plan if plan_of(model) is not None else None
-    save_checkpoint(lambda folder: write(live, folder), tokenizer, out, kept, card, model, notes, extra=[log])
+    save_checkpoint(write, tokenizer, out, kept, card, model, notes, extra=[log])
 
 
 def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:

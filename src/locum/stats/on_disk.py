@@ -2,6 +2,7 @@
 
     Stack       a float64 tensor that is added to a row at a time, in a file without a name, which goes with it
     FromFile    float64 tensors of a safetensors file, each mapped anew whenever it is asked for
+    on_disk     a tensor of any numbers in a file without a name, mapped as a whole for as long as it is held
 
 A mapped tensor takes memory where it is read or written, until it is let go.
 """
@@ -34,16 +35,20 @@ class _Opened:
         os.close(self.descriptor)
 
 
+def _nameless(folder: Path, size: int) -> _Opened:
+    """A file of zeros that goes when it is closed."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):  # room at once: writing to a mapped file without room ends the process
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+        return _Opened(os.dup(file.fileno()))
+
+
 class Stack:
     """Zeros at first. Raises OSError where the disk has no room."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(math.prod(shape) * ITEM)
-            if hasattr(os, "posix_fallocate"):  # room at once: writing to a mapped file without room ends the process
-                os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * ITEM))
-            self._file = _Opened(os.dup(file.fileno()))
+        self.shape, self._file = shape, _nameless(folder, math.prod(shape) * ITEM)
 
     def add(self, row: int, more: Tensor) -> None:
         count = math.prod(self.shape[1:])
@@ -99,3 +104,12 @@ def mapped(file: _Opened, begin: int, count: int, writable: bool = True) -> Tens
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
     found = mmap.mmap(file.descriptor, begin + count * ITEM - start, offset=start, access=access)
     return torch.frombuffer(found, dtype=torch.float64, offset=begin - start, count=count)
+
+
+def on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros to be written to and read, in a file of this folder without a name. Raises OSError where the disk has no room."""
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype)
+    file = _nameless(folder, math.prod(shape) * dtype.itemsize)
+    whole = mmap.mmap(file.descriptor, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(whole, dtype=dtype).reshape(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ class Context:
     steps: int
     seed: int
     original: Original | None = None
+    workdir: Path | None = None  # beside it, what memory need not hold may lie on the disk
     layers: list[OpenLayer] = field(default_factory=list)  # what `prepare` opened and `finish` has to close
 
     @property

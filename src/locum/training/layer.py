@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,12 @@ from ..containers.rows import row_weights, rows_of_expert, tensors_of
 from ..containers.stack import Stack
 from ..errors import OptionError
 from ..experts.parts.low_rank import LowRank, adapter_product
-from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.own_weights import OwnWeights, rows_of
 from ..experts.weights import ExpertWeights
+from ..files import existing_folder
 from ..models.families import MoeLayer, canonical_activation, read_expert, write_expert
 from ..plans.plan import KEPT, LayerPlan
+from ..stats.on_disk import on_disk
 from .experts import TrainingExperts
 
 
@@ -105,33 +108,53 @@ def _adapters(training: Layout, tensors: dict[str, Tensor], device: torch.device
         if name.startswith(prefixes):
             there = [tensors[name].float()] if name in tensors else []
             count = shape[0] - (there[0].shape[0] if there else 0)
-            new = torch.zeros(count, *shape[1:])
-            if "_A" in name:
+            new = torch.zeros(count, *shape[1:], device="meta" if device.type == "meta" else "cpu")
+            if device.type == "meta":  # numbers of a model without weights
+                new = new.to(device)
+            elif "_A" in name:
                 new = torch.randn(new.shape, generator=generator) / shape[-1] ** 0.5
             result[name] = torch.cat([*there, new.to(device)])
     return result
 
 
-def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights]) -> None:
-    """Put the original weights of every replaced expert into the container, each less the adapter's own product."""
-    container, survivors = layer.container, layer.plan.survivors
-    old = {survivors.index(e): weights for e, weights in sorted(old_weights(layer.plan, read).items())}
-    if not old:
+def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights], workdir: Path | None = None) -> None:
+    """Put the original weights of every replaced expert into the container, each less the adapter's own product.
+
+    On a processor with a `workdir`, they lie in a file without a name on its disk, mapped into memory, which the system may take
+    back at any time; it goes with the last of them.
+    """
+    container, layout, old = layer.container, layer.layout, old_weights(layer.plan, read)
+    experts = sorted(old)
+    if not experts:
         return
-    layout = layer.layout
-    for e, weights in old.items():
-        found = (weights.up_FD.shape[1], weights.up_FD.shape[0])
-        if found != (layout.hidden_size, layout.expert_width):
-            raise OptionError(
-                f"the original's expert {survivors[e]} of {layer.name} is {found[0]} x {found[1]}, the compressed "
-                f"model's are {layout.hidden_size} x {layout.expert_width}; give the model that it was compressed from"
-            )
-    rest = [_less_adapter(weights, container, e, layer.device) for e, weights in old.items()]
-    tensors = {name.removeprefix(OwnWeights.prefix): tensor for name, tensor in stack_dense(rest).items()}
-    container.old = Stack.holding(tensors)
-    rows = {e: row for row, e in enumerate(old)}
-    container.old_of = tuple(rows.get(e, -1) for e in range(layout.num_experts))
+    stacked: dict[str, Tensor] = {}
+    for row, e in enumerate(experts):
+        weights, place = old[e], layer.plan.survivors.index(e)
+        _check_size(layer, e, weights)
+        for name, tensor in rows_of(_less_adapter(weights, container, place, layer.device)).items():
+            if name not in stacked:
+                stacked[name] = _room(tensor, len(experts), workdir)
+            stacked[name][row] = tensor
+    container.old = Stack.holding(stacked)
+    rows = {layer.plan.survivors.index(e): row for row, e in enumerate(experts)}
+    container.old_of = tuple(rows.get(place, -1) for place in range(layout.num_experts))
     container.beta = 1.0
+
+
+def _check_size(layer: OpenLayer, e: int, weights: ExpertWeights) -> None:
+    layout, found = layer.layout, (weights.up_FD.shape[1], weights.up_FD.shape[0])
+    if found != (layout.hidden_size, layout.expert_width):
+        raise OptionError(
+            f"the original's expert {e} of {layer.name} is {found[0]} x {found[1]}, the compressed "
+            f"model's are {layout.hidden_size} x {layout.expert_width}; give the model that it was compressed from"
+        )
+
+
+def _room(like: Tensor, count: int, workdir: Path | None) -> Tensor:
+    """A tensor for so many of these."""
+    if workdir is None or like.device.type != "cpu":
+        return like.new_empty(count, *like.shape)
+    return on_disk(existing_folder(workdir), (count, *like.shape), like.dtype)
 
 
 def _less_adapter(weights: ExpertWeights, container: StandInExperts, e: int, device: torch.device) -> ExpertWeights:

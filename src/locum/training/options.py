@@ -12,6 +12,7 @@ from ..options import check_names, check_options, option, option_fields
 from .ways import WAYS, Way
 
 DEFAULT_WAY = "lora"
+CHECKPOINTING = ("auto", "on", "off")  # decoder.py
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # to accelerate's names
 
 
@@ -48,6 +49,11 @@ class Recovery:
     clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
     balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
+    checkpointing: str = option(
+        "auto",
+        "compute layers again in backward, to the same bits: where memory is short, always, never",
+        choices=CHECKPOINTING,
+    )
     seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0, at_most=2**31 - 1)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
@@ -62,7 +68,7 @@ class Recovery:
         return {"how": self.way.name, **{item.name: getattr(self, item.name) for item in option_fields(self)}, **own}
 
 
-UNTRACKED = ("checkpoint_every", "validate_every")  # options that a resumed run may change
+UNTRACKED = ("checkpoint_every", "validate_every", "checkpointing")  # options that a resumed run may change
 
 
 def make_recovery(given: Mapping[str, Any], prefix: str = "") -> Recovery:

@@ -20,7 +20,8 @@ from ..data.tokens import Tokens
 from ..errors import OptionError, UnsupportedModel
 from ..files import fingerprint, provenance, versions
 from ..plans.plan import Plan
-from .context import Context, Original
+from .context import Context, Original, check_layers
+from .decoder import DecoderLayers
 from .loop import Hooks, accelerated, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .states import State, load_state, sample
@@ -39,6 +40,7 @@ def count_trainable(model: nn.Module, plan: Plan | None, options: Recovery) -> i
     """How many parameters recovery would train. `model` is used up; it may be on the meta device (skeleton)."""
     check_recovery(options)
     context = Context(model, plan, options.steps, options.seed)
+    check_layers(context)
     options.way.prepare(context, options.steps)  # the end of training, when no old weights are needed
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -75,7 +77,7 @@ def recover_model(
         raise UnsupportedModel(
             f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it"
         )
-    way, context = options.way, Context(model, plan, options.steps, options.seed, original)
+    way, context = options.way, Context(model, plan, options.steps, options.seed, original, workdir)
     check_fits(way, plan)
     if original is None and way.needs_original(plan):
         raise OptionError(f"--how {way.name} needs the original model; give it with --original (original=...)")
@@ -87,7 +89,8 @@ def recover_model(
     if validation is not None and state.step == 0 and not way.is_result(context, 0):
         before = _loss_before(model, validation, options)
     way.prepare(context, state.step)
-    _set_precision(model, options.precision)
+    decoder = DecoderLayers(model, options.precision, options.checkpointing)
+    decoder.set_precision(model)
     made = provenance(data_fingerprint=tokens.fingerprint, identity=identity, **(about or {}))
     header = {"options": options.to_json(), "provenance": made}
     hooks = Hooks(
@@ -101,7 +104,9 @@ def recover_model(
         header=header,
         progress=progress,
     )
-    summary = train(model, tokens, validation, options, state, hooks)
+    with decoder:
+        summary = train(model, tokens, validation, options, state, hooks)
+    summary |= {"checkpointed": decoder.checkpoints, "layer_activation_bytes": decoder.kept_bytes}
     if not ranks.is_first():
         return model, summary
     if ranks.count() > 1:  # which share a model that no device may hold alone
@@ -125,13 +130,16 @@ def _left_behind(workdir: Path | None, identity: dict[str, Any], restart: bool) 
 def _loss_before(model: PreTrainedModel, validation: Tokens, options: Recovery) -> float:
     """The validation loss of the model as it came, in the precision of the run."""
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
-    if options.precision == "fp32":
-        for _, tensor in _floats(model):
-            tensor.data = tensor.data.float()
-    with accelerated(options.precision, model.device) as accelerator:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # so that weights of decoder layers stay as they are
+    decoder = DecoderLayers(model, options.precision, "off")
+    decoder.set_precision(model)
+    with decoder, accelerated(options.precision, model.device) as accelerator:
         loss = validation_loss(model.eval(), validation, options, accelerator)
     for name, tensor in _floats(model):
         tensor.data = tensor.data.to(dtypes[name])
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return loss
 
 
@@ -147,10 +155,3 @@ def _identity(context: Context, options: Recovery, tokens: Tokens, validation: T
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
-
-
-def _set_precision(model: nn.Module, precision: str) -> None:
-    """Trained parameters in float32 always; frozen ones too for fp32, as they are for bf16 (autocast casts both)."""
-    for _, tensor in _floats(model):
-        if tensor.requires_grad or precision == "fp32":
-            tensor.data = tensor.data.float()

@@ -39,6 +39,7 @@ class Way(Protocol):
     across_ranks: ClassVar[
         bool
     ]  # whether several ranks can share a run: its loss comes from the model's output. Default: no
+    experts_alone: ClassVar[bool]  # whether of the original its experts are enough, read one at a time; else False
 
     def objection(self, plan: Plan | None) -> str | None:
         """Why this way cannot train what the plan made, as a sentence that begins with the way's name. None: it can."""
@@ -92,6 +93,7 @@ def way(name: str, source: str, learning_rate: float = 1e-3) -> Callable[[Class]
 
     def register(cls: Class) -> Class:
         cls.name, cls.source, cls.learning_rate = name, source, learning_rate
+        cls.experts_alone = getattr(cls, "experts_alone", False)
         return WAYS.add(name, cls)
 
     return register

@@ -63,6 +63,7 @@ class Annealed:
 
     changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
+    experts_alone: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     end_fraction: float = option(
@@ -105,7 +106,7 @@ class Annealed:
         if self._beta(context, start) > 0:
             for layer in context.layers:
                 if layer.plan.replaced:
-                    keep_old(layer, context.original.read[layer.name])
+                    keep_old(layer, context.original.read[layer.name], context.workdir)
 
     def at_step(self, context: Context, step: int) -> dict[str, float]:
         beta = self._beta(context, step)
