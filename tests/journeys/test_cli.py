@@ -90,7 +90,7 @@ COMMANDS = {
     "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --checkpointing --clip --data "
     "--device --dry-run --force --how --json --learning-rate --length --original --out --precision "
     "--restart --schedule --seed "
-    "--steps --validate-every --validation-tokens --warmup-fraction --weight-decay",
+    "--steps --stream --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "
     "--split --stream --tokens",

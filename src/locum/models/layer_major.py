@@ -114,8 +114,11 @@ def passes(
     jobs: Sequence[Job[Result]],
     turn: Callable[[int], None] = lambda job: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    before_layer: BeforeLayer | None = None,
 ) -> Iterator[Result]:
     """The results of the jobs, in order. `turn(i)` is called whenever it is job i that computes from now on.
+    `before_layer(index, calls)` may change a layer of a streamed model, which is there, before any job gets its output:
+    `calls[i]` is how job i calls it, or None.
 
     One after the other, each when its result is asked for; or, on a streamed model, all of them layer by layer before the first
     result is there, `progress(done, total)` in layers. Raises what a job raises.
@@ -126,7 +129,7 @@ def passes(
             turn(index)
             yield job()
     else:
-        yield from _LayerMajor(layers, jobs, turn).run(progress)
+        yield from _LayerMajor(layers, jobs, turn).run(progress, before_layer)
 
 
 class _Stopped(BaseException):
@@ -143,6 +146,9 @@ class LayerCall:
     context: contextvars.Context
     inference: bool
     gradients: bool
+
+
+BeforeLayer = Callable[[int, "list[LayerCall | None]"], None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class _LayerMajor:
         self.forwards = [module.forward for module in layers.modules]
         self.job = threading.local()
 
-    def run(self, progress: Callable[[int, int], None]) -> Iterator[Any]:
+    def run(self, progress: Callable[[int, int], None], before_layer: BeforeLayer | None = None) -> Iterator[Any]:
         threads = [threading.Thread(target=self._work, args=(index,), daemon=True) for index in range(len(self.jobs))]
         started = 0
         try:
@@ -177,6 +183,9 @@ class _LayerMajor:
                 self._listen(index)
             for layer in range(len(self.forwards)):
                 self.layers.bring(layer)
+                if before_layer is not None:
+                    calls = [now if isinstance(now, LayerCall) and now.layer == layer else None for now in self.now]
+                    before_layer(layer, calls)
                 for index in range(len(self.jobs)):
                     self._compute(index, layer)
                 self.layers.drop(layer)

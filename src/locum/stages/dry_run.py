@@ -176,6 +176,7 @@ class Training:
     options: Recovery
     trained: int  # parameters
     original: Path | None  # where the way reads it
+    streamed: bool = False  # layer by layer (layerwise.py)
 
 
 def of_recovery(
@@ -202,12 +203,17 @@ def of_recovery(
     activations = (begun.of - len(begun.layers)) * (0 if said["checkpointed"] else said["layer_activation_bytes"])
     shapes = [read_shape(path) for path in (model, training.original) if path is not None]
     others = begun.missing_bytes + (0 if theirs is None else theirs.missing_bytes) + moments + activations
+    passes = 1
+    if training.streamed:  # memory holds the hidden states of all batches, and models are read for validation too
+        count = min(options.steps * options.accumulate, math.ceil(len(blocks) / options.batch_size))
+        states = held_bytes(begun.model, options.batch_size * options.length) * 2  # in float32
+        others, passes = (count + math.ceil(len(validation) / options.batch_size)) * states, 2
     return Estimate(
         "recover",
         f"three steps of {options.batch_size} blocks through the layers up to the first one with experts",
-        options.steps * step + validations * each + begun.of * begun.layer_seconds,
+        options.steps * step + validations * each + passes * begun.of * begun.layer_seconds,
         _peak(device) + others,
-        sum(shape.bytes for shape in shapes),
+        passes * sum(shape.bytes for shape in shapes),
         written,
         free_bytes(device),
         disk_of(out),

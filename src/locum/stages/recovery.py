@@ -39,6 +39,7 @@ from ..training.states import STATE_FILE, forget
 from ..training.ways import WAYS, Way
 from .dry_run import Training, of_recovery
 from .estimate import Estimate
+from .layerwise import Retrained, is_one_by_one, train_one_by_one
 from .options import Data, Device, DryRun, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
@@ -53,6 +54,12 @@ def recover(
     how: Annotated[str, Help("way to recover: what is trained, and how; see locum list")] = DEFAULT_WAY,
     original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
     device: Device = "auto",
+    stream: Annotated[
+        bool | None,
+        Help(
+            "layer by layer, one decoder layer in memory at a time, for --how layerwise; default: where the models do not fit"
+        ),
+    ] = None,
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
     adapter_only: Annotated[
@@ -85,6 +92,7 @@ def recover(
         source = original_of(model, original, f"--how {how} needs the original")
         if decided is not None:
             decided.validate(read_shape(source))
+    streamed = is_one_by_one(model, source, stream, chosen, device)
     trained = count_trainable(open_source(model).model, decided, chosen)
     check_room(out, written := shape.bytes + _state_bytes(trained, chosen))
     tokenizer = load_tokenizer(model)
@@ -93,7 +101,7 @@ def recover(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
     if dry_run:
-        training = Training(decided, chosen, trained, source if is_read else None)
+        training = Training(decided, chosen, trained, source if is_read else None, streamed)
         return of_recovery(model, training, blocks, validation, device, written, out)
     workdir, told = beside(out, "recover"), _told(progress, chosen)
     if restart and ranks.is_first():
@@ -101,7 +109,10 @@ def recover(
     ranks.wait()
     training = (decided or _keep_all(shape), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": told}
-    live, summary = _train(model, source if is_read else None, *training, **where)
+    if streamed:
+        live, summary = train_one_by_one(model, source, *training, log=workdir / LOG, **where)
+    else:
+        live, summary = _train(model, source if is_read else None, *training, **where)
     if ranks.is_first():  # the others have none of the model
         notes = notes_for_another(model)
         before = read_shape(source) if source is not None else _original_shape(notes, shape)
@@ -207,10 +218,11 @@ def _save(
     if base is not None:
         notes["adapter"] = adapter_notes(live, base)
     opens = opening_class(live.config)
+    writer = live.write if isinstance(live, Retrained) else functools.partial(write_model, live)
     about = {"relation": "finetune", "over": base, "data": data, "name": out.name}
     data = card_data(model, opens, results=validated(notes["recovery"]), **about)
     card = model_card(plan, before, out.name, notes, opens, data)
-    write = functools.partial(write_model if base is None else write_adapter, live)
+    write = writer if base is None else functools.partial(write_adapter, live)
     kept = plan if plan_of(model) is not None else None
     save_checkpoint(write, tokenizer, out, kept, card, model, notes, extra=[log])
 

@@ -52,13 +52,18 @@ def open_adapters(context: Context, rank: int, train_bases: bool) -> None:
     weights frozen, except shared bases and constants with `train_bases`."""
     context.model.requires_grad_(False)
     for index, layer in enumerate(find_layers(context.model)):
-        plan, new_rank = context.layer_plan(layer.shape.name), adapter_rank(rank, context.plan, layer)
-        # Far from the seeds that `apply` draws the stand-ins' adapters from.
-        seed = (1 << 40) + context.seed * 1_000_003 + index
-        opened = open_layer(context.model, layer, plan, new_rank, train_bases, seed)
-        for parameter in opened.container.trainable(train_bases):
-            parameter.requires_grad_(True)
-        context.layers.append(opened)
+        open_adapter(context, index, layer, rank, train_bases)
+
+
+def open_adapter(context: Context, index: int, layer: MoeLayer, rank: int, train_bases: bool) -> None:
+    """The same for one MoE layer, number `index` of the model."""
+    plan, new_rank = context.layer_plan(layer.shape.name), adapter_rank(rank, context.plan, layer)
+    # Far from the seeds that `apply` draws the stand-ins' adapters from.
+    seed = (1 << 40) + context.seed * 1_000_003 + index
+    opened = open_layer(context.model, layer, plan, new_rank, train_bases, seed)
+    for parameter in opened.container.trainable(train_bases):
+        parameter.requires_grad_(True)
+    context.layers.append(opened)
 
 
 def close_adapters(context: Context) -> None:

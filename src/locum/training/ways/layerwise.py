@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +39,8 @@ class Layerwise:
     Edges:    a layer that the plan leaves as it was does not change.
     Raises:   OptionError where the plan changes no layer, without the original model, or for one that lacks layers.
     Cost:     a forward pass of the compressed model and of the original's MoE layers; gradients of one layer at a time.
-    Source:   Puzzle, arXiv 2411.19146. Differs: all layers learn at once, on inputs that the compressed layers before make.
+    Source:   Puzzle, arXiv 2411.19146. Differs: all layers learn at once, on inputs that the compressed layers before make; with
+              `--stream` one after the other (training/one_by_one.py), in the memory of one.
     """
 
     changes_weights: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class Layerwise:
     routers: bool = option(False, "train the routers of the layers too")
 
     def objection(self, plan: Plan | None) -> str | None:
-        if _changed(plan):
+        if changed_layers(plan):
             return None
         what = "a model without a plan has none" if plan is None else f"the plan ({plan.method}) changes none"
         return f"learns from the error of layers that the plan changed, and {what}"
@@ -89,7 +90,11 @@ class Layerwise:
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(context.device)
         losses: list[Tensor] = []
-        with _learning(context, mask_BS, losses), torch.no_grad():
+        teachers = {layer.shape.name: layer.block for layer in find_layers(context.original.model)}
+        changed = changed_layers(context.plan)
+        layers = [layer for layer in find_layers(context.model) if layer.shape.name in changed]
+        pairs = [(layer.block, teachers[layer.shape.name]) for layer in layers]
+        with learning(pairs, mask_BS, losses), torch.no_grad():
             ids_BS, attention_BS = batch.ids_BS.to(context.device), batch.attention_BS.to(context.device)
             context.model.base_model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
         return torch.stack(losses).sum(), int(mask_BS.sum())
@@ -101,24 +106,21 @@ class Layerwise:
         close_adapters(context)
 
 
-def _changed(plan: Plan | None) -> set[str]:
+def changed_layers(plan: Plan | None) -> set[str]:
     """Layers with an error. The others have rounding alone, which AdamW would take for something to learn from."""
     return {layer.layer for layer in (plan.layers if plan else ()) if not layer.is_identity}
 
 
 @contextlib.contextmanager
-def _learning(context: Context, mask_BS: Tensor, losses: list[Tensor]) -> Iterator[None]:
-    """Let every block with experts add its loss to a list as it runs."""
-    teachers = {layer.shape.name: layer.block for layer in find_layers(context.original.model)}
-    layers = [layer for layer in find_layers(context.model) if layer.shape.name in _changed(context.plan)]
-    blocks = [(layer.block, teachers[layer.shape.name]) for layer in layers]
+def learning(pairs: Sequence[tuple[nn.Module, nn.Module]], mask_BS: Tensor, losses: list[Tensor]) -> Iterator[None]:
+    """Let every block, given with that of the original, add its loss to a list as it runs."""
     try:
-        for block, teacher in blocks:
+        for block, teacher in pairs:
             block.forward = functools.partial(_learn, block.forward, teacher, mask_BS, losses)
         yield
     finally:
-        for block, _ in blocks:
-            del block.forward
+        for block, _ in pairs:
+            block.__dict__.pop("forward", None)
 
 
 def _learn(forward: Any, teacher: nn.Module, mask_BS: Tensor, losses: list[Tensor], *given: Any, **named: Any) -> Any:

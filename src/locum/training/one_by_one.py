@@ -1,0 +1,265 @@
+"""Layer-wise recovery of one decoder layer after the other: memory holds a layer of both models, and hidden states.
+
+    for every decoder layer, in order
+        bring it, and that of the original
+        open its MoE layer with adapters; AdamW lowers its loss for all steps, on the inputs that the layers before it give
+        close it, so that its tensors are those of the checkpoint; keep them in a file
+        compute its outputs with these for all batches, and drop it
+
+The loss is that of `layerwise`, of one layer. There all layers learn at once; here a layer learns when those before it have. The
+batches are those of `training_batches`, as many as the steps need and at most all blocks once; they come again for further steps.
+A run goes on after the last layer that is kept. What was computed is float32, in models that are streamed or whole alike.
+
+Letters: B blocks, S tokens of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.tokens import Batch, Tokens, batches, training_batches
+from ..errors import OptionError
+from ..files import read_tensors, whole
+from ..json_text import parse_json
+from ..measure.memory import peak_bytes
+from ..models.decoder_layers import decoder_stack, place_in
+from ..models.families import MoeLayer, find_layers
+from ..models.layer_major import LayerCall, Layers, layers_of, passes
+from ..models.next_token_loss import loss_sum
+from ..plans.plan import Plan
+from ..runs import differences
+from .adapters import check_adapters, close_adapters, open_adapter
+from .context import Context
+from .loop import check_tokens
+from .options import Recovery, learning_rate_at
+from .ways.layerwise import Layerwise, changed_layers, learning
+
+NOTES = "locum-layer"  # the entry of a file's metadata
+
+
+@dataclass(frozen=True)
+class KeptLayers:
+    """The tensors of layers that are trained, each layer's in a file; `identity` says what they answer."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05}.safetensors"
+
+    def load(self, index: int) -> dict[str, Tensor] | None:
+        """What an earlier run kept of a layer, if it asked the same."""
+        if not self.file(index).is_file():
+            return None
+        try:
+            tensors, header = read_tensors(self.file(index))
+            if differences(parse_json(header[NOTES]), parse_json(json.dumps(self.identity))):
+                return None
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            return None
+        return tensors
+
+    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole(self.file(index)) as scratch:
+            ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(ready, scratch, {NOTES: json.dumps(self.identity)})
+
+
+class OneByOne:
+    """One such run. Both models are streamed, or have `WholeLayers`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        original: PreTrainedModel,
+        plan: Plan,
+        tokens: Tokens,
+        options: Recovery,
+        kept: KeptLayers,
+        progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+        log: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> None:
+        self.model, self.original, self.options, self.kept = model, original, options, kept
+        self.way: Layerwise = options.way
+        self.context = Context(model, plan, options.steps, options.seed)
+        check_adapters(self.context, self.way.rank)
+        check_tokens(model, tokens, options)
+        self.changed, self.progress, self.log = changed_layers(plan), progress, log
+        self.layers: Layers = layers_of(model)
+        self.prefix, _ = decoder_stack(model, [layer.shape.name for layer in find_layers(model)])
+        count = min(options.steps * options.accumulate, math.ceil(len(tokens) / options.batch_size))
+        self.batches = list(islice(training_batches(tokens, options.batch_size, options.seed), count))
+        self.steps_done = 0
+
+    def run(self, validation: Tokens | None) -> dict[str, Any]:
+        """Train all layers; what they are now is kept. Returns the summary.
+
+        `kept_step` is 0 where the model as it came predicts the validation text as well: nothing kept is to be taken then.
+        """
+        begin = time.monotonic()
+        _widen([t for t in (*self.model.parameters(), *self.model.buffers()) if t.device.type != "meta"], self._outside)
+        before = self._losses(validation, lambda index, calls: self._ready(index))
+        jobs = [functools.partial(_hidden, self.model, batch) for batch in self.batches]
+        after = self._losses(validation, self._learn_layer, jobs)
+        better = before is None or after < before
+        return {
+            "steps": self.options.steps,
+            "kept_step": self.options.steps if better else 0,
+            "validation_loss_before": before,
+            "validation_loss": after if better else before,
+            "tokens": self.options.steps * sum(int(b.attention_BS.sum()) for b in self.batches) // len(self.batches),
+            "seconds": time.monotonic() - begin,
+            "peak_bytes": peak_bytes(self.model.device),
+        }
+
+    @functools.cached_property
+    def _outside(self) -> frozenset[int]:
+        """Tensors that are in no decoder layer, by id."""
+        within = {id(t) for layer in self.layers.modules for t in (*layer.parameters(), *layer.buffers())}
+        return frozenset(id(t) for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in within)
+
+    def _losses(self, validation: Tokens | None, before_layer: Any, jobs: Any = ()) -> float | None:
+        """A pass of these jobs and of the validation, whose mean loss is returned."""
+        asked = [] if validation is None else list(batches(validation, self.options.batch_size))
+        if not asked and not jobs:
+            return None
+        measuring = [functools.partial(_loss, self.model, batch) for batch in asked]
+        results = list(passes(self.model, [*jobs, *measuring], before_layer=before_layer))[len(jobs) :]
+        count = sum(positions for _, positions in results)
+        return sum(loss for loss, _ in results) / count if count else None
+
+    def _ready(self, index: int) -> None:
+        """A layer that was brought computes in float32."""
+        module = self.layers.modules[index]
+        module.requires_grad_(False)
+        _widen([*module.parameters(), *module.buffers()])
+
+    def _moe_layers(self, model: nn.Module, index: int) -> list[tuple[int, MoeLayer]]:
+        """The MoE layers in a decoder layer, with their numbers in the model."""
+        found = enumerate(find_layers(model))
+        return [(number, layer) for number, layer in found if place_in(self.prefix, layer.shape.name) == index]
+
+    def _learn_layer(self, index: int, calls: list[LayerCall | None]) -> None:
+        """Train a layer, or take what is kept of it."""
+        mine = [(n, layer) for n, layer in self._moe_layers(self.model, index) if layer.shape.name in self.changed]
+        if mine and (tensors := self.kept.load(index)) is not None:
+            self._take(mine, tensors)
+            self.steps_done += self.options.steps
+        elif mine:
+            self._train(index, mine, calls)
+        self._ready(index)
+
+    def _take(self, mine: list[tuple[int, MoeLayer]], tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(tensor.to(self.model.device), requires_grad=False)
+
+    def _train(self, index: int, mine: list[tuple[int, MoeLayer]], calls: list[LayerCall | None]) -> None:
+        module, theirs = self.layers.modules[index], layers_of(self.original)
+        theirs.bring(index)
+        for tensor in theirs.modules[index].parameters():
+            tensor.data = tensor.data.clone()
+        names = [layer.shape.name for _, layer in mine]
+        teachers = {layer.shape.name: layer.block for _, layer in self._moe_layers(self.original, index)}
+        module.requires_grad_(False)
+        for number, layer in mine:
+            open_adapter(self.context, number, layer, self.way.rank, self.way.train_bases)
+        routers = (
+            {n: p for _, layer in mine for n, p in _named(layer.shape.router, layer.router)} if self.way.routers else {}
+        )
+        dtypes = {name: tensor.dtype for name, tensor in routers.items()}
+        for tensor in routers.values():
+            tensor.requires_grad_(tensor.is_floating_point())
+        _widen([*module.parameters(), *module.buffers()])
+        opened = {layer.shape.name: layer.block for _, layer in self._moe_layers(self.model, index)}
+        self._steps(module, [(opened[name], teachers[name]) for name in names], calls, names[0])
+        theirs.drop(index)
+        close_adapters(self.context)
+        for name, tensor in routers.items():
+            tensor.data = tensor.data.to(dtypes[name])
+        closed = [layer for _, layer in self._moe_layers(self.model, index) if layer.shape.name in names]
+        made = {n: t for layer in closed for n, t in _named(layer.shape.name, layer.experts)} | routers
+        self.kept.save(index, made)
+
+    def _steps(
+        self, module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], calls: list[LayerCall | None], name: str
+    ) -> None:
+        options = self.options
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+        total = options.steps * len(self.changed)
+        for step in range(options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, options)
+            places = [(step * options.accumulate + part) % len(self.batches) for part in range(options.accumulate)]
+            count = max(sum(int(self.batches[i].loss_mask_BS[:, 1:].sum()) for i in places), 1)
+            loss = 0.0
+            for i in places:
+                part = _loss_of(module, pairs, calls[i], self.batches[i], self.model.device) / count
+                part.backward()
+                loss += float(part.detach())
+            if not math.isfinite(loss):
+                raise OptionError(
+                    f"the loss of {name} is {loss} at step {step + 1}; lower --learning-rate (it is {options.learning_rate:g})"
+                )
+            if options.clip:
+                torch.nn.utils.clip_grad_norm_(trained, options.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.steps_done += 1
+            self.log({"event": "step", "step": self.steps_done, "layer": name, "loss": loss})
+            self.progress(self.steps_done, total, loss)
+
+
+def _loss_of(
+    module: nn.Module,
+    pairs: list[tuple[nn.Module, nn.Module]],
+    call: LayerCall,
+    batch: Batch,
+    device: torch.device,
+) -> Tensor:
+    """The summed loss of the blocks of a layer, called as a batch calls it."""
+    mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(device)
+    losses: list[Tensor] = []
+    with learning(pairs, mask_BS, losses), torch.no_grad():  # the instance's own forward asks a streamed model's run
+        call.context.run(type(module).forward, module, *call.given, **call.named)
+    return torch.stack(losses).sum()
+
+
+def _named(prefix: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{prefix}.{name}", parameter) for name, parameter in module.named_parameters()]
+
+
+def _widen(tensors: list[Tensor], only: frozenset[int] | None = None) -> None:
+    """Float32, in memory of its own: of what lies in a mapped file the address, and so the last bits of products, is chance."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and (only is None or id(tensor) in only):
+            tensor.data = tensor.data.to(torch.float32, copy=True)
+
+
+def _hidden(model: PreTrainedModel, batch: Batch) -> None:
+    ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
+    with torch.no_grad():  # a streamed model runs in threads of its own
+        model.base_model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
+
+
+def _loss(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
+    with torch.no_grad():
+        summed, positions = loss_sum(model, batch, model.device)
+    return float(summed), positions
