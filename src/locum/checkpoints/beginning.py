@@ -44,6 +44,7 @@ def begin_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None
         begin = time.perf_counter()
         files.bring(index)
         seconds = time.perf_counter() - begin
+    files.on_call.keep()
     stack, of = model.get_submodule(files.name), len(files.modules)
     del stack[count:]
     delattr(model, NOTE)

@@ -48,6 +48,10 @@ class OnCall:
         """The parameters that are not there before they are called for."""
         return {name for group in self._groups.values() for name in group}
 
+    def keep(self) -> None:
+        """Give all of them their weights, for good: `drop` must not be called any more."""
+        self._bring(self._groups)
+
     def drop(self) -> None:
         """Take the weights of all of them away."""
         for source, names in self._groups.items():

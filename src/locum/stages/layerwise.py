@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..checkpoints.read import fingerprint_checkpoint
@@ -84,8 +85,8 @@ def train_one_by_one(
         with log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    live, theirs = stream_model(model, device), stream_model(original, device)
-    run = OneByOne(live, theirs, plan, blocks, options, kept, progress, note)
+    live, theirs = (stream_model(path, device, torch.float32) for path in (model, original))
+    run = OneByOne(live, theirs, plan, blocks, options, kept, source.model.dtype, progress, note)
     summary = run.run(validation)
     for step, key in ((0, "validation_loss_before"), (options.steps, "validation_loss")):
         note({"event": "validation", "step": step, "validation_loss": summary[key]})

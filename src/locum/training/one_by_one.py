@@ -81,7 +81,8 @@ class KeptLayers:
 
 
 class OneByOne:
-    """One such run. Both models are streamed, or have `WholeLayers`."""
+    """One such run, of models that are streamed in float32. `dtype` is that in which the checkpoint has experts: layers give their
+    outputs with numbers that were rounded to it, as the result will."""
 
     def __init__(
         self,
@@ -91,10 +92,11 @@ class OneByOne:
         tokens: Tokens,
         options: Recovery,
         kept: KeptLayers,
+        dtype: torch.dtype,
         progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
         log: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
-        self.model, self.original, self.options, self.kept = model, original, options, kept
+        self.model, self.original, self.options, self.kept, self.dtype = model, original, options, kept, dtype
         self.way: Layerwise = options.way
         self.context = Context(model, plan, options.steps, options.seed)
         check_adapters(self.context, self.way.rank)
@@ -112,7 +114,6 @@ class OneByOne:
         `kept_step` is 0 where the model as it came predicts the validation text as well: nothing kept is to be taken then.
         """
         begin = time.monotonic()
-        _widen([t for t in (*self.model.parameters(), *self.model.buffers()) if t.device.type != "meta"], self._outside)
         before = self._losses(validation, lambda index, calls: self._ready(index))
         jobs = [functools.partial(_hidden, self.model, batch) for batch in self.batches]
         after = self._losses(validation, self._learn_layer, jobs)
@@ -126,12 +127,6 @@ class OneByOne:
             "seconds": time.monotonic() - begin,
             "peak_bytes": peak_bytes(self.model.device),
         }
-
-    @functools.cached_property
-    def _outside(self) -> frozenset[int]:
-        """Tensors that are in no decoder layer, by id."""
-        within = {id(t) for layer in self.layers.modules for t in (*layer.parameters(), *layer.buffers())}
-        return frozenset(id(t) for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in within)
 
     def _losses(self, validation: Tokens | None, before_layer: Any, jobs: Any = ()) -> float | None:
         """A pass of these jobs and of the validation, whose mean loss is returned."""
@@ -194,8 +189,10 @@ class OneByOne:
         for name, tensor in routers.items():
             tensor.data = tensor.data.to(dtypes[name])
         closed = [layer for _, layer in self._moe_layers(self.model, index) if layer.shape.name in names]
-        made = {n: t for layer in closed for n, t in _named(layer.shape.name, layer.experts)} | routers
-        self.kept.save(index, made)
+        made = {n: t for layer in closed for n, t in _named(layer.shape.name, layer.experts)}
+        for tensor in made.values():
+            tensor.data = tensor.data.to(self.dtype)
+        self.kept.save(index, made | routers)
 
     def _steps(
         self, module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], calls: list[LayerCall | None], name: str
@@ -246,10 +243,10 @@ def _named(prefix: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(f"{prefix}.{name}", parameter) for name, parameter in module.named_parameters()]
 
 
-def _widen(tensors: list[Tensor], only: frozenset[int] | None = None) -> None:
+def _widen(tensors: list[Tensor]) -> None:
     """Float32, in memory of its own: of what lies in a mapped file the address, and so the last bits of products, is chance."""
     for tensor in tensors:
-        if tensor.is_floating_point() and (only is None or id(tensor) in only):
+        if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32, copy=True)
 
 
