@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import locum
 from locum.checkpoints.beginning import begin_model
 from locum.checkpoints.load import load_model
 from locum.checkpoints.skeleton import read_shape
+from locum.measure import forward_times
 from locum.measure.forward_times import ForwardTimes
 from locum.stages.estimate import Estimate
 from locum.stats.sums import nbytes
@@ -45,26 +44,36 @@ def test_what_is_missing_of_it_is_counted(deep):
     assert there + begun.missing_bytes == sum(tensor.nbytes for tensor in load_model(deep).parameters())
 
 
-class Sleeper(nn.Module):
-    def __init__(self, seconds: float, *inside: nn.Module):
+class Clock:
+    """Time that passes when a module says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Working(nn.Module):
+    def __init__(self, clock: Clock, seconds: float, *inside: nn.Module):
         super().__init__()
-        self.seconds, self.inside, self.weight = seconds, nn.ModuleList(inside), nn.Parameter(torch.zeros(1))
+        self.clock, self.seconds, self.inside = clock, seconds, nn.ModuleList(inside)
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         for module in self.inside:
             x = module(x)
         return x
 
 
-def test_more_layers_take_as_much_more_time_as_the_last_one_took():
-    model = Sleeper(0.01, Sleeper(0.02), Sleeper(0.04))
+def test_more_layers_take_as_much_more_time_as_the_last_one_took(monkeypatch):
+    monkeypatch.setattr(forward_times, "time", clock := Clock())
+    model = Working(clock, 1.0, Working(clock, 2.0), Working(clock, 4.0))
     with ForwardTimes(model, list(model.inside)) as times:
-        begin = time.perf_counter()
         model(torch.ones(1))
-        seconds = time.perf_counter() - begin
-    assert math.isclose(times.of_all(seconds, 2), seconds, rel_tol=0.02)
-    assert math.isclose(times.of_all(seconds, 5), 0.07 + 3 * 0.04, rel_tol=0.2)
+    assert (times.of_all(7.0, 2), times.of_all(7.0, 5)) == (7.0, 7.0 + 3 * 4.0)
+    assert times.of_all(70.0, 5) == 10 * 19.0  # what takes ten times as long as a forward pass
     assert not model._forward_hooks and not model.inside[1]._forward_pre_hooks
 
 

@@ -73,6 +73,8 @@ def alone(stage: Stage) -> Stage:
     @functools.wraps(stage)
     def run(*given: Any, **options: Any) -> Any:
         if options.get("dry_run"):  # nothing is written, nor is what an interrupted run left removed
+            if ranks.count() > 1:
+                raise OptionError("--dry-run measures one process; leave torchrun out")
             return stage(*given, **options)
         outputs = [options.get(name, default) for name, default in defaults.items() if not options.get("append")]
         outputs = [Path(out) for out in outputs if isinstance(out, (str, Path)) and ranks.is_first()]
