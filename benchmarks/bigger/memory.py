@@ -59,6 +59,8 @@ def runs(original: Path, here: Path, tokens: int) -> Iterator[tuple[str, bool, l
     for how, more in {"lora": [], "lora --checkpointing on": [], "annealed": [], "layerwise": []}.items():
         words = ["recover", *training, "--how", *how.split(), *more, "--out", str(here / how.replace(" ", ""))]
         yield f"recover --how {how}", False, words
+    layerwise = ["recover", *training, "--how", "layerwise", "--stream", "--out", str(here / "onebyone")]
+    yield "recover --how layerwise", True, layerwise
 
 
 def page(results: Path) -> str:

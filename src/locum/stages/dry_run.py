@@ -3,7 +3,7 @@ with experts (checkpoints/beginning.py), and counts the other layers like the la
 
     of_calibration, of_evaluation    the second of two batches
     of_search                        a calibration, then the method's search on one layer
-    of_application                   one changed layer is made, and the largest of the other tensors copied, into a file without a name
+    of_application                   one changed layer is made, and the largest other tensor copied, into a file without a name
     of_recovery                      the third of three steps, and a validation of one batch
 
 Memory is the high-water mark of that, and what the other layers and the sums over all layers add to it.

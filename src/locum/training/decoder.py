@@ -1,9 +1,9 @@
 """Decoder layers in training, in the memory of one: their frozen weights stay narrow, and what backward needs can be made again.
 
-    wide weights     where a run computes in float32, memory holds frozen weights of a decoder layer in the 16 bits that they came
-                     in. A layer gets them in float32 when it begins and loses them when it ends. Autograd keeps the narrow ones
-                     and widens each when backward asks for it. Numbers are those of weights that are float32 all the time, to
-                     the bit: widening is exact.
+    wide weights     where a run computes in float32, memory holds frozen weights of a decoder layer in the 16 bits that
+                     they came in. A layer gets them in float32 when it begins and loses them when it ends. Autograd keeps
+                     the narrow ones and widens each when backward asks for it. Numbers are those of weights that are
+                     float32 all the time, to the bit: widening is exact.
     checkpointing    a layer keeps its inputs alone, and is computed again when backward comes to it (arXiv 1604.06174), to the
                      same bits. "auto" begins with it at the first layer after one that keeps so much that all layers together
                      would take more than half of the memory that is free.
