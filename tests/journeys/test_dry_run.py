@@ -126,7 +126,9 @@ def test_search_is_a_calibration_and_what_it_tries(checkpoint, words, tmp_path):
     "how",
     [
         "--method lightmoe --rank 2 --remove 0.4",
-        "--method moe-i2 --remove 0.5 --sample 128 --generations 2 --population 4",
+        pytest.param(
+            "--method moe-i2 --remove 0.5 --sample 128 --generations 2 --population 4", marks=pytest.mark.journeys
+        ),
     ],
 )
 def test_compress_is_all_of_it(checkpoint, words, tmp_path, how):

@@ -195,6 +195,7 @@ def test_old_weights_are_mapped_and_dropped(olmoe, tmp_path):
     assert mapped_files() == before and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.journeys
 def test_the_experts_of_the_original_are_enough_to_anneal(checkpoint, small, words, tmp_path, monkeypatch):
     """The whole original is not loaded, and the result is the same to the bit."""
     asked = {"data": [str(words)], "how": "annealed", "steps": 2, "batch_size": 2, "length": 32}
@@ -209,7 +210,7 @@ def test_the_experts_of_the_original_are_enough_to_anneal(checkpoint, small, wor
 # --- what it would take -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["annealed", "layerwise"])
+@pytest.mark.parametrize("how", ["annealed", pytest.param("layerwise", marks=pytest.mark.journeys)])
 def test_dry_run_of_a_training(small, words, tmp_path, how):
     asked = ("--how", how, "--data", words, "--steps", 20, "--batch-size", 2, "--length", 32, "--out", tmp_path / "out")
     said = command("recover", small, *asked, "--dry-run", "--json")
