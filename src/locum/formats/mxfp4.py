@@ -24,7 +24,7 @@ BLOCK, BIAS = 32, 127
 class Mxfp4:
     """Numbers of four bits in blocks of 32, each with a power of two.
 
-    A weight is [experts, in, out], its blocks [experts, out, in / 32, 16].
+    A weight is [experts, in, out], its blocks [experts, out, in / 32, 16]; or one matrix [out, in], its blocks [out, in / 32, 16].
     """
 
     name: str = "mxfp4"
@@ -49,15 +49,16 @@ class Mxfp4:
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         scales = torch.exp2(tensors["_scales"].float() - BIAS)
-        return (fp4.unpack(tensors["_blocks"]) * scales[..., None]).flatten(-2).transpose(-1, -2).contiguous()
+        numbers = (fp4.unpack(tensors["_blocks"]) * scales[..., None]).flatten(-2)
+        return numbers if numbers.dim() == 2 else numbers.transpose(-1, -2).contiguous()
 
     def write(self, weight: Tensor) -> dict[str, Tensor]:
-        if weight.dim() != 3 or weight.shape[1] % BLOCK:
+        if weight.dim() not in (2, 3) or weight.shape[1] % BLOCK:
             raise OptionError(
-                f"{self.name} holds stacked matrices whose rows come in blocks of {BLOCK}, not a tensor of shape "
-                f"{list(weight.shape)}"
+                f"{self.name} holds matrices whose rows come in blocks of {BLOCK}, not a tensor of shape {list(weight.shape)}"
             )
-        blocks = weight.float().transpose(1, 2).unflatten(-1, (-1, BLOCK))
+        rows = weight if weight.dim() == 2 else weight.transpose(1, 2)
+        blocks = rows.float().unflatten(-1, (-1, BLOCK))
         most = blocks.abs().amax(-1)
         exponents = (torch.floor(torch.log2(most)) - 2).clamp(-BIAS, BIAS)  # the largest becomes 4 to 8, and at most 6
         numbers = fp4.pack(blocks / torch.exp2(exponents)[..., None])
