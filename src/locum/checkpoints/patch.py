@@ -78,7 +78,8 @@ def weights_of(model: nn.Module) -> str:
         if not isinstance(experts, StandInExperts):
             parts.append(sample(read_expert(experts, 0).down_DF))
         elif experts.layout.num_dense:
-            parts.append(sample(experts.get_parameter(f"{OwnWeights.prefix}down_NDF")[0]))
+            first = next(prefix for prefix, stack in experts.layout.prefixed() if stack.part == OwnWeights.name)
+            parts.append(sample(experts.get_parameter(f"{first}down_NDF")[0]))
     return fingerprint(*parts)
 
 

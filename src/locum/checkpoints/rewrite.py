@@ -267,7 +267,9 @@ class Rewriting:
                 names[leaf] = f"{plan.layer}.{BASES}{leaf.removeprefix(OwnWeights.prefix)}"
                 if rows > len(own):
                     shapes[leaf] = (rows - len(own), *row)
-        entries = {names[leaf]: _entry(read.dtype, shape) for leaf, shape in shapes.items()}
+        packed = self._layouts[plan.layer].packed_tensors
+        dtype_of = {leaf: torch.uint8 if leaf in packed else read.dtype for leaf in shapes}
+        entries = {names[leaf]: _entry(dtype_of[leaf], shape) for leaf, shape in shapes.items()}
         index = next((i for i, each in enumerate(self._plan.layers) if each.layer == plan.layer), 0)
         of_layer: LayerStatistics | None = None
         if self._statistics is not None and plan.needs:
@@ -277,7 +279,7 @@ class Rewriting:
             copied.fill(writer)
             recent, seed = functools.lru_cache(maxsize=2)(read), self._seed * 1_000_003 + index
             for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, seed, set(own)):
-                data = _bytes(tensor.to(read.dtype))
+                data = _bytes(tensor.to(dtype_of[leaf]))
                 first = len(own) if leaf.startswith(OwnWeights.prefix) else 0
                 writer.write(names[leaf], [data], (row - first) * len(data))
 

@@ -24,7 +24,7 @@ from ..experts.parts.own_weights import OwnWeights
 from ..formats.format import declared_formats, format_of
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, notes_on, unread_tensors
-from ..models.sizes import expert_itemsize, shape_of, stored_shapes, vocab_size
+from ..models.sizes import expert_itemsize, packed_away, shape_of, stored_shapes, vocab_size
 from ..models.stored import Place, live_names, note_stored, places_of
 from ..shapes import Aside, ModelShape
 from .cuts import LayerCuts, find_cuts
@@ -185,11 +185,14 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
     if is_adapter(path):  # as large as what base and adapter make together
         return replace(shape_of(model), notes=notes_on(model, layers, frozenset()))
     of_model = {name: entry for name, entry in headers.items() if name not in source.unread | source.again}
-    of_experts = {entry["dtype"]: entry for name, entry in of_model.items() if ".experts." in name}  # one of each dtype
+    of_experts = {
+        e["dtype"]: e for n, e in of_model.items() if ".experts." in n and e["dtype"] in FLOAT_ENTRIES
+    }  # one of each
     expert_formats = [found for entry in of_experts.values() if (found := format_of({"": entry})) is not None]
     itemsize = max((found.nbytes((1,)) for found in expert_formats), default=expert_itemsize(model, layers[0]))
     shapes, notes = stored_shapes(model, layers), notes_on(model, layers, source.unread)
     parameters, size = _numel(headers, headers.keys() - source.again), _nbytes(headers, headers)
+    parameters += sum(packed_away(layer.experts) for layer in layers)
     if others := other_weights(Path(path)):
         notes += (
             f"transformers loads {next(iter(source.files)).name}, and so does Locum; the folder "
@@ -269,8 +272,7 @@ def expert_parameters_in(path: str | Path, shape: ModelShape) -> int:
     containers, count = layouts_of(path), 0
     for layer in shape.layers:
         if layer.name in containers:
-            shapes = containers[layer.name].tensor_shapes()
-            count += sum(math.prod(tensor_shape) for tensor_shape in shapes.values())
+            count += containers[layer.name].parameters()
         else:
             count += layer.num_experts * layer.parameters()
     return count
@@ -287,16 +289,17 @@ def active_parameters_in(path: str | Path, shape: ModelShape) -> int:
 
 def active_bytes_in(path: str | Path, shape: ModelShape, source: Source) -> int:
     """The bytes of the same. Where a layer has several number formats, a parameter counts as the mean of them."""
-    if not source.packed:
+    containers = layouts_of(path)
+    if not source.packed and not any(layout.formats for layout in containers.values()):
         idle = shape.model.parameters - active_parameters_in(path, shape)
         return shape.model.bytes - idle * shape.expert_itemsize
-    containers, size, held = layouts_of(path), shape.model.bytes, dict.fromkeys((x.name for x in shape.layers), 0)
+    size, held = shape.model.bytes, dict.fromkeys((x.name for x in shape.layers), 0)
     for name, place in source.places.items():
         layer = place.name.rpartition(".experts.")[0] + ".experts"
         held[layer] = held.get(layer, 0) + _nbytes(source.headers, [name])
     for layer in shape.layers:
         there, one = containers.get(layer.name), layer.parameters()
-        stored = sum(map(math.prod, there.tensor_shapes().values())) if there else layer.num_experts * one
+        stored = there.parameters() if there else layer.num_experts * one
         active = there.active_parameters(layer.top_k) if there else layer.top_k * one
         size -= round(held[layer.name] * max(0, stored - active) / max(1, stored))
     return size

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PlanError, StatisticsError
-from ..experts.parts.own_weights import OwnWeights, rows_of
+from ..experts.parts.own_weights import OwnWeights, rows_of, weights_of
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
+from ..experts.quantisers import QUANTISERS, seen_by, writer
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.plan import LayerPlan, Slot
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics
 from .layout import Layout
+from .stack import as_numbers
 
 Read = Callable[[int], ExpertWeights]
 
@@ -31,7 +33,7 @@ Read = Callable[[int], ExpertWeights]
 def check_statistics(plan: LayerPlan, layer: Mapping[str, Tensor] | None) -> None:
     """Raise PlanError unless the statistics that building a layer reads are there."""
     if missing := [name for name in plan.needs if name not in (layer or {})]:
-        has = " and ".join(dict.fromkeys(f"{part}" for part in plan.parts if part.needs()))
+        has = " and ".join(dict.fromkeys(part.words() for part in plan.parts if part.reads()))
         raise PlanError(
             f"{plan.layer}: the plan has parts made from statistics ({has}), so the statistics it was made from are needed "
             f"too (missing: {', '.join(missing)})"
@@ -50,6 +52,7 @@ class BuildSite:
         self.plan, self._read, self.statistics = plan, read, statistics
         self.generator = torch.Generator().manual_seed(seed)
         self._bases: dict[int, ExpertWeights] = {}
+        self._stored: dict[Part, tuple[int, dict[str, Tensor]]] = {}
 
     def read(self, e: int) -> ExpertWeights:
         """An expert as it is. Raises CheckpointError for numbers that nothing can be made of."""
@@ -86,10 +89,44 @@ class BuildSite:
         return self._bases[index]
 
     def others(self, e: int) -> ExpertWeights | None:
-        index = base_of(self.plan.slots[e])
-        if index is not None:
-            return self.base(index)
-        return self.original(e) if OwnWeights() in self.plan.slots[e].parts else None
+        part = next((part for part in self.plan.slots[e].parts if isinstance(part, (OwnWeights, SharedBase))), None)
+        if part is None:
+            return None
+        weights = self.base(part.base) if isinstance(part, SharedBase) else self.original(e)
+        if not part.format:
+            return weights
+        stored, numbers = self.row(part, e), {}
+        for leaf, tensor in rows_of(weights).items():
+            size = tuple(tensor.shape)
+            numbers[leaf] = as_numbers(stored[leaf][None], part.format, size, tensor.dtype)[0]
+        return weights_of(numbers, weights.gate_FD is not None)
+
+    def row(self, part: Part, e: int) -> dict[str, Tensor]:
+        """A part's row as it is stored. What others of the expert, or of its base, ask for next is not made again."""
+        if not part.format:
+            return part.build(e, self)
+        known, found = self._stored.get(part, (-1, {}))
+        if known != e and not (found and isinstance(part, SharedBase)):
+            grams = self._seen_by(part, e) if QUANTISERS[part.quantiser].needs else {}
+            found = part.store(part.build(e, self), writer(part.format, part.quantiser), grams)
+            if part.is_whole:
+                self._stored[part] = e, found
+        return found
+
+    def _seen_by(self, part: Part, e: int) -> dict[str, Tensor]:
+        """The mean Gram matrices of the inputs of a part's whole weights; a base sees what all experts see that use it."""
+        experts = [e]
+        if isinstance(part, SharedBase):
+            experts = [x for x in self.plan.survivors if part in self.plan.slots[x].parts]
+        grams = [self.input_grams(x) for x in experts]
+        sums = {name: torch.stack([gram[name] for gram in grams]).sum(0) for name in ("up_FD", "down_DF")}
+        return seen_by(sums, float(self.statistics["count"][experts].sum()), *self._means)
+
+    @functools.cached_property
+    def _means(self) -> tuple[Tensor, float]:
+        """The mean of x x^T over what the layer gives its experts, and the mean square of a hidden unit."""
+        (input_EDD, hidden_EFF), tokens = self._grams, float(self.statistics["count"].sum().clamp(min=1))
+        return input_EDD.sum(0) / tokens, float(hidden_EFF.diagonal(dim1=1, dim2=2).mean(1).sum()) / tokens
 
     @functools.cached_property
     def _grams(self) -> tuple[Tensor, Tensor]:
@@ -162,13 +199,13 @@ def build_rows(
     """
     check_statistics(plan, layer)
     layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed)
-    prefixes = {(stack.part, stack.variant): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
+    prefixes = {(stack.part, stack.variant, stack.format): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
     built = set()
     for place, e in enumerate(plan.survivors):
         for part in plan.slots[e].all_parts(shape.has_bias):
             if e in but and isinstance(part, OwnWeights):
                 continue
-            prefix, rows = prefixes[part.stack.name, part.variant()]
+            prefix, rows = prefixes[part.stack.name, part.variant(), part.format]
             if (prefix, rows[place]) not in built:
                 built.add((prefix, rows[place]))
                 for leaf, tensor in _built(part, e, site).items():
@@ -181,7 +218,7 @@ def build_rows(
 
 def _built(part: Part, e: int, site: BuildSite) -> dict[str, Tensor]:
     try:
-        return part.build(e, site)
+        return site.row(part, e)
     except torch.linalg.LinAlgError as error:
         raise CheckpointError(
             f"weights of expert {e} of {site.plan.layer} cannot be taken apart into factors ({error}); look whether they are "

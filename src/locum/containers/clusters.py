@@ -25,8 +25,9 @@ from ..kernels import native
 from ..kernels.choice import NATIVE
 from ..kernels.products import Products
 from .layout import Layout, StackLayout
+from .stack import Matrices, Row, as_numbers
 
-Row = Mapping[str, Tensor]
+Rows = Mapping[str, Matrices | tuple[Tensor, ...]]  # of every tensor of a stack
 
 
 class Cluster(NamedTuple):
@@ -55,7 +56,7 @@ class Term(NamedTuple):
     """One part of one expert, at a scale."""
 
     kind: type[Part]
-    row: Row
+    row: Mapping[str, Tensor]
     scale: float = 1.0
 
     def first(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -96,21 +97,26 @@ class Terms:
         self.container, self.layout, self.held = container, container.layout, container.held()
         same = all(container.stack(path).dtype == x_TD.dtype for path, _ in self._beside_dense())
         self.way: Products | None = NATIVE if same and native.serves(x_TD) else None
-        # One unbind, not an index per row: its gradient is one stack, where each index would cost a whole one of zeros.
-        self.rows = [
-            (stack, unbound(self.held[path], stack.kind.tensors(stack.variant, self.layout)))
-            for path, stack in container.paths
-        ]
+        self.rows = [(stack, self._rows_of(path, stack, x_TD.dtype)) for path, stack in container.paths]
         self.rows.sort(key=lambda pair: not pair[0].kind.fades_in)
 
+    def _rows_of(self, path: str, stack: StackLayout, dtype: torch.dtype) -> Rows:
+        shapes = stack.kind.tensors(stack.variant, self.layout)
+        rows = {leaf: as_numbers(getattr(self.held[path], leaf), stack.format, x, dtype) for leaf, x in shapes.items()}
+        # One unbind, not an index per row: its gradient is one stack, where each index would cost a whole one of zeros.
+        return {leaf: x if isinstance(x, Matrices) else x.unbind(0) for leaf, x in rows.items()}
+
     def _beside_dense(self) -> list[tuple[str, StackLayout]]:
-        """Stacks of parts with products that are added over a dense row."""
-        pairs = ((path, stack) for path, stack in self.container.paths if stack.part != OwnWeights.name)
-        return [(path, stack) for path, stack in pairs if stack.kind.has_products]
+        """Stacks of parts that are added over a dense row by grouped products."""
+        return [(path, stack) for path, stack in self.container.paths if self._is_beside(stack)]
+
+    def _is_beside(self, stack: StackLayout) -> bool:
+        return stack.part != OwnWeights.name and stack.kind.has_products and not stack.format
 
     def anything(self) -> Iterator[Tensor]:
         """A piece of every tensor that these terms are made of, whatever was routed."""
-        yield from (tensors[0] for _, rows in self.rows for tensors in rows.values() if tensors)
+        stacked = (x for _, rows in self.rows for x in rows.values() if not isinstance(x, Matrices))
+        yield from (tensors[0] for tensors in stacked if tensors)
         yield from (getattr(self.container, name) for name in self.container.policy_tensors)
 
     def fade(self, e: int) -> float:
@@ -127,8 +133,12 @@ class Terms:
         """The dense row of a cluster."""
         if row < 0:
             return None
-        rows = next(rows for stack, rows in self.rows if stack.part == OwnWeights.name)
-        return Term(OwnWeights, {leaf: tensors[row] for leaf, tensors in rows.items()})
+        for stack, rows in self.rows:  # of each format a stack of its own: their rows are counted through
+            if stack.part == OwnWeights.name:
+                if row < stack.num_rows:
+                    return Term(OwnWeights, Row(rows, row))
+                row -= stack.num_rows
+        raise IndexError(f"no dense row {row}")
 
     def constants(self, e: int) -> list[Tensor]:
         found = []
@@ -152,10 +162,9 @@ class Terms:
         terms = []
         for stack, rows in self.rows:
             kind, row = stack.kind, stack.rows[e]
-            if row < 0 or stack.part == OwnWeights.name or (grouped and kind.at_once and kind.has_products):
+            if row < 0 or stack.part == OwnWeights.name or (grouped and kind.at_once and self._is_beside(stack)):
                 continue
-            scale = self.fade(e) if kind.fades_in else 1.0
-            terms.append(Term(kind, {leaf: tensors[row] for leaf, tensors in rows.items()}, scale))
+            terms.append(Term(kind, Row(rows, row), self.fade(e) if kind.fades_in else 1.0))
         return terms
 
     def is_compiled(self, base: Term | None, e: int, routed: Routed) -> bool:

@@ -8,7 +8,8 @@ a base are computed once however many of the base's members are selected, and so
 of their weighted hidden states. Other parts are added around them, per expert.
 
 There are two ways through it, and `kernels.choice` takes one by shape: all pairs at once, with shapes that do not depend on
-what was routed (here), and cluster by cluster (clusters.py), which every kind of part can go.
+what was routed (here), and cluster by cluster (clusters.py), which every kind of part can go. What is in few bits goes that
+way too: it stays packed, and a row of it is numbers while it is multiplied with.
 
 Where a layer has a routing policy (experts/policies/), the policy first picks the experts that run and their inputs, which
 all experts of a token share. An index of -1 is an expert that does not run.
@@ -19,7 +20,7 @@ width, F expert width, G 2F with a gate and F without, X what the table holds of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ class StandInExperts(nn.Module):
         self.activate = activate
         self.paths: list[tuple[str, StackLayout]] = []  # where each stack's module is; "" for the container itself
         for prefix, stack in layout.prefixed():
-            shapes = {leaf: (stack.num_rows, *row) for leaf, row in stack.kind.tensors(stack.variant, layout).items()}
-            self._register(prefix, shapes, dtype, device)
+            shapes = {leaf: (stack.num_rows, *row) for leaf, row in stack.stored(layout).items()}
+            self._register(prefix, shapes, dtype, device, stack.packed(layout))
             self.paths.append((prefix.removesuffix("."), stack))
         stored = layout.routing.tensors(layout) if layout.routing else {}
         self._register("", stored, dtype, device)
@@ -72,15 +73,20 @@ class StandInExperts(nn.Module):
         self.clusters = clusters.clusters_of(layout)
         # No buffer: from_pretrained overwrites those that are in no file.
         self._table_XE = torch.tensor(self._places(), device="cpu")
-        self._at_once = all(stack.kind.at_once for stack in layout.stacks)
+        self._at_once = all(stack.kind.at_once and not stack.format for stack in layout.stacks)
         without = [dense < 0 for dense in layout.dense_of]
         products = [any(s.rows[e] >= 0 for s in layout.stacks if s.kind.has_products) for e in range(self.num_experts)]
         self._low_rank = 2 * sum(a and b for a, b in zip(without, products, strict=True)) > self.num_experts
         self._is_swiglu: bool | None = None  # not known yet
-        self._aligned = all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
+        self._aligned = self._at_once and all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def _register(
-        self, prefix: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str
+        self,
+        prefix: str,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        packed: Collection[str] = (),
     ) -> None:
         """A stack as a module under the path that its prefix says, or parameters of the container where it is empty."""
         if not prefix:
@@ -93,11 +99,11 @@ class StandInExperts(nn.Module):
             if name not in parent._modules:  # stacks of one kind are numbered
                 parent.add_module(name, nn.ModuleList())
             parent = parent.get_submodule(name)
-        parent.add_module(leaf, Stack(shapes, dtype, device))
+        parent.add_module(leaf, Stack(shapes, dtype, device, packed))
 
     def extra_repr(self) -> str:
         layout = self.layout
-        stacks = ", ".join(f"{s.num_rows} {s.part}{list(s.variant) or ''}" for s in layout.stacks)
+        stacks = ", ".join(f"{s.num_rows} {s.part}{list(s.variant) or ''} {s.format}".rstrip() for s in layout.stacks)
         policy = f", routing=({layout.routing})" if layout.routing else ""
         return f"experts={layout.num_experts}, {stacks}{policy}"
 

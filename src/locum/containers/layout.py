@@ -1,7 +1,8 @@
 """How the container of one layer is laid out: which stacked tensors it has and which of their rows each expert uses.
 
 The layout is what `config.json` carries for every layer that the stock model cannot hold; with it alone the module
-can be built before any weight is read. A stack holds the tensors of one kind of part (experts/parts/) side by side.
+can be built before any weight is read. A stack holds the tensors of one kind of part (experts/parts/) side by side, in one
+number format; a stack in the dtype of the checkpoint names none.
 
 Letters: E experts (that survive), N stacked items, R rank.
 """
@@ -17,8 +18,10 @@ from typing import Any
 from ..errors import CheckpointError, OptionError
 from ..experts.parts.low_rank import LowRank
 from ..experts.parts.own_weights import OwnWeights
-from ..experts.parts.part import PARTS, Part
+from ..experts.parts.part import PARTS, Part, Sizes
 from ..experts.policies.policy import POLICIES, Policy
+from ..formats.rows import is_packed, stored_shape
+from ..plans.layer_plan import StackKey
 from ..plans.plan import LayerPlan, Plan
 from ..shapes import LayerShape, ModelShape
 from .layout_version_1 import from_version_1
@@ -28,11 +31,12 @@ ALIKE = ("hidden_size", "expert_width", "has_gate", "has_bias", "num_experts")
 
 @dataclass(frozen=True)
 class StackLayout:
-    """One stack: a kind of part, what tells it from other stacks of that kind, and the row of every expert, or -1."""
+    """One stack: a kind of part, what tells it from other stacks of that kind, the row of every expert, or -1, and its format."""
 
     part: str
     variant: tuple[int, ...]
     rows: tuple[int, ...]
+    format: str = ""  # of its matrices (formats/rows.py)
 
     @property
     def kind(self) -> type[Part]:
@@ -41,6 +45,20 @@ class StackLayout:
     @property
     def num_rows(self) -> int:
         return max(self.rows, default=-1) + 1
+
+    def stored(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of every tensor as it is stored. Raises OptionError where the format cannot hold it."""
+        rows = self.kind.tensors(self.variant, sizes)
+        return {leaf: stored_shape(self.format, row) for leaf, row in rows.items()}
+
+    def packed(self, sizes: Sizes) -> tuple[str, ...]:
+        """The tensors that are bytes."""
+        rows = self.kind.tensors(self.variant, sizes)
+        return tuple(leaf for leaf, row in rows.items() if is_packed(self.format, row))
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Numbers in one row."""
+        return sum(math.prod(row) for row in self.kind.tensors(self.variant, sizes).values())
 
 
 @dataclass(frozen=True)
@@ -56,38 +74,61 @@ class Layout:
     routing: Policy | None = None  # None: every selected expert runs
 
     def prefixed(self) -> Iterator[tuple[str, StackLayout]]:
-        """Every stack with the prefix of its tensors' names: stacks of one kind are numbered in their order."""
+        """Every stack with the prefix of its tensors' names: stacks of one kind are numbered in their order, or, where their
+        prefix has no place for a number, told apart by their format."""
         seen: dict[str, int] = {}
         for stack in self.stacks:
-            number = seen.setdefault(stack.part, 0)
+            number, prefix = seen.setdefault(stack.part, 0), stack.kind.prefix
             seen[stack.part] += 1
-            yield stack.kind.prefix.format(number), stack
+            if stack.format and "{}" not in prefix:
+                prefix = f"{prefix.removesuffix('.')}_{stack.format.replace('-', '_')}."
+            yield prefix.format(number), stack
 
     def stacks_of(self, kind: type[Part]) -> list[StackLayout]:
         return [stack for stack in self.stacks if stack.part == kind.name]
 
     @property
     def dense_of(self) -> tuple[int, ...]:
-        """Per expert, the row of its whole weights (its own, or a base that it shares), or -1."""
-        return next((stack.rows for stack in self.stacks_of(OwnWeights)), (-1,) * self.num_experts)
+        """Per expert, the row of its whole weights (its own, or a base that it shares), or -1. Rows of several stacks are
+        counted through."""
+        found, before = [-1] * self.num_experts, 0
+        for stack in self.stacks_of(OwnWeights):
+            found = [before + row if row >= 0 else there for row, there in zip(stack.rows, found, strict=True)]
+            before += stack.num_rows
+        return tuple(found)
 
     @property
     def num_dense(self) -> int:
         return max(self.dense_of, default=-1) + 1
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Those of stacks in few bits."""
+        return tuple(dict.fromkeys(stack.format for stack in self.stacks if stack.format))
+
+    @property
     def only_dense(self) -> bool:
-        """Whether every expert is nothing but whole weights of its own."""
+        """Whether every expert is nothing but whole weights of its own, as the original has them."""
         own = self.dense_of == tuple(range(self.num_experts))
-        return own and len(self.stacks) == 1 and self.routing is None
+        return own and len(self.stacks) == 1 and self.routing is None and not self.formats
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The container's tensors by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for prefix, stack in self.prefixed():
-            for leaf, row in stack.kind.tensors(stack.variant, self).items():
+            for leaf, row in stack.stored(self).items():
                 shapes[prefix + leaf] = (stack.num_rows, *row)
         return shapes | (self.routing.tensors(self) if self.routing else {})
+
+    @property
+    def packed_tensors(self) -> frozenset[str]:
+        """Those of them that are bytes."""
+        return frozenset(prefix + leaf for prefix, stack in self.prefixed() for leaf in stack.packed(self))
+
+    def parameters(self) -> int:
+        """Numbers that the container stands for."""
+        stored = self.routing.tensors(self).values() if self.routing else ()
+        return sum(s.num_rows * s.parameters(self) for s in self.stacks) + sum(map(math.prod, stored))
 
     def active_parameters(self, top_k: int) -> int:
         """The most parameters that one token uses: the largest experts that can run for it, and the policy's rows.
@@ -96,7 +137,7 @@ class Layout:
         """
         sizes = [0] * self.num_experts
         for stack in self.stacks:
-            one = sum(math.prod(row) for row in stack.kind.tensors(stack.variant, self).values())
+            one = stack.parameters(self)
             sizes = [size + (one if row >= 0 else 0) for size, row in zip(sizes, stack.rows, strict=True)]
         most = top_k if self.routing is None else self.routing.most(top_k)
         stored = self.routing.tensors(self).values() if self.routing else ()
@@ -108,10 +149,10 @@ class Layout:
         """The layout that holds a layer's plan."""
         stacks = []
         # Stacks of one kind in the order of their variants; kinds in the order of their names in the container.
-        for (kind, variant), row_of in sorted(plan.rows(shape.has_bias).items(), key=_place):
+        for (kind, variant, format), row_of in sorted(plan.rows(shape.has_bias).items(), key=_place):
             number = {key: n for n, key in enumerate(sorted(set(row_of.values())))}
             rows = tuple(number[row_of[e]] if e in row_of else -1 for e in plan.survivors)
-            stacks.append(StackLayout(kind.name, variant, rows))
+            stacks.append(StackLayout(kind.name, variant, rows, format))
         sizes = (shape.hidden_size, shape.expert_width, shape.has_gate, shape.has_bias, len(plan.survivors))
         return cls(*sizes, tuple(stacks), plan.routing)
 
@@ -137,7 +178,8 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in ALIKE}
-        data["stacks"] = [dataclasses.asdict(stack) for stack in self.stacks]
+        fields = [dataclasses.asdict(stack) for stack in self.stacks]
+        data["stacks"] = [{name: x for name, x in stack.items() if name != "format" or x} for stack in fields]
         if self.routing is not None:
             data["policy"] = {"policy": self.routing.name, **dataclasses.asdict(self.routing)}
         return data
@@ -165,24 +207,34 @@ class Layout:
         numbers += [n for stack in self.stacks for n in (*stack.rows, *stack.variant)]
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             return "sizes, ranks and rows are whole numbers"
+        if any(type(stack.format) is not str for stack in self.stacks):
+            return f"formats are texts, not {[stack.format for stack in self.stacks]!s:.200}"
         for prefix, stack in self.prefixed():
             name = f"{prefix or stack.part}: rows {list(stack.rows)!s:.200}"
             if len(stack.rows) != self.num_experts:
                 return f"{name} are those of {len(stack.rows)} experts, not {self.num_experts}"
-            if reason := stack.kind.variant_fault(stack.variant, self):
+            if reason := stack.kind.variant_fault(stack.variant, self) or _format_fault(stack, self):
                 return reason
             used = set(stack.rows) - {-1}
             if not used or min(used) < 0 or len(used) != stack.num_rows:  # no set of rows: a file may name any number
                 return f"{name} lie below -1, or leave some out"
-        keys = [(stack.part, stack.variant) for stack in self.stacks]
+        keys = [(stack.part, stack.variant, stack.format) for stack in self.stacks]
         if len(set(keys)) < len(keys):
             return f"two stacks are alike: {keys}"
         return ""
 
 
-def _place(item: tuple[tuple[type[Part], tuple[int, ...]], Any]) -> tuple[Any, ...]:
-    kind, variant = item[0]
-    return not kind.is_whole, not kind.has_products, kind.prefix == "", kind.name, variant
+def _place(item: tuple[StackKey, Any]) -> tuple[Any, ...]:
+    kind, variant, format = item[0]
+    return not kind.is_whole, not kind.has_products, kind.prefix == "", kind.name, variant, format
+
+
+def _format_fault(stack: StackLayout, layout: Layout) -> str:
+    """What is wrong with the format of a stack, if anything. Raises OptionError for one that is not known or does not fit."""
+    if stack.format and not stack.kind.has_products:
+        return f"{stack.part} has a format, {stack.format!r}, and no matrices"
+    stack.stored(layout)
+    return ""
 
 
 def _tuples(stack: dict[str, Any]) -> dict[str, tuple[int, ...]]:

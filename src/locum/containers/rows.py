@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.own_weights import OwnWeights, weights_of
 from ..experts.parts.part import Part
 from ..experts.weights import ExpertWeights
 from .container import StandInExperts
 from .layout import Layout
+from .stack import as_numbers
 
 NAMES = {
     "gate_up_GD": "gate_up_NGD",
@@ -25,18 +26,22 @@ NAMES = {
 
 
 def tensors_of(container: StandInExperts) -> dict[str, Tensor]:
-    """Everything that a container holds, by the names of its layout, without gradients."""
+    """Everything that a container holds, by the names of its layout, without gradients, as it is stored."""
     return {name: container.get_parameter(name).detach() for name in container.layout.tensor_shapes()}
 
 
 def rows_of_expert(container: StandInExperts, e: int, but: type[Part] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The rows that one expert uses, by the prefix of their stack; stacks of the kind `but` left out."""
+    """The rows that one expert uses, by the prefix of their stack; stacks of the kind `but` left out. What is in few bits
+    comes as the numbers that it stands for, in float32."""
     found = {}
     for prefix, stack in container.layout.prefixed():
         if stack.rows[e] >= 0 and stack.kind is not but:
-            leaves = stack.kind.tensors(stack.variant, container.layout)
             module = container.stack(prefix.removesuffix("."))
-            found[prefix] = {leaf: getattr(module, leaf).detach()[stack.rows[e]] for leaf in leaves}
+            shapes = stack.kind.tensors(stack.variant, container.layout)
+            found[prefix] = {
+                leaf: as_numbers(getattr(module, leaf).detach(), stack.format, shape, torch.float32)[stack.rows[e]]
+                for leaf, shape in shapes.items()
+            }
     return found
 
 
@@ -59,11 +64,5 @@ def whole_weights(container: StandInExperts, e: int) -> dict[str, Tensor]:
 def row_weights(dense: Mapping[str, Tensor], row: int, layout: Layout) -> ExpertWeights:
     """One dense row as an expert."""
 
-    def split(first: Tensor) -> tuple[Tensor | None, Tensor]:
-        return (first[: layout.expert_width], first[layout.expert_width :]) if layout.has_gate else (None, first)
-
-    gate_FD, up_FD = split(dense["dense.gate_up_NGD"][row])
-    if not layout.has_bias:
-        return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row])
-    biases = split(dense["dense.gate_up_bias_NG"][row])
-    return ExpertWeights(gate_FD, up_FD, dense["dense.down_NDF"][row], *biases, dense["dense.down_bias_ND"][row])
+    leaves = OwnWeights.tensors((), layout)
+    return weights_of({leaf: dense[OwnWeights.prefix + leaf][row] for leaf in leaves}, layout.has_gate)

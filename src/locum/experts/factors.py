@@ -31,6 +31,21 @@ def svd_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a_RI.to(matrix.dtype), b_OR.to(matrix.dtype)
 
 
+def refitted(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None) -> Tensor:
+    """The factor B' for which B' A' comes nearest to B A, where A became A': B A G A'^T (A' G A'^T)^-1, in float64.
+
+    G is the Gram matrix of the inputs; without one, all inputs are alike. Rows of A' that are zero get nothing.
+    """
+    b_OR, a_RI, new_RI = b_OR.double(), a_RI.double(), new_RI.double()
+    seen_RI = new_RI if gram_II is None else new_RI @ gram_II.to(new_RI)
+    square_RR = seen_RI @ new_RI.T
+    scale = float(square_RR.diagonal().mean())
+    if not scale > 0:
+        return b_OR
+    damped_RR = square_RR + torch.eye(len(square_RR)).to(square_RR) * (1e-9 * scale)
+    return torch.linalg.solve(damped_RR, seen_RI @ a_RI.T @ b_OR.T).T
+
+
 def whitened_factors(matrix: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The rank-`rank` factors A [R, I], B [O, R] that lose least of what a matrix [O, I] says about its inputs.
 

@@ -43,7 +43,9 @@ class Stock:
             "with whole experts and an output head: an ordinary checkpoint that loads without Locum, computes the same"
         )
         save_folder(live, tokenizer, model, out, f"{words} and is larger")
-        return "the stock layout with whole experts and an output head, for any engine"
+        bits = dict.fromkeys(name for layout in layouts_of(model).values() for name in layout.formats)
+        read = f", what was in {' and '.join(bits)} as numbers" if bits else ""
+        return f"the stock layout with whole experts and an output head{read}, for any engine"
 
 
 def has_stock_layout(model: Path) -> bool:

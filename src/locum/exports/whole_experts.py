@@ -27,10 +27,11 @@ from ..models.families import find_layers, set_expert_count
 NOTHING = "experts that are nothing"
 ON_TOP = "constants on top of weights"
 POLICY = "a routing policy"
+BITS = "weights in few bits"
 
 
 def parts_in(layout: Layout) -> tuple[str, ...]:
-    """What a container holds besides experts' own weights, in words: kinds of parts, and the three above."""
+    """What a container holds besides experts' own weights, in words: kinds of parts, and the four above."""
     beside = [stack.kind for stack in layout.stacks if not stack.kind.is_whole]
     kinds = dict.fromkeys(kind.plural for kind in beside if kind.has_products or not kind.as_weights)
     beyond = [stack.rows for stack in layout.stacks if not stack.kind.as_weights]
@@ -40,6 +41,7 @@ def parts_in(layout: Layout) -> tuple[str, ...]:
         NOTHING: any(all(stack.rows[e] < 0 for stack in layout.stacks) for e in range(layout.num_experts)),
         ON_TOP: any(d >= 0 and c >= 0 for rows in beyond for d, c in zip(layout.dense_of, rows, strict=True)),
         POLICY: layout.routing is not None,
+        BITS: bool(layout.formats),
     }
     return tuple(part for part, is_there in present.items() if is_there)
 
@@ -55,11 +57,12 @@ def without_rows(layout: Layout) -> tuple[int, ...]:
     return tuple(e for e, row in enumerate(layout.dense_of) if row < 0)
 
 
-def with_whole_experts(container: StandInExperts) -> StandInExperts:
-    """A container of whole experts that computes what this one does. It must have no constants and no policy."""
+def with_whole_experts(container: StandInExperts, dtype: torch.dtype) -> StandInExperts:
+    """A container of whole experts that computes what this one does, in the dtype of its numbers, or in `dtype` where all are in
+    few bits. It must have no constants and no policy."""
     rows = tuple(range(container.num_experts))
     layout = dataclasses.replace(container.layout, stacks=(StackLayout(OwnWeights.name, (), rows),))
-    dtype = next(container.parameters()).dtype
+    dtype = next((p.dtype for p in container.parameters() if p.is_floating_point()), dtype)
     experts = [{name: tensor.to(dtype) for name, tensor in whole_weights(container, e).items()} for e in rows]
     tensors = {OwnWeights.prefix + name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
     whole = StandInExperts(layout, container.activate, experts[0]["down_NDF"].dtype, "meta")
@@ -72,7 +75,7 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """A live model with stock experts in place of its containers. All layers must have equally many experts."""
     for layer in find_layers(model):
         if isinstance(layer.experts, StandInExperts):
-            model.set_submodule(layer.shape.name, with_whole_experts(layer.experts))
+            model.set_submodule(layer.shape.name, with_whole_experts(layer.experts, model.dtype))
     if is_compressed(model.config):
         model = open_containers(model)
     layers = find_layers(model)

@@ -79,14 +79,15 @@ def _plain_hook(calls: list[Call]) -> Any:
 def _experts_hook(calls: list[Call], layer: MoeLayer) -> Any:
     def hook(experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x_TD, index_TK, weight_TK = arguments
-        call, itemsize = calls[-1], next((p.element_size() for p in experts.parameters()), 0)
+        call = calls[-1]
+        itemsize = next((p.element_size() for p in experts.parameters() if p.is_floating_point()), 0)
         if isinstance(experts, StandInExperts):
-            numbers, operations, ran = container_work(experts, x_TD, index_TK, weight_TK)
+            read, operations, ran = container_work(experts, x_TD, index_TK, weight_TK, itemsize)
         else:
             ran = len(torch.unique(index_TK))
-            numbers = ran * layer.shape.parameters()
+            read = ran * layer.shape.parameters() * itemsize
             operations = 2 * index_TK.numel() * (layer.shape.parameters() - layer.shape.bias_parameters())
-        call.bytes += numbers * itemsize
+        call.bytes += read
         call.operations += operations
         call.experts.append(ran)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..containers.container import StandInExperts
 from ..shapes import LayerShape, ModelShape
 from .families import MoeLayer, find_layers
 from .stored import stored_dtype
@@ -20,6 +23,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         for name, t in model.state_dict(keep_vars=True).items()
     }
     total, size = sum(numel for numel, _ in tensors.values()), sum(math.prod(x) for x in tensors.values())
+    total += sum(packed_away(layer.experts) for layer in layers)
     itemsize = expert_itemsize(model, layers[0])
     shapes = stored_shapes(model, layers)
     return ModelShape(model.config.model_type, shapes, total, size, itemsize, vocab_size=vocab_size(model))
@@ -31,9 +35,17 @@ def vocab_size(model: PreTrainedModel) -> int:
     return 0 if weight is None else weight.shape[0]
 
 
+def packed_away(experts: nn.Module) -> int:
+    """How many more numbers a layer's experts stand for than their tensors have: bytes hold several, and scales too."""
+    if not isinstance(experts, StandInExperts) or not experts.layout.formats:
+        return 0
+    return experts.layout.parameters() - sum(map(math.prod, experts.layout.tensor_shapes().values()))
+
+
 def expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:
-    """Bytes of one expert parameter in the files."""
-    name, parameter = next(layer.experts.named_parameters())
+    """Bytes of one expert parameter in the files, where it is a number."""
+    floats = ((name, tensor) for name, tensor in layer.experts.named_parameters() if tensor.is_floating_point())
+    name, parameter = next(floats, ("", torch.empty(0, dtype=model.dtype)))
     return stored_dtype(model, f"{layer.shape.name}.{name}", parameter).itemsize
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import PlanError, unknown
-from ..experts.parts.part import Place
+from ..errors import OptionError, PlanError, unknown
+from ..experts.parts.part import Part, Place
 from ..experts.parts.shared_base import SharedBase
+from ..experts.quantisers import QUANTISERS
+from ..formats.rows import row_format, stored_shape
 from ..shapes import LayerShape, ModelShape
 from .layer_plan import Base, LayerPlan, Slot
 
@@ -87,6 +89,35 @@ def _check_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -> N
         )
     for part in slot.parts:
         part.check(Place(where, slot.parts, len(plan.bases), shape))
+        _check_format(where, part, shape)
+
+
+def _check_format(where: str, part: Part, shape: LayerShape) -> None:
+    """Refuse a number format that is not known, does not fit the part's matrices, or that the quantiser does not know."""
+    if part.quantiser not in QUANTISERS:
+        raise PlanError(f"{where}: {unknown('quantiser', str(part.quantiser), QUANTISERS)}")
+    if not part.format:
+        if part.quantiser != Part.quantiser:
+            raise PlanError(f"{where}: {part} has a quantiser, {part.quantiser!r}, but no format; give it one")
+        return
+    if not part.stack.has_products:
+        raise PlanError(f"{where}: {part} has no matrices that could be in {part.format}; leave its format out")
+    if shape.expert_bytes:
+        raise PlanError(
+            f"{where}: {part} is to be in {part.format}, but the checkpoint is quantised already; plan for the one that it was "
+            f"made from, or leave the format out"
+        )
+    try:
+        only = QUANTISERS[part.quantiser].only
+        if only is not None and not isinstance(row_format(part.format), only):
+            raise PlanError(
+                f"{where}: quantiser {part.quantiser!r} knows whole numbers in groups (int4-g32) alone, and {part} is to be in "
+                f"{part.format}; take the quantiser nearest"
+            )
+        for size in part.stack.tensors(part.variant(), shape).values():
+            stored_shape(part.format, size)
+    except OptionError as error:
+        raise PlanError(f"{where}: {part}: {error}") from error
 
 
 def _check_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
@@ -103,8 +134,14 @@ def _check_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
     numbers = all(type(w) in (int, float) and 0 <= w <= 1 for w in base.weights)
     if not numbers or abs(sum(base.weights) - 1) > 1e-6:
         raise PlanError(f"{where} has weights {list(base.weights)}; they must be at least 0 and sum to 1")
-    if not any(SharedBase(index) in slot.parts for slot in plan.slots):
+    used = {part for slot in plan.slots for part in slot.parts if isinstance(part, SharedBase) and part.base == index}
+    if not used:
         raise PlanError(f"{where} is used by no expert; remove it or give it a member")
+    if len(used) > 1:
+        raise PlanError(
+            f"{where} is in several number formats ({', '.join(sorted(part.words() for part in used))}); experts that share "
+            f"it have it in one"
+        )
 
 
 def _is_whole(value: Any) -> bool:

@@ -15,9 +15,10 @@ from ..experts.parts.own_weights import OwnWeights
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
 from ..experts.policies.policy import Policy
+from ..formats.rows import is_packed, stored_shape
 from ..shapes import LayerShape, ModelShape
 
-StackKey = tuple[type[Part], tuple[int, ...]]  # a kind of part, and the variant
+StackKey = tuple[type[Part], tuple[int, ...], str]  # a kind of part, the variant, and the number format
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Slot:
 
     @property
     def is_kept(self) -> bool:
+        """Whether it keeps its own weights and nothing else, in whatever number format."""
+        return self.survives and [type(part) for part in self.parts] == [OwnWeights]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it keeps them as they are."""
         return self.survives and self.parts == (OwnWeights(),)
 
     @property
@@ -48,7 +55,8 @@ class Slot:
         return (*self.parts, OwnBiases()) if own else self.parts
 
     def __str__(self) -> str:
-        return f"{self.fate}: {' + '.join(map(str, self.parts))}" if self.fate == "stand_in" else self.fate
+        words = " + ".join(part.words() for part in self.parts)
+        return f"{self.fate}: {words}" if self.fate == "stand_in" else words if self.is_kept else self.fate
 
 
 KEPT, NOTHING, DROPPED = Slot((OwnWeights(),)), Slot(), Slot(survives=False)
@@ -97,7 +105,7 @@ class LayerPlan:
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that building the layer reads."""
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.needs()))
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.reads()))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -110,34 +118,41 @@ class LayerPlan:
 
     @property
     def keeps_experts(self) -> bool:
-        return all(slot.is_kept for slot in self.slots)
+        return all(slot.is_untouched for slot in self.slots)
 
     @property
     def is_dense(self) -> bool:
         """Whether a stock layer can hold it: every survivor keeps its own full weights, and all selected ones run."""
-        return self.routing is None and all(slot.is_kept or not slot.survives for slot in self.slots)
+        return self.routing is None and all(slot.is_untouched or not slot.survives for slot in self.slots)
 
     def rows(self, has_bias: bool) -> dict[StackKey, dict[int, tuple[int, ...]]]:
         """For every stack that the layer needs, the key of the row that each expert uses. Equal keys are one row."""
         rows: dict[StackKey, dict[int, tuple[int, ...]]] = {}
         for e in self.survivors:
             for part in self.slots[e].all_parts(has_bias):
-                rows.setdefault((part.stack, part.variant()), {})[e] = part.row(e)
+                rows.setdefault((part.stack, part.variant(), part.format), {})[e] = part.row(e)
         return rows
 
     def parameters(self, shape: LayerShape) -> int:
         """Parameters of the routed experts afterwards, everything that a policy stores included."""
         total = self.policy_parameters(shape)
-        for (kind, variant), row_of in self.rows(shape.has_bias).items():
+        for (kind, variant, _), row_of in self.rows(shape.has_bias).items():
             one = sum(math.prod(size) for size in kind.tensors(variant, shape).values())
             total += len(set(row_of.values())) * one
         return total
 
     def bytes(self, layer: LayerShape, shape: ModelShape) -> int:
-        """Bytes of the same: experts' own weights stay as the checkpoint has them, all else takes the dtype of stand-ins."""
+        """Bytes of the same: experts' own weights stay as the checkpoint has them, what has a format is as that says, all else
+        takes the dtype of stand-ins."""
         own = sum(OwnWeights() in self.slots[e].parts for e in self.survivors)
-        rest = self.parameters(layer) - own * layer.parameters()
-        return own * shape.bytes_of_expert(layer) + rest * shape.expert_itemsize
+        rest, packed = self.parameters(layer) - own * layer.parameters(), 0
+        for (kind, variant, format), row_of in self.rows(layer.has_bias).items():
+            count = len(set(row_of.values()))
+            for size in kind.tensors(variant, layer).values():
+                if is_packed(format, size):
+                    rest -= count * math.prod(size)
+                    packed += count * math.prod(stored_shape(format, size))
+        return own * shape.bytes_of_expert(layer) + rest * shape.expert_itemsize + packed
 
     def policy_parameters(self, shape: LayerShape) -> int:
         if self.routing is None:

@@ -78,6 +78,11 @@ class Plan:
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.needs))
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """The number formats of parts in few bits."""
+        return tuple(dict.fromkeys(part.format for layer in self.layers for part in layer.parts if part.format))
+
+    @property
     def keeps_experts(self) -> bool:
         """Whether every expert stays as it is, so that at most the routing changes."""
         return all(layer.keeps_experts for layer in self.layers)

@@ -12,7 +12,8 @@
         {"expert": 3, "dropped": true}]}]}
 
 What stands beside "part" and "policy" are the fields of that kind (experts/parts/, experts/policies/), of whichever
-package. Files of version 1 are read too (version_1.py).
+package; of a part in few bits also "format" and "quantiser": {"part": "own_weights", "format": "int4-g32", "quantiser": "gptq"}.
+Files of version 1 are read too (version_1.py).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any]:
     bases = [{"experts": list(b.experts), "weights": list(b.weights), "align": b.align} for b in plan.bases]
     experts: list[dict[str, Any]] = []
     for e, slot in enumerate(plan.slots):
-        parts = [{"part": part.name, **dataclasses.asdict(part)} for part in slot.parts]
+        parts = [{"part": part.name, **part.to_json()} for part in slot.parts]
         experts.append({"expert": e, "parts": parts} if slot.survives else {"expert": e, "dropped": True})
     policy = {}
     if plan.routing is not None:

@@ -63,8 +63,10 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any] | None:
         kinds = [type(part) for part in slot.parts]
         if fate == "stand_in" and kinds != [kind for kind in order if kind in kinds]:
             return None
+        if any(part.format for part in slot.parts):
+            return None
         for part in slot.parts if fate == "stand_in" else ():
-            entry |= {"constant": True} if isinstance(part, Constant) else dataclasses.asdict(part)
+            entry |= {"constant": True} if isinstance(part, Constant) else part.to_json()
         experts.append(entry)
     routing = {} if plan.routing is None else {"routing": dataclasses.asdict(plan.routing)}
     bases = [{"experts": list(b.experts), "weights": list(b.weights), "align": b.align} for b in plan.bases]

@@ -18,9 +18,11 @@ from ..files import check_output, check_room, clear
 from ..measure.removals import SAMPLE
 from ..methods import Method, SearchingMethod
 from ..places import name_of, remember
+from ..plans.bits import FewBits
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan, with_provenance
 from ..runs import beside, bytes_begun
 from ..shapes import ModelShape
+from ..stats.definitions import STATISTICS
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
@@ -34,16 +36,19 @@ from .inspection import even_statistics
 from .options import (
     MOST_SEED,
     BatchSize,
+    Bits,
     Data,
     Device,
     DryRun,
     Fit,
     Force,
+    Group,
     Help,
     Length,
     Out,
     Preset,
     Progress,
+    Quantise,
     Remove,
     Seed,
     ToObserve,
@@ -70,6 +75,9 @@ def compress(
     preset: Preset = "best",
     remove: Remove = None,
     fit: Fit = None,
+    bits: Bits = None,
+    group: Group = 32,
+    quantiser: Quantise = "gptq",
     tokens: ToObserve = 131072,
     sample: Sample = SAMPLE,
     length: Length = 512,
@@ -102,26 +110,29 @@ def compress(
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0, MOST_SEED)
     recovery = recovery_of(recover, of_training, seed)
-    target, shape = check_target(remove, fit, method=chosen, shape=read_shape(model)), read_shape(model)
-    check_room(out, _least_bytes(shape, target) * (1 if recovery is None else 2), bytes_begun(out))
-    asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
+    few = None if bits is None else FewBits.of(bits, group, quantiser)
+    also, shape = _read_besides(few, chosen, recover), read_shape(model)
+    target = check_target(remove, fit, method=chosen, shape=shape, few=few)
+    check_room(out, _least_bytes(shape, target, few) * (1 if recovery is None else 2), bytes_begun(out))
+    of_bits = {} if few is None else {"bits": few.format, "quantiser": few.quantiser}
+    asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **of_bits, **options}
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
     observed = {**text, "batch_size": batch_size, "device": device, "progress": progress}
     keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
     how = {"method": method, "preset": preset, "sample": sample, **options}
     if dry_run:
         is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
-        before = [] if is_known else [_observe(model, chosen, how, out=keep, dry_run=True, **observed)]
-        return Estimate.joined("compress", [*before, _making(model, chosen, target, out)])
+        before = [] if is_known else [_observe(model, chosen, how, also, out=keep, dry_run=True, **observed)]
+        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few)])
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not reads_text(chosen):
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
     if statistics is None:
-        loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample)
+        loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample, also=also)
     else:
         loaded = _named(keep, model)
     if loaded is None:
-        loaded = _observe(model, chosen, how, out=keep, **observed)
+        loaded = _observe(model, chosen, how, also, out=keep, **observed)
     decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
     if statistics is not None:
         decided = with_provenance(decided, statistics_file=name_of(statistics))
@@ -132,21 +143,25 @@ def compress(
     return made
 
 
-def _observe(model: Path, chosen: Method, how: dict[str, Any], **observed: Any) -> Statistics | Estimate:
-    """What the method needs to know of the model, by a search or a calibration."""
+def _observe(
+    model: Path, chosen: Method, how: dict[str, Any], also: tuple[str, ...], **observed: Any
+) -> Statistics | Estimate:
+    """What the method and a quantiser need to know of the model, by a search or a calibration."""
     if isinstance(chosen, SearchingMethod):
         return search(model, **how, **observed)
-    return calibrate(model, gram=False, also=to_collect(chosen), **observed)
+    return calibrate(model, gram=False, also=(*to_collect(chosen), *also), **observed)
 
 
-def _least_bytes(shape: ModelShape, target: Target | None) -> int:
+def _least_bytes(shape: ModelShape, target: Target | None, few: FewBits | None) -> int:
     """What is written at least."""
+    if few is not None:
+        return shape.bytes - shape.bytes_of_experts
     if target is None:
         return shape.bytes
     return shape.bytes - int(shape.bytes_of_experts * (1 if target.remove is None else target.remove))
 
 
-def _making(model: Path, chosen: Method, target: Target | None, out: Path) -> Estimate:
+def _making(model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None) -> Estimate:
     """Of applying a plan. What the statistics will say is not known: it is made as if all experts mattered alike, or, where the
     method cannot plan from that, keeps every expert."""
     source = open_source(model)
@@ -155,12 +170,26 @@ def _making(model: Path, chosen: Method, target: Target | None, out: Path) -> Es
         if chosen.reads_weights or isinstance(chosen, SearchingMethod):
             raise PlanError("it plans from what is not known yet")
         even = even_statistics(shape, chosen.needs())
-        decided = decide(chosen, even if chosen.needs() else None, shape, target)
+        decided = decide(chosen, even if chosen.needs() else None, shape, target, None, few)
         return of_application(Rewriting(source, shape, decided, even), decided, shape, out, side_files(model))
     except LocumError:
         layers = [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers]
-        decided = make_plan(shape, layers)
+        decided = make_plan(shape, layers if few is None else few.applied(layers, shape))
         return of_application(Rewriting(source, shape, decided), decided, shape, out, side_files(model))
+
+
+def _read_besides(few: FewBits | None, chosen: Method, recover: str | None) -> tuple[str, ...]:
+    """The statistics that quantising reads besides those of the method. What cannot be is refused before anything runs."""
+    if few is None:
+        return ()
+    if recover is not None:
+        raise OptionError(f"--recover {recover} trains no weights in few bits; leave --bits out, or --recover")
+    more = tuple(name for name in few.needs if name not in chosen.needs() and STATISTICS[name].on_demand)
+    if more and isinstance(chosen, SearchingMethod):
+        raise OptionError(
+            f"--quantiser {few.quantiser} reads {' and '.join(more)}, which this search does not collect; take --quantiser nearest"
+        )
+    return more
 
 
 def _named(path: Path, model: Path) -> Statistics | None:
@@ -172,7 +201,14 @@ def _named(path: Path, model: Path) -> Statistics | None:
 
 
 def _made_before(
-    path: Path, model: Path, chosen: Method, text: dict[str, Any], *, batch_size: int, sample: int
+    path: Path,
+    model: Path,
+    chosen: Method,
+    text: dict[str, Any],
+    *,
+    batch_size: int,
+    sample: int,
+    also: tuple[str, ...],
 ) -> Statistics | None:
     """The statistics that an interrupted run left, or an earlier one, for the same question, if there are any."""
     if not ranks.told(path.exists() or kept.has_some(fingerprint_checkpoint(model))):
@@ -180,7 +216,7 @@ def _made_before(
     _, origin = read_text(model, read_shape(model), split="train", **text)
     if isinstance(chosen, SearchingMethod):
         chosen = dataclasses.replace(chosen, seed=text["seed"])
-    asked = question_of(chosen, batch_size=batch_size, sample=sample)
+    asked = question_of(chosen, batch_size=batch_size, sample=sample, also=also)
     found = finished(path, origin, asked)
     if found is None:
         place, found = kept.kept(origin, asked) if ranks.is_first() else (None, None)

@@ -57,6 +57,11 @@ DryRun = Annotated[
 Preset = Annotated[str, Help("best: the best defaults that are known; paper: the method as it was published")]
 Remove = Annotated[float | None, Help("fraction of the routed experts' parameters to remove, 0 to 1")]
 Fit = Annotated[str | None, Help("largest size of the checkpoint's tensors, such as 16GiB")]
+Bits = Annotated[
+    str | None, Help("experts and stand-ins in 8, 4, 3 or 2 bits, or in a number format: fp8-scaled, nvfp4, ...")
+]
+Group = Annotated[int, Help("weights with one scale, for --bits: 32, 64 or 128")]
+Quantise = Annotated[str, Help("who chooses the numbers for --bits: gptq, by Gram matrices, or nearest")]
 
 
 Stage = TypeVar("Stage", bound=Callable[..., Any])

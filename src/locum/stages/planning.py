@@ -21,6 +21,8 @@ from ..files import check_output, provenance
 from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
 from ..options import make_options
 from ..places import find, name_of, remember
+from ..plans.bits import FewBits
+from ..plans.layer_plan import LayerPlan
 from ..plans.plan import Plan, make_plan, with_provenance, with_routing
 from ..plans.plan import diff as diff_plans
 from ..plans.plan_file import load_plan, save_plan
@@ -31,7 +33,7 @@ from ..stats.origin import Origin
 from ..stats.statistics_file import load_statistics, statistics_id
 from ..stats.sums import Statistics
 from .calibration import WHITENED
-from .options import Fit, Force, Help, Out, Preset, Remove, alone
+from .options import Bits, Fit, Force, Group, Help, Out, Preset, Quantise, Remove, alone
 
 PRESETS = ("best", "paper")
 OF_STATISTICS = ("statistics_file", "statistics", "domains")  # entries of provenance
@@ -46,6 +48,9 @@ def plan(
     remove: Remove = None,
     fit: Fit = None,
     model: Annotated[Path | None, Help("the checkpoint, for methods that read its weights")] = None,
+    bits: Bits = None,
+    group: Group = 32,
+    quantiser: Quantise = "gptq",
     onto: Annotated[Path | Plan | None, Help("add the method's routing policy to the plan in this file")] = None,
     out: Out = None,
     force: Force = False,
@@ -53,22 +58,30 @@ def plan(
 ) -> Plan:
     """Decide what becomes of every expert, from statistics alone. Several statistics files are added up.
 
-    A method that needs no statistics takes a checkpoint folder as well, one that reads weights needs the checkpoint too.
+    A method that needs no statistics takes a checkpoint folder as well, one that reads weights needs the checkpoint too. With
+    --bits alone, as little is removed as the method can.
     """
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
     out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
     chosen = chosen_method(method, options, preset)
-    target = check_target(remove, fit, method=chosen)
+    few = None if bits is None else FewBits.of(bits, group, quantiser)
+    target = check_target(remove, fit, method=chosen, few=few)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
     if base is not None and chosen.saves != "active":
         raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
+    if base is not None and few is not None:
+        raise OptionError(
+            "--onto takes experts as the plan in that file has them; give --bits to the command that makes it"
+        )
     folder = _folder_of(files, chosen, model)
     shape, total, origin = _planned_from(files, chosen)
     if total is not None:
         _check_whole(total, chosen)
+    if few is not None:
+        _check_quantiser(few, total)
     chosen = as_searched(chosen, options, total)
     weights = read_weights(folder, total) if chosen.reads_weights else None
-    result = decide(chosen, total, shape, target, weights)
+    result = decide(chosen, total, shape, target, weights, few)
     origin["target"] = {"remove": remove, "fit": fit}
     origin |= _super_experts(total)
     if base is not None:
@@ -94,18 +107,25 @@ def decide(
     shape: ModelShape,
     target: Target | None,
     weights: Weights | None = None,
+    few: FewBits | None = None,
 ) -> Plan:
-    """A method's plan for a target; None for a method whose own options say how much. It scores once."""
+    """A method's plan for a target; None for a method whose own options say how much, and for few bits alone. It scores once.
+
+    Sizes are those in few bits. A method that plans for a target itself does not know of them, and may do more than it must.
+    """
     scored = chosen.score_experts(statistics, shape, weights)
     made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
 
+    def planned(layers: list[LayerPlan]) -> Plan:
+        return make_plan(shape, layers if few is None else few.applied(layers, shape), **made)
+
     def build(amount: float) -> Plan:
-        return make_plan(shape, chosen.plan(scored, shape, amount), **made)
+        return planned(chosen.plan(scored, shape, amount))
 
     if target is None:
-        return build(1.0)
+        return build(1.0 if chosen.saves == "active" else 0.0)
     if isinstance(chosen, TargetMethod):
-        return check_met(make_plan(shape, chosen.plan_for(scored, shape, target), **made), shape, target)
+        return check_met(planned(chosen.plan_for(scored, shape, target)), shape, target)
     return meet_target(build, shape, target)
 
 
@@ -241,6 +261,19 @@ def _check_whole(statistics: Statistics, chosen: Method) -> None:
             raise StatisticsError(f"{error}; or plan with --start svd, which reads no Gram matrices") from error
 
 
+def _check_quantiser(few: FewBits, statistics: Statistics | None) -> None:
+    """What the quantiser reads when the plan is applied must be there."""
+    advice = "or plan with --quantiser nearest, which reads no statistics"
+    if few.needs and statistics is None:
+        raise OptionError(f"--quantiser {few.quantiser} reads Gram matrices; plan from a statistics file, {advice}")
+    layer = {} if statistics is None else statistics.layer(statistics.shape.layers[0].name)
+    for name in few.needs:
+        try:
+            layer[name]
+        except StatisticsError as error:
+            raise StatisticsError(f"{error}; {advice}") from error
+
+
 def shape_behind(path: Path) -> ModelShape:
     """The shape of the model that a statistics file or a checkpoint folder is of."""
     return read_shape(path) if Path(path).is_dir() else load_statistics(path).shape
@@ -261,9 +294,14 @@ def chosen_method(method: str, options: Mapping[str, Any], preset: str) -> Metho
 
 
 def check_target(
-    remove: float | None, fit: str | None, *, method: Method, shape: ModelShape | None = None
+    remove: float | None,
+    fit: str | None,
+    *,
+    method: Method,
+    shape: ModelShape | None = None,
+    few: FewBits | None = None,
 ) -> Target | None:
-    """The target, None for a method that saves active parameters.
+    """The target, None for a method that saves active parameters, and for few bits alone.
 
     One that can never be met fails before an hour of calibration, not after.
     """
@@ -273,6 +311,8 @@ def check_target(
                 f"method {method.name} saves active parameters, not stored ones: every expert stays in the checkpoint, so "
                 f"there is nothing to --remove or to --fit; its own options say how much it saves (locum list)"
             )
+        return None
+    if few is not None and (remove, fit) == (None, None):
         return None
     target = Target(remove, None if fit is None else parse_size(fit))
     if target.fit is not None and shape is not None:

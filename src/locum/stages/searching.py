@@ -148,9 +148,9 @@ def to_collect(chosen: Method) -> tuple[str, ...]:
     return tuple(name for name in chosen.needs() if not STATISTICS[name].searched)
 
 
-def question_of(chosen: Method, *, batch_size: int, sample: int) -> dict[str, Any]:
+def question_of(chosen: Method, *, batch_size: int, sample: int, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """What statistics for a method depend on, beside their origin. A method that searches has its seed as an option."""
-    asked = question(with_defaults(to_collect(chosen)), batch_size)
+    asked = question(with_defaults((*to_collect(chosen), *also)), batch_size)
     if isinstance(chosen, SearchingMethod):
         asked |= {"method": chosen.name, "options": dataclasses.asdict(chosen), "sample": sample}
     return parse_json(json.dumps(asked))

@@ -30,6 +30,11 @@ from .ways import WAYS, Way
 
 def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
     """Refuse a plan that this way cannot train; say which ways can. Raises OptionError."""
+    if plan is not None and plan.formats:
+        raise OptionError(
+            f"{flag} {way.name} trains no weights in few bits ({', '.join(plan.formats)}); train what the same plan makes without "
+            f"--bits"
+        )
     objection = way.objection(plan)
     if objection is not None:
         others = [f"{flag} {name}" for name, cls in WAYS.items() if cls().objection(plan) is None]

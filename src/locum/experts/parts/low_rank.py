@@ -26,7 +26,8 @@ from torch.nn.functional import linear
 from ...errors import PlanError, unknown
 from ...kernels.grouped import add_halves
 from ...kernels.products import Products
-from ..factors import gaussian_factors, svd_factors, whitened_factors
+from ..factors import gaussian_factors, refitted, svd_factors, whitened_factors
+from ..quantisers import Write
 from .own_weights import first_product
 from .part import Part, Place, Site, Sizes, part
 
@@ -137,6 +138,26 @@ class LowRank(Part):
         gate_a, gate_b = factors("gate_FD")
         first = {"gate_up_A": torch.cat([gate_a, up_a]), "gate_B_FR": gate_b}
         return first | {"up_B_FR": up_b, "down_A_RF": down_a, "down_B_DR": down_b}
+
+    @classmethod
+    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A first; then B, made anew for what became of A, on what that gives it."""
+
+        def second(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None) -> Tensor:
+            fitted_OR = refitted(b_OR, a_RI, new_RI, gram_II).to(b_OR.dtype)
+            wide_RI = new_RI.double()
+            return write(fitted_OR, None if gram_II is None else wide_RI @ gram_II.to(wide_RI) @ wide_RI.T).stored
+
+        of_input, of_hidden, rank = grams.get("up_FD"), grams.get("down_DF"), row["up_B_FR"].shape[1]
+        first, down = write(row["gate_up_A"], of_input), write(row["down_A_RF"], of_hidden)
+        stored = {"gate_up_A": first.stored}
+        if "gate_B_FR" in row:
+            gate_RD = row["gate_up_A"][:rank]
+            stored["gate_B_FR"] = second(row["gate_B_FR"], gate_RD, first.numbers[:rank], of_input)
+        stored["up_B_FR"] = second(row["up_B_FR"], row["gate_up_A"][-rank:], first.numbers[-rank:], of_input)
+        stored["down_A_RF"] = down.stored
+        stored["down_B_DR"] = second(row["down_B_DR"], row["down_A_RF"], down.numbers, of_hidden)
+        return stored
 
     @classmethod
     def first(cls, row: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:

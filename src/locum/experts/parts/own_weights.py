@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ class OwnWeights(Part):
     trains = "never"
     at_once = True
     has_products = True
+    sees: ClassVar[Mapping[str, str]] = {"gate_up_NGD": "up_FD", "down_NDF": "down_DF"}
 
     def check(self, place: Place) -> None:
-        if len(place.parts) > 1:
+        if len(place.parts) > 1 and not self.format:  # in few bits, others may correct them
             more = " + ".join(str(part) for part in place.parts if part is not self)
             raise PlanError(f"{place.where} keeps its own weights and has {more} too; leave one of the two out")
 
@@ -113,6 +115,18 @@ def rows_of(weights: ExpertWeights) -> dict[str, Tensor]:
     if weights.up_bias_F is not None:
         row |= {"gate_up_bias_NG": weights.gate_up_bias_G, "down_bias_ND": weights.down_bias_D}
     return row
+
+
+def weights_of(row: Mapping[str, Tensor], has_gate: bool) -> ExpertWeights:
+    """An expert's weights from their names in a stack of them."""
+
+    def split(first: Tensor) -> tuple[Tensor | None, Tensor]:
+        return (first[: len(first) // 2], first[len(first) // 2 :]) if has_gate else (None, first)
+
+    weights = (*split(row["gate_up_NGD"]), row["down_NDF"])
+    if "down_bias_ND" not in row:
+        return ExpertWeights(*weights)
+    return ExpertWeights(*weights, *split(row["gate_up_bias_NG"]), row["down_bias_ND"])
 
 
 def whole_row(row: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ...kernels.products import Products
 from ...registry import Registry
 from ...shapes import LayerShape
 from ...stats.sums import LayerStatistics
+from ..quantisers import QUANTISERS, Write
 from ..weights import ExpertWeights
 
 
@@ -62,14 +63,21 @@ class Site(Protocol):
         """A shared base of the layer."""
 
     def others(self, e: int) -> ExpertWeights | None:
-        """The whole weights among the expert's parts (own weights or a base), or None where it has none."""
+        """The whole weights among the expert's parts (own weights or a base), as they are stored, or None where it has none."""
 
     def input_grams(self, e: int) -> dict[str, Tensor]:
         """The Gram matrix of each weight's inputs, by the weight's name, in the order of `original`."""
 
 
+@dataclass(frozen=True)
 class Part(abc.ABC):
-    """The base class of every kind. Fields are the plan's; class attributes and methods are the kind's."""
+    """The base class of every kind. Fields are the plan's; class attributes and methods are the kind's.
+
+    Two fields every kind has. They are in no plan where there is no format.
+    """
+
+    format: str = field(default="", kw_only=True)  # of its matrices (formats/rows.py); "": the dtype of the checkpoint
+    quantiser: str = field(default="nearest", kw_only=True)  # one of QUANTISERS: who chooses their numbers
 
     name: ClassVar[str]
     legend: ClassVar[str]  # what a reader of the report calls it
@@ -82,6 +90,7 @@ class Part(abc.ABC):
     trains: ClassVar[str] = "always"  # in recovery by adapters: "always", "with bases" or "never"
     at_once: ClassVar[bool] = False  # whether it has the grouped products below, for all pairs at once
     has_products: ClassVar[bool] = False  # whether these are products with matrices (biases and constants are not)
+    sees: ClassVar[Mapping[str, str]] = {}  # by tensor, the weight of ExpertWeights whose inputs are its own
 
     # --- in the plan
 
@@ -89,8 +98,18 @@ class Part(abc.ABC):
         """Raise PlanError where the part does not fit its place."""
 
     def needs(self) -> tuple[str, ...]:
-        """The statistics that building reads."""
+        """The statistics that building reads, beside those of the quantiser."""
         return ()
+
+    def reads(self) -> tuple[str, ...]:
+        """All statistics that building reads."""
+        return (*self.needs(), *(QUANTISERS[self.quantiser].needs if self.format else ()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that a plan's file holds."""
+        fields = asdict(self)
+        formats = {name: fields.pop(name) for name in ("format", "quantiser")}
+        return fields | formats if self.format else fields
 
     # --- size and layout
 
@@ -122,6 +141,15 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def build(self, e: int, site: Site) -> dict[str, Tensor]:
         """One row of every tensor."""
+
+    @classmethod
+    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A row as a stack in few bits has it: bytes in place of matrices. `grams` are of the inputs of whole weights, by the
+        weight's name; none where the quantiser reads none."""
+        return {
+            leaf: write(tensor, grams.get(cls.sees.get(leaf, ""))).stored if tensor.dim() == 2 else tensor
+            for leaf, tensor in row.items()
+        }
 
     # --- one expert's pairs: any number format, with gradients
 
@@ -194,6 +222,10 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def __str__(self) -> str:
         """The part in words, as `locum plan --diff` and the report say it."""
+
+    def words(self) -> str:
+        """The same with its bits."""
+        return f"{self} in {self.format} ({self.quantiser})" if self.format else str(self)
 
     def mark(self) -> str:
         """One sign for the report's grid of experts."""

@@ -1,0 +1,132 @@
+"""Quantisers: which levels of a number format stand for a matrix.
+
+    nearest  each number's nearest level; scales are searched so that this loses least (formats/int_groups.py)
+    gptq     column by column, what rounding one column lost is made up for by those that come after it (GPTQ, arXiv 2210.17323)
+
+gptq knows whole numbers in groups. It minimises the error on what the matrix is given,
+
+    E(W') = trace (W - W') G (W - W')^T,      G = the mean of x x^T over the inputs x,
+
+and of each row of the matrix, whose errors do not mix, the better of gptq and nearest is taken. So E is never above that of nearest.
+
+Experts that saw few tokens borrow: `shrunk` adds to their Gram matrix that of BORROWED tokens for each input of the matrix, such as
+the layer gave its experts on average.
+
+Letters: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats.format import Format
+from ..formats.int_groups import IntGroups
+from ..formats.rows import pack, row_format
+
+DAMPING = 0.01  # of the mean diagonal of a Gram matrix, added to its diagonal: the value of the paper
+BORROWED = 0.125  # tokens of the layer's mean, for each input
+
+
+class Written(NamedTuple):
+    """A matrix in a number format: its bytes, and the numbers that they stand for."""
+
+    stored: Tensor
+    numbers: Tensor
+
+
+Write = Callable[
+    [Tensor, Tensor | None], Written
+]  # a matrix [O, I], and the Gram matrix of its inputs where it is known
+
+
+class Quantiser(NamedTuple):
+    needs: tuple[str, ...]  # statistics
+    only: type | None  # the one kind of format that it knows
+    parts: Callable[[Tensor, Tensor | None, Format], dict[str, Tensor]]
+
+
+def gptq(weight_OI: Tensor, gram_II: Tensor, format: IntGroups) -> dict[str, Tensor]:
+    """The parts of a matrix by GPTQ, in the order of its columns. The levels of a group are chosen when it is reached."""
+    rest_OI, columns = weight_OI.double(), weight_OI.shape[1]
+    gram_II = gram_II.to(rest_OI)
+    scale = float(gram_II.diagonal().mean())
+    damped_II = gram_II + torch.eye(columns).to(gram_II) * (DAMPING * scale if scale > 0 else 1.0)
+    # U with U^T U = the inverse: its row c, from c on, is what the inverse has of the columns that are left when c is reached.
+    upper_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    price_I = (
+        upper_II.diagonal().square().reciprocal()
+    )  # of a column's squared error, once all later ones made up for it
+    codes, grids = [], []
+    for begin in range(0, columns, format.group):
+        end = min(begin + format.group, columns)
+        price = (price_I[begin:end] / price_I.max()).float()
+        grid = format.grid(rest_OI[:, begin:end].float(), price)
+        lost = torch.zeros_like(rest_OI[:, begin:end])
+        for c in range(begin, end):
+            code = format.codes(rest_OI[:, c : c + 1].float(), grid)
+            lost[:, c - begin] = (rest_OI[:, c] - format.numbers(code, grid)[:, 0]) / upper_II[c, c]
+            rest_OI[:, c + 1 : end] -= lost[:, c - begin, None] * upper_II[c, c + 1 : end]
+            codes.append(code)
+        rest_OI[:, end:] -= lost @ upper_II[begin:end, end:]
+        grids.append(grid)
+    return format.packed(torch.cat(codes, 1), format.joined(grids))
+
+
+def errors(weight_OI: Tensor, numbers_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """What each row of a matrix loses on inputs with this Gram matrix [O], in float64."""
+    lost_OI = weight_OI.double() - numbers_OI.double()
+    return (lost_OI @ gram_II.to(lost_OI) * lost_OI).sum(1)
+
+
+def _nearest(weight: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
+    return format.write(weight.float())
+
+
+def _gptq(weight: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
+    near = format.write(weight.float())
+    if gram is None or not isinstance(format, IntGroups):
+        return near
+    found = gptq(weight, gram, format)
+    error_O, least_O = (errors(weight, format.read(x)[:, : weight.shape[1]], gram) for x in (found, near))
+    better_O1 = (error_O < least_O)[:, None]
+    return {part: torch.where(better_O1, found[part], near[part]) for part in near}
+
+
+QUANTISERS: dict[str, Quantiser] = {
+    "nearest": Quantiser((), None, _nearest),
+    "gptq": Quantiser(("input_gram", "hidden_gram", "count"), IntGroups, _gptq),
+}
+
+
+def writer(format: str, quantiser: str) -> Write:
+    """What writes matrices in a format."""
+    item, made = row_format(format), QUANTISERS[quantiser].parts
+
+    def write(weight: Tensor, gram: Tensor | None) -> Written:
+        parts = made(weight, gram, item)
+        return Written(pack(format, parts), item.read(parts)[:, : weight.shape[1]].to(weight.dtype))
+
+    return write
+
+
+def shrunk(gram_II: Tensor, tokens: float, mean_II: Tensor) -> Tensor:
+    """The mean of x x^T over the tokens of an expert and as many of the layer's as it borrows: (G + k M) / (n + k), where G is
+    the sum over its n tokens, M the mean over the layer's, and k = BORROWED I. Without a token it is the layer's mean."""
+    borrowed = BORROWED * len(gram_II)
+    return (gram_II + borrowed * mean_II) / (tokens + borrowed)
+
+
+def seen_by(sums: Mapping[str, Tensor], tokens: float, mean_input_DD: Tensor, mean_hidden: float) -> dict[str, Tensor]:
+    """The mean Gram matrices of the inputs of an expert's weights, by the weight's name, with what it borrows.
+
+    Hidden units are an expert's own: of those, it borrows their mean square over the layer and no products. `sums` are over the
+    expert's tokens.
+    """
+    input_DD, hidden_FF = sums["up_FD"], sums["down_DF"]
+    inputs = shrunk(input_DD, tokens, mean_input_DD)
+    unit_FF = torch.eye(len(hidden_FF)).to(hidden_FF)
+    return {"gate_FD": inputs, "up_FD": inputs, "down_DF": shrunk(hidden_FF, tokens, mean_hidden * unit_FF)}
