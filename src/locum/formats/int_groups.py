@@ -7,7 +7,7 @@ Eight codes lie in as many bytes as they have bits, the first in the lowest; a r
 a row, the last may be shorter. Scales and minimums are bfloat16, which holds them for tiny and for huge weights, and codes are
 chosen for the scales as they are stored.
 
-Letters: O outputs (rows), I inputs (columns), B groups of a row, J numbers of a group.
+Letters: O outputs (rows), I inputs (columns), H groups of a row, J numbers of a group.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class IntGroups:
-    """Codes [O, I / 8 * bits] in bytes, scales [O, B] and, with zero points, minimums [O, B]."""
+    """Codes [O, I / 8 * bits] in bytes, scales [O, H] and, with zero points, minimums [O, H]."""
 
     bits: int = 4
     group: int = 32
@@ -90,9 +90,9 @@ class IntGroups:
         if missing:  # such numbers widen no range and cost nothing
             x_OI = torch.cat([x_OI, x_OI[:, -1:].expand(-1, missing)], dim=1)
             cost_I = torch.cat([cost_I, cost_I.new_zeros(missing)])
-        x_OBJ = x_OI.unflatten(-1, (-1, self.group))
-        grid = self.grid(x_OBJ, cost_I.unflatten(-1, (-1, self.group)))
-        return self.packed(self.codes(x_OBJ, grid).flatten(-2)[:, :columns], grid)
+        x_OHJ = x_OI.unflatten(-1, (-1, self.group))
+        grid = self.grid(x_OHJ, cost_I.unflatten(-1, (-1, self.group)))
+        return self.packed(self.codes(x_OHJ, grid).flatten(-2)[:, :columns], grid)
 
     # --- levels, codes and numbers of groups
 
