@@ -106,6 +106,7 @@ def test_saved_again_it_is_the_same(made, tmp_path):
     assert here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
 
 
+@pytest.mark.journeys
 @only_olmoe
 def test_it_is_exported_as_numbers_and_refused_where_it_is_to_be_trained_or_compressed_again(made):
     folder, *_, out = made
@@ -201,6 +202,7 @@ def test_gram_matrices_are_asked_for_where_they_are_missing(made):
     assert said.exit_code == 2 and "--quantiser gptq reads Gram matrices" in said.output, said.output
 
 
+@pytest.mark.journeys
 @only_olmoe
 def test_compress_does_all_of_it(made):
     folder, model, *_ = made
