@@ -143,7 +143,7 @@ def test_what_is_built_has_the_bytes_that_the_plan_promised_and_no_cast_changes_
     container, shape = container_of(PLAN, kind), layer_shape(kind)
     model = model_shape(shape)
     size = sum(parameter.nbytes for parameter in container.parameters())
-    assert size == PLAN.bytes(shape, model)
+    assert size == PLAN.bytes(shape, model) == container.layout.nbytes(4)
     whole = make_plan(model, [PLAN]).size(model)
     assert whole.bytes == size + 4 * 1000 and container.layout.parameters() == PLAN.parameters(shape)
     assert {n: tuple(p.shape) for n, p in container.named_parameters()} == container.layout.tensor_shapes()

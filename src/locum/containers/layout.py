@@ -130,6 +130,12 @@ class Layout:
         stored = self.routing.tensors(self).values() if self.routing else ()
         return sum(s.num_rows * s.parameters(self) for s in self.stacks) + sum(map(math.prod, stored))
 
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes of the tensors, where a number that is in no format has `itemsize`."""
+        packed = self.packed_tensors
+        shapes = self.tensor_shapes().items()
+        return sum(math.prod(shape) * (1 if name in packed else itemsize) for name, shape in shapes)
+
     def active_parameters(self, top_k: int) -> int:
         """The most parameters that one token uses: the largest experts that can run for it, and the policy's rows.
 

@@ -304,8 +304,10 @@ def compare_likeliest(promise: Promise, answer: Answer, dtype: torch.dtype) -> s
 
 
 def compare_memory(folder: Folder, answer: Answer, dtype: torch.dtype) -> str:
-    """What the engine holds for the weights, against the parameters of the files in this precision."""
+    """What the engine holds for the weights, against the parameters of the files in this precision; what is in few bits stays so."""
     promised = folder.shape.model.parameters * dtype.itemsize
+    for layout in layouts_of(folder.path).values():
+        promised += layout.nbytes(dtype.itemsize) - layout.parameters() * dtype.itemsize
     said = (
         f"{describe_size(answer.bytes)} of weights in memory, {describe_size(promised)} in the files at this precision"
     )
