@@ -106,13 +106,13 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def merge(tensor: Tensor, how: str) -> Tensor:
+def merge(tensor: Tensor, rule: str) -> Tensor:
     """A tensor on the host, merged with those of the other ranks: their "sum", their "max", or that of the first rank where all
     have the "same". In place; every rank must ask."""
-    if how == "sum" or count() == 1:
+    if rule == "sum" or count() == 1:
         return add_up(tensor)
     with meeting():
-        if how == "max":
+        if rule == "max":
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         else:
             dist.broadcast(tensor, src=0)

@@ -24,7 +24,9 @@ from locum.registries import KINDS
 from locum.registry import Registry
 from making.checkpoints import locum as command
 
-ORDER = "inspect calibrate search list show demo plan apply compress recover eval verify bench report export clean"
+ORDER = (
+    "inspect calibrate search list show demo plan apply compress recover eval compare verify bench report export clean"
+)
 CHOOSING = ("plan", "compress", "search")
 
 
@@ -179,7 +181,7 @@ def test_options_of_one_name_and_two_types_do_not_collide(order, foreign, monkey
     [
         (
             "plan STATS --method prune --strangeness 1",
-            "method prune has no option '--strangeness'|allowed: --budget, --score; method foreign has it|"
+            "method prune has no option '--strangeness'|allowed: --budget, --distinct, --floor, --multiple, --no-protect, --protect, --score; method foreign has it|"
             "see: locum plan --method prune --help",
         ),
         ("plan STATS --strangeness 1", "method lightmoe has no option '--strangeness'|method foreign has it"),
@@ -360,7 +362,7 @@ def test_a_name_of_two_kinds_shows_both():
     [
         ("show lightmo", "unknown name 'lightmo': did you mean 'lightmoe'"),
         ("show annealt", "did you mean 'annealed'"),
-        ("list method", "unknown kind 'method': did you mean 'methods'? allowed: criteria, "),
+        ("list method", "unknown kind 'method': did you mean 'methods'? allowed: budgets, criteria, "),
         ("lst", "unknown command 'lst': did you mean 'list'"),
     ],
 )

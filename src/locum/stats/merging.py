@@ -18,15 +18,15 @@ def merge_of(name: str) -> str:
     return STATISTICS[name].merge if name in STATISTICS else "sum"
 
 
-def merge_into(total: Tensor, more: Tensor, how: str) -> Tensor:
+def merge_into(total: Tensor, more: Tensor, rule: str) -> Tensor:
     """`more` merged into `total`, in place. NaN stays NaN."""
-    if how == "sum":
+    if rule == "sum":
         return total.add_(more)
-    return torch.maximum(total, more, out=total) if how == "max" else total
+    return torch.maximum(total, more, out=total) if rule == "max" else total
 
 
-def over_domains(by_domain: Tensor, how: str) -> Tensor:
+def over_domains(by_domain: Tensor, rule: str) -> Tensor:
     """[...] of all domains together, from [Z, ...]. Letters: Z domains."""
-    if len(by_domain) == 1 or how == "same":
+    if len(by_domain) == 1 or rule == "same":
         return by_domain[0]
-    return by_domain.sum(dim=0) if how == "sum" else by_domain.amax(dim=0)
+    return by_domain.sum(dim=0) if rule == "sum" else by_domain.amax(dim=0)
