@@ -170,7 +170,7 @@ def as_it_is(shape: ModelShape) -> Plan:
     return make_plan(shape, [LayerPlan(x.name, (KEPT,) * x.num_experts) for x in shape.layers])
 
 
-@pytest.mark.parametrize("both", ["fp8-block", "mxfp4"], indirect=True)
+@pytest.mark.parametrize("both", ["fp8-block", pytest.param("mxfp4", marks=pytest.mark.journeys)], indirect=True)
 @pytest.mark.parametrize("again", [uneven_again, fewer_and_light, fewer_still, as_it_is])
 def test_what_was_pruned_to_unequal_numbers_is_opened_and_cut_again(again, both, tmp_path):
     pruned = [locum.apply(x, plan=uneven(read_shape(x)), out=tmp_path / f"{x.name} 1") for x in both]

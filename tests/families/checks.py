@@ -80,7 +80,7 @@ def check_observed(case: Case) -> None:
     model = case.model()
     needs = ("count", "gate_sum", "tokens")
     observer, mask_BS = Observer(model, needs), torch.ones_like(case.ids_BS, dtype=torch.bool)
-    observer.batch = CurrentBatch.of(Sums("text", needs), mask_BS, model.device)
+    observer.batch = CurrentBatch.of(Sums("text", needs), case.ids_BS, mask_BS, model.device)
     with observed(observer):
         near(case.logits_of(model), case.logits)
 

@@ -30,6 +30,7 @@ LINES = {
     "recover": f"{RECOVER} --out out --json",
     "eval": "eval small --data words.txt --length 64 --tokens 512 --resamples 20 --json out.jsonl",
     "verify": "verify small --engine transformers --prompts 1 --new-tokens 1 --json",
+    "compare": f"compare model --data words.txt {SHORT} --measured 128 --methods mone --remove 0.5 --seeds 1 --out out --json",
     "bench": "bench pruned --prompt 4 --new-tokens 2 --batch-sizes 1 --rounds 1 --out out.json --json",
     "report": "report results.jsonl --out out.html --json",
     "export": "export small --to stock --out out --json",

@@ -131,11 +131,11 @@ LINES = [
     ("plan {stats} --rank -1 --remove 0.5", "--rank is -1; allowed: at least 0"),
     (
         "plan {stats} --method prune --shared --remove 0.5",
-        "method prune has no option '--shared'|allowed: --budget, --score",
+        "method prune has no option '--shared'|allowed: --budget, --distinct, --floor, --multiple",
     ),
     (
         f"{COMPRESS} --method prune --rank 4 --remove 0.5",
-        "method prune has no option '--rank'|allowed: --budget, --score",
+        "method prune has no option '--rank'|allowed: --budget, --distinct, --floor, --multiple",
     ),
     ("plan {stats} --removed 0.5", "--removed|--remove|locum plan --help"),
     ("plan", "Missing argument 'STATISTICS...'|locum plan --help"),
@@ -177,7 +177,7 @@ LINES = [
     (f"{EVAL} --batch-size 0", "--batch-size is 0"),
     (f"{EVAL} --device cuda:7", "--device cuda:7 cannot be used"),
     ("demo --steps 0 --out {out}", "--steps is 0; allowed: whole numbers from 1"),
-    ("compres {model}", "unknown command 'compres': did you mean 'compress'?"),
+    ("compres {model}", "unknown command 'compres': did you mean 'compress' or 'compare'?"),
     # recovery and evaluation
     (
         "recover {pruned} --data {words} --length 64 --out {out} --how annealed",
@@ -323,6 +323,7 @@ def test_a_failure_while_writing_keeps_the_old_output(place, monkeypatch):
     assert sorted(path.name for path in place.folder.iterdir()) == ["taken"]
 
 
+@pytest.mark.journeys
 def test_plans_with_any_entry_spoiled_are_refused_or_harmless(place):
     """Whatever one entry of a plan is turned into: a PlanError, or a plan that is still valid."""
     whole = json.loads(place["plan"].read_text())

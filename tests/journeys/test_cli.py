@@ -78,15 +78,16 @@ COMMANDS = {
     "clean": "[OUTPUTS]... --json",
     "compare": "MODEL --batch-size --data --device --force --json --leave-out --length --measured --methods --out --precision "
     "--recover --remove --seed --seeds --stream --tokens",
-    "compress": "MODEL --batch-size --data --device --dry-run --fit --force --json --length --method --out --preset --recover "
-    "--remove --sample --seed --statistics --tokens",
+    "compress": "MODEL --batch-size --bits --data --device --dry-run --fit --force --group --json --length --method --out --preset "
+    "--quantiser --recover --remove --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --append --batch-size --card --data --device --dry-run --force --json --length --limit --name "
     "--out --precision --resamples --seed --split --stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
-    "plan": "STATISTICS... --diff --fit --force --json --method --model --onto --out --preset --remove",
+    "plan": "STATISTICS... --bits --diff --fit --force --group --json --method --model --onto --out --preset --quantiser "
+    "--remove",
     "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --checkpointing --clip --data "
     "--device --dry-run --force --how --json --learning-rate --length --original --out --precision "
     "--restart --schedule --seed "

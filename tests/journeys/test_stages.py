@@ -103,7 +103,11 @@ def test_compress_goes_on_from_the_checkpoint_that_it_trains(checkpoint, words, 
     assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("changed", [{"rank": 1}, {"remove": 0.3}, {"recover_steps": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{"rank": 1}, *(pytest.param(x, marks=pytest.mark.journeys) for x in ({"remove": 0.3}, {"recover_steps": 3}))],
+    ids=str,
+)
 def test_compress_trains_what_its_options_make(changed, checkpoint, words, tmp_path, monkeypatch, caplog):
     asked = {"data": str(words), "remove": 0.4, "rank": 2, "recover": "lora", "recover_steps": 2, **SHORT}
     asked |= {"recover_batch_size": 1, "recover_length": 64, "recover_checkpoint_every": 1}
@@ -410,7 +414,12 @@ def test_evaluation_finds_the_original_by_itself(recovered, checkpoint, words, t
     assert "recovered" in page
 
 
-@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+ALWAYS = ("deepseek_v2", "gpt_oss", "olmoe")  # the others are among the journeys
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(x, marks=() if x in ALWAYS else pytest.mark.journeys) for x in sorted(CONFIGS)]
+)
 def test_the_whole_way_for_every_family(model_type, words, tmp_path):
     """Compressed, recovered and measured through files alone; sizes are what the plan promised."""
     model = write_checkpoint(tmp_path / "model", model_type)

@@ -300,7 +300,7 @@ def test_units_are_distinct_items_and_tokens():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.journeys)])
 def test_decoding_compiles_without_a_graph_break(kind, dtype):
     for seed, policy in enumerate((None, None, None, MainWithVectors(2, "projections"), MainWithVectors(2, "static"))):
         torch.compiler.reset()

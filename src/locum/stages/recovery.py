@@ -92,6 +92,9 @@ def recover(
         source = original_of(model, original, f"--how {how} needs the original")
         if decided is not None:
             decided.validate(read_shape(source))
+    notes = notes_for_another(model)
+    before = read_shape(source) if source is not None else _original_shape(notes, shape)
+    base = _base_of(model, decided, notes) if adapter_only else None
     streamed = is_one_by_one(model, source, stream, chosen, device)
     trained = count_trainable(open_source(model).model, decided, chosen)
     check_room(out, written := shape.bytes + _state_bytes(trained, chosen))
@@ -114,9 +117,6 @@ def recover(
     else:
         live, summary = _train(model, source if is_read else None, *training, **where)
     if ranks.is_first():  # the others have none of the model
-        notes = notes_for_another(model)
-        before = read_shape(source) if source is not None else _original_shape(notes, shape)
-        base = _base_of(model, decided, notes) if adapter_only else None
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
