@@ -55,7 +55,12 @@ def uneven(shape: ModelShape) -> Plan:
 PLANS = {plan.__name__: plan for plan in (light, decomposed, in_one_layer, uneven)}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+ALWAYS = ("fp8-block", "int-packed")  # the others are among the journeys
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=() if kind in ALWAYS else pytest.mark.journeys) for kind in KINDS]
+)
 def both(request, tmp_path_factory):
     """A quantised checkpoint and its numbers. Tests only read them."""
     return write_quantised(tmp_path_factory.mktemp(request.param), request.param)
