@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import locum
 from locum.cli import cli
-from locum.cli.command import Command
+from locum.cli.command import RESUMABLE, Command
 from locum.cli.parameters import Choice
 from locum.criteria.criterion import CRITERIA
 from locum.errors import OptionError
@@ -372,3 +372,9 @@ def test_unknown_names_are_one_line_with_close_matches(line, said):
     assert said in result.stderr
     with pytest.raises(OptionError):
         locum.show("nothing of this name")
+
+
+def test_an_interrupt_says_what_help_says_of_going_on():
+    """Every command whose help promises to go on says so when it is interrupted."""
+    promised = {name for name, item in cli.commands.items() if re.search(r"nterrupted \w+ goes on", item.help or "")}
+    assert len(promised) > 4 and promised <= set(RESUMABLE)

@@ -25,7 +25,7 @@ from .shown import say
 from .system_errors import in_words
 
 SPLIT = ("calibrate", "search", "apply", "compress", "recover", "eval")  # what several ranks do together
-RESUMABLE = ("calibrate", "search", "apply", "compress", "recover")
+RESUMABLE = ("calibrate", "search", "apply", "compress", "recover", "compare")
 Show = Callable[[Any, bool], None]  # what a function returned, and whether to print JSON
 
 
