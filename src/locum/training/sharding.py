@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ranks
 from ..data.tokens import Batch, take
+from ..errors import UnsupportedModel
+from ..models.decoder_layers import decoder_stack
 from ..models.families import find_layers
 
 
@@ -40,7 +42,7 @@ def shard(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.count(),))
-    layers = decoder_layers(model)
+    layers = _decoder_layers(model)
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     for module in (*layers, model):
@@ -49,16 +51,13 @@ def shard(model: nn.Module) -> None:
         module.set_gradient_divide_factor(1.0)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of every list in which there are MoE layers."""
-    found: dict[str, list[nn.Module]] = {}
-    for layer in find_layers(model):
-        parts = layer.shape.name.split(".")
-        prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-        prefix = next((p for p in prefixes if isinstance(model.get_submodule(p), nn.ModuleList)), None)
-        if prefix is not None:
-            found[prefix] = list(model.get_submodule(prefix))
-    return [module for modules in found.values() for module in modules]
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of the one stack that holds the MoE layers; none where several do, and the model is one group."""
+    try:
+        _, stack = decoder_stack(model, (layer.shape.name for layer in find_layers(model)))
+    except UnsupportedModel:
+        return []
+    return list(stack)
 
 
 def whole(tensor: Tensor) -> Tensor:
