@@ -40,7 +40,11 @@ def ranking(statistics: Statistics, shape: ModelShape, score: str, protect: bool
     """Scores by a criterion, Super Experts kept where they are protected. Needs what both read."""
     scores_LE = layer_scores(statistics, shape, score)
     kept_L = super_experts(statistics, shape) if protect else [set() for _ in shape.layers]
-    for scores_E, kept in zip(scores_LE, kept_L, strict=True):
-        scores_E[list(kept)] = torch.inf
+    scores_LE = tuple(
+        scores_E.index_fill(
+            0, torch.tensor(sorted(kept), dtype=torch.int64), torch.inf
+        )  # a criterion's own tensor stays
+        for scores_E, kept in zip(scores_LE, kept_L, strict=True)
+    )
     most_L = [most_to_lose(layer, kept, floor) for layer, kept in zip(shape.layers, kept_L, strict=True)]
     return Ranking(scores_LE, most_L, [statistics.layer(layer.name) for layer in shape.layers])
