@@ -32,7 +32,7 @@ ARMS = (
     ("decompose", "layerwise"),
     ("prune, random", "lora"),
 )
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the lowest for the arms whose best of the others was the lowest
 SPENT = ("seconds", "peak_bytes", "trainable_parameters", "kept_step")
 
 

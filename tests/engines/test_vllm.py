@@ -22,6 +22,7 @@ from engines.made import MIXED, PLANS, REFERENCE, make, original
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer, read_config
+from locum.checkpoints.shard_reader import ShardReader
 from locum.checkpoints.skeleton import read_shape, skeleton
 from locum.containers.container import StandInExperts
 from locum.engines.engines import ENGINES, ask_all
@@ -33,6 +34,7 @@ from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
 from locum.verification.verify import agreement
 from making import foreign
 from making.broken import DAMAGES
+from making.quantised import LINEAR, group_of, int4, quantise_by
 
 NEW = 64
 COMPRESSED = tuple(name for name in PLANS if name != "uniform")
@@ -197,14 +199,16 @@ def test_broken_checkpoints_are_refused_with_one_message(tmp_path):
 
 
 def test_what_vllm_has_fetched_by_name_is_checked_as_it_loads(tmp_path):
-    from locum.engines.vllm_plugin import LocumQuantization, load_weights, path_numbers
+    from locum.engines.vllm_plugin import LocumQuantization, OwnWeights, load_weights, path_numbers
 
     make(tmp_path, "qwen3_moe", "lightmoe", torch.float32)
     config = read_config(tmp_path)
     empty = {n: m for n, m in skeleton(config).named_modules() if isinstance(m, StandInExperts)}
     containers = {path_numbers(name): (name, module.to_empty(device="cpu")) for name, module in empty.items()}
     quantization = LocumQuantization(config.quantization_config["layers"])
-    load = functools.partial(load_weights, lambda rest: {name for name, _ in rest}, containers, quantization)
+    load = functools.partial(
+        load_weights, lambda rest: {name for name, _ in rest}, containers, quantization, OwnWeights(ShardReader({}))
+    )
     tensors = load_file(tmp_path / "model.safetensors")
     assert load(tensors.items()) == tensors.keys()
     for numbers, (name, container) in containers.items():
@@ -239,8 +243,34 @@ for more in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "enabl
     assert all("one device" in line and "tensor_parallel_size=2" in line for line in more)
 
 
-def test_containers_in_a_quantised_checkpoint_are_refused():
+# --- quantised checkpoints -----------------------------------------------------------------------------------------
+
+
+INT4 = group_of("pack-quantized", group_size=32) | {"ignore": ["lm_head", "re:.*mlp.gate$"]}
+
+
+@torch.no_grad()
+def test_containers_in_a_quantised_checkpoint_beside_vllms_own_kernels(tmp_path):
+    """Attention, and the experts of the last layers, in four bits are vLLM's; containers are as transformers has them."""
+    model = Path(shutil.copytree(REFERENCE, tmp_path / "model"))
+    quantise_by(model, functools.partial(int4, group=32), INT4, (*LINEAR, ".v_proj.weight"))
+    shape, ids, jobs, expected, own = read_shape(model), torch.tensor(reference_ids(8, 128)), [], {}, {}
+    plans = {"light": PLANS["lightmoe"](shape.layers)[:2], "uneven": PLANS["uneven"](shape.layers)[:2]}
+    for name, layers in plans.items():
+        made = locum.apply(model, plan=make_plan(shape, layers), out=tmp_path / name)
+        ours, exact = (load_model(made, dtype=dtype)(ids).logits for dtype in (torch.bfloat16, torch.float32))
+        expected[name], own[name] = exact, agreement(exact, ours.argmax(-1), torch.bfloat16)
+        jobs.append({"folder": str(made), "dtype": "bfloat16", "prompts": ids.tolist(), "new_tokens": 1})
+    for name, answer in zip(plans, serve(tmp_path, jobs), strict=True):
+        assert answer.get("error") is None
+        likeliest_BS = torch.from_numpy(np.load(tmp_path / "asked" / answer["ids"]))[..., 0]
+        found = agreement(expected[name], likeliest_BS, torch.bfloat16)
+        assert found >= min(0.99, own[name] - 0.005), (name, found, own[name])
+
+
+def test_a_quantised_checkpoint_with_containers_is_served_from_a_folder():
     from locum.engines.vllm_plugin import LocumQuantization
 
-    with pytest.raises(UnsupportedModel, match="in a quantised checkpoint are not served"):
-        LocumQuantization.from_config({"quant_method": "locum", "layers": {"a": {}}, "rest": {"quant_method": "fp8"}})
+    quantization = LocumQuantization.from_config({"quant_method": "locum", "layers": {}, "rest": INT4})
+    with pytest.raises(UnsupportedModel, match="fetch it"):
+        quantization.maybe_update_config("somebody/model", read_config(REFERENCE))

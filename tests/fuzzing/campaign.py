@@ -20,6 +20,7 @@ from .answers import FAULTS, LOCUM, OTHER, SAME, Answer, Snapshot, answer, diffe
 from .inputs import Input, kind_of, lay_out, make_input
 from .kinds import OPTIONS
 from .process import Ending, Limits, Running, threads
+from .values import WORKING
 from .world import make_world
 
 Row = dict[str, Any]
@@ -209,10 +210,12 @@ class Campaign:
     def _compared(self, rows: list[Row]) -> list[Row]:
         """The rows in order, acceptances compared to undamaged runs; those of a run before have been.
 
-        Of damaged files every line is run undamaged, so that a line which never works is found.
+        Lines of damaged files and those of every command are run undamaged, so that one which never works is found. Lines
+        with a name of a choice may be refused as they are.
         """
         fresh = [row for row in rows if "differs" not in row]
-        lines = sorted({row["line"] for row in fresh if row["result"] == SAME or row["kind"] != OPTIONS})
+        works = {row["line"] for row in fresh if row["kind"] != OPTIONS or row["line"] in WORKING}
+        lines = sorted(works | {row["line"] for row in fresh if row["result"] == SAME})
         runs: dict[str, list[tuple[int, dict[str, str]]]] = {line: [] for line in lines}
         for trial, ending in self._all(lambda: (self._start_undamaged(i, line) for i in range(RUNS) for line in lines)):
             runs[trial.about].append((ending.code, trial.result(ending) if ending.code == 0 else {}))
@@ -221,7 +224,7 @@ class Campaign:
             line: Undamaged(code, one, {name for name in {*one, *two} if one.get(name) != two.get(name)})
             for line, ((code, one), (_, two)) in runs.items()
         }
-        if broken := sorted({row["line"] for row in fresh if row["kind"] != OPTIONS and usual[row["line"]].code}):
+        if broken := sorted(line for line in works if usual[line].code):
             raise RuntimeError(f"of undamaged files this does not work, so it says nothing of damage: {broken[0]}")
         return [self._compare(row, usual) for row in sorted(rows, key=lambda row: row["number"])]
 

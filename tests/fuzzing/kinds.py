@@ -13,7 +13,7 @@ from .world import CALIBRATE, MEASURE, PARTIAL, RECOVER, SEARCH, SHORT, VECTORS
 OPTIONS = "options"
 APPLY = "apply model --plan plan.json --out out --json"
 INSPECT = "inspect {} --json"
-EVAL = f"eval {{}} {MEASURE} --json out.jsonl"
+EVAL = f"eval {{}} {MEASURE} --out out.jsonl --append --json"
 REPORT = "report results.jsonl --out out.html --json"
 STOCK = "export small --to stock --out out --json"
 REMOTE = "export small --to remote-code --out out --json"

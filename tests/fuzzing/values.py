@@ -26,9 +26,9 @@ LINES = {
     "demo": "demo --steps 0 --out out --json",
     "plan": "plan stats.safetensors --remove 0.4 --out out.json --json",
     "apply": "apply model --plan plan.json --out out --json",
-    "compress": f"compress model --data words.txt {SHORT} --remove 0.4 --out out --json",
+    "compress": f"compress model --data words.txt {SHORT} --remove 0.4 --rank 2 --out out --json",
     "recover": f"{RECOVER} --out out --json",
-    "eval": "eval small --data words.txt --length 64 --tokens 512 --resamples 20 --json out.jsonl",
+    "eval": "eval small --data words.txt --length 64 --tokens 512 --resamples 20 --out out.jsonl --json",
     "verify": "verify small --engine transformers --prompts 1 --new-tokens 1 --json",
     "compare": f"compare model --data words.txt {SHORT} --measured 128 --methods mone --remove 0.5 --seeds 1 --out out --json",
     "bench": "bench pruned --prompt 4 --new-tokens 2 --batch-sizes 1 --rounds 1 --out out.json --json",
@@ -36,6 +36,7 @@ LINES = {
     "export": "export small --to stock --out out --json",
     "clean": "clean out --json",
 }
+WORKING = {line for name, line in LINES.items() if name != "demo"}
 SLOW = ("verify", "bench")  # each starts processes of its own that import everything: drawn an eighth as often
 NOT_TRIED = (("demo", "steps"),)  # what it accepts takes a minute
 

@@ -68,3 +68,11 @@ def test_a_run_that_is_at_work_keeps_what_it_has(left, tmp_path):
         with pytest.raises(OutputError, match="another run is writing small"):
             pool.submit(locum.clean, "small").result()
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "a/.."])
+def test_a_folders_place_is_no_output(name, left, tmp_path):
+    before = tree(tmp_path)
+    said = command("clean", "small", name)
+    assert said.exit_code == 2 and "no output's name" in said.stderr and said.stderr.count("\n") == 1
+    assert tree(tmp_path) == before

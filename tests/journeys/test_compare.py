@@ -125,6 +125,7 @@ def test_with_recovery_and_what_a_method_refuses(checkpoint, text, tmp_path):
         ("--leave-out three", "unknown domain for --leave-out 'three'"),
         ("--leave-out one,two", "leaves no domain to calibrate on"),
         ("--seeds 0", "--seeds is 0"),
+        ("--seeds 1" + "0" * 30, "whole numbers from 1 to 1000"),
         ("--recover-steps 3", "comes with --recover"),
     ],
 )

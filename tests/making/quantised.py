@@ -174,7 +174,11 @@ def part_name(weight: str, part: str) -> str:
 
 def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """Quantise a folder in place. Returns the numbers of what was packed, by the names of its weights."""
-    _, how, said, ends = KINDS[kind]
+    return quantise_by(folder, *KINDS[kind][1:])
+
+
+def quantise_by(folder: Path, how: Quantise, said: dict[str, object], ends: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The same in any way: which weights, by the ends of their names, and what config.json says of it."""
     tensors, numbers = {}, {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         if not name.endswith(ends):

@@ -10,15 +10,19 @@ weights before the model's class sees them, so no model class is known by name h
 vLLM renames modules (`mlp` may be `block_sparse_moe`, `model.` may be `language_model.model.`) but never renumbers
 layers: a container is recognised by the numbers in its path.
 
+In a quantised checkpoint, all that is in no container belongs to vLLM's own quantization config for it, which is asked in
+turn. Weights that a container's experts keep in the checkpoint's number format are read as numbers (checkpoints/own_rows.py).
+
 Letters: T tokens, K top-k, D model width, E experts.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +32,17 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ..checkpoints.fit import check_shape
+from ..checkpoints.own_rows import OwnRows, see
+from ..checkpoints.packed import Files
 from ..checkpoints.placing import ENTRIES, REST, LocumConfig, read_layout
-from ..checkpoints.read import read_headers
+from ..checkpoints.read import file_headers
+from ..checkpoints.shard_reader import ShardReader
 from ..checkpoints.skeleton import skeleton
 from ..checkpoints.weight_files import other_weights
 from ..containers.container import StandInExperts
@@ -49,11 +56,22 @@ def path_numbers(path: str) -> Numbers:
     return tuple(int(part) for part in path.split(".") if part.isdecimal())
 
 
+class OwnWeights(NamedTuple):
+    """Containers' tensors whose numbers lie in a quantised checkpoint's own tensors of experts, in its format."""
+
+    files: ShardReader
+    names: tuple[str, ...] = ()  # of the containers' tensors
+    parts: frozenset[str] = frozenset()  # of the files'
+
+
 @register_quantization_config("locum")
 class LocumQuantization(QuantizationConfig):
-    """What config.json says of containers, as vLLM wants to be asked for it."""
+    """What config.json says of containers, as vLLM wants to be asked for it. `rest` is what it says of all else."""
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, layers: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
+        self.said, self.rest = rest, None
+        if rest is not None:
+            self.rest = get_quantization_config(rest["quant_method"]).from_config(copy.deepcopy(rest))
         super().__init__()
         self.names = {path_numbers(name): name for name in layers}
         if len(self.names) < len(layers):
@@ -66,13 +84,26 @@ class LocumQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LocumQuantization:
-        if config.get(REST) is not None:
-            raise UnsupportedModel(
-                "containers in a quantised checkpoint are not served by Locum's plugin; write what vLLM serves by "
-                "`locum export DIR --to stock`"
-            )
-        known = {name: value for name, value in config.items() if name in ENTRIES}  # vLLM may have added entries
-        return cls(LocumConfig.from_dict(known).layers)
+        known = {
+            name: value for name, value in config.items() if name in (*ENTRIES, REST)
+        }  # vLLM may have added entries
+        said = LocumConfig.from_dict(known)
+        return cls(said.layers, said.rest)
+
+    @property
+    def packed_modules_mapping(self) -> dict[str, list[str]]:
+        """What vLLM makes of several linear layers: it says so after this was made, and the other config asks for it."""
+        return self._packed_modules
+
+    @packed_modules_mapping.setter
+    def packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
+        self._packed_modules = mapping
+        if self.rest is not None:
+            self.rest.packed_modules_mapping = mapping
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        if self.rest is not None:
+            self.rest.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
@@ -82,18 +113,36 @@ class LocumQuantization(QuantizationConfig):
             return
         _empty_containers(hf_config)
         if not Path(model_name).is_dir():  # vLLM has fetched it by name; every tensor is checked as it loads
+            if self.rest is not None:
+                raise UnsupportedModel(
+                    f"{model_name} has containers in a quantised checkpoint, which Locum's plugin serves from a folder; fetch "
+                    f"it (hf download {model_name} --local-dir DIR) and serve that"
+                )
             return
+        if self.rest is not None:
+            self.rest.maybe_update_config(model_name, hf_config, revision)
         if others := other_weights(Path(model_name)):
             raise CheckpointError(
                 f"{model_name} holds {others[0]} beside the weights that transformers loads, and vLLM may read it instead; "
                 f"keep one of them"
             )
         found: set[tuple[Numbers, str]] = set()
-        for name, entry in read_headers(model_name).items():
+        headers, _ = self.files(Path(model_name), hf_config, torch.bfloat16)
+        for name, entry in (item for header in headers.values() for item in header.items()):
             if place := self.place(name):
                 check_shape(name, tuple(entry["shape"]), self.layouts[place[0]].tensor_shapes()[place[1]])
                 found.add(place)
         self.check_complete(found)
+
+    def files(self, folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Files, OwnWeights]:
+        """The headers of a folder's files as if nothing in them were quantised, and what is read as numbers of `dtype`."""
+        stored = file_headers(folder)
+        if self.said is None:
+            return stored, OwnWeights(ShardReader({}))
+        headers, packed = see(stored, self.said, config, dtype)
+        own = {name: row for name, row in packed.items() if isinstance(row, OwnRows)}
+        parts = frozenset(part for row in own.values() for part in row.parts.values())
+        return headers, OwnWeights(ShardReader(stored, packed), tuple(own), parts)
 
     def place(self, name: str) -> tuple[Numbers, str] | None:
         """Which container's tensor a checkpoint's tensor is, if any."""
@@ -113,12 +162,12 @@ class LocumQuantization(QuantizationConfig):
             )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """The method of one layer. Everything but a container is what it is in an unquantised model."""
-        if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+        """The method of one layer. Everything but a container is what it is in a model without containers."""
         numbers = path_numbers(prefix)
         if not isinstance(layer, RoutedExperts) or numbers not in self.layouts:
-            return None
+            if self.rest is not None:
+                return self.rest.get_quant_method(layer, prefix)
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         vllm_config = get_current_vllm_config()
         check_engine(vllm_config)
         if numbers not in self.empty:
@@ -130,7 +179,8 @@ class LocumQuantization(QuantizationConfig):
         return "locum"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.bfloat16, torch.float16]
+        known = [torch.float32, torch.bfloat16, torch.float16]
+        return known if self.rest is None else [x for x in known if x in self.rest.get_supported_act_dtypes()]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -215,7 +265,7 @@ class StandInMethod(FusedMoEMethodBase):
         return layer.container(x, topk_ids.long(), topk_weights)
 
 
-def prepare_model(model: nn.Module, quantization: LocumQuantization, config: PreTrainedConfig) -> None:
+def prepare_model(model: nn.Module, quantization: LocumQuantization, vllm_config: VllmConfig) -> None:
     """Make a model that vLLM has just built ready to load: cut its routers, and sort out the containers' tensors."""
     containers: dict[Numbers, tuple[str, StandInExperts]] = {}
     for name, runner in model.named_modules():
@@ -231,8 +281,12 @@ def prepare_model(model: nn.Module, quantization: LocumQuantization, config: Pre
         raise UnsupportedModel(
             f"vLLM's {type(model).__name__} has no experts layer for the container {without[0]} of config.json"
         )
-    tie_head(model, config)
-    model.load_weights = functools.partial(load_weights, model.load_weights, containers, quantization)
+    said = vllm_config.model_config
+    tie_head(model, said.hf_config)
+    own = OwnWeights(ShardReader({}))
+    if quantization.rest is not None:
+        own = quantization.files(Path(said.model), said.hf_config, said.dtype)[1]
+    model.load_weights = functools.partial(load_weights, model.load_weights, containers, quantization, own)
 
 
 def tie_head(model: nn.Module, config: PreTrainedConfig) -> None:
@@ -272,6 +326,7 @@ def load_weights(
     stock_load: Callable[[Iterable[tuple[str, Tensor]]], set[str] | None],
     containers: dict[Numbers, tuple[str, StandInExperts]],
     quantization: LocumQuantization,
+    own: OwnWeights,
     weights: Iterable[tuple[str, Tensor]],
 ) -> set[str] | None:
     """Load the containers' tensors, and leave the rest to the model. Every tensor of a container must be there."""
@@ -279,6 +334,8 @@ def load_weights(
 
     def others() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
+            if name in own.parts:
+                continue
             place = quantization.place(name)
             if place is None:
                 yield name, tensor
@@ -289,6 +346,12 @@ def load_weights(
             found.add(place)
 
     loaded = stock_load(others())
+    for name in own.names:
+        place = quantization.place(name)
+        rows = containers[place[0]][1].get_parameter(place[1]).data
+        for row in range(len(rows)):
+            rows[row] = own.files.row(name, row)
+        found.add(place)
     quantization.check_complete(found)
     if loaded is None:
         return None
@@ -302,7 +365,7 @@ def with_containers(stock_create: Callable[..., nn.Module]) -> Callable[..., nn.
     def create_model(loader: BaseModelLoader, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
         model = stock_create(loader, vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, LocumQuantization):
-            prepare_model(model, vllm_config.quant_config, vllm_config.model_config.hf_config)
+            prepare_model(model, vllm_config.quant_config, vllm_config)
             loader.enable_weights_track = True  # vLLM's own check that every parameter was loaded
         return model
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutputError
 from ..files import clear
 from ..runs import RANK, STATES, asides_of, clear_states, reserved
 
@@ -22,6 +23,11 @@ def clean(outputs: Sequence[Path] = ()) -> list[dict[str, Any]]:
     outputs = [Path(outputs)] if isinstance(outputs, (str, Path)) else [Path(out) for out in outputs]
     if not outputs:
         return [_row(path, found["out"], False) for path, found in _found(Path()) if not path.name.endswith(".lock")]
+    for out in outputs:
+        if out.name in ("", ".."):
+            raise OutputError(
+                f"{str(out)!r} is a folder's place and no output's name; name what a run writes, such as {out / 'small'}"
+            )
     rows = []
     for out in outputs:
         mine = [path for path, found in _found(out.parent) if found["out"] == out.name]

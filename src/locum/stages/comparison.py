@@ -72,6 +72,7 @@ from .searching import search, to_collect
 OF_FOLDERS = ("checkpoint", "plan_file", "recovery_log", "statistics_file")  # which are gone
 RANDOM = "prune:score=random"  # the row that every choice has to beat
 RESAMPLES = 1000
+MOST_SEEDS = 1000
 GROUPS = {
     "all": lambda: [name for name in METHODS if METHODS[name].saves == "stored"],
     "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_costly(name)],
@@ -120,7 +121,7 @@ def compare(
     sources = parse_sources(data)
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, *(source.path for source in sources)])
     check_number("seed", seed, 0, MOST_SEED)
-    check_number("seeds", seeds, 1)
+    check_number("seeds", seeds, 1, MOST_SEEDS)
     check_number("measured", measured, 1)
     check_openable(model, "compare methods on the original checkpoint")
     seen = [word for word, source in zip(data, sources, strict=True) if source.domain not in leave_out.split(",")]
