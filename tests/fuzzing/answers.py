@@ -59,7 +59,7 @@ def answer(ending: Ending, command: str) -> Answer:
         return Answer(FAILED)
     if ending.code == 2 and len(lines) == 1 and ending.stderr.startswith("locum"):
         return Answer(ERROR, said=_short(ending.stderr.strip(), 400))
-    return Answer(UNCLEAR, f"code {ending.code}, {len(lines)} lines", said)
+    return Answer(UNCLEAR, f"code {ending.code}, {len(lines)} lines", " | ".join(map(_short, lines[-3:])))
 
 
 def _place(stderr: str, head: str = TRACE) -> str:
