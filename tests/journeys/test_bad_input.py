@@ -155,7 +155,7 @@ LINES = [
     (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: at least 1"),
     (
         f"{COMPRESS} {TARGET} --recover-rank 2",
-        "option '--recover-rank' comes with --recover annealed or layerwise or lora",
+        "option '--recover-rank' comes with --recover annealed or kd or layerwise or lora",
     ),
     (
         f"{COMPRESS} {TARGET} --recover lora --recover-end-fraction 0.5",
@@ -167,7 +167,7 @@ LINES = [
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
     (
         f"{RECOVER} --how vectors --rank 2",
-        "way to recover vectors has no option '--rank'|annealed or layerwise or lora has it",
+        "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora has it",
     ),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),
@@ -181,7 +181,7 @@ LINES = [
     # recovery and evaluation
     (
         "recover {pruned} --data {words} --length 64 --out {out} --how annealed",
-        "--how annealed fades out|the plan (prune) leaves none; use --how full or --how layerwise or --how lora",
+        "--how annealed fades out|the plan (prune) leaves none; use --how full or --how kd or --how layerwise or --how lora",
     ),
     (f"{RECOVER} --how lora --adapter-only", "--adapter-only keeps the base's weights|use --how vectors"),
     (f"{RECOVER} --original {{changed}}", "is not what {small} was made from, or has changed since|--original"),

@@ -63,6 +63,7 @@ METHOD_OPTIONS = {
 }
 WAY_OPTIONS = {
     "annealed": "--annealing --end-fraction --rank --steepness --train-bases",
+    "kd": "--rank --share --temperature --train-bases",
     "layerwise": "--rank --routers --train-bases",
     "full": "",
     "lora": "--rank --train-bases",

@@ -201,7 +201,7 @@ def slow_loss(name: str, model, original, batch) -> float:
     for b, s in (batch.loss_mask_BS[:, 1:]).nonzero().tolist():
         own, best = logits[b, s], teacher[b, s]
         distilled = sum(float(q.exp() * (q - p)) for p, q in zip(own, best, strict=True))
-        total += distilled if name == "distilled" else -float(own[batch.ids_BS[b, s + 1]])
+        total += distilled if name in ("distilled", "kd") else -float(own[batch.ids_BS[b, s + 1]])
     return total
 
 
@@ -252,7 +252,9 @@ def test_a_rate_is_a_number_above_0(value):
 
 
 def test_an_option_of_another_way_says_whose_it_is():
-    with pytest.raises(OptionError, match="'full' has no option --rank; ways that have it: annealed, layerwise, lora"):
+    with pytest.raises(
+        OptionError, match="'full' has no option --rank; ways that have it: annealed, kd, layerwise, lora"
+    ):
         make_recovery({"how": "full", "rank": 4})
     with pytest.raises(OptionError, match="'lora' has no option --recover-end-fraction; ways that have it: annealed"):
         make_recovery({"how": "lora", "end_fraction": 0.5}, "recover_")

@@ -12,11 +12,13 @@ from torch import nn
 
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
-from ..errors import PlanError
+from ..errors import OptionError, PlanError
 from ..experts.weights import ExpertWeights
+from ..files import fingerprint
 from ..models.families import MoeLayer, find_layers, read_expert
 from ..plans.plan import LayerPlan, Plan
 from .layer import OpenLayer
+from .states import sample
 
 Read = Callable[[int], ExpertWeights]
 
@@ -33,6 +35,11 @@ class Original:
         """A live model as an original. It stays in memory as long as the result does."""
         layers = find_layers(model)
         return cls({layer.shape.name: functools.partial(read_expert, layer.experts) for layer in layers}, model)
+
+
+def mark_of(original: Original) -> str:
+    """What tells one original from others: a run resumes only with the same."""
+    return fingerprint(*map(sample, original.model.parameters()))
 
 
 @dataclass
@@ -53,6 +60,13 @@ class Context:
 
     def layer_plan(self, name: str) -> LayerPlan | None:
         return None if self.plan is None else self.plan.layer(name)
+
+
+def check_whole_original(context: Context, how: str) -> nn.Module:
+    """The original model. Raises OptionError where there is less of it."""
+    if context.original is None or context.original.model is None:
+        raise OptionError(f"--how {how} needs the whole original model, not its experts alone; give it with --original")
+    return context.original.model
 
 
 def check_layers(context: Context) -> None:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from ...data.tokens import Batch
 from ...errors import OptionError
-from ...files import fingerprint
 from ...models.families import find_layers
 from ...options import option
 from ...plans.plan import Plan
 from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
-from ..context import Context
-from ..states import sample
+from ..context import Context, check_whole_original, mark_of
 from . import way
 
 
@@ -62,11 +60,7 @@ class Layerwise:
 
     def check(self, context: Context) -> None:
         check_adapters(context, self.rank)
-        if context.original.model is None:
-            raise OptionError(
-                "--how layerwise needs the whole original model, not its experts alone; give it with --original"
-            )
-        known = {layer.shape.name for layer in find_layers(context.original.model)}
+        known = {layer.shape.name for layer in find_layers(check_whole_original(context, self.name))}
         missing = [layer.shape.name for layer in find_layers(context.model) if layer.shape.name not in known]
         if missing:
             raise OptionError(
@@ -75,7 +69,7 @@ class Layerwise:
             )
 
     def identity(self, context: Context) -> dict[str, str]:
-        return {"original": fingerprint(*map(sample, context.original.model.parameters()))}
+        return {"original": mark_of(context.original)}
 
     def prepare(self, context: Context, start: int) -> None:
         open_adapters(context, self.rank, self.train_bases)
