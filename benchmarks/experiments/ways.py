@@ -28,8 +28,10 @@ ARMS = (
     ("lightmoe", "lora"),
     ("lightmoe", "annealed"),
     ("lightmoe", "layerwise"),
+    ("lightmoe", "kd"),
     ("decompose", "lora"),
     ("decompose", "layerwise"),
+    ("decompose", "kd"),
     ("prune, random", "lora"),
 )
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the lowest for the arms whose best of the others was the lowest
