@@ -1,6 +1,6 @@
 """The container on a GPU: whether it is right, how fast it is, what memory it takes, and whether whole models run.
 
-    python -m benchmarks.speed.gpu [--part parity speed memory model] [--tokens 1 16 64 512 2048 8192] [--plan NAME ...]
+    python -m benchmarks.speed.gpu [--part parity speed memory bits model] [--tokens 1 16 64 512 2048 8192] [--plan NAME ...]
                                    [--way NAME ...] [--rounds 9] [--device cuda] [--out results/gpu.jsonl]
 
 One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and every stock implementation:
@@ -9,6 +9,7 @@ One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and
     speed    medians of interleaved rounds, by the device's own events, its cache overwritten before each; at decoding sizes
              also replayed from a CUDA graph, which cannot be made of anything that waits for the device
     memory   most that a forward pass holds beyond weights and inputs
+    bits     gpu_bits.py: containers in few bits, in some two minutes by `--part bits --tokens 1 16 512 --rounds 5`
     model    gpu_model.py
 
 `floor` is the bytes of weights that the draws touch over the measured bandwidth, or their operations over the measured
@@ -21,23 +22,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import math
 import statistics
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from benchmarks.speed import gpu_model
+from benchmarks.speed import gpu_bits, gpu_model
 from benchmarks.speed import layer as layer_speed
-from benchmarks.speed.gpu_tables import layer_table, model_table
+from benchmarks.speed.gpu_clock import (
+    TOLERANCE,
+    Call,
+    Clock,
+    Draw,
+    attempted,
+    exact_of,
+    limits,
+    medians,
+    replays,
+    way_call,
+)
+from benchmarks.speed.gpu_tables import bits_table, layer_table, model_table
 from benchmarks.speed.timing import publish
 from locum.checkpoints.application import make_container
 from locum.containers.container import StandInExperts
@@ -47,19 +55,13 @@ from locum.kernels import choice
 from locum.models.families import canonical_activation, read_expert
 from locum.plans.plan import LayerPlan
 
-# Of bfloat16, what four roundings of 2^-8 in a row may err by (tests/containers/test_container.py); of float16 the same
-# with 2^-11.
-TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float32: 1e-5}
 OTHER_FORMATS = "lightmoe 50%, uniform"  # the plan that is tried in every format
 PARITY_TOKENS = 2048  # at most
 GRAPH_TOKENS = 64  # at most
 WAITING = ("eager", choice.LOOP)  # no graph can be made of those
-CACHE = 2**28  # bytes, several times the cache of any GPU
 COPIED = 2**31  # bytes of weights that may be gathered for pairs
-PARTS = ("parity", "speed", "memory", "model")
+PARTS = ("parity", "speed", "memory", "bits", "model")
 WAYS = (choice.LOOP, "grouped", "gathered", "triton")
-Call = Callable[..., Tensor]
-Draw = tuple[Tensor, Tensor, Tensor]
 
 
 class Layer(NamedTuple):
@@ -68,28 +70,6 @@ class Layer(NamedTuple):
     odds: float
     container: StandInExperts
     ways: list[str]  # those to try
-
-
-class Clock:
-    """Seconds that a call keeps the device busy, none of what it reads being in its cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.filler = torch.empty(CACHE if self.cuda else 0, dtype=torch.uint8, device=device)
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        self.filler.zero_()
-        torch.cuda.synchronize()  # so that a call that waits for its launches is seen to
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
 
 
 def layer_of(name: str, experts: OlmoeExperts, ways: list[str]) -> Layer:
@@ -116,14 +96,6 @@ def draws_of(layer: Layer, tokens: int, count: int, device: torch.device) -> tup
     return [tuple(t.to(device) for t in one) for one in drawn], [tuple(t.to(device) for t in one) for one in own]
 
 
-def way_call(container: StandInExperts, way: str) -> Call:
-    def call(*given: Tensor) -> Tensor:
-        container.way = way
-        return container(*given)
-
-    return call
-
-
 def ways(layer: Layer, tokens: int, dtype: torch.dtype) -> dict[str, Call]:
     """Those that serve: grouped products want bfloat16, gathered ones copy weights, Triton a GPU."""
     device = next(layer.container.parameters()).device
@@ -138,26 +110,6 @@ def ways(layer: Layer, tokens: int, dtype: torch.dtype) -> dict[str, Call]:
 
 def stock(experts: OlmoeExperts, tokens: int) -> dict[str, Call]:
     return {name: layer_speed.stock_call(experts, name) for name in layer_speed.stock_names(tokens)}
-
-
-def error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
-def attempted(call: Call, given: Draw, exact_TD: Tensor) -> float:
-    """The error, and NaN, with the reason printed, of what does not run at all: the others are still worth knowing."""
-    try:
-        return error(call(*given), exact_TD)
-    except Exception:
-        traceback.print_exc()
-        return math.nan
-
-
-def exact_of(container: StandInExperts, given: Draw) -> Tensor:
-    """Cluster by cluster in float64, which tests hold against weights written out."""
-    wide = copy.deepcopy(container).double()
-    x_TD, index_TK, gate_TK = given
-    return way_call(wide, choice.LOOP)(x_TD.double(), index_TK, gate_TK.double())
 
 
 def parity(experts: OlmoeExperts, layer: Layer, tokens: int) -> list[dict[str, Any]]:
@@ -179,48 +131,6 @@ def parity(experts: OlmoeExperts, layer: Layer, tokens: int) -> list[dict[str, A
         about = {"plan": layer.name, "tokens": tokens, "dtype": named, "limit": TOLERANCE[dtype]}
         found.append(about | {"error": errors, "wrong": wrong})
     return found
-
-
-def limits(clock: Clock, device: torch.device) -> tuple[float, float]:
-    """Bytes per second, of a copy or of reading, and operations per second of a bfloat16 product of random numbers."""
-    size, side = (2**29, 8192) if clock.cuda else (2**22, 512)
-    x_N, square = torch.randn(size, device=device), torch.randn(side, side, device=device).bfloat16()
-    y_N = torch.empty_like(x_N)
-    seconds = [min(clock(run) for _ in range(12)) for run in (lambda: y_N.copy_(x_N), x_N.sum, lambda: square @ square)]
-    return max(2 * x_N.nbytes / seconds[0], x_N.nbytes / seconds[1]), 2 * side**3 / seconds[2]
-
-
-def replays(call: Call, draws: list[Draw]) -> tuple[Callable[[], object], float] | None:
-    """CUDA graphs of the draws, replayed in turn, and the first one's error; None where a call waits for the device, as no
-    graph can hold that."""
-    graphs, off, expected_TD = [], 0.0, call(*draws[0])
-    for given in draws:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                out_TD = call(*given)
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return None
-        graphs.append(graph)
-        if len(graphs) == 1:
-            out_TD.fill_(float("nan"))
-            graph.replay()
-            off = error(out_TD, expected_TD.double())
-    turn = itertools.cycle(graphs)
-    return lambda: next(turn).replay(), off
-
-
-def medians(runs: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
-    """Of rounds that interleave the runs; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            taken = clock(runs[name])
-            if number:
-                seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def speed(
@@ -292,12 +202,21 @@ def layers(options: argparse.Namespace, part: str, device: torch.device) -> Iter
                 yield memory(experts, layer, tokens)
 
 
+def rows_of(part: str, options: argparse.Namespace, device: torch.device) -> Iterable[dict[str, Any]]:
+    if part == "model":
+        return gpu_model.measure(device, options.rounds)
+    if part == "bits":
+        return gpu_bits.measure(device, options.format, options.tokens, options.rounds)
+    return layers(options, part, device)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 2048, 8192])
     parser.add_argument("--plan", nargs="+", choices=list(layer_speed.plans()), default=list(layer_speed.plans()))
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), help="ways through the container")
+    parser.add_argument("--format", nargs="+", default=list(gpu_bits.FORMATS), help="number formats of the part bits")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program out")
     parser.add_argument("--out", type=Path, help="append the results to this file")
@@ -312,11 +231,11 @@ def main() -> int:
             if part == "memory" and device.type != "cuda":
                 continue
             rows = []
-            for row in gpu_model.measure(device, options.rounds) if part == "model" else layers(options, part, device):
+            for row in rows_of(part, options, device):
                 rows.append(row)
                 publish({"benchmark": f"gpu_{part}", "gpu": name} | row, torch.get_num_threads(), options.out)
                 wrong += row.get("wrong", ())
-            table = model_table(rows) if part == "model" else layer_table(rows)
+            table = {"model": model_table, "bits": bits_table}.get(part, layer_table)(rows)
             print(f"\n## {part}, {name}\n\n{table}\n", flush=True)
     for what in wrong:
         print(f"not within its limit: {what}", file=sys.stderr)

@@ -23,6 +23,22 @@ def layer_table(rows: list[Row]) -> str:
     return markdown(lines)
 
 
+def bits_table(rows: list[Row]) -> str:
+    """A row for each plan, number format and size; beside bfloat16, the times as fast and the share of its bytes."""
+    lines = [
+        ["plan", "format", "tokens", "MiB", "of bfloat16", "floor", "triton", "loop", "bfloat16", "as fast", "error"]
+    ]
+    for row in rows:
+        times, mib = row["contenders"], row["weights_mib"]
+        cells = [_time(times[name]) if name in times else "" for name in ("triton", "loop", "bfloat16")]
+        size, share = f"{mib['packed']:.0f}", f"{mib['packed'] / mib['bfloat16']:.2f}"
+        fast = f"{row['as_fast']:.2f}" if row["as_fast"] is not None else ""
+        error = ", ".join(f"{name} {off:.2g}" for name, off in row["error"].items())
+        about = [row["plan"], row["format"], str(row["tokens"]), size, share, f"{row['floor_ms']:.3g}"]
+        lines.append([*about, *cells, fast, error])
+    return markdown(lines)
+
+
 def _cells(row: Row) -> dict[str, str]:
     if "contenders" in row:
         return {name: _time(one) for name, one in row["contenders"].items()} | {"floor": f"{row['floor_ms']:.3g}"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from locum import kernels
 from locum.kernels import choice
 
 HERE = Path(__file__).parent
@@ -45,7 +46,8 @@ def test_the_kernels_in_the_interpreter():
 @needs_triton
 def test_the_kernels_compile_for_hopper():
     """Nothing spills, three programs of decoding fit a multiprocessor beside each other, prefill uses its tensor cores."""
-    found = [json.loads(line) for line in run(HERE / "triton_launches.py", interpret=False).splitlines()]
+    said = run(HERE / "triton_launches.py", "", "int8-g32", "int4-g32", interpret=False)
+    found = [json.loads(line) for line in said.splitlines()]
     assert {made["kernel"] for made in found} == {"_few", "_many", "_sort", "_find_units", "_sum_units", "_sum_tokens"}
     for made in found:
         assert made["stack"] == 0
@@ -75,6 +77,32 @@ def test_triton_serves_on_cuda_where_it_works(monkeypatch):
         monkeypatch.setattr(choice, "triton_is_there", lambda: False)
         assert choice.choose(cuda, bf16, 512, 64, True) == "grouped"
         assert choice.choose(cuda, bf16, 512, 64, False) == choice.LOOP
+
+
+def test_few_bits_go_by_triton_where_it_reads_them_right(monkeypatch, caplog):
+    cuda, bf16, few = torch.device("cuda"), torch.bfloat16, {"formats": ("int4-g32", "nvfp4")}
+    monkeypatch.setattr(choice, "triton_is_there", lambda: True)
+    monkeypatch.setattr(choice, "triton_reads", lambda format, dtype: format == "int4-g32" or dtype == bf16)
+    assert choice.choose(cuda, bf16, 8, 64, True, **few) == choice.LOOP  # gradients may be asked for
+    with torch.no_grad():
+        assert choice.choose(cuda, bf16, 2**20, 64, True, **few) == "triton"
+        assert choice.choose(cuda, torch.float16, 8, 64, True, **few) == choice.LOOP
+        monkeypatch.setattr(choice, "triton_is_there", lambda: False)
+        assert choice.choose(cuda, bf16, 8, 64, True, **few) == choice.LOOP
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [(lambda *_: "off by 3", "off by 3"), (lambda *_: 1 / 0, "ZeroDivisionError")]
+)
+def test_a_format_that_triton_reads_wrongly_is_told_once_and_not_served(made, said, monkeypatch, caplog):
+    ways = types.ModuleType("locum.kernels.triton_ways")
+    ways.fault = made
+    monkeypatch.setitem(sys.modules, "locum.kernels.triton_ways", ways)
+    monkeypatch.setattr(kernels, "triton_ways", ways, raising=False)
+    choice.triton_reads.cache_clear()
+    assert not any(choice.triton_reads("int4-g32", torch.bfloat16) for _ in range(2))
+    choice.triton_reads.cache_clear()
+    assert caplog.text.count("do not serve int4-g32 here") == 1 and said in caplog.text
 
 
 def test_the_table_has_ways_that_are_there():

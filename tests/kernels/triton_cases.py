@@ -11,10 +11,17 @@ import copy
 import pytest
 import torch
 
+from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
+from locum.experts.parts.constant import Constant
+from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.own_weights import OwnWeights
+from locum.experts.parts.shared_base import SharedBase
 from locum.experts.policies.main_with_vectors import MainWithVectors
-from locum.kernels import choice, triton_grouped
-from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
+from locum.formats.rows import is_packed, pack, row_format
+from locum.kernels import choice, triton_grouped, triton_ways
+from locum.kernels.packed import Packed, coding
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot, stand_in
 from making.containers import KINDS, assert_near, filled, relative_error, slow, swiglu
 from test_products import ROUNDING, D, container_of, routed_to, shape
 from triton_launches import launches_of, olmoe_layer
@@ -37,8 +44,16 @@ def random_pairs(rows, items, pairs):
     return item, torch.randint(rows, (pairs,), generator=generator).sort().values
 
 
-def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
-    """Views of wider tensors; nothing beside the rows is touched; the same call gives the same bits."""
+def packed(format, items, outputs, inputs, size=1.0):
+    """The lower half of random matrices in a number format; the last matrix is zero."""
+    generator, item = torch.Generator().manual_seed(3), row_format(format)
+    drawn = [torch.randn(2 * outputs, inputs, generator=generator) * size * (n < items - 1) for n in range(items)]
+    rows = torch.stack([pack(format, item.write(matrix)) for matrix in drawn])
+    return Packed(rows.to(DEVICE), format, (2 * outputs, inputs))[:, outputs:]
+
+
+def check(item, token, rows, items, outputs, inputs, dtype, way="triton", few=None):
+    """Views of wider tensors; nothing beside the rows is touched; the same call gives the same bits. `few`: in few bits."""
     generator, pairs = torch.Generator().manual_seed(0), len(item)
 
     def random(*sizes):
@@ -46,10 +61,13 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
 
     item, token, chosen = item.to(DEVICE), token.to(DEVICE), (item >= 0).to(DEVICE)[:, None]
     x, weight = random(rows, inputs + 8)[:, :inputs], random(items, 2 * outputs, inputs + 3)[:, outputs:, 3:]
+    numbers = weight.double()
+    if few is not None:
+        weight, numbers = few, few.numbers(dtype).double()
     wide = random(pairs, outputs + 9)
     before, here = wide.clone(), slice(3, 3 + outputs)
     choice.PRODUCTS[way]().add(wide[:, here], x, weight, item, token)
-    exact = torch.einsum("poi,pi->po", weight.double()[item], x.double()[token]) * chosen
+    exact = torch.einsum("poi,pi->po", numbers[item], x.double()[token]) * chosen
     assert_near(wide[:, here].double(), before[:, here].double() + exact, FORMATS[dtype])
     rest = torch.ones(outputs + 9, dtype=torch.bool)
     rest[here] = False
@@ -60,7 +78,7 @@ def check(item, token, rows, items, outputs, inputs, dtype, way="triton"):
     totals = [start.clone(), start.clone()]
     for total in totals:
         choice.PRODUCTS[way]().scatter(total[:, 5:], hidden, weight, item, token)
-    exact = torch.einsum("poi,pi->po", weight.double()[item], hidden.double()) * chosen
+    exact = torch.einsum("poi,pi->po", numbers[item], hidden.double()) * chosen
     assert_near(totals[0][:, 5:].double(), start[:, 5:].double().index_add(0, token, exact), FORMATS[dtype])
     assert torch.equal(totals[0][:, :5], start[:, :5])
     assert torch.equal(*totals)
@@ -121,6 +139,97 @@ def test_groups_are_pairs_by_item_and_units_by_token(case):
         assert first[start + len(fresh)] == end[n]
         assert [unit[p] for p in pairs] == [start + fresh.index(i) if i in fresh else -1 for i in range(len(pairs))]
         start = end[n]
+
+
+WHOLE = ("int8-g32", "int4-g32", "int4-g128-z", "int3-g32", "int2-g64-z")
+CODED = (*WHOLE, "int8-scaled", "fp8-scaled", "fp8-block", "mxfp4", "nvfp4", "nvfp4-modelopt")
+
+
+@pytest.mark.parametrize("format", CODED)
+def test_products_in_few_bits_equal_those_of_their_numbers(format, regime):
+    check(*random_pairs(5, 4, 11), 5, 4, 24, 160, torch.float32, few=packed(format, 4, 24, 160))
+
+
+@pytest.mark.parametrize("format", [*WHOLE, "fp8-block"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(13, 37), (1, 2), (150, 130)])
+def test_products_in_few_bits_of_any_size(format, outputs, inputs, regime):
+    """Groups that do not divide. An odd size may put scales where a device does not read them: then nothing serves."""
+    few = packed(format, 3, outputs, inputs)
+    if coding(format, *few.whole) is None:
+        assert format in ("int3-g32", "fp8-block")
+        return
+    check(*random_pairs(4, 3, 7), 4, 3, outputs, inputs, torch.float32, few=few)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", ["int8-g128", "int4-g32", "nvfp4"])
+def test_products_in_few_bits_with_narrow_rows(format, dtype, regime):
+    check(*random_pairs(4, 3, 9), 4, 3, 17, 352, dtype, few=packed(format, 3, 17, 352))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("format", ["int8-g32", "int4-g32", "int2-g32-z", "mxfp4"])
+def test_zero_tiny_and_huge_weights_in_few_bits(format, size, regime):
+    check(*random_pairs(4, 3, 7), 4, 3, 9, 64, torch.float32, few=packed(format, 3, 9, 64, size))
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int2-g64-z", "nvfp4"])
+def test_a_formats_trial_finds_what_is_wrong_and_nothing_else(format, monkeypatch):
+    monkeypatch.setattr(triton_grouped, "FEW_PAIRS", 20)
+    assert triton_ways.fault(format, torch.float32, DEVICE) == ""
+    right = Packed.coding.fget
+    monkeypatch.setattr(Packed, "coding", property(lambda self: right(self)._replace(scale_row=0)))
+    assert "12 pairs are off by" in triton_ways.fault(format, torch.float32, DEVICE)
+
+
+SLOTS = tuple(
+    Slot((part,) if other is None else (part, other))
+    for part, other in (
+        (OwnWeights(format="int4-g32"), None),
+        (OwnWeights(format="int8-g64"), LowRank(8, format="int4-g32")),
+        (LowRank(8, format="int4-g32"), Constant()),
+        (SharedBase(0, format="int4-g32"), LowRank(3)),
+        (SharedBase(0, format="int4-g32"), LowRank(8, format="int8-g32")),
+        (OwnWeights(), None),
+        (OwnWeights(format="fp8-scaled"), None),
+        (Constant(), None),
+    )
+)
+
+
+def few_bits_container(kind, dtype):
+    activate, has_gate, has_bias = KINDS[kind]
+    plan, sizes = LayerPlan("experts", SLOTS, (Base((3, 4), (0.5, 0.5)),)), shape(has_gate, has_bias)
+    generator = torch.Generator().manual_seed(1)
+    container = StandInExperts(Layout.of(plan, sizes), activate, dtype, "cpu")
+    container.requires_grad_(False)
+    for path, stack in container.paths:
+        for leaf, size in stack.kind.tensors(stack.variant, container.layout).items():
+            for row in getattr(container.stack(path), leaf):
+                drawn = torch.randn(size, generator=generator) * 0.4
+                packed = is_packed(stack.format, size)
+                row.copy_(pack(stack.format, row_format(stack.format).write(drawn)) if packed else drawn)
+    return container
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_container_in_few_bits_equals_rows_made_numbers(kind, regime):
+    """Cluster by cluster is held against weights written out in test_few_bits."""
+    container = few_bits_container(kind, torch.float32)
+    x, index, gates = routed_to(container, 5, 0, torch.float32, distinct=False)
+    container.way = choice.LOOP
+    with torch.no_grad():
+        expected = container(x, index, gates)
+    assert_near(on_device(container, x, index, gates), expected, 1e-5)
+
+
+def test_a_container_in_few_bits_compiles_without_a_graph_break():
+    container = few_bits_container("gpt_oss", torch.float32).to(DEVICE)
+    container.way = "triton op"
+    given = [tensor.to(DEVICE) for tensor in routed_to(container, 3, 1, torch.float32)]
+    compiled = torch.compile(container, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_near(compiled(*given), container(*given), 1e-6)
 
 
 def on_device(container, *given):

@@ -1,6 +1,7 @@
 """What the products of triton_grouped.py would launch, written down and compiled without a device.
 
-    python tests/kernels/triton_launches.py      compiles what a layer of OLMoE's shape launches for sm_90, a line of JSON each
+    python tests/kernels/triton_launches.py [FORMAT ...]     compiles what a layer of OLMoE's shape launches for sm_90, a line
+                                                             of JSON each; formats of its matrices, "" for bfloat16
 
 Nothing runs: tensors are on the meta device, which has no values to wait for.
 """
@@ -8,11 +9,14 @@ Nothing runs: tensors are on the meta device, which has no values to wait for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,11 +30,17 @@ from triton.compiler import ASTSource
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.kernels import triton_grouped
-from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
+from locum.plans.plan import KEPT, Base, LayerPlan, Slot, stand_in
 from locum.shapes import LayerShape
 
 KERNELS = ("_few", "_many", "_sort", "_find_units", "_sum_units", "_sum_tokens")
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {
+    torch.uint8: "*u8",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -63,10 +73,11 @@ def swiglu(pre_PG: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate_PF) * up_PF
 
 
-def olmoe_layer(replaced: int, rank: int) -> StandInExperts:
-    """64 experts of 2048 x 1024, the last of them replaced by three bases with adapters."""
+def olmoe_layer(replaced: int, rank: int, format: str = "") -> StandInExperts:
+    """64 experts of 2048 x 1024, the last of them replaced by three bases with adapters, all in a number format."""
     kept = 64 - replaced
     slots = (KEPT,) * kept + tuple(stand_in(e % 3, rank) for e in range(replaced))
+    slots = tuple(Slot(tuple(replace(part, format=format) for part in slot.parts)) for slot in slots)
     bases = tuple(Base((kept + b,), (1.0,)) for b in range(3)) if replaced else ()
     shape = LayerShape("experts", 64, 8, 2048, 1024, "router", "softmax", False)
     container = StandInExperts(Layout.of(LayerPlan("experts", slots, bases), shape), swiglu, torch.bfloat16, "meta")
@@ -105,15 +116,16 @@ def resources(launch: Launch) -> dict[str, Any]:
     return {"registers": registers, "stack": stack, "shared": made.metadata.shared, **found}
 
 
-def main() -> None:
+def main(formats: list[str]) -> None:
     seen = set()
-    for replaced, tokens in ((0, 1), (38, 16), (38, 2048)):
-        for launch in launches_of(olmoe_layer(replaced, 16), tokens):
+    for format, (replaced, tokens) in itertools.product(formats, ((0, 1), (38, 16), (38, 2048))):
+        for launch in launches_of(olmoe_layer(replaced, 16, format), tokens):
             numbers = tuple(value for value in launch.arguments if not isinstance(value, torch.Tensor))
             if (launch.kernel, numbers) not in seen:
                 seen.add((launch.kernel, numbers))
-                print(json.dumps({"kernel": launch.kernel, "tokens": tokens, **resources(launch)}), flush=True)
+                about = {"kernel": launch.kernel, "format": format, "tokens": tokens}
+                print(json.dumps(about | resources(launch)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or [""])

@@ -66,6 +66,19 @@ def test_a_way_that_is_wrong_is_named_and_fails(gpu, monkeypatch, capsys):
     assert run(gpu, monkeypatch, *arguments) == 1
 
 
+def test_containers_in_few_bits_are_right_and_timed(gpu, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    arguments = ("--device", "cpu", "--tokens", 9, "--part", "bits", "--rounds", 1)
+    assert run(gpu, monkeypatch, *arguments, "--format", "int4-g32", "nvfp4", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    whole = [("identity", "int4-g32"), ("pruned 50%", "int4-g32"), ("lightmoe 50%", "int4-g32"), ("identity", "nvfp4")]
+    assert [(row["plan"], row["format"]) for row in rows] == whole
+    for row in rows:
+        assert row["wrong"] == [] and 0 < row["error"]["loop"] < row["limit"] and row["contenders"]["loop"]["ms"] > 0
+    shown = capsys.readouterr().out
+    assert "## bits" in shown and "| pruned 50% | int4-g32 | 9 |" in shown
+
+
 @pytest.mark.journeys
 def test_whole_models_answer_the_same(gpu, monkeypatch, tmp_path):
     out = tmp_path / "gpu.jsonl"

@@ -8,8 +8,8 @@ a base are computed once however many of the base's members are selected, and so
 of their weighted hidden states. Other parts are added around them, per expert.
 
 There are two ways through it, and `kernels.choice` takes one by shape: all pairs at once, with shapes that do not depend on
-what was routed (here), and cluster by cluster (clusters.py), which every kind of part can go. What is in few bits goes that
-way too: it stays packed, and a row of it is numbers while it is multiplied with.
+what was routed (here), and cluster by cluster (clusters.py), which every kind of part can go. What is in few bits stays packed:
+some products read its bytes as they multiply (kernels/packed.py), else a row of it is numbers while it is multiplied with.
 
 Where a layer has a routing policy (experts/policies/), the policy first picks the experts that run and their inputs, which
 all experts of a token share. An index of -1 is an expert that does not run.
@@ -20,7 +20,7 @@ width, F expert width, G 2F with a gate and F without, X what the table holds of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.nn import functional
 from ..experts.parts.part import Part
 from ..experts.policies.policy import Routed, modulate
 from ..kernels import choice, native
+from ..kernels.packed import Packed, coding
 from ..kernels.products import Products
 from . import clusters
 from .layout import Layout, StackLayout
@@ -43,6 +44,31 @@ def is_swiglu(activate: Callable[[Tensor], Tensor]) -> bool:
     probe_PG = torch.randn(64, 64, generator=generator, device="cpu") * sizes_P1
     gate_PF, up_PF = probe_PG.chunk(2, dim=1)
     return torch.allclose(activate(probe_PG), functional.silu(gate_PF) * up_PF, rtol=1e-5, atol=0)
+
+
+class Held:
+    """Tensors by their names, as grouped products take them: those in few bits packed. A class that torch.compile knows."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | Packed]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    @classmethod
+    def of(cls, held: Any, stack: StackLayout, layout: Layout) -> Any:
+        """What holds a stack's tensors, where none is in few bits, as it is."""
+        if not stack.format:
+            return held
+        shapes, packed = stack.kind.tensors(stack.variant, layout), stack.packed(layout)
+        tensors = {leaf: getattr(held, leaf) for leaf in shapes}
+        return cls({n: Packed(t, stack.format, (*shapes[n],)) if n in packed else t for n, t in tensors.items()})
+
+
+def _is_known(stack: StackLayout, layout: Layout) -> bool:
+    """Whether a stack is of numbers, or in few bits that grouped products may know."""
+    if not stack.format:
+        return True
+    shapes = stack.kind.tensors(stack.variant, layout)
+    return all(coding(stack.format, *shapes[leaf]) is not None for leaf in stack.packed(layout))
 
 
 class StandInExperts(nn.Module):
@@ -73,11 +99,12 @@ class StandInExperts(nn.Module):
         self.clusters = clusters.clusters_of(layout)
         # No buffer: from_pretrained overwrites those that are in no file.
         self._table_XE = torch.tensor(self._places(), device="cpu")
-        self._at_once = all(stack.kind.at_once and not stack.format for stack in layout.stacks)
+        self._at_once = all(stack.kind.at_once and _is_known(stack, layout) for stack in layout.stacks)
         without = [dense < 0 for dense in layout.dense_of]
         products = [any(s.rows[e] >= 0 for s in layout.stacks if s.kind.has_products) for e in range(self.num_experts)]
         self._low_rank = 2 * sum(a and b for a, b in zip(without, products, strict=True)) > self.num_experts
         self._is_swiglu: bool | None = None  # not known yet
+        self._formats = layout.formats
         self._aligned = self._at_once and all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def _register(
@@ -124,15 +151,15 @@ class StandInExperts(nn.Module):
         if self._at_once and self.may_group(x_TD):
             pairs = routed.index_TM.numel()
             way = self.way or choice.choose(
-                x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank
+                x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank, self._formats
             )
         if way == choice.LOOP:
             return clusters.forward(self.terms(x_TD), routed).to(x_TD.dtype)
         return self._all_at_once(routed, choice.PRODUCTS[way]()).to(x_TD.dtype)
 
     def may_group(self, x_TD: Tensor) -> bool:
-        """Whether all pairs can go at once: products do not change number formats."""
-        return all(stack.dtype == x_TD.dtype for stack in self.stacks())
+        """Whether all pairs can go at once: products do not change number formats. Bytes are in none."""
+        return all(stack.dtype in (x_TD.dtype, torch.uint8) for stack in self.stacks())
 
     def terms(self, x_TD: Tensor) -> clusters.Terms:
         """What clusters.py computes with."""
@@ -186,7 +213,10 @@ class StandInExperts(nn.Module):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         held = self.held()
-        stacks = [(stack.kind, held[path], row_P) for (path, stack), row_P in zip(self.paths, row_XP, strict=True)]
+        stacks = [
+            (stack.kind, Held.of(held[path], stack, self.layout), row_P)
+            for (path, stack), row_P in zip(self.paths, row_XP, strict=True)
+        ]
         if self.post_expert_norm is None:
             self._add_products(total_TD, routed, stacks, token_P, weight_P1, way)
         else:  # outputs are normed one by one, so nothing can be summed before

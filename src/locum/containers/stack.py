@@ -49,7 +49,9 @@ class Stack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(self, self.leaves[0]).dtype
+        """Of its numbers; of bytes, where it has nothing else."""
+        dtypes = [getattr(self, leaf).dtype for leaf in self.leaves]
+        return next((dtype for dtype in dtypes if dtype != torch.uint8), torch.uint8)
 
 
 @dataclass(frozen=True)

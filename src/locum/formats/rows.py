@@ -52,7 +52,7 @@ def is_packed(format: str, shape: Shape) -> bool:
 
 def stored_shape(format: str, shape: Shape) -> Shape:
     """The shape of one row as a stack of this format has it. Raises OptionError where the format cannot hold it."""
-    return (_fields(format, shape)[-1].end,) if is_packed(format, shape) else shape
+    return (fields(format, shape)[-1].end,) if is_packed(format, shape) else shape
 
 
 def pack(format: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -65,19 +65,19 @@ def pack(format: str, parts: Mapping[str, Tensor]) -> Tensor:
 def unpack(format: str, packed: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     """The matrix of this shape that bytes stand for."""
     parts = {}
-    for part, kind, size, begin, end in _fields(format, shape):
+    for part, kind, size, begin, end in fields(format, shape):
         data = packed[begin:end]
         parts[part] = (data if kind.itemsize == 1 else data.clone()).view(kind).reshape(size)  # wider ones are aligned
     return row_format(format).read(parts)[:, : shape[1]].to(dtype)
 
 
 @functools.lru_cache(maxsize=512)
-def _fields(format: str, shape: Shape) -> tuple[Field, ...]:
-    """The parts in the order of the format, by writing a matrix that has no numbers."""
-    item, fields, end = row_format(format), [], 0
+def fields(format: str, shape: Shape) -> tuple[Field, ...]:
+    """Where the parts of a matrix lie, in the order of the format: by writing a matrix that has no numbers."""
+    item, found, end = row_format(format), [], 0
     parts = item.write(torch.empty(shape, device="meta"))
     for part in sorted(parts, key=item.parts.index):
         tensor = parts[part]
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        fields.append(Field(part, tensor.dtype, tuple(tensor.shape), begin, end))
-    return tuple(fields)
+        found.append(Field(part, tensor.dtype, tuple(tensor.shape), begin, end))
+    return tuple(found)

@@ -48,13 +48,21 @@ TRITON_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, pairs: int, experts: int, aligned: bool, low_rank: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    pairs: int,
+    experts: int,
+    aligned: bool,
+    low_rank: bool = False,
+    formats: tuple[str, ...] = (),
 ) -> str:
     """The way to make a layer's products: one of PRODUCTS, or LOOP.
 
     `aligned`: every row of every matrix has a multiple of 16 bytes, which torch's grouped product asks for. `low_rank`:
-    most experts have no dense row.
+    most experts have no dense row. `formats`: those of matrices in few bits.
     """
+    if formats:
+        return _for_few_bits(device, dtype, formats)
     if device.type == "cpu" and dtype in native.FORMATS and not torch.is_grad_enabled():
         if pairs <= (LOW_RANK_ROWS if low_rank else NATIVE_ROWS) * experts and native.available():
             return "native op" if torch.compiler.is_compiling() else "native"
@@ -63,6 +71,13 @@ def choose(
         return "triton op" if way == "triton" and torch.compiler.is_compiling() else way
     if pairs <= GATHERED_PAIRS and torch.compiler.is_compiling():
         return "gathered"
+    return LOOP
+
+
+def _for_few_bits(device: torch.device, dtype: torch.dtype, formats: tuple[str, ...]) -> str:
+    """The way where some matrices are bytes, which torch's own products cannot read."""
+    if device.type == "cuda" and _serves("triton", dtype, False) and all(triton_reads(one, dtype) for one in formats):
+        return "triton op" if torch.compiler.is_compiling() else "triton"
     return LOOP
 
 
@@ -89,10 +104,25 @@ def _triton_starts() -> bool:
         return False
 
 
-def by_triton(way: str) -> Products:
-    from . import triton_grouped
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_reads(format: str, dtype: torch.dtype) -> bool:
+    """Whether Triton's products with matrices in few bits are those with their numbers: tried once, for few pairs and many."""
+    try:
+        from . import triton_ways
 
-    return triton_grouped.PRODUCTS[way]()
+        wrong = triton_ways.fault(format, dtype)
+    except Exception as error:  # of any kind, as above
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        logger.warning("Triton's products do not serve %s here (%s): rows are made numbers one by one", format, wrong)
+    return not wrong
+
+
+def by_triton(way: str) -> Products:
+    from . import triton_ways
+
+    return triton_ways.PRODUCTS[way]()
 
 
 # Of each way, what makes its products for one forward call.

@@ -10,6 +10,8 @@ Rows of x are gathered as they are loaded, a unit's product is added to all of i
 `scatter` writes products down and adds them up token by token, always in the same order: no atomic additions, so the same
 call gives the same bits. For that, tokens must ascend, as they do in the container.
 
+Matrices may be in few bits (packed.py): a program then reads their bytes, and makes numbers of a tile of them at a time.
+
 Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs and I inputs of an item, M rows of a
 block, Y places in a stretch. In a kernel a letter is a stretch of its axis, and `x_row`, `x_column` and the like are
 strides, in numbers.
@@ -25,9 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .packed import Packed
 from .products import Products, Remembered
+from .triton_packed import decoded
 
 FEW_PAIRS = 512  # all items are held in registers
+Weights = Tensor | Packed  # [N, O, I]
 STRETCH = 1024  # numbers that a program which multiplies nothing takes at a time
 
 
@@ -71,21 +76,7 @@ def products() -> Products:
     return Products(functools.partial(add, groups), functools.partial(scatter, groups))
 
 
-# Under torch.compile: operators that it does not look into, each of which groups pairs for itself.
-@torch.library.custom_op("locum::triton_add", mutates_args=("y_PO",))
-def add_op(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    products().add(y_PO, x_XI, weight_NOI, item_P, token_P)
-
-
-@torch.library.custom_op("locum::triton_scatter", mutates_args=("y_TO",))
-def scatter_op(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    products().scatter(y_TO, x_PI, weight_NOI, item_P, token_P)
-
-
-PRODUCTS = {"triton": products, "triton op": lambda: Products(add_op, scatter_op)}
-
-
-def add(groups: Remembered, y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+def add(groups: Remembered, y_PO: Tensor, x_XI: Tensor, weight_NOI: Weights, item_P: Tensor, token_P: Tensor) -> None:
     if not len(item_P):
         return
     with torch.cuda.device_of(x_XI):
@@ -97,7 +88,7 @@ def add(groups: Remembered, y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item
 
 
 def scatter(
-    groups: Remembered, y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor
+    groups: Remembered, y_TO: Tensor, x_PI: Tensor, weight_NOI: Weights, item_P: Tensor, token_P: Tensor
 ) -> None:
     pairs, (_, outputs, inputs) = len(item_P), weight_NOI.shape
     if not pairs:
@@ -121,39 +112,57 @@ def scatter(
         )
 
 
-def _launch_few(y_PO: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor, adds: bool) -> None:
+def _launch_few(y_PO: Tensor, x: Tensor, weight_NOI: Weights, item_P: Tensor, token_P: Tensor, adds: bool) -> None:
     pairs, (_, outputs, inputs) = len(item_P), weight_NOI.shape
     tiles = FEW_TILES
     if pairs * outputs < 256 * tiles.outputs:  # fewer programs than keep a large GPU busy
         tiles = tiles._replace(outputs=16)
     _few[(pairs, triton.cdiv(outputs, tiles.outputs))](
-        *(y_PO, x, weight_NOI, item_P, token_P, pairs, outputs, inputs),
-        *(*y_PO.stride(), *x.stride(), *weight_NOI.stride()),
-        *(adds, triton.next_power_of_2(pairs), *_sizes(tiles, weight_NOI)),
+        *(y_PO, x, stored(weight_NOI), item_P, token_P, pairs, outputs, inputs),
+        *(*y_PO.stride(), *x.stride(), *places(weight_NOI)),
+        *(adds, triton.next_power_of_2(pairs), *_sizes(tiles, x, weight_NOI)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
 
 
-def _launch_many(y_PO: Tensor, x: Tensor, weight_NOI: Tensor, token_P: Tensor, found: Groups, adds: bool) -> None:
+def _launch_many(y_PO: Tensor, x: Tensor, weight_NOI: Weights, token_P: Tensor, found: Groups, adds: bool) -> None:
     pairs, (items, outputs, inputs) = len(token_P), weight_NOI.shape
     rows = pairs / max(items, EXPERTS)
     tiles = next(tiles for most, tiles in MANY_TILES if most is None or rows <= most)
     blocks = pairs // tiles.rows + min(items, pairs)  # as many as any routing needs
     _many[(blocks * triton.cdiv(outputs, tiles.outputs),)](
-        *(y_PO, x, weight_NOI, token_P, found.order_P, found.end_N, found.units_N, found.first_P),
-        *(items, outputs, inputs, *y_PO.stride(), *x.stride(), *weight_NOI.stride()),
-        *(adds, triton.next_power_of_2(items), *_sizes(tiles, weight_NOI)),
+        *(y_PO, x, stored(weight_NOI), token_P, found.order_P, found.end_N, found.units_N, found.first_P),
+        *(items, outputs, inputs, *y_PO.stride(), *x.stride(), *places(weight_NOI)),
+        *(adds, triton.next_power_of_2(items), *_sizes(tiles, x, weight_NOI)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
 
 
-def _sizes(tiles: Tiles, weight_NOI: Tensor) -> tuple[int, int, int, bool]:
-    inputs = min(tiles.inputs * 2 // weight_NOI.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), 16))
+def stored(weight_NOI: Weights) -> Tensor:
+    return weight_NOI.bytes_NY if isinstance(weight_NOI, Packed) else weight_NOI
+
+
+def places(weight_NOI: Weights) -> tuple[int, ...]:
+    """Strides of the items, outputs and inputs of a stack; then, in few bits, what lies where in the bytes of an item."""
+    if not isinstance(weight_NOI, Packed):
+        return (*weight_NOI.stride(), 0, 0, 0, 0, 0)
+    of = weight_NOI.coding
+    at = (weight_NOI.first, of.numbers_at, of.scales_at, of.more_at, of.scale_row)
+    return (weight_NOI.bytes_NY.stride(0), of.row, 1, *at)
+
+
+def _sizes(tiles: Tiles, x: Tensor, weight_NOI: Weights) -> tuple[int | bool | str, ...]:
+    """The sizes of tiles, whether numbers are made wide, and how they are coded, if they are."""
+    inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), 16))
     # Triton's interpreter keeps bfloat16 as integers and would multiply those.
-    interpreted = weight_NOI.device.type == "cpu" and weight_NOI.dtype == torch.bfloat16
-    return tiles.rows, tiles.outputs, inputs, interpreted
+    interpreted = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    coded = ("", "", "", 1, 1)
+    if isinstance(weight_NOI, Packed):
+        of = weight_NOI.coding
+        coded = (of.code, of.scale, of.more, of.group, of.block)
+    return tiles.rows, tiles.outputs, inputs, interpreted, *coded
 
 
 @triton.jit
@@ -165,22 +174,57 @@ def _multiply(
     output_O,
     w_output,
     w_input,
+    first,
+    numbers_at,
+    scales_at,
+    more_at,
+    scale_row,
     outputs,
     inputs,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     WIDEN: tl.constexpr,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    MORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Rows of x, each from its own address, times some outputs of one matrix; sums in float32."""
     input_I = tl.arange(0, INPUTS)
     x_MI = x_M[:, None] + input_I[None, :] * x_column
     weight_OI = weight + output_O[:, None] * w_output + input_I[None, :] * w_input
+    is_O = output_O < outputs
     sum_MO = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for i in range(0, inputs, INPUTS):
         is_I = i + input_I < inputs
         a_MI = tl.load(x_MI + i * x_column, mask=is_M[:, None] & is_I[None, :], other=0.0)
-        b_OI = tl.load(weight_OI + i * w_input, mask=(output_O < outputs)[:, None] & is_I[None, :], other=0.0)
+        if CODE == "":
+            b_OI = tl.load(weight_OI + i * w_input, mask=is_O[:, None] & is_I[None, :], other=0.0)
+        else:
+            b_OI = decoded(
+                weight,
+                output_O,
+                is_O,
+                i,
+                inputs,
+                first,
+                w_output,
+                numbers_at,
+                scales_at,
+                more_at,
+                scale_row,
+                CODE,
+                SCALE,
+                MORE,
+                GROUP,
+                BLOCK,
+                OUTPUTS,
+                INPUTS,
+            )
+            if not WIDEN:
+                b_OI = b_OI.to(a_MI.dtype)
         if WIDEN:
             a_MI = a_MI.to(tl.float32)
             b_OI = b_OI.to(tl.float32)
@@ -212,12 +256,22 @@ def _few(
     w_item,
     w_output,
     w_input,
+    first_row,
+    numbers_at,
+    scales_at,
+    more_at,
+    scale_row,
     ADDS: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     WIDEN: tl.constexpr,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    MORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """y[p] += weight[item[p]] x[token[p]] with ADDS, else y[p] = weight[item[p]] x[p]."""
     pair_P, lead = tl.arange(0, PAIRS), tl.program_id(0)
@@ -240,12 +294,22 @@ def _few(
         output_O,
         w_output,
         w_input,
+        first_row,
+        numbers_at,
+        scales_at,
+        more_at,
+        scale_row,
         outputs,
         inputs,
         ROWS,
         OUTPUTS,
         INPUTS,
         WIDEN,
+        CODE,
+        SCALE,
+        MORE,
+        GROUP,
+        BLOCK,
     )
     y_MO = y + pair_M[:, None] * y_row + output_O[None, :] * y_column
     _put(y_MO, sum_MO, is_M[:, None] & (output_O < outputs)[None, :], ADDS)
@@ -311,12 +375,22 @@ def _many(
     w_item,
     w_output,
     w_input,
+    first_row,
+    numbers_at,
+    scales_at,
+    more_at,
+    scale_row,
     ADDS: tl.constexpr,
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     WIDEN: tl.constexpr,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    MORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """y[p] += weight[item[p]] x[token[p]] with ADDS, else y[u] = weight[item of u] x[u], u a unit."""
     columns = tl.cdiv(outputs, OUTPUTS)
@@ -342,12 +416,22 @@ def _many(
         output_O,
         w_output,
         w_input,
+        first_row,
+        numbers_at,
+        scales_at,
+        more_at,
+        scale_row,
         outputs,
         inputs,
         ROWS,
         OUTPUTS,
         INPUTS,
         WIDEN,
+        CODE,
+        SCALE,
+        MORE,
+        GROUP,
+        BLOCK,
     )
     y_Y, is_I = y + output_O * y_column, output_O < outputs
     if ADDS:
