@@ -1,6 +1,6 @@
 """The container on a GPU: whether it is right, how fast it is, what memory it takes, and whether whole models run.
 
-    python -m benchmarks.speed.gpu [--part parity speed memory bits model] [--tokens 1 16 64 512 2048 8192] [--plan NAME ...]
+    python -m benchmarks.speed.gpu [--part parity speed memory bits tiles model] [--tokens 1 16 64 512 2048 8192] [--plan NAME ...]
                                    [--way NAME ...] [--rounds 9] [--device cuda] [--out results/gpu.jsonl]
 
 One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and every stock implementation:
@@ -10,6 +10,7 @@ One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and
              also replayed from a CUDA graph, which cannot be made of anything that waits for the device
     memory   most that a forward pass holds beyond weights and inputs
     bits     gpu_bits.py: containers in few bits, in some two minutes by `--part bits --tokens 1 16 512 --rounds 5`
+    tiles    gpu_bits.py: other sizes of what a program takes at a time; only where it is asked for
     model    gpu_model.py
 
 `floor` is the bytes of weights that the draws touch over the measured bandwidth, or their operations over the measured
@@ -45,7 +46,7 @@ from benchmarks.speed.gpu_clock import (
     replays,
     way_call,
 )
-from benchmarks.speed.gpu_tables import bits_table, layer_table, model_table
+from benchmarks.speed.gpu_tables import bits_table, layer_table, model_table, tiles_table
 from benchmarks.speed.timing import publish
 from locum.checkpoints.application import make_container
 from locum.containers.container import StandInExperts
@@ -60,7 +61,7 @@ PARITY_TOKENS = 2048  # at most
 GRAPH_TOKENS = 64  # at most
 WAITING = ("eager", choice.LOOP)  # no graph can be made of those
 COPIED = 2**31  # bytes of weights that may be gathered for pairs
-PARTS = ("parity", "speed", "memory", "bits", "model")
+PARTS = ("parity", "speed", "memory", "bits", "tiles", "model")
 WAYS = (choice.LOOP, "grouped", "gathered", "triton")
 
 
@@ -207,12 +208,14 @@ def rows_of(part: str, options: argparse.Namespace, device: torch.device) -> Ite
         return gpu_model.measure(device, options.rounds)
     if part == "bits":
         return gpu_bits.measure(device, options.format, options.tokens, options.rounds)
+    if part == "tiles":
+        return gpu_bits.tiles_of(device, options.format, options.tokens, options.rounds)
     return layers(options, part, device)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "tiles"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 2048, 8192])
     parser.add_argument("--plan", nargs="+", choices=list(layer_speed.plans()), default=list(layer_speed.plans()))
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), help="ways through the container")
@@ -228,14 +231,14 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "none"
     with torch.no_grad():
         for part in options.part:
-            if part == "memory" and device.type != "cuda":
+            if part in ("memory", "tiles") and device.type != "cuda":
                 continue
             rows = []
             for row in rows_of(part, options, device):
                 rows.append(row)
                 publish({"benchmark": f"gpu_{part}", "gpu": name} | row, torch.get_num_threads(), options.out)
                 wrong += row.get("wrong", ())
-            table = {"model": model_table, "bits": bits_table}.get(part, layer_table)(rows)
+            table = {"model": model_table, "bits": bits_table, "tiles": tiles_table}.get(part, layer_table)(rows)
             print(f"\n## {part}, {name}\n\n{table}\n", flush=True)
     for what in wrong:
         print(f"not within its limit: {what}", file=sys.stderr)

@@ -6,6 +6,8 @@ A layer of OLMoE's shape (layer.py): whole, half of its experts pruned, LightMoE
     loop       cluster by cluster, each row made numbers whenever it is needed: what serves where no product knows a format
     bfloat16   Triton's products of the same plan in bfloat16
 
+The part `tiles` tries other tiles than the usual ones for few tokens.
+
 `error` is against float64 with the numbers that the bytes stand for. `as_fast` is bfloat16's time over triton's, of graphs
 where there are any. `floor` is the bytes of weights that the draws touch, scales included, over the measured bandwidth, or
 their operations over the measured rate, whichever takes longer.
@@ -47,6 +49,8 @@ FORMATS = ("int4-g32", "int8-g32", "int4-g128", "fp8-scaled", "nvfp4", "mxfp4", 
 THROUGHOUT = ("int4-g32", "int8-g32")  # tried with every plan; the others with the whole layer
 GRAPH_TOKENS = 64  # at most
 MOST_TOKENS = 2048
+# Rows, outputs and inputs of a tile, warps, stages: tried beside the usual ones by the part tiles.
+TILES = ((16, 32, 128, 4, 4), (16, 16, 256, 2, 4), (16, 64, 256, 8, 3), (16, 32, 512, 8, 3), (16, 32, 256, 4, 6))
 DISTINCT = 4  # rows of a stack that are written; the others are copies, in bytes of their own
 
 
@@ -179,6 +183,37 @@ def row_of(pair: Pair, tokens: int, rounds: int, clock: Clock, machine: tuple[fl
         "rate_tflop_s": round(machine[1] / 1e12, 1),
         "wrong": wrong,
     }
+
+
+def tiles_of(
+    device: torch.device, formats: Sequence[str], sizes: Sequence[int], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """What tiles of a program that decodes cost, the layer being whole: replays of graphs, in milliseconds."""
+    from locum.kernels import triton_grouped  # which needs Triton
+
+    clock, usual = Clock(device), triton_grouped.FEW_PACKED
+    machine = limits(clock, device)
+    activate = canonical_activation(layer_speed.stock_layer("meta"))
+    for format in [format for format in formats if format in THROUGHOUT]:
+        pair = pair_of("identity", format, activate, device)
+        for tokens in [tokens for tokens in sizes if tokens <= GRAPH_TOKENS]:
+            draws, call = draws_of(pair.plan, tokens, device), way_call(pair.packed, "triton")
+            exact_TD, made, error = exact_of(pair.packed, draws[0]), {}, {}
+            for tiles in [usual, *TILES]:
+                name = " ".join(map(str, tiles))
+                triton_grouped.FEW_PACKED = triton_grouped.Tiles(*tiles)
+                error[name] = attempted(call, draws[0], exact_TD)
+                if not math.isnan(error[name]) and (graph := replays(call, draws)) is not None:
+                    made[name] = graph[0]
+            triton_grouped.FEW_PACKED = usual
+            yield {
+                "plan": "identity",
+                "format": format,
+                "tokens": tokens,
+                "floor_ms": round(floor_of(pair.packed, draws, machine)[0] * 1e3, 4),
+                "tiles_ms": {name: round(taken * 1e3, 4) for name, taken in medians(made, rounds, clock).items()},
+                "wrong": [f"{format}, tiles {n}" for n, off in error.items() if not off < TOLERANCE[torch.bfloat16]],
+            }
 
 
 def measure(

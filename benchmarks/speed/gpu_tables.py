@@ -39,6 +39,15 @@ def bits_table(rows: list[Row]) -> str:
     return markdown(lines)
 
 
+def tiles_table(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["tiles_ms"]))
+    lines = [["format", "tokens", "floor", *names]]
+    for row in rows:
+        about = [row["format"], str(row["tokens"]), f"{row['floor_ms']:.3g}"]
+        lines.append([*about, *(f"{row['tiles_ms'][n]:.3g}" if n in row["tiles_ms"] else "" for n in names)])
+    return markdown(lines)
+
+
 def _cells(row: Row) -> dict[str, str]:
     if "contenders" in row:
         return {name: _time(one) for name, one in row["contenders"].items()} | {"floor": f"{row['floor_ms']:.3g}"}

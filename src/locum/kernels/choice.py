@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import native
+from . import few_bits, native
 from .grouped import gathered_add, gathered_scatter, grouped
 from .products import Products
 
@@ -30,6 +30,15 @@ NATIVE_ROWS = 64  # the most rows per expert, on average
 # Low-rank experts make twice as many products, of half the size or less: with mean rank 512, 256 rows per expert took 600
 # ms against 881 in the loop, 768 rows 2294 against 1740.
 LOW_RANK_ROWS = 384
+# Matrices in few bits, read as they are (few_bits.cpp) or made numbers one by one (loop): milliseconds of the core's time on an EPYC
+# with AVX2 alone, shared with other work, fastest of three; 16 experts of 2048 x 1024, top-4, in bfloat16. Numbers are ahead of both.
+#   tokens              1     4    16    64
+#   int4-g32, read     16    45   137   337
+#   int4-g32, loop    130   593   905  1284
+#   int8-g32, read     21    73   173   429
+#   int8-g32, loop     89   531   659  1249
+#   bfloat16, loop      9    32   114   382
+FEW_BITS_ROWS = 16  # more were not measured
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
 GATHERED_PAIRS = 64
 LOOP = "loop"
@@ -62,7 +71,7 @@ def choose(
     most experts have no dense row. `formats`: those of matrices in few bits.
     """
     if formats:
-        return _for_few_bits(device, dtype, formats)
+        return _for_few_bits(device, dtype, pairs, experts, formats)
     if device.type == "cpu" and dtype in native.FORMATS and not torch.is_grad_enabled():
         if pairs <= (LOW_RANK_ROWS if low_rank else NATIVE_ROWS) * experts and native.available():
             return "native op" if torch.compiler.is_compiling() else "native"
@@ -74,8 +83,11 @@ def choose(
     return LOOP
 
 
-def _for_few_bits(device: torch.device, dtype: torch.dtype, formats: tuple[str, ...]) -> str:
+def _for_few_bits(device: torch.device, dtype: torch.dtype, pairs: int, experts: int, formats: tuple[str, ...]) -> str:
     """The way where some matrices are bytes, which torch's own products cannot read."""
+    if device.type == "cpu" and dtype in few_bits.FORMATS and not torch.is_grad_enabled():
+        few = pairs <= FEW_BITS_ROWS * experts and not torch.compiler.is_compiling()
+        return "few bits" if few and all(map(few_bits.reads, formats)) else LOOP
     if device.type == "cuda" and _serves("triton", dtype, False) and all(triton_reads(one, dtype) for one in formats):
         return "triton op" if torch.compiler.is_compiling() else "triton"
     return LOOP
@@ -130,6 +142,7 @@ NATIVE = Products(native.add_, native.scatter_)
 PRODUCTS: dict[str, Callable[[], Products]] = {
     "native": lambda: NATIVE,
     "native op": lambda: Products(native.add_op, native.scatter_op),
+    "few bits": lambda: few_bits.PRODUCTS,
     "grouped": grouped,
     "gathered": lambda: Products(gathered_add, gathered_scatter),
     "triton": lambda: by_triton("triton"),

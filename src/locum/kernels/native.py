@@ -62,7 +62,7 @@ def gated(x_XI: Tensor, weight_NGI: Tensor, scale_P1: Tensor, item_P: Tensor, to
 def spread_(y_TO: Tensor, x_PO: Tensor, token_P: Tensor) -> None:
     """y[token[p]] += x[p], y in float32."""
     x_PO = x_PO if x_PO.stride(1) == 1 else x_PO.contiguous()
-    _check((y_TO, torch.float32), (x_PO, x_PO.dtype), (token_P, torch.int64))
+    check((y_TO, torch.float32), (x_PO, x_PO.dtype), (token_P, torch.int64))
     getattr(library(), f"locum_spread_{FORMATS[x_PO.dtype]}")(
         *(x_PO.data_ptr(), x_PO.stride(0), token_P.data_ptr(), y_TO.data_ptr(), y_TO.stride(0)),
         *(*x_PO.shape, torch.get_num_threads()),
@@ -73,14 +73,14 @@ def swiglu(x_PG: Tensor, scale_P1: Tensor) -> Tensor:
     """scale[p] silu(x[p, :F]) x[p, F:], rounded once; [P, F]."""
     x_PG = x_PG if x_PG.stride(1) == 1 else x_PG.contiguous()
     y_PF, scale_P = x_PG.new_empty(len(x_PG), x_PG.shape[1] // 2), scale_P1.flatten().float().contiguous()
-    _check((x_PG, x_PG.dtype), (scale_P, torch.float32))
+    check((x_PG, x_PG.dtype), (scale_P, torch.float32))
     getattr(library(), f"locum_swiglu_{FORMATS[x_PG.dtype]}")(
         *(x_PG.data_ptr(), x_PG.stride(0), scale_P.data_ptr(), y_PF.data_ptr(), *y_PF.shape, torch.get_num_threads())
     )
     return y_PF
 
 
-def _check(*tensors: tuple[Tensor, torch.dtype]) -> None:
+def check(*tensors: tuple[Tensor, torch.dtype]) -> None:
     """Refuse what has no numbers in this process's memory, or others than these: C++ would read what it finds there."""
     for tensor, dtype in tensors:
         there = tensor.device.type == "cpu" and tensor.stride()[-1:] in ((), (1,))
@@ -99,7 +99,7 @@ def _call(
     x = x if x.stride(1) == 1 else x.contiguous()
     weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
     of_y = torch.float32 if name == "scatter" else x.dtype
-    _check((y, of_y), (x, x.dtype), (weight_NOI, x.dtype), (item_P, torch.int64), (token_P, torch.int64))
+    check((y, of_y), (x, x.dtype), (weight_NOI, x.dtype), (item_P, torch.int64), (token_P, torch.int64))
     getattr(library(), f"locum_{name}_{FORMATS[x.dtype]}")(
         *(x.data_ptr(), x.stride(0), weight_NOI.data_ptr(), weight_NOI.stride(0)),
         *(item_P.data_ptr(), token_P.data_ptr(), None if scale_P is None else scale_P.data_ptr()),
@@ -123,17 +123,21 @@ def available() -> bool:
     return library() is not None
 
 
+def compiler() -> str | None:
+    """The machine's C++ compiler."""
+    found = shutil.which(os.environ.get("CXX") or "c++")
+    return found if found is None or os.path.isabs(found) else None  # of the current folder, which may be anybody's
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled products, or None, with the reason in the log, where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if compiler is not None and not os.path.isabs(compiler):  # found in the current folder, which may be anybody's
-        compiler = None
-    if not torch.cpu._is_avx512_bf16_supported() or compiler is None:
-        logger.info("torch's own products are used: %s", "no C++ compiler" if compiler is None else "no avx512_bf16")
+    found = compiler()
+    if not torch.cpu._is_avx512_bf16_supported() or found is None:
+        logger.info("torch's own products are used: %s", "no C++ compiler" if found is None else "no avx512_bf16")
         return None
     try:
-        return load(compile_source(compiler))
+        return load(compile_source(found))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning("Locum's faster products did not compile, torch's own are used: %s", error)
         return None
@@ -147,16 +151,17 @@ def load(file: Path) -> ctypes.CDLL:
     return found
 
 
-def compile_source(compiler: str) -> Path:
+def compile_source(compiler: str, source: Path = SOURCE, flags: tuple[str, ...] | None = None) -> Path:
     """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
+    flags = FLAGS if flags is None else flags
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(flags).encode(), version])).hexdigest()[:16]
     folder = own_folder("kernels")
     file = folder / f"products-{key}.so"
     if not only_ours(file):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may compile it too
             made = Path(scratch) / file.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, text=True)
+            subprocess.run([compiler, *flags, str(source), "-o", str(made)], capture_output=True, check=True, text=True)
             made.chmod(0o700)
             made.replace(file)
     return file

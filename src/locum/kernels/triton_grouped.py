@@ -46,6 +46,7 @@ class Tiles(NamedTuple):
 
 # By the most rows per item, on average. Not measured yet: `make gpu` is where they will be.
 FEW_TILES = Tiles(16, 32, 128, 4, 4)
+FEW_PACKED = Tiles(16, 32, 256, 4, 4)  # a thread has two scales of a tile: fewer bytes could not be fetched ahead
 MANY_TILES = (
     (16, Tiles(16, 64, 128, 4, 4)),
     (64, Tiles(64, 128, 64, 4, 4)),
@@ -114,9 +115,10 @@ def scatter(
 
 def _launch_few(y_PO: Tensor, x: Tensor, weight_NOI: Weights, item_P: Tensor, token_P: Tensor, adds: bool) -> None:
     pairs, (_, outputs, inputs) = len(item_P), weight_NOI.shape
-    tiles = FEW_TILES
+    packed = isinstance(weight_NOI, Packed)
+    tiles = FEW_PACKED if packed else FEW_TILES
     if pairs * outputs < 256 * tiles.outputs:  # fewer programs than keep a large GPU busy
-        tiles = tiles._replace(outputs=16)
+        tiles = tiles._replace(outputs=16, warps=tiles.warps // 2 if packed else tiles.warps)
     _few[(pairs, triton.cdiv(outputs, tiles.outputs))](
         *(y_PO, x, stored(weight_NOI), item_P, token_P, pairs, outputs, inputs),
         *(*y_PO.stride(), *x.stride(), *places(weight_NOI)),
@@ -158,10 +160,10 @@ def _sizes(tiles: Tiles, x: Tensor, weight_NOI: Weights) -> tuple[int | bool | s
     inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), 16))
     # Triton's interpreter keeps bfloat16 as integers and would multiply those.
     interpreted = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    coded = ("", "", "", 1, 1)
+    coded = ("", "", "", 1, 1, True)
     if isinstance(weight_NOI, Packed):
         of = weight_NOI.coding
-        coded = (of.code, of.scale, of.more, of.group, of.block)
+        coded = (of.code, of.scale, of.more, of.group, of.block, weight_NOI.shape[2] % inputs == 0)
     return tiles.rows, tiles.outputs, inputs, interpreted, *coded
 
 
@@ -190,6 +192,7 @@ def _multiply(
     MORE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Rows of x, each from its own address, times some outputs of one matrix; sums in float32."""
     input_I = tl.arange(0, INPUTS)
@@ -222,6 +225,7 @@ def _multiply(
                 BLOCK,
                 OUTPUTS,
                 INPUTS,
+                EVEN,
             )
             if not WIDEN:
                 b_OI = b_OI.to(a_MI.dtype)
@@ -272,6 +276,7 @@ def _few(
     MORE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """y[p] += weight[item[p]] x[token[p]] with ADDS, else y[p] = weight[item[p]] x[p]."""
     pair_P, lead = tl.arange(0, PAIRS), tl.program_id(0)
@@ -310,6 +315,7 @@ def _few(
         MORE,
         GROUP,
         BLOCK,
+        EVEN,
     )
     y_MO = y + pair_M[:, None] * y_row + output_O[None, :] * y_column
     _put(y_MO, sum_MO, is_M[:, None] & (output_O < outputs)[None, :], ADDS)
@@ -391,6 +397,7 @@ def _many(
     MORE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """y[p] += weight[item[p]] x[token[p]] with ADDS, else y[u] = weight[item of u] x[u], u a unit."""
     columns = tl.cdiv(outputs, OUTPUTS)
@@ -432,6 +439,7 @@ def _many(
         MORE,
         GROUP,
         BLOCK,
+        EVEN,
     )
     y_Y, is_I = y + output_O * y_column, output_O < outputs
     if ADDS:

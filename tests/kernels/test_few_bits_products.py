@@ -1,0 +1,152 @@
+"""The processor's products with matrices in few bits, against float64 with the numbers that their bytes stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from locum.containers.container import StandInExperts
+from locum.containers.layout import Layout
+from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.own_weights import OwnWeights
+from locum.formats.rows import is_packed, pack, row_format
+from locum.kernels import choice, few_bits, native
+from locum.kernels.packed import Packed, coding
+from locum.plans.plan import LayerPlan, Slot
+from locum.shapes import LayerShape
+from making.containers import KINDS, assert_near, routing
+
+D, E, F = 36, 6, 20  # groups do not divide them
+READ = ("int4-g32", "int4-g64-z", "int4-g128", "int8-g32", "int8-g64-z")
+needs_library = pytest.mark.skipif(few_bits.library() is None, reason="no C++ compiler or no AVX2")
+
+
+def stack(format, items, outputs, inputs, size=1.0):
+    """The lower halves of random matrices; the last of them is zero."""
+    item, generator = row_format(format), torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2 * outputs, inputs, generator=generator) * size * (n < items - 1) for n in range(items)]
+    return Packed(torch.stack([pack(format, item.write(x)) for x in drawn]), format, (2 * outputs, inputs))[:, outputs:]
+
+
+@needs_library
+@pytest.mark.parametrize("format", READ)
+@pytest.mark.parametrize(
+    ("rows", "items", "outputs", "inputs", "pairs"),
+    [(5, 4, 40, 96, 23), (4, 3, 13, 37, 9), (2, 2, 1, 2, 5), (1, 1, 70, 257, 1), (3, 2, 5, 8, 0)],
+)
+@pytest.mark.parametrize("dtype", few_bits.FORMATS)
+def test_products_equal_float64(format, rows, items, outputs, inputs, pairs, dtype, monkeypatch):
+    """Some pairs are left out, some are alike, some items have none; nothing beside the rows is touched."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    generator = torch.Generator().manual_seed(pairs)
+    item = torch.randint(-1, items, (pairs,), generator=generator)
+    token = torch.randint(rows, (pairs,), generator=generator).sort().values
+    weight = stack(format, items, outputs, inputs)
+    numbers = weight.numbers(torch.float64)[item] * (item >= 0)[:, None, None]
+    x = torch.randn(rows, inputs + 3, generator=generator).to(dtype)[:, :inputs]
+    wide = torch.randn(pairs, outputs + 2, generator=generator).to(dtype)
+    before, relative = wide.clone(), {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    few_bits.add_(wide[:, 1:-1], x, weight, item, token)
+    exact = before[:, 1:-1].double() + torch.einsum("poi,pi->po", numbers, x[token].double())
+    assert_near(wide[:, 1:-1].double(), exact, relative)
+    assert torch.equal(wide[:, [0, -1]], before[:, [0, -1]]) and torch.equal(wide[item < 0], before[item < 0])
+    hidden, total = torch.randn(pairs, inputs, generator=generator).to(dtype), torch.ones(rows, outputs)
+    few_bits.scatter_(total, hidden, weight, item, token)
+    exact = torch.einsum("poi,pi->po", numbers, hidden.double())
+    assert_near(total.double(), torch.ones(rows, outputs).double().index_add(0, token, exact), 1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("format", ["int4-g32", "int8-g32", "int4-g64-z"])
+def test_zero_tiny_and_huge_weights(format, size):
+    weight, y = stack(format, 2, 9, 64, size), torch.zeros(1, 9)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    few_bits.add_(y, x, weight, torch.tensor([0]), torch.tensor([0]))
+    assert_near(y.double(), x.double() @ weight.numbers(torch.float64)[0].T, 1e-5)
+    assert bool(y.any()) == (size > 0)
+
+
+def container_of(kind, slots):
+    activate, has_gate, has_bias = KINDS[kind]
+    shape = LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+    container = StandInExperts(Layout.of(LayerPlan("experts", slots), shape), activate, torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    container.requires_grad_(False)
+    for path, of in container.paths:
+        for leaf, size in of.kind.tensors(of.variant, container.layout).items():
+            for row in getattr(container.stack(path), leaf):
+                drawn = torch.randn(size, generator=generator) * 0.4
+                made = is_packed(of.format, size)
+                row.copy_(pack(of.format, row_format(of.format).write(drawn)) if made else drawn)
+    return container
+
+
+SLOTS = (
+    Slot((OwnWeights(format="int4-g32"),)),
+    Slot((OwnWeights(format="int8-g64"), LowRank(4, format="int4-g32"))),
+    Slot((LowRank(4, format="int4-g32"),)),
+    Slot((OwnWeights(format="int4-g32"), LowRank(3))),
+    Slot((OwnWeights(),)),
+    Slot((OwnWeights(format="int4-g32"),)),
+)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_container_equals_rows_made_numbers(kind):
+    """Cluster by cluster is held against weights written out in test_few_bits."""
+    container, found = container_of(kind, SLOTS), {}
+    x, (_, index, gates) = torch.randn(7, D, generator=torch.Generator().manual_seed(2)), routing(E, 7, 3)
+    for container.way in (choice.LOOP, "few bits"):
+        with torch.no_grad():
+            found[container.way] = container(x, index, gates)
+    assert_near(found["few bits"], found[choice.LOOP], 1e-5)
+
+
+def test_few_tokens_without_gradients_are_served(monkeypatch):
+    container, calls = container_of("swiglu", SLOTS), []
+    container.activate = lambda pre: calls.append(len(pre)) or KINDS["swiglu"][0](pre)
+    x, (_, index, gates) = torch.randn(7, D), routing(E, 7, 3)
+    container(x, index, gates)
+    assert len(calls) > 1  # cluster by cluster: gradients may be asked for
+    calls.clear()
+    with torch.no_grad():
+        container(x, index, gates)
+        assert (calls == [21]) is (few_bits.library() is not None)
+        monkeypatch.setattr(choice, "FEW_BITS_ROWS", 1)
+        calls.clear()
+        container(x, index, gates)
+    assert len(calls) > 1
+
+
+def test_what_serves_is_chosen_by_format_and_size(monkeypatch):
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    monkeypatch.setattr(few_bits, "library", lambda: object())
+    with torch.no_grad():
+        few = 64 * choice.FEW_BITS_ROWS
+        assert choice.choose(cpu, bf16, few, 64, True, formats=("int4-g32", "int8-g64-z")) == "few bits"
+        assert choice.choose(cpu, bf16, few + 1, 64, True, formats=("int4-g32",)) == choice.LOOP
+        assert choice.choose(cpu, bf16, 8, 64, True, formats=("int4-g32", "int3-g32")) == choice.LOOP
+        assert choice.choose(cpu, torch.float64, 8, 64, True, formats=("int4-g32",)) == choice.LOOP
+        monkeypatch.setattr(few_bits, "library", lambda: None)
+        assert choice.choose(cpu, bf16, 8, 64, True, formats=("int4-g32",)) == choice.LOOP
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "known"),
+    [
+        *(("int4-g32", 40, True), ("int3-g32", 48, True), ("int3-g32", 40, False)),
+        *(("fp8-block", 40, True), ("fp8-block", 41, False), ("nvfp4", 48, False), ("int8-packed", 48, False)),
+    ],
+)
+def test_a_format_whose_scales_a_device_could_not_read_is_none_that_products_know(format, columns, known):
+    """Of 13 rows: codes of an odd count of bytes before scales of two, or matrices that are no multiple of four."""
+    assert (coding(format, 13, columns) is not None) is known
+
+
+def test_without_a_compiler_nothing_serves(monkeypatch, caplog):
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    with caplog.at_level("INFO"):
+        assert few_bits.library.__wrapped__() is None
+    assert "made numbers one by one: no C++ compiler" in caplog.text
