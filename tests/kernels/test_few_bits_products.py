@@ -137,7 +137,7 @@ def test_what_serves_is_chosen_by_format_and_size(monkeypatch):
     ("format", "columns", "known"),
     [
         *(("int4-g32", 40, True), ("int3-g32", 48, True), ("int3-g32", 40, False)),
-        *(("fp8-block", 40, True), ("fp8-block", 41, False), ("nvfp4", 48, False), ("int8-packed", 48, False)),
+        *(("fp8-block", 40, True), ("fp8-block", 41, False), ("nvfp4", 48, False), ("int-packed", 48, False)),
     ],
 )
 def test_a_format_whose_scales_a_device_could_not_read_is_none_that_products_know(format, columns, known):
