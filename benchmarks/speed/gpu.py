@@ -9,7 +9,8 @@ One layer of OLMoE-1B-7B's shape (layer.py), every way through the container and
     speed    medians of interleaved rounds, by the device's own events, its cache overwritten before each; at decoding sizes
              also replayed from a CUDA graph, which cannot be made of anything that waits for the device
     memory   most that a forward pass holds beyond weights and inputs
-    bits     gpu_bits.py: containers in few bits, in some two minutes by `--part bits --tokens 1 16 512 --rounds 5`
+    bits     gpu_bits.py: containers in few bits, the short of it by
+             `--part bits --tokens 1 16 512 --format int4-g32 int8-g32 --rounds 5`
     tiles    gpu_bits.py: other sizes of what a program takes at a time; only where it is asked for
     model    gpu_model.py
 

@@ -66,6 +66,7 @@ def test_a_way_that_is_wrong_is_named_and_fails(gpu, monkeypatch, capsys):
     assert run(gpu, monkeypatch, *arguments) == 1
 
 
+@pytest.mark.journeys
 def test_containers_in_few_bits_are_right_and_timed(gpu, monkeypatch, capsys, tmp_path):
     out = tmp_path / "gpu.jsonl"
     arguments = ("--device", "cpu", "--tokens", 9, "--part", "bits", "--rounds", 1)
