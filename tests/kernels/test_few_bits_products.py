@@ -11,7 +11,7 @@ from locum.experts.parts.low_rank import LowRank
 from locum.experts.parts.own_weights import OwnWeights
 from locum.formats.rows import is_packed, pack, row_format
 from locum.kernels import choice, few_bits, native
-from locum.kernels.packed import Packed, coding
+from locum.kernels.packed import Matrices, Packed, coding
 from locum.plans.plan import LayerPlan, Slot
 from locum.shapes import LayerShape
 from making.containers import KINDS, assert_near, routing
@@ -120,17 +120,21 @@ def test_few_tokens_without_gradients_are_served(monkeypatch):
     assert len(calls) > 1
 
 
+def kinds(*formats: str) -> tuple[Matrices, ...]:
+    return tuple(Matrices(format, 64, 32) for format in formats)
+
+
 def test_what_serves_is_chosen_by_format_and_size(monkeypatch):
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     monkeypatch.setattr(few_bits, "library", lambda: object())
     with torch.no_grad():
         few = 64 * choice.FEW_BITS_ROWS
-        assert choice.choose(cpu, bf16, few, 64, True, formats=("int4-g32", "int8-g64-z")) == "few bits"
-        assert choice.choose(cpu, bf16, few + 1, 64, True, formats=("int4-g32",)) == choice.LOOP
-        assert choice.choose(cpu, bf16, 8, 64, True, formats=("int4-g32", "int3-g32")) == choice.LOOP
-        assert choice.choose(cpu, torch.float64, 8, 64, True, formats=("int4-g32",)) == choice.LOOP
+        assert choice.choose(cpu, bf16, few, 64, True, in_few_bits=kinds("int4-g32", "int8-g64-z")) == "few bits"
+        assert choice.choose(cpu, bf16, few + 1, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
+        assert choice.choose(cpu, bf16, 8, 64, True, in_few_bits=kinds("int4-g32", "int3-g32")) == choice.LOOP
+        assert choice.choose(cpu, torch.float64, 8, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
         monkeypatch.setattr(few_bits, "library", lambda: None)
-        assert choice.choose(cpu, bf16, 8, 64, True, formats=("int4-g32",)) == choice.LOOP
+        assert choice.choose(cpu, bf16, 8, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 
 from locum import kernels
 from locum.kernels import choice
+from locum.kernels.packed import Matrices
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -80,9 +81,13 @@ def test_triton_serves_on_cuda_where_it_works(monkeypatch):
 
 
 def test_few_bits_go_by_triton_where_it_reads_them_right(monkeypatch, caplog):
-    cuda, bf16, few = torch.device("cuda"), torch.bfloat16, {"formats": ("int4-g32", "nvfp4")}
+    cuda, bf16, few = (
+        torch.device("cuda"),
+        torch.bfloat16,
+        {"in_few_bits": (Matrices("int4-g32", 64, 32), Matrices("nvfp4", 32, 64))},
+    )
     monkeypatch.setattr(choice, "triton_is_there", lambda: True)
-    monkeypatch.setattr(choice, "triton_reads", lambda format, dtype: format == "int4-g32" or dtype == bf16)
+    monkeypatch.setattr(choice, "triton_reads", lambda kind, dtype: kind.format == "int4-g32" or dtype == bf16)
     assert choice.choose(cuda, bf16, 8, 64, True, **few) == choice.LOOP  # gradients may be asked for
     with torch.no_grad():
         assert choice.choose(cuda, bf16, 2**20, 64, True, **few) == "triton"
@@ -100,9 +105,9 @@ def test_a_format_that_triton_reads_wrongly_is_told_once_and_not_served(made, sa
     monkeypatch.setitem(sys.modules, "locum.kernels.triton_ways", ways)
     monkeypatch.setattr(kernels, "triton_ways", ways, raising=False)
     choice.triton_reads.cache_clear()
-    assert not any(choice.triton_reads("int4-g32", torch.bfloat16) for _ in range(2))
+    assert not any(choice.triton_reads(Matrices("int4-g32", 64, 32), torch.bfloat16) for _ in range(2))
     choice.triton_reads.cache_clear()
-    assert caplog.text.count("do not serve int4-g32 here") == 1 and said in caplog.text
+    assert caplog.text.count("do not serve int4-g32 of 64 x 32 here") == 1 and said in caplog.text
 
 
 def test_the_table_has_ways_that_are_there():

@@ -30,7 +30,7 @@ from torch.nn import functional
 from ..experts.parts.part import Part
 from ..experts.policies.policy import Routed, modulate
 from ..kernels import choice, native
-from ..kernels.packed import Packed, coding
+from ..kernels.packed import Matrices, Packed, coding
 from ..kernels.products import Products
 from . import clusters
 from .layout import Layout, StackLayout
@@ -104,7 +104,10 @@ class StandInExperts(nn.Module):
         products = [any(s.rows[e] >= 0 for s in layout.stacks if s.kind.has_products) for e in range(self.num_experts)]
         self._low_rank = 2 * sum(a and b for a, b in zip(without, products, strict=True)) > self.num_experts
         self._is_swiglu: bool | None = None  # not known yet
-        self._formats = layout.formats
+        kinds = (
+            Matrices(s.format, *s.kind.tensors(s.variant, layout)[n]) for s in layout.stacks for n in s.packed(layout)
+        )
+        self._in_few_bits = tuple(dict.fromkeys(kinds))
         self._aligned = self._at_once and all(shape[-1] % 8 == 0 for shape in layout.tensor_shapes().values())
 
     def _register(
@@ -151,7 +154,7 @@ class StandInExperts(nn.Module):
         if self._at_once and self.may_group(x_TD):
             pairs = routed.index_TM.numel()
             way = self.way or choice.choose(
-                x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank, self._formats
+                x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank, self._in_few_bits
             )
         if way == choice.LOOP:
             return clusters.forward(self.terms(x_TD), routed).to(x_TD.dtype)

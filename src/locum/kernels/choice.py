@@ -12,6 +12,7 @@ import torch
 
 from . import few_bits, native
 from .grouped import gathered_add, gathered_scatter, grouped
+from .packed import Matrices
 from .products import Products
 
 logger = logging.getLogger(__name__)
@@ -63,15 +64,15 @@ def choose(
     experts: int,
     aligned: bool,
     low_rank: bool = False,
-    formats: tuple[str, ...] = (),
+    in_few_bits: tuple[Matrices, ...] = (),
 ) -> str:
     """The way to make a layer's products: one of PRODUCTS, or LOOP.
 
     `aligned`: every row of every matrix has a multiple of 16 bytes, which torch's grouped product asks for. `low_rank`:
-    most experts have no dense row. `formats`: those of matrices in few bits.
+    most experts have no dense row. `in_few_bits`: the kinds of matrices that are.
     """
-    if formats:
-        return _for_few_bits(device, dtype, pairs, experts, formats)
+    if in_few_bits:
+        return _for_few_bits(device, dtype, pairs, experts, in_few_bits)
     if device.type == "cpu" and dtype in native.FORMATS and not torch.is_grad_enabled():
         if pairs <= (LOW_RANK_ROWS if low_rank else NATIVE_ROWS) * experts and native.available():
             return "native op" if torch.compiler.is_compiling() else "native"
@@ -83,12 +84,14 @@ def choose(
     return LOOP
 
 
-def _for_few_bits(device: torch.device, dtype: torch.dtype, pairs: int, experts: int, formats: tuple[str, ...]) -> str:
+def _for_few_bits(
+    device: torch.device, dtype: torch.dtype, pairs: int, experts: int, kinds: tuple[Matrices, ...]
+) -> str:
     """The way where some matrices are bytes, which torch's own products cannot read."""
     if device.type == "cpu" and dtype in few_bits.FORMATS and not torch.is_grad_enabled():
         few = pairs <= FEW_BITS_ROWS * experts and not torch.compiler.is_compiling()
-        return "few bits" if few and all(map(few_bits.reads, formats)) else LOOP
-    if device.type == "cuda" and _serves("triton", dtype, False) and all(triton_reads(one, dtype) for one in formats):
+        return "few bits" if few and all(few_bits.reads(kind.format) for kind in kinds) else LOOP
+    if device.type == "cuda" and _serves("triton", dtype, False) and all(triton_reads(kind, dtype) for kind in kinds):
         return "triton op" if torch.compiler.is_compiling() else "triton"
     return LOOP
 
@@ -118,16 +121,21 @@ def _triton_starts() -> bool:
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def triton_reads(format: str, dtype: torch.dtype) -> bool:
-    """Whether Triton's products with matrices in few bits are those with their numbers: tried once, for few pairs and many."""
+def triton_reads(kind: Matrices, dtype: torch.dtype) -> bool:
+    """Whether Triton's products with matrices in few bits are those with their numbers: tried once, for few pairs and many.
+
+    Each shape for itself. On an H200, Triton 3.6 gave right products for all plans with int8 groups, and in int4 for all but one
+    plan's: with LightMoE's adapters of rank 16, few tokens were off by 0.08 (benchmarks/results/gpu.jsonl).
+    """
     try:
         from . import triton_ways
 
-        wrong = triton_ways.fault(format, dtype)
+        wrong = triton_ways.fault(kind, dtype)
     except Exception as error:  # of any kind, as above
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
-        logger.warning("Triton's products do not serve %s here (%s): rows are made numbers one by one", format, wrong)
+        said = f"{kind.format} of {kind.outputs} x {kind.inputs}"
+        logger.warning("Triton's products do not serve %s here (%s): rows are made numbers one by one", said, wrong)
     return not wrong
 
 

@@ -27,6 +27,14 @@ from ..formats.rows import fields, row_format, unpack
 from ..formats.scaled import Scaled
 
 
+class Matrices(NamedTuple):
+    """Those of one number format and shape: a product may be right for some and wrong for others."""
+
+    format: str
+    outputs: int
+    inputs: int
+
+
 class Coding(NamedTuple):
     """How numbers lie in the bytes of one matrix. Places are in bytes from its beginning."""
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..formats.rows import pack, row_format
 from . import triton_grouped
-from .packed import Packed
+from .packed import Matrices, Packed
 from .products import Products
 from .triton_grouped import Weights, products
 
-TRIED = (64, 256)  # of a matrix on which a number format is tried
 OFF = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}  # of the largest result
 
 
@@ -82,18 +81,18 @@ def operators() -> Products:
 PRODUCTS = {"triton": products, "triton op": operators}
 
 
-def fault(format: str, dtype: torch.dtype, device: str = "cuda") -> str:
-    """What is wrong with the products of random matrices in a format, for few pairs and for many; "" if nothing is."""
+def fault(kind: Matrices, dtype: torch.dtype, device: str = "cuda") -> str:
+    """What is wrong with the products of random matrices of a kind, for few pairs and for many; "" if nothing is."""
+    format, *tried = kind
     generator = torch.Generator().manual_seed(0)
-    item = row_format(format)
-    rows = [pack(format, item.write(torch.randn(TRIED, generator=generator))) for _ in range(3)]
-    weight = Packed(torch.stack(rows).to(device), format, TRIED)
+    drawn = (torch.randn(tried, generator=generator).to(device) for _ in range(3))
+    weight = Packed(torch.stack([pack(format, row_format(format).write(one)) for one in drawn]), format, tuple(tried))
     numbers_NOI, found = weight.numbers(dtype).double(), []
     for pairs in (12, triton_grouped.FEW_PAIRS + 12):
         item_P = torch.randint(-1, 3, (pairs,), generator=generator).to(device)
         token_P = torch.arange(pairs, device=device) // 3
-        x_XI = torch.randn(pairs, TRIED[1], generator=generator).to(device, dtype)
-        y_PO = torch.zeros(pairs, TRIED[0], dtype=dtype, device=device)
+        x_XI = torch.randn(pairs, tried[1], generator=generator).to(device, dtype)
+        y_PO = torch.zeros(pairs, tried[0], dtype=dtype, device=device)
         products().add(y_PO, x_XI, weight, item_P, token_P)
         exact_PO = torch.bmm(numbers_NOI[item_P.clamp(min=0)], x_XI.double()[token_P][:, :, None])[:, :, 0]
         exact_PO = torch.where((item_P >= 0)[:, None], exact_PO, 0)
