@@ -30,7 +30,10 @@ HEAD = """# Memory
 
 Peak memory of every stage in multiples of the checkpoint, what importing Locum takes (here {base:.2f} GiB) taken off: the operating
 system's figure of the whole process tree. Made by `python -m benchmarks.bigger.memory WORKDIR --page docs/memory.md` from
-`benchmarks/results/bigger_memory.jsonl`: {layers} decoder layers, {size:.2f} GiB of bfloat16, {tokens:,} tokens.
+`benchmarks/results/bigger_memory.jsonl`: {layers} decoder layers, {size:.2f} GiB of bfloat16, {tokens:,} tokens, of trainings 4 steps of 512.
+Numbers are float32 where a stage computes, twice the checkpoint; files that are mapped while they load count too. A checkpoint
+this small makes activations and what a layer needs for itself look large. `search` holds the Gram matrices of all layers, 1.0 GiB
+here: they lie on the disk where they would take more than a quarter of the free memory.
 
 | stage | whole model | one layer at a time |
 |---|---|---|
