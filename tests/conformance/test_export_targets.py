@@ -30,6 +30,7 @@ echo stands for the converter > "$2"
 # What each form can hold, by hand. The plans are those of tests/engines/made.py.
 STAND_INS = {"lightmoe", "low_rank", "merged"}
 HOLDS = {
+    "compressed-tensors": {"original", "tied", "uniform"},
     "gguf": {"original", "tied", "uniform"},
     "stock": {"tied"} | STAND_INS,
     "vllm": {"constants"},
@@ -44,8 +45,9 @@ MADE = ("original", "tied", *PLANS, "adapter")
 def folders(words, tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of every kind that Locum writes, by name."""
     root = tmp_path_factory.mktemp("exports")
-    original = write_checkpoint(root / "original")
-    made = {"original": original, "tied": write_checkpoint(root / "tied", tie_word_embeddings=True)}
+    wide = {"intermediate_size": 32}  # a whole group of numbers in few bits
+    original = write_checkpoint(root / "original", **wide)
+    made = {"original": original, "tied": write_checkpoint(root / "tied", tie_word_embeddings=True, **wide)}
     shape = read_shape(original)
     observed = statistics(shape, torch.Generator().manual_seed(3))
     for name, plan_of in PLANS.items():

@@ -77,6 +77,7 @@ QUANTISED = {
     "int8-scaled": (0.005, (8, 128)),
     "int-packed": (0.08, (8, 128)),
     "mxfp4": (0.26, (3, 64, 5)),
+    "mxfp4-packed": (0.26, (8, 128)),
     "nvfp4": (0.2, (8, 128)),
     "nvfp4-modelopt": (0.2, (8, 128)),
 }
@@ -260,7 +261,15 @@ def test_scales_that_are_exponents_and_scales_of_the_whole():
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("mxfp4", (4, 4)), ("mxfp4", (2, 20, 4)), ("nvfp4", (4, 20)), ("int-packed", (4, 20)), ("fp8-block", (8,))],
+    [
+        ("mxfp4", (4, 4)),
+        ("mxfp4", (2, 20, 4)),
+        ("mxfp4-packed", (4, 20)),
+        ("mxfp4-packed", (2, 32, 32)),
+        ("nvfp4", (4, 20)),
+        ("int-packed", (4, 20)),
+        ("fp8-block", (8,)),
+    ],
 )
 def test_weights_that_a_format_cannot_hold_are_refused(name, shape):
     with pytest.raises(OptionError, match=str(list(shape)).replace("[", r"\[")):

@@ -69,7 +69,13 @@ WAY_OPTIONS = {
     "lora": "--rank --train-bases",
     "vectors": "",
 }
-TARGET_OPTIONS = {"gguf": "--pre-tokenizer --type", "remote-code": "", "stock": "", "vllm": ""}
+TARGET_OPTIONS = {
+    "compressed-tensors": "--bits --group --rest --statistics",
+    "gguf": "--pre-tokenizer --type",
+    "remote-code": "",
+    "stock": "",
+    "vllm": "",
+}
 COMMANDS = {
     "apply": "MODEL --dry-run --force --json --out --plan --seed --shard-size --statistics",
     "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "

@@ -81,17 +81,23 @@ class ShardReader:
 
     def item(self, name: str, index: int) -> Tensor:
         """One item of the first axis, which stays."""
-        return self._read(name, index, [1, *self.entries[name]["shape"][1:]])
+        return self.rows(name, index, index + 1)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Some items of the first axis."""
+        each = self.nbytes(name) // max(1, self.count(name))
+        return self._read(name, begin * each, [end - begin, *self.entries[name]["shape"][1:]])
 
     def count(self, name: str) -> int:
         """How many items the first axis has."""
         return next(iter(self.entries[name]["shape"]), 1)
 
-    def _read(self, name: str, index: int, shape: Sequence[int]) -> Tensor:
+    def _read(self, name: str, offset: int, shape: Sequence[int]) -> Tensor:
+        """A tensor of that shape, from so many bytes on."""
         tensor = torch.empty(shape, dtype=STORED[self.entries[name]["dtype"]])
         file, start = self._places[name]
         with file.open("rb") as stream:
-            stream.seek(start + index * tensor.nbytes)
+            stream.seek(start + offset)
             _fill(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), file)
         return tensor
 

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, PlanError, StatisticsError
 from ..experts.parts.own_weights import OwnWeights, rows_of, weights_of
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
-from ..experts.quantisers import QUANTISERS, seen_by, writer
+from ..experts.quantisers import QUANTISERS, layer_means, seen_by, writer
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.plan import LayerPlan, Slot
 from ..shapes import LayerShape
@@ -125,8 +125,7 @@ class BuildSite:
     @functools.cached_property
     def _means(self) -> tuple[Tensor, float]:
         """The mean of x x^T over what the layer gives its experts, and the mean square of a hidden unit."""
-        (input_EDD, hidden_EFF), tokens = self._grams, float(self.statistics["count"].sum().clamp(min=1))
-        return input_EDD.sum(0) / tokens, float(hidden_EFF.diagonal(dim1=1, dim2=2).mean(1).sum()) / tokens
+        return layer_means(*self._grams, self.statistics["count"])
 
     @functools.cached_property
     def _grams(self) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ and of each row of the matrix, whose errors do not mix, the better of gptq and n
 Experts that saw few tokens borrow: `shrunk` adds to their Gram matrix that of BORROWED tokens for each input of the matrix, such as
 the layer gave its experts on average.
 
-Letters: O outputs, I inputs.
+Letters: O outputs, I inputs, E experts, D model width, F expert width.
 """
 
 from __future__ import annotations
@@ -118,6 +118,12 @@ def shrunk(gram_II: Tensor, tokens: float, mean_II: Tensor) -> Tensor:
     the sum over its n tokens, M the mean over the layer's, and k = BORROWED I. Without a token it is the layer's mean."""
     borrowed = BORROWED * len(gram_II)
     return (gram_II + borrowed * mean_II) / (tokens + borrowed)
+
+
+def layer_means(input_EDD: Tensor, hidden_EFF: Tensor, count_E: Tensor) -> tuple[Tensor, float]:
+    """What experts borrow of their layer: the mean of x x^T over what it gives them, and the mean square of a hidden unit."""
+    tokens = float(count_E.sum().clamp(min=1))
+    return input_EDD.sum(0) / tokens, float(hidden_EFF.diagonal(dim1=1, dim2=2).mean(1).sum()) / tokens
 
 
 def seen_by(sums: Mapping[str, Tensor], tokens: float, mean_input_DD: Tensor, mean_hidden: float) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.application import save_checkpoint
 from ..checkpoints.card import head_of, plain, what_it_is_from
@@ -28,10 +28,15 @@ def save_folder(
     write: Callable[[PreTrainedModel, Path], None] = write_model,
 ) -> None:
     """Write what became of the checkpoint `model`, whole or not at all. `words` go on from "Written by Locum from it,"."""
-    data, notes = card_data(model, opening_class(live.config)), _notes(model)
-    lines = [head_of(data), f"# {plain(out.name)}", "", f"Written by Locum from {plain(name_of(model))}, {words}.", ""]
-    card = "\n".join([*lines, *what_it_is_from(data, notes.get("original", name_of(model))), ""])
+    card, notes = describe(live.config, model, out, words)
     save_checkpoint(lambda folder: write(live, folder), tokenizer, out, None, card, model, notes)
+
+
+def describe(config: PreTrainedConfig, model: Path, out: Path, words: str) -> tuple[str, dict[str, Any]]:
+    """The card and the notes of a folder `out` that is written from the checkpoint `model`."""
+    data, notes = card_data(model, opening_class(config)), _notes(model)
+    lines = [head_of(data), f"# {plain(out.name)}", "", f"Written by Locum from {plain(name_of(model))}, {words}.", ""]
+    return "\n".join([*lines, *what_it_is_from(data, notes.get("original", name_of(model))), ""]), notes
 
 
 def _notes(model: Path) -> dict[str, Any]:

@@ -30,20 +30,30 @@ class IntPacked:
     dtype: None = None
     bits: int = 4
     group: int | None = 32  # columns with one scale, of what is written; None: the whole row
+    others: tuple[IntPacked, ...] = ()  # of a checkpoint that has several, told apart by the groups in a word
     parts: tuple[str, ...] = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
     def declared(self, quantization: Mapping[str, Any]) -> IntPacked | None:
         said = [weights for name, weights in groups_of(quantization) if name == "pack-quantized"]
-        bits = {weights.get("num_bits") for weights in said}
-        if len(bits) != 1 or not bits <= {2, 4, 8}:  # of others, some numbers lie in two words
+        found = dict.fromkeys((weights.get("num_bits"), weights.get("group_size")) for weights in said)
+        if not found or not {bits for bits, _ in found} <= {2, 4, 8}:  # of others, some numbers lie in two words
             return None
-        return replace(self, bits=bits.pop(), group=said[0].get("group_size"))
+        one, *others = (replace(self, bits=bits, group=group) for bits, group in found)
+        groups = {bits * (group or 0) for bits, group in found}
+        if len({bits for bits, _ in found}) > 1 and (0 in groups or len(groups) < len(found)):
+            return None  # which weights have which bits, no header would tell
+        return replace(one, others=tuple(others))
 
     def recognise(self, entries: Mapping[str, Entry]) -> IntPacked | None:
         if not {"_packed", "_scale", "_shape"} <= entries.keys() <= {*self.parts}:
             return None
-        fits = covers(entries["_scale"]["shape"], self.shape(entries))
-        return self if entries["_packed"]["dtype"] == "I32" and fits else None
+        options = (self, *self.others) if self.others else ()
+        told = next((one for one in options if one._has_groups(entries)), self)
+        fits = covers(entries["_scale"]["shape"], told.shape(entries))
+        return told if entries["_packed"]["dtype"] == "I32" and fits else None
+
+    def _has_groups(self, entries: Mapping[str, Entry]) -> bool:
+        return entries["_scale"]["shape"][-1] * (self.group or 0) == self.shape(entries)[-1]
 
     def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
         *rows, words = entries["_packed"]["shape"]

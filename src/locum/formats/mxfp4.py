@@ -1,6 +1,7 @@
-"""MXFP4 as gpt-oss has it: the experts of a layer stacked, `*_blocks` of 32 four-bit numbers and `*_scales`, exponents in bytes.
+"""MXFP4: blocks of 32 four-bit numbers along what comes in, and exponents in bytes.
 
-The files have the transpose of what the model computes with: a block runs along what comes into an expert.
+gpt-oss has the experts of a layer stacked, `*_blocks` and `*_scales`, in files the transpose of what the model computes with.
+compressed-tensors has matrices, `*_packed` and `*_scale` ("mxfp4-pack-quantized").
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from . import fp4
+from .compressed import formats_named
 from .format import Entry, register_format
 
 BLOCK, BIAS = 32, 127
@@ -65,4 +67,40 @@ class Mxfp4:
         return {"_blocks": numbers, "_scales": (exponents + BIAS).to(torch.uint8)}
 
 
+@dataclass(frozen=True)
+class Mxfp4Packed:
+    """The same of one matrix [out, in]: its numbers [out, in / 2], its exponents [out, in / 32]."""
+
+    name: str = "mxfp4-packed"
+    dtype: None = None
+    parts: tuple[str, ...] = ("_packed", "_scale")
+
+    def declared(self, quantization: Mapping[str, Any]) -> Mxfp4Packed | None:
+        return self if "mxfp4-pack-quantized" in formats_named(quantization) else None
+
+    def recognise(self, entries: Mapping[str, Entry]) -> Mxfp4Packed | None:
+        if entries.keys() != {*self.parts} or any(entry["dtype"] != "U8" for entry in entries.values()):
+            return None
+        *rows, columns = self.shape(entries)
+        return self if [*entries["_scale"]["shape"]] == [*rows, columns // BLOCK] else None
+
+    def shape(self, entries: Mapping[str, Entry]) -> tuple[int, ...]:
+        *rows, columns = entries["_packed"]["shape"]
+        return (*rows, 2 * columns)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return Mxfp4().nbytes(shape)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        blocks = tensors["_packed"].unflatten(-1, (-1, BLOCK // 2))
+        return (fp4.unpack(blocks) * torch.exp2(tensors["_scale"].float() - BIAS)[..., None]).flatten(-2)
+
+    def write(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight.dim() != 2:
+            raise OptionError(f"{self.name} holds a matrix, not a tensor of shape {list(weight.shape)}")
+        parts = Mxfp4().write(weight)
+        return {"_packed": parts["_blocks"].flatten(-2), "_scale": parts["_scales"]}
+
+
 register_format(Mxfp4())
+register_format(Mxfp4Packed())

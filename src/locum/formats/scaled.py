@@ -30,6 +30,7 @@ class Scaled:
     entry: str  # its name in safetensors headers
     dtype: None = None
     block: Block | None = None
+    scales: torch.dtype = torch.float32  # of what is written
     parts: tuple[str, ...] = ("_scale", "", "_zero_point", ".input_scale", ".input_zero_point")
 
     def declared(self, quantization: Mapping[str, Any]) -> Scaled | None:
@@ -52,7 +53,7 @@ class Scaled:
         return tuple(entries[""]["shape"])
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        return math.prod(shape) + torch.float32.itemsize * math.prod(shape[:-1])
+        return math.prod(shape) + self.scales.itemsize * math.prod(shape[:-1])
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         numbers, zeros = tensors[""].float(), tensors.get("_zero_point")
@@ -65,8 +66,8 @@ class Scaled:
             raise OptionError(f"{self.name} needs a matrix, not a tensor of shape {list(weight.shape)}")
         whole = not self.stored.is_floating_point
         most = torch.iinfo(self.stored).max if whole else torch.finfo(self.stored).max
-        scales = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
-        numbers = weight.float() / scales
+        scales = (weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / most).to(self.scales)
+        numbers = (weight.float() / scales.float()).clamp(-most, most)
         return {"": (numbers.round() if whole else numbers).to(self.stored), "_scale": scales}
 
 

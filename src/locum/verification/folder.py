@@ -25,6 +25,8 @@ from ..checkpoints.weight_files import is_adapter, shard_files
 from ..containers.layout import Layout
 from ..errors import CheckpointError, LocumError, PlanError
 from ..files import describe_size
+from ..formats.int_packed import IntPacked
+from ..formats.plain import COMPUTE_DTYPES
 from ..models.families import opening_class
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape
@@ -89,6 +91,14 @@ class Folder:
     @functools.cached_property
     def is_quantised(self) -> bool:
         return bool(open_source(self.path).packed)
+
+    @property
+    def precision(self) -> str:
+        """In which engines agree: float32; of packed whole numbers the dtype of the checkpoint, in which engines make them numbers."""
+        source = open_source(self.path)
+        packed = any(isinstance(getattr(one, "format", None), IntPacked) for one in source.packed.values())
+        names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
+        return names.get(source.config.dtype, "fp32") if packed else "fp32"
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -69,7 +69,13 @@ def verify(
     statistics: Annotated[
         Path | None, Help("statistics that the plan was applied with; default: those it was made from")
     ] = None,
-    precision: Annotated[str, Help(f"{', '.join(COMPUTE_DTYPES)}: in which engines and promise compute")] = "fp32",
+    precision: Annotated[
+        str,
+        Help(
+            f"{', '.join(COMPUTE_DTYPES)}: in which engines and promise compute; auto: fp32, or the checkpoint's own where its "
+            f"packed numbers are computed in that"
+        ),
+    ] = "auto",
     prompts: Annotated[int, Help("prompts to compare on, from the bundled text")] = 8,
     new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
     seed: Seed = 0,
@@ -81,8 +87,8 @@ def verify(
     model = Path(model)
     if not model.is_dir():
         raise CheckpointError(f"no such folder: {model}; give the path of a checkpoint folder")
-    if precision not in COMPUTE_DTYPES:
-        raise OptionError(f"--precision is {precision!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+    if precision not in ("auto", *COMPUTE_DTYPES):
+        raise OptionError(f"--precision is {precision!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
         check_number(name, value, 1)
     check_number("seed", seed, 0, MOST_SEED)
@@ -94,6 +100,7 @@ def verify(
     if any(check.result == FAILED for check in checks):
         return checks + [Check("logits", name, SKIPPED, "the checkpoint itself is broken") for name in chosen]
     progress("verify: promise", 1, 3)
+    precision = folder.precision if precision == "auto" else precision
     ids_BS = prompt_ids(folder.tokenizer, prompts)
     promise, checked = make_promise(folder, ids_BS, COMPUTE_DTYPES[precision], new_tokens, statistics, seed)
     checks.append(checked)
