@@ -181,6 +181,17 @@ def whole(path: Path, kind: str = "file", scratch: Path | None = None) -> Iterat
 
 
 @contextlib.contextmanager
+def step_towards(path: Path) -> Iterator[Path]:
+    """A file that is only needed until `path` is written, beside it. What a killed process left goes when `path` is next written."""
+    step = Path(os.path.realpath(path))
+    step = step.with_name(f".{step.name}.step-{os.getpid()}")
+    try:
+        yield step
+    finally:
+        _remove(step)
+
+
+@contextlib.contextmanager
 def watched(path: str | Path) -> Iterator[None]:
     """Let `whole` replace, until the block ends, only what is at this output now, and what the run itself writes there."""
     real, marks = Path(os.path.realpath(path)), _watched.get() or {}
@@ -267,7 +278,7 @@ def _exchange(one: Path, two: Path) -> bool:
 
 def sweep(path: Path) -> None:
     """Remove what killed processes left of their neighbours of a path; the only copy of an output gets its name back."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(part|old)-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(part|step|old)-(\d+)")
     with contextlib.suppress(OSError):  # a courtesy: what another user left is not in the way
         for left in sorted(path.parent.iterdir()):
             found = pattern.fullmatch(left.name)

@@ -32,12 +32,14 @@ STAND_INS = {"lightmoe", "low_rank", "merged"}
 HOLDS = {
     "compressed-tensors": {"original", "tied", "uniform"},
     "gguf": {"original", "tied", "uniform"},
+    "imatrix": {"original"},
     "stock": {"tied"} | STAND_INS,
     "vllm": {"constants"},
     "remote-code": {"uneven", "constants", "vectors"} | STAND_INS,
     "listing": {"original", "tied", "uniform", "uneven", "constants", "vectors"} | STAND_INS,
 }
 HOLDS = {name: kinds for name, kinds in HOLDS.items() if name in TARGETS}  # the last is another package's
+STATISTICS = ("imatrix",)  # forms that are made from statistics, here those of the original
 MADE = ("original", "tied", *PLANS, "adapter")
 
 
@@ -56,7 +58,15 @@ def folders(words, tmp_path_factory) -> dict[str, Path]:
     active = locum.compress(original, method="compressed-experts", out=root / "active")
     how = {"how": "vectors", "data": [str(words)], "steps": 1, "batch_size": 1, "length": 32}
     locum.recover(active, out=root / "adapter", adapter_only=True, **how)
+    locum.calibrate(original, data=[str(words)], tokens=256, length=64, out=root / "stats")
     return made | {"adapter": root / "adapter"}
+
+
+def given(form: str, folders: dict[str, Path], name: str = "original") -> dict[str, str]:
+    """The options that a form needs for a checkpoint of that name."""
+    return (
+        {"statistics": str(folders["original"].parent / "stats")} if form in STATISTICS and name == "original" else {}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +87,8 @@ def test_every_target_is_tried():
 def test_a_form_is_written_whole_or_refused_with_the_reason(form, name, folders, tmp_path):
     folder, out = folders[name], tmp_path / "out"
     before = tree(folder)
-    fault = TARGETS[form]().fault(folder)
+    more = given(form, folders, name)
+    fault = TARGETS[form](**more).fault(folder)
     assert (fault == "") == (name in HOLDS[form]), fault
     if fault:
         with pytest.raises(UnsupportedModel, match=re.escape(f"{folder}: {fault}")):
@@ -85,7 +96,7 @@ def test_a_form_is_written_whole_or_refused_with_the_reason(form, name, folders,
         assert tree(tmp_path) == {}
         assert "\n" not in fault
     else:
-        said = locum.export(folder, to=form, out=out)
+        said = locum.export(folder, to=form, out=out, **more)
         assert out.is_dir() == (TARGETS[form].kind == "folder")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert said["form"] and said["bytes"][1] > 0
@@ -99,7 +110,7 @@ def test_what_fails_at_the_end_leaves_nothing(form, folders, tmp_path, monkeypat
 
     monkeypatch.setattr("locum.files.os.replace", fail)
     with pytest.raises(OSError, match="the disk went away"):
-        locum.export(folders[min(HOLDS[form])], to=form, out=tmp_path / "out")
+        locum.export(folders[min(HOLDS[form])], to=form, out=tmp_path / "out", **given(form, folders))
     assert tree(tmp_path) == {}
 
 
@@ -113,7 +124,9 @@ def test_options_are_those_of_the_form(form, folders, tmp_path):
         for field in dataclasses.fields(cls):
             flag = "--" + field.name.replace("_", "-")
             if field.name not in own:
-                with pytest.raises(OptionError, match=f"^{flag} is an option of --to {other}; --to {form} does not"):
+                with pytest.raises(
+                    OptionError, match=f"^{flag} is an option of .*--to {other}.*; --to {form} does not"
+                ):
                     locum.export(folder, to=form, out=out, **{field.name: field.default})
             elif other == form:
                 with pytest.raises(OptionError, match=flag):
@@ -129,7 +142,7 @@ def test_a_damaged_checkpoint_is_one_error(form, folders, tmp_path):
         content = file.read_bytes()
         (damaged / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
     with pytest.raises(LocumError, match="fetch it again"):
-        locum.export(damaged, to=form, out=tmp_path / "out")
+        locum.export(damaged, to=form, out=tmp_path / "out", **given(form, folders))
     assert not (tmp_path / "out").exists()
 
 

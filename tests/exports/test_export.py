@@ -205,8 +205,11 @@ def test_wrong_arguments_are_one_line(pruned, small, tmp_path):
         ([pruned, "--to", "stock", "--out", out], "has the stock layout already"),
         ([pruned, "--to", "vllm", "--out", out], "vLLM reads it as it is"),
         ([pruned, "--to", "remote-code", "--out", out], "it loads without Locum"),
-        ([small, "--to", "onnx", "--out", out], "allowed: compressed-tensors, gguf, remote-code, stock, vllm"),
-        ([pruned, "--to", "gguf", "--type", "q4_k", "--out", out], "allowed: bf16, f16, f32, q8_0"),
+        ([small, "--to", "onnx", "--out", out], "allowed: compressed-tensors, gguf, imatrix, remote-code, stock, vllm"),
+        (
+            [pruned, "--to", "gguf", "--type", "q4_k", "--out", out],
+            "allowed: bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0",
+        ),
         ([small, "--to", "stock", "--out", small], "in use"),
     ):
         result = command("export", *arguments)

@@ -71,7 +71,8 @@ WAY_OPTIONS = {
 }
 TARGET_OPTIONS = {
     "compressed-tensors": "--bits --group --rest --statistics",
-    "gguf": "--pre-tokenizer --type",
+    "gguf": "--experts --pre-tokenizer --type",
+    "imatrix": "--statistics",
     "remote-code": "",
     "stock": "",
     "vllm": "",

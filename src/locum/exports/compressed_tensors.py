@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..checkpoints.application import complete_checkpoint
 from ..checkpoints.compression import Compression, expert_weights, stacked_experts
-from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.read import load_tokenizer
 from ..checkpoints.rewrite import SHARD
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import Source, layouts_of, open_source
 from ..checkpoints.weight_files import is_adapter
-from ..errors import StatisticsError
-from ..experts.quantisers import QUANTISERS, layer_means, seen_by
 from ..files import check_room, whole
 from ..formats.schemes import SCHEMES, Scheme, scheme_of
 from ..options import option
-from ..stats.statistics_file import load_statistics
+from .experts_seen import experts_seen
 from .folder import describe
 from .stock import nearest, stock_faults
 from .target import target
@@ -71,7 +65,7 @@ class CompressedTensors:
         """Raises StatisticsError for statistics of another checkpoint, or without Gram matrices."""
         experts = scheme_of(self.bits, self.group)
         rest = None if self.rest is None else scheme_of(self.rest, self.group)
-        grams = None if self.statistics is None else _grams(Path(self.statistics), model)
+        grams = None if self.statistics is None else experts_seen(Path(self.statistics), model)
         source, tokenizer = open_source(model), load_tokenizer(model)
         made = Compression(source, experts, rest, grams)
         words = f"compressed-tensors, experts in {experts.words}" + (f", {self._rest(made, rest)}" if rest else "")
@@ -98,29 +92,3 @@ def _uneven(source: Source, scheme: Scheme) -> str:
                 f"--group, or --bits fp8"
             )
     return ""
-
-
-def _grams(path: Path, model: Path) -> Callable[[str, int], tuple[Tensor, Tensor]]:
-    """The mean Gram matrices of what goes into an expert and of its hidden units, with what it borrows (quantisers.py)."""
-    statistics = load_statistics(path)
-    theirs, here = statistics.origin.model_fingerprint, fingerprint_checkpoint(model)
-    if theirs != here:
-        raise StatisticsError(
-            f"statistics {path} belong to another checkpoint (fingerprint {theirs}) than {model} ({here}); calibrate this one"
-        )
-    for layer in statistics.shape.layers:
-        for name in QUANTISERS["gptq"].needs:
-            statistics.layer(layer.name)[name]  # raises what is missing, before anything is written
-
-    @functools.lru_cache(maxsize=1)
-    def of_layer(name: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, float]]:
-        layer = statistics.layer(name)
-        input_EDD, hidden_EFF, count_E = (layer[need] for need in QUANTISERS["gptq"].needs)
-        return input_EDD, hidden_EFF, count_E, layer_means(input_EDD, hidden_EFF, count_E)
-
-    def grams(name: str, e: int) -> tuple[Tensor, Tensor]:
-        input_EDD, hidden_EFF, count_E, means = of_layer(name)
-        seen = seen_by({"up_FD": input_EDD[e], "down_DF": hidden_EFF[e]}, float(count_E[e]), *means)
-        return seen["up_FD"], seen["down_DF"]
-
-    return grams

@@ -1,4 +1,9 @@
-"""GGUF: one file for llama.cpp, made by the public converter from a folder that has the stock layout."""
+"""GGUF: one file for llama.cpp, made by the public converter from a folder that has the stock layout.
+
+The converter writes few types. Others are made of its 16 bits (gguf_types.py), experts' matrices and all others apart. Of llama.cpp's
+types in blocks of 256 (q4_k, ...) the public package writes none: its own `llama-quantize` does, with the importance matrix that
+`--to imatrix` writes.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,18 @@ from ..checkpoints.skeleton import check_loadable, layouts_of, open_source, shap
 from ..checkpoints.weight_files import other_weights
 from ..engines.engines import ENGINES, last_words
 from ..errors import CheckpointError, EngineError, OptionError
-from ..files import whole
+from ..files import step_towards, whole
 from ..models.sizes import shape_of
 from ..options import option
 from .stock import nearest, stock_faults
 from .target import target
 from .whole_experts import parts_in
 
-SCRIPT = Path(__file__).with_name("gguf_run.py")
-TYPES = ("f32", "f16", "bf16", "q8_0")
+SCRIPT, RETYPE = (Path(__file__).with_name(name) for name in ("gguf_run.py", "gguf_types.py"))
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # by the converter itself
+TYPES = (*CONVERTED, "q5_1", "q5_0", "q4_1", "q4_0")
 AUTO = "auto"
+LEFT = "left: "  # gguf_types.py says so of each matrix that it leaves as it is
 GPT2 = {"type": "ByteLevel", "use_regex": True}  # a pre-tokenizer that is GPT-2's, in tokenizer.json
 
 
@@ -32,6 +39,9 @@ class Gguf:
 
     kind: ClassVar[str] = "file"
     type: str = option("bf16", f"of the numbers in a GGUF file: {', '.join(TYPES)}", choices=TYPES)
+    experts: str = option(
+        None, f"type of experts' matrices, where another: {', '.join(TYPES[1:])}", choices=TYPES[1:], kind=str
+    )
     pre_tokenizer: str = option(AUTO, "llama.cpp's name of the BPE pre-tokenizer, where the converter does not know it")
 
     def fault(self, model: Path) -> str:
@@ -59,16 +69,33 @@ class Gguf:
             raise OptionError(f"the converter to GGUF is {engine.absence}")
         named = _known_pre_tokenizer(model) if self.pre_tokenizer == AUTO else self.pre_tokenizer
         with whole(out) as scratch:
-            arguments = [str(model.resolve()), "--outfile", str(scratch.resolve()), "--outtype", self.type]
-            done = subprocess.run(
-                [str(python), "-P", str(SCRIPT), named, *arguments],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-            )
-            if done.returncode or not scratch.is_file():
-                raise EngineError(f"{model} could not be converted to GGUF: {_reason(done.stderr, named)}")
-        return f"GGUF in {self.type}"
+            if self.experts in (None, self.type) and self.type in CONVERTED:
+                _convert(python, model, named, self.type, scratch)
+                return f"GGUF in {self.type}"
+            with step_towards(out) as wide:
+                _convert(python, model, named, "bf16", wide)
+                types = [self.type, self.experts or self.type]
+                said = _run([str(python), "-P", str(RETYPE), str(wide), str(scratch.resolve()), *types], model, named)
+            if not scratch.is_file():
+                raise EngineError(f"{model} could not be converted to GGUF: nothing was written")
+        left = [line.removeprefix(LEFT) for line in said.splitlines() if line.startswith(LEFT)]
+        words = f", {len(left)} matrices in bf16 whose rows are no whole blocks, such as {left[0]}" if left else ""
+        return f"GGUF, experts in {types[1]} and other matrices in {types[0]}{words}"
+
+
+def _convert(python: Path, model: Path, named: str, type: str, out: Path) -> None:
+    arguments = [str(model.resolve()), "--outfile", str(out.resolve()), "--outtype", type]
+    said = _run([str(python), "-P", str(SCRIPT), named, *arguments], model, named)
+    if not out.is_file():
+        raise EngineError(f"{model} could not be converted to GGUF: {_reason(said, named)}")
+
+
+def _run(command: list[str], model: Path, named: str) -> str:
+    """What a program of the converter's environment printed. Raises EngineError with its own words where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise EngineError(f"{model} could not be converted to GGUF: {_reason(done.stderr, named)}")
+    return done.stdout
 
 
 def _check_complete(model: Path) -> None:
