@@ -14,6 +14,7 @@ from rich.table import Table
 from ..exports.export import larger
 from ..files import describe_size
 from ..speed import page
+from ..stages.calibration import coverage
 from ..stages.estimate import Estimate
 from ..verification.folder import FAILED, Check
 from .shown import add_row, print_table, say, shown
@@ -81,11 +82,24 @@ def _alike(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def show_statistics(result: Any, as_json: bool) -> None:
-    data = {"tokens": result.tokens, "domains": list(result.domains), "layers": len(result.layers)}
-    emit(
-        data,
-        as_json,
-        lambda d: say(f"{d['tokens']:,} tokens of {', '.join(d['domains'])} in {d['layers']} layers"),
+    data = {"tokens": result.tokens, "domains": list(result.domains), "layers": len(result.layers), **coverage(result)}
+    emit(data, as_json, lambda d: say(_observed(d)))
+
+
+def _observed(data: dict[str, Any]) -> str:
+    """What calibration looked at, and how many experts saw hardly anything, in words."""
+    seen = f"{data['tokens']:,} tokens of {', '.join(data['domains'])} in {data['layers']} layers"
+    if "tokens_per_expert" not in data:
+        return seen
+    counts = sorted(n for layer in data["tokens_per_expert"].values() for n in layer)
+    never, few = (sum(map(len, data[name].values())) for name in ("never", "few"))
+    said = f"{seen}; of {len(counts):,} experts half saw {counts[len(counts) // 2]:,} tokens or more"
+    if not never + few:
+        return f"{said}, and all at least {data['few_is_below']:,}"
+    worst = max(data["tokens_per_expert"], key=lambda name: sum(len(data[x].get(name, ())) for x in ("never", "few")))
+    return (
+        f"{said}, {never:,} none and {few:,} fewer than {data['few_is_below']:,} (most of them in {worst}); more text, or other "
+        f"domains, would tell of those"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, fingerprint_tokenizer, load_tokens
 from ..errors import OptionError, StatisticsError
 from ..experts.parts.low_rank import STARTS
+from ..experts.quantisers import BORROWED
 from ..files import check_output, check_room, clear, existing_folder, free_space
 from ..measure.calibration import calibrate as calibrate_model
 from ..measure.calibration import check_start, question
@@ -106,6 +108,24 @@ def calibrate(
     ranks.wait()
     clear(beside_for_rank(out, "partial"))
     return statistics
+
+
+def coverage(statistics: Statistics) -> dict[str, Any]:
+    """How many tokens each expert saw, by layer, and who saw none or few: fewer than it borrows of its layer where numbers are chosen
+    by Gram matrices (experts/quantisers.py), an eighth of the model's width. Empty where experts were not counted."""
+    if "count" not in statistics.names:
+        return {}
+    shape = statistics.shape
+    tokens = {layer.name: [int(n) for n in statistics.layer(layer.name)["count"].tolist()] for layer in shape.layers}
+    few = {layer.name: math.ceil(BORROWED * layer.hidden_size) for layer in shape.layers}
+    never = {name: [e for e, n in enumerate(counts) if n == 0] for name, counts in tokens.items()}
+    seldom = {name: [e for e, n in enumerate(counts) if 0 < n < few[name]] for name, counts in tokens.items()}
+    return {
+        "tokens_per_expert": tokens,
+        "never": {name: experts for name, experts in never.items() if experts},
+        "few": {name: experts for name, experts in seldom.items() if experts},
+        "few_is_below": max(few.values()),
+    }
 
 
 def keep(statistics: Statistics, out: Path) -> None:
