@@ -84,7 +84,7 @@ COMMANDS = {
     "calibrate": "MODEL --also --batch-size --data --device --dry-run --force --gram --json --length --out --precision --seed "
     "--split --stream --tokens",
     "clean": "[OUTPUTS]... --json",
-    "compare": "MODEL --batch-size --data --device --force --json --leave-out --length --measured --methods --out --precision "
+    "compare": "MODEL --batch-size --bits --data --device --force --json --leave-out --length --measured --methods --out --precision "
     "--recover --remove --seed --seeds --stream --tokens",
     "compress": "MODEL --batch-size --bits --data --device --dry-run --fit --force --group --json --length --method --out --preset "
     "--quantiser --recover --remove --sample --seed --statistics --tokens",

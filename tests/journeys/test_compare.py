@@ -72,6 +72,32 @@ def test_what_it_says(compared):
     assert len([r for r in read_rows(out / "results.jsonl") if r.model == "original"]) == len(originals)
 
 
+@pytest.mark.journeys
+def test_methods_in_few_bits_have_the_same_bytes_and_a_chance_of_their_own(checkpoint, text, tmp_path):
+    """Against the single commands: in 4 bits of a tiny model, whose groups are not full, more experts stay."""
+    asked = {"methods": "prune:score=reap", "remove": "0.7", "bits": "4", "seeds": 1}
+    result = locum.compare(checkpoint, data=text, out=tmp_path / "out", **asked, **SHORT)
+    shape, (group,) = locum.read_shape(checkpoint), result["groups"]
+    fit, rows = shape.bytes - int(0.7 * shape.bytes_of_experts), {row["name"]: row for row in group["rows"]}
+    few = "prune:score=reap:bits=4"
+    assert rows.keys() == {"prune:score=reap", few, "prune:score=random", "prune:score=random:bits=4"}
+    assert all(row["bytes"] <= fit for row in rows.values())
+    alone = {row["name"] for row in group["rows"] if row["against_random"] is None}
+    assert alone == {"prune:score=random", "prune:score=random:bits=4"}
+    given = {"data": text, "tokens": 2048, "length": 64, "seed": 0}
+    locum.compress(checkpoint, method="prune", score="reap", fit=str(fit), bits="4", out=tmp_path / "small", **given)
+    measured = {"length": 64, "tokens": 2048, "split": "test", "seed": 0}
+    (lost,) = (
+        row.value
+        for row in locum.evaluate(tmp_path / "small", data=text, against=checkpoint, **measured)
+        if (row.metric, row.domain) == ("loss_delta", "all")
+    )
+    assert rows[few]["by_seed"] == pytest.approx([lost])
+    assert (
+        rows[few]["kl"] < rows["prune:score=reap"]["kl"]
+    )  # all experts in 4 bits are nearer to the original than few whole ones
+
+
 @pytest.mark.parametrize("after", [3, *(pytest.param(n, marks=pytest.mark.journeys) for n in (1, 5, 8))])
 def test_an_interrupted_one_goes_on(checkpoint, text, compared, tmp_path, monkeypatch, after):
     out, asked, _ = compared
@@ -127,6 +153,11 @@ def test_with_recovery_and_what_a_method_refuses(checkpoint, text, tmp_path):
         ("--seeds 0", "--seeds is 0"),
         ("--seeds 1" + "0" * 30, "whole numbers from 1 to 1000"),
         ("--recover-steps 3", "comes with --recover"),
+        ("--bits 5", "--bits is 5; allowed: 2, 3, 4, 8"),
+        ("--methods prune:group=64", "group without bits; give bits=4 too"),
+        ("--methods prune:bits=4:group=x", "group=x: the value must be a whole number"),
+        ("--methods moe-i2:bits=4:quantiser=gptq", "which a search does not collect; take quantiser=nearest"),
+        ("--bits 4 --recover lora", "trains no weights in few bits, as d2-moe:bits=4 has"),
     ],
 )
 def test_nonsense_is_refused_before_any_work(checkpoint, text, tmp_path, given, said):

@@ -20,7 +20,6 @@ from ..budgets.target import Target
 from ..checkpoints.convert import check_openable
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
-from ..criteria.criterion import CRITERIA
 from ..data.documents import parse_sources
 from ..data.tokens import Tokens, load_tokens
 from ..errors import OptionError, PlanError, UnsupportedModel, unknown
@@ -30,20 +29,18 @@ from ..measure.loss import block_sums, domains_of, rows_of
 from ..measure.memory import peak_bytes
 from ..measure.pairs import draw, mean_kl
 from ..measure.rows import Row, write_rows
-from ..methods import METHODS, Method, SearchingMethod
-from ..options import KINDS, option_fields
+from ..methods import SearchingMethod
 from ..places import name_of
 from ..plans.plan import Plan
 from ..reports.report import make_report
 from ..runs import Work, resumable
 from ..shapes import ModelShape
-from ..stats.definitions import STATISTICS
-from ..stats.events import EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery
 from .application import carry_out
 from .calibration import calibrate
+from .candidates import Candidate, candidates_of, chance_of
 from .compression import PREFIX, recovery_of
 from .evaluation import about
 from .opening import Precision, Stream, dtype_of, is_to_stream, open_to_run
@@ -65,18 +62,13 @@ from .options import (
     needed,
     silent,
 )
-from .planning import as_searched, chosen_method, decide, read_weights
+from .planning import as_searched, decide, read_weights
 from .recovery import recover as recover_stage
 from .searching import search, to_collect
 
 OF_FOLDERS = ("checkpoint", "plan_file", "recovery_log", "statistics_file")  # which are gone
-RANDOM = "prune:score=random"  # the row that every choice has to beat
 RESAMPLES = 1000
 MOST_SEEDS = 1000
-GROUPS = {
-    "all": lambda: [name for name in METHODS if METHODS[name].saves == "stored"],
-    "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_costly(name)],
-}
 
 
 @alone
@@ -92,6 +84,12 @@ def compare(
     remove: Annotated[
         str, Help("fractions of the routed experts' parameters to remove, separated by commas")
     ] = "0.25,0.5",
+    bits: Annotated[
+        str | None,
+        Help(
+            "every method in so many bits too, separated by commas: 8, 4, 3, 2 or names of formats; the bytes stay the same"
+        ),
+    ] = None,
     seeds: Annotated[int, Help("calibrations with different text, from --seed on")] = 3,
     leave_out: Annotated[
         str, Help("domains that calibration and training do not see, separated by commas; all are measured")
@@ -130,7 +128,7 @@ def compare(
     asked = Asked(
         model=model,
         shape=shape,
-        candidates=_candidates(methods),
+        candidates=candidates_of(methods, bits, recover),
         amounts=_amounts(remove),
         seeds=tuple(range(seed, seed + seeds)),
         seen=tuple(seen),
@@ -161,15 +159,6 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A method with options, as it was named."""
-
-    name: str
-    method: Method
-    given: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Asked:
     """Everything on which the numbers depend, but for the text that is measured on."""
 
@@ -191,42 +180,13 @@ class Asked:
         text = load_tokens(self.seen, load_tokenizer(self.model), split="train", length=self.cut["length"])
         return {
             "model": fingerprint_checkpoint(self.model),
-            "candidates": [[c.name, c.method.name, dataclasses.asdict(c.method)] for c in self.candidates],
+            "candidates": [c.words() for c in self.candidates],
             "amounts": list(self.amounts),
             "seeds": list(self.seeds),
             "text": text.fingerprint,
             "recovery": None if self.recovery is None else self.recovery.to_json(),
             "cut": self.cut,
         }
-
-
-def _candidates(methods: str) -> tuple[Candidate, ...]:
-    """The methods that are named, and random pruning. Raises OptionError for what is no method or no option of it."""
-    names = [n for word in methods.split(",") if word for n in (GROUPS[word]() if word in GROUPS else [word.strip()])]
-    if not names:
-        raise OptionError("--methods names nothing; give all, criteria, or names such as lightmoe,prune:score=ean")
-    return tuple(_candidate(name) for name in dict.fromkeys([*names, RANDOM]))
-
-
-def _candidate(name: str) -> Candidate:
-    method, *words = name.split(":")
-    kinds = {field.name: field.metadata["kind"] for field in option_fields(METHODS[method])}
-    given = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        key = key.replace("-", "_")
-        given[key] = _typed(value, kinds.get(key, str), f"--methods {name}: {word}")
-    chosen = chosen_method(method, given, "best")
-    if chosen.saves != "stored":
-        raise OptionError(f"--methods {name}: it saves active parameters, not bytes, so there are no equal bytes")
-    return Candidate(name, chosen, given)
-
-
-def _typed(text: str, kind: type, where: str) -> Any:
-    try:
-        return {"true": True, "false": False}[text] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise OptionError(f"{where}: the value must be {KINDS.get(kind, kind.__name__)}") from None
 
 
 def _amounts(remove: str) -> tuple[float, ...]:
@@ -246,12 +206,6 @@ def _check_left_out(leave_out: str, sources: Sequence[Any], seen: Sequence[str])
             raise OptionError(unknown("domain for --leave-out", name, domains))
     if not seen:
         raise OptionError(f"--leave-out {leave_out} leaves no domain to calibrate on")
-
-
-def _is_costly(criterion: str) -> bool:
-    """Whether a criterion takes a search, a backward pass, or all experts on all tokens: such are compared where they are named."""
-    costly = (SearchEvent, HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
-    return any(STATISTICS[name].event in costly for name in CRITERIA[criterion].needs)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -292,7 +246,7 @@ class _Run:
     def _calibrate(self, seed: int) -> None:
         for left in self.work.folder.glob("statistics-*"):  # of the seed before
             clear(left)
-        also = [name for c in self.asked.candidates for name in to_collect(c.method)]
+        also = [name for c in self.asked.candidates for name in (*to_collect(c.method), *c.read_besides)]
         options = {"data": self.asked.seen, "out": self._statistics(seed), "also": also, "gram": False, "seed": seed}
         calibrate(self.asked.model, force=True, **options, **self.asked.cut)
 
@@ -333,7 +287,7 @@ class _Run:
         weights = read_weights(asked.model, statistics) if chosen.reads_weights else None
         fit = asked.shape.bytes - int(amount * asked.shape.bytes_of_experts)
         chosen = as_searched(chosen, candidate.given, statistics)
-        return decide(chosen, statistics, asked.shape, Target(fit=fit), weights)
+        return decide(chosen, statistics, asked.shape, Target(fit=fit), weights, candidate.few)
 
     def _measured(self, checkpoint: Path, plan: Plan, label: dict[str, Any], state: str) -> dict[str, Any]:
         start, size = time.perf_counter(), self.asked.cut["batch_size"]
@@ -433,9 +387,9 @@ def _ranked(
         if domain != "all"
     }
     best = sorted(range(len(names)), key=lambda c: everywhere.delta_C[c])
-    chance = names.index(RANDOM) if RANDOM in names else None
     rows = []
     for c, after in zip(best, [*best[1:], None], strict=True):
+        chance = names.index(chance_of(names[c])) if chance_of(names[c]) in names else None
         worst = max(within, key=lambda domain: within[domain].delta_C[c])
         rows.append(
             {

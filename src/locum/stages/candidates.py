@@ -1,0 +1,115 @@
+"""What is compared: methods with options, each as it is and in few bits, and random pruning beside them.
+
+lightmoe:rank=8      a method with an option of its own
+prune:score=reap:bits=4:group=64:quantiser=nearest      its experts in 4 bits: more of them stay for the same bytes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..criteria.criterion import CRITERIA
+from ..errors import OptionError
+from ..methods import METHODS, Method, SearchingMethod
+from ..options import KINDS, option_fields
+from ..plans.bits import FewBits
+from ..stats.definitions import STATISTICS
+from ..stats.events import EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
+from .planning import chosen_method
+
+RANDOM = "prune:score=random"  # the row that every choice has to beat, also in the same bits
+GROUPS = {
+    "all": lambda: [name for name in METHODS if METHODS[name].saves == "stored"],
+    "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_costly(name)],
+}
+OF_BITS = {"bits": str, "group": int, "quantiser": str}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with options, as it was named, and the bits of what it leaves, None for those of the checkpoint."""
+
+    name: str
+    method: Method
+    given: dict[str, Any]
+    few: FewBits | None = None
+
+    @property
+    def read_besides(self) -> tuple[str, ...]:
+        """Statistics that quantising reads, which are collected on demand."""
+        return () if self.few is None else tuple(name for name in self.few.needs if STATISTICS[name].on_demand)
+
+    def words(self) -> list[Any]:
+        """All on which its numbers depend."""
+        said = [self.name, self.method.name, dataclasses.asdict(self.method)]
+        return said if self.few is None else [*said, dataclasses.asdict(self.few)]
+
+
+def candidates_of(methods: str, bits: str | None, recover: str | None) -> tuple[Candidate, ...]:
+    """The methods that are named, in these bits too, and random pruning in every bits that there are. Raises OptionError for what is
+    no method, no option of it or no bits, and for a training of weights in few bits."""
+    named = [n for word in methods.split(",") if word for n in (GROUPS[word]() if word in GROUPS else [word.strip()])]
+    if not named:
+        raise OptionError("--methods names nothing; give all, criteria, or names such as lightmoe,prune:score=ean")
+    names = [*named, RANDOM]
+    for few in filter(None, (bits or "").split(",")):
+        names += [f"{name}:bits={few.strip()}" for name in named if not _of_bits(name)]
+    names += [chance_of(name) for name in names]
+    found = tuple(_candidate(name) for name in dict.fromkeys(names))
+    if recover is not None and (low := next((c.name for c in found if c.few is not None), None)):
+        raise OptionError(f"--recover {recover} trains no weights in few bits, as {low} has; leave one of the two out")
+    return found
+
+
+def chance_of(name: str) -> str:
+    """The name of random pruning in the bits of a candidate."""
+    return ":".join([RANDOM, *_of_bits(name)])
+
+
+def _of_bits(name: str) -> list[str]:
+    return [word for word in name.split(":")[1:] if word.partition("=")[0] in OF_BITS]
+
+
+def _candidate(name: str) -> Candidate:
+    method, *words = name.split(":")
+    kinds = {field.name: field.metadata["kind"] for field in option_fields(METHODS[method])} | OF_BITS
+    given: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        key = key.replace("-", "_")
+        given[key] = _typed(value, kinds.get(key, str), f"--methods {name}: {word}")
+    of_bits = {key: given.pop(key) for key in OF_BITS if key in given}
+    chosen = chosen_method(method, given, "best")
+    if chosen.saves != "stored":
+        raise OptionError(f"--methods {name}: it saves active parameters, not bytes, so there are no equal bytes")
+    return Candidate(name, chosen, given, _few(name, chosen, of_bits))
+
+
+def _few(name: str, chosen: Method, given: dict[str, Any]) -> FewBits | None:
+    if not given:
+        return None
+    if "bits" not in given:
+        raise OptionError(f"--methods {name}: {' and '.join(given)} without bits; give bits=4 too, or leave it out")
+    few = FewBits.of(given["bits"], given.get("group", 32), given.get("quantiser", "gptq"))
+    if few.needs and isinstance(chosen, SearchingMethod):
+        if "quantiser" in given:
+            raise OptionError(
+                f"--methods {name}: {few.quantiser} reads Gram matrices, which a search does not collect; take quantiser=nearest"
+            )
+        return FewBits.of(given["bits"], given.get("group", 32), "nearest")
+    return few
+
+
+def _typed(text: str, kind: type, where: str) -> Any:
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise OptionError(f"{where}: the value must be {KINDS.get(kind, kind.__name__)}") from None
+
+
+def _is_costly(criterion: str) -> bool:
+    """Whether a criterion takes a search, a backward pass, or all experts on all tokens: such are compared where they are named."""
+    costly = (SearchEvent, HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
+    return any(STATISTICS[name].event in costly for name in CRITERIA[criterion].needs)
