@@ -25,7 +25,7 @@ from ..experts.quantisers import QUANTISERS
 from ..formats.format import part_name
 from ..formats.plain import ENTRIES, FLOAT_ENTRIES
 from ..formats.schemes import Scheme, quantization_config
-from ..models.conversions import names_in_files
+from ..models.conversions import named_alike, names_in_files
 from ..models.decoder_layers import decoder_stack
 from .cuts import find_cuts
 from .rewrite import Step
@@ -69,9 +69,10 @@ class Compression:
         self._known: dict[tuple[str, tuple[int, ...], torch.dtype], dict[str, Tensor]] = {}
         self._heads = _tied_heads(source)
         self.weights = expert_weights(source, experts)
-        self.rest = {name: Weight(rest) for name in rest_weights(source)} if rest is not None else {}
-        self.left = [name for name, w in self.rest.items() if not w.scheme.can_hold(source.headers[name]["shape"])]
-        self.rest = {name: weight for name, weight in self.rest.items() if name not in self.left}
+        asked = rest_weights(source) if rest is not None else []
+        alike = {*named_alike(source.model, {name: source.places[name].name for name in asked}, "weight_scale")}
+        self.rest = {n: Weight(rest) for n in asked if n in alike and rest.can_hold(source.headers[n]["shape"])}
+        self.left = [name for name in asked if name not in self.rest]
         self._experts_scheme, self._rest_scheme = experts, rest
         self.steps = list(self._all_steps())
 

@@ -80,3 +80,23 @@ def names_in_files(model: PreTrainedModel, names: Sequence[str]) -> dict[str, st
     marked = {name: torch.empty(0, device="meta") for name in names}
     saved = {id(tensor): name for name, tensor in as_in_files(model, marked).items()}
     return {name: saved[id(tensor)] for name, tensor in marked.items()}
+
+
+def named_alike(model: PreTrainedModel, names: Mapping[str, str], part: str) -> list[str]:
+    """Of tensors of files, by their names in the live model, those of which a `part` (such as weight_scale for weight) is renamed as
+    they are. Some families rename a tensor by its whole name, and a part of it would be lost."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    parts = {name: (_beside(name, part), _beside(live, part)) for name, live in names.items()}
+    known = {**model.state_dict(), **{live: None for _, live in parts.values()}}
+    found = []
+    for name, (in_file, live) in parts.items():
+        renamed, _ = rename_source_key(in_file, renamings, converters, model.base_model_prefix, known)
+        if renamed == live:
+            found.append(name)
+    return found
+
+
+def _beside(name: str, leaf: str) -> str:
+    return f"{name.rpartition('.')[0]}.{leaf}"
