@@ -19,16 +19,13 @@ from locum.containers.layout import Layout
 from locum.containers.rows import rows_of_expert, whole_weights
 from locum.experts.parts.part import PARTS
 from locum.experts.policies.policy import POLICIES
-from locum.experts.weights import ExpertWeights
 from locum.plans import plan_json
 from locum.plans.plan import KEPT, Base, LayerPlan, Slot
-from locum.shapes import LayerShape
 from locum.stats.sums import LayerStatistics
-from making.containers import KINDS, assert_near, routing
+from making.containers import KINDS, D, E, F, assert_near, drawn_experts, layer_of, routing
 
-D, F, E = 12, 10, 8
 # Fields without a default, and what else a kind needs to be used: the others are made from their defaults.
-FIELDS = {"shared_base": {"base": 0}, "low_rank": {"rank": 3, "start": "svd"}}
+FIELDS = {"shared_base": {"base": 0}, "low_rank": {"rank": 3, "start": "svd"}, "narrowed": {"width": 4}}
 POLICY_FIELDS = {"main_with_vectors": {"main": 1}}
 PLANNED = sorted(set(PARTS) - {"own_biases"})  # own biases are in no plan: they follow
 CHOSEN = sorted(POLICIES)
@@ -41,14 +38,9 @@ def part_of(name):
 def slot_of(name):
     """A slot with this part: over a base, if it can lie over one and is no adapter that stands alone."""
     part = part_of(name)
-    if part.is_whole or not part.changes_weights:
+    if part.is_whole or part.is_narrow or not part.changes_weights:
         return Slot((part,))
     return Slot((part_of("shared_base"), part))
-
-
-def layer_shape(kind="swiglu"):
-    _, has_gate, has_bias = KINDS[kind]
-    return LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
 
 
 def layer_plan(name, policy=None):
@@ -58,26 +50,6 @@ def layer_plan(name, policy=None):
     return LayerPlan("experts", (KEPT,) * 4 + (slot,) * 3 + (KEPT,), bases, policy)
 
 
-def experts(kind, dtype=torch.float32):
-    _, has_gate, has_bias = KINDS[kind]
-    generator = torch.Generator().manual_seed(1)
-
-    def drawn(*size):
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * 0.3).to(dtype)
-
-    return [
-        ExpertWeights(
-            drawn(F, D) if has_gate else None,
-            drawn(F, D),
-            drawn(D, F),
-            drawn(F) if has_gate and has_bias else None,
-            drawn(F) if has_bias else None,
-            drawn(D) if has_bias else None,
-        )
-        for _ in range(E)
-    ]
-
-
 def statistics(shape):
     generator = torch.Generator().manual_seed(2)
     sums = {
@@ -85,12 +57,15 @@ def statistics(shape):
         "count": torch.full((E,), 9.0, dtype=torch.float64),
         "input_gram": torch.eye(D, dtype=torch.float64).expand(E, D, D),
         "hidden_gram": torch.eye(F, dtype=torch.float64).expand(E, F, F),
+        "gated_hidden_square": torch.rand(E, F, generator=generator, dtype=torch.float64),
+        "gated_hidden_peak": torch.rand(E, F, generator=generator, dtype=torch.float64),
+        "down_column_square": torch.rand(E, F, generator=generator, dtype=torch.float64),
     }
     return LayerStatistics(shape, sums)
 
 
 def container_of(name, kind="swiglu", policy=None, dtype=torch.float32):
-    shape, own = layer_shape(kind), experts(kind, dtype)
+    shape, own = layer_of(kind), drawn_experts(kind, dtype)
     layout, tensors = build_layer(layer_plan(name, policy), shape, own.__getitem__, statistics(shape), seed=3)
     container = StandInExperts(layout, KINDS[kind][0], dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
@@ -116,7 +91,7 @@ def test_its_data_go_through_json(name):
     plan = layer_plan(name)
     data = json.loads(json.dumps(plan_json.layer_to_json(plan)))
     assert plan_json.layer_from_json(data, "the plan") == plan
-    layout = Layout.of(plan, layer_shape())
+    layout = Layout.of(plan, layer_of())
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
     assert name in json.dumps(data)
 
@@ -125,7 +100,7 @@ def test_its_data_go_through_json(name):
 @pytest.mark.parametrize("name", PLANNED)
 def test_what_is_built_is_as_large_as_what_is_planned(name, kind):
     container, tensors = container_of(name, kind)
-    layout, shape = container.layout, layer_shape(kind)
+    layout, shape = container.layout, layer_of(kind)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == layout.tensor_shapes()
     assert sum(t.numel() for t in tensors.values()) == layer_plan(name).parameters(shape)
     again = container_of(name, kind)[1]
@@ -189,7 +164,7 @@ def test_a_policy_goes_through_json_and_says_what_it_stores(name):
     data = json.loads(json.dumps(plan_json.layer_to_json(plan)))
     assert plan_json.layer_from_json(data, "the plan") == plan and str(plan.routing)
     container, tensors = container_of("own_weights", policy=policy_of(name))
-    assert sum(t.numel() for t in tensors.values()) == plan.parameters(layer_shape())
+    assert sum(t.numel() for t in tensors.values()) == plan.parameters(layer_of())
     assert Layout.from_json(json.loads(json.dumps(container.layout.to_json()))) == container.layout
 
 

@@ -122,7 +122,7 @@ def test_the_container_computes_with_the_numbers_that_its_bytes_stand_for(kind, 
 
 def without_constant(container: StandInExperts, e: int) -> dict[str, torch.Tensor]:
     rows = rows_of_expert(container, e)
-    product = LowRank.whole(next(row for row in rows.values() if "down_A_RF" in row))
+    product = LowRank.whole(next(row for row in rows.values() if "down_A_RF" in row), container.layout)
     own = next((row for row in rows.values() if "down_bias_ND" in row), {})
     return {"gate_up_NGD": product["gate_up_GD"], "down_NDF": product["down_DF"], **own}
 

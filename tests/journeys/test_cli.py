@@ -56,6 +56,7 @@ METHOD_OPTIONS = {
     "m-smoe": "--align --budget --score",
     "moe-i2": f"{SEARCH} --seed",
     "mone": RANKED,
+    "narrow": "--budget --columns --minimum --multiple",
     "prune": RANKED,
     "leave-one-out": f"{RANKED} --curve --seed",
     "res-moe": "--multiple",

@@ -11,6 +11,7 @@ from torch.nn import functional
 from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.containers.stack import Stack
+from locum.experts.weights import ExpertWeights
 from locum.models.families import canonical_activation, find_layers
 from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
@@ -41,6 +42,31 @@ KINDS["no_gate_bias"] = (relu_squared, False, True)
 
 def layer_shape(has_gate=True, has_bias=False, experts=E):
     return LayerShape("experts", experts, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
+
+
+def layer_of(kind="swiglu"):
+    _, has_gate, has_bias = KINDS[kind]
+    return layer_shape(has_gate, has_bias)
+
+
+def drawn_experts(kind, dtype=torch.float32):
+    _, has_gate, has_bias = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*size):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * 0.3).to(dtype)
+
+    return [
+        ExpertWeights(
+            drawn(F, D) if has_gate else None,
+            drawn(F, D),
+            drawn(D, F),
+            drawn(F) if has_gate and has_bias else None,
+            drawn(F) if has_bias else None,
+            drawn(D) if has_bias else None,
+        )
+        for _ in range(E)
+    ]
 
 
 def filled(layout, activate, dtype=torch.float32, seed=0, kind=StandInExperts):

@@ -78,7 +78,19 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
             seen = (token_P, token_P % VOCABULARY, torch.rand(len(token_P), generator=generator), VOCABULARY)
             sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside, *seen))
             sums.num_tokens = sum(SAMPLES)
-    return with_search(statistics_of(domain_sums, shape))
+    return with_weights(with_search(statistics_of(domain_sums, shape)), generator)
+
+
+def with_weights(statistics: Statistics, generator: torch.Generator) -> Statistics:
+    """The statistics and, as if they were of weights, `down_column_square`."""
+    layers = {}
+    for layer in statistics.shape.layers:
+        square_EF = torch.randn(
+            layer.num_experts, layer.expert_width, generator=generator, dtype=torch.float64
+        ).square()
+        by_domain = square_EF.expand(len(statistics.domains), *square_EF.shape)
+        layers[layer.name] = {**statistics.layers[layer.name], "down_column_square": by_domain}
+    return dataclasses.replace(statistics, layers=layers)
 
 
 def with_search(statistics: Statistics) -> Statistics:

@@ -149,7 +149,7 @@ class BuildSite:
 
 class _Old(Mapping[int, ExpertWeights]):
     def __init__(self, plan: LayerPlan, read: Read) -> None:
-        self._experts, self._site = plan.replaced, BuildSite(plan, read, None, 0)
+        self._experts, self._site = plan.fading, BuildSite(plan, read, None, 0)
 
     def __getitem__(self, e: int) -> ExpertWeights:
         if e not in self._experts:
@@ -164,7 +164,7 @@ class _Old(Mapping[int, ExpertWeights]):
 
 
 def old_weights(plan: LayerPlan, read: Read) -> Mapping[int, ExpertWeights]:
-    """The original weights of every replaced expert, in the hidden order of its base (annealing blends the two). Each is read when
+    """The original weights of every replaced expert that fades in, in the hidden order of its base (annealing blends the two). Each is read when
     it is asked for."""
     return _Old(plan, read)
 

@@ -288,7 +288,7 @@ def _add_products(
         pre_QG = _with_own(pre_QG, own, members, tuple(x_TD.index_select(0, token_Q) for x_TD in routed.inputs))
     hidden_QF = terms.container.hidden(pre_QG, weight_Q1, terms.way is NATIVE)
     if routed.down_TF is not None:
-        hidden_QF = modulate(hidden_QF, routed.down_TF[token_Q])
+        hidden_QF = modulate(hidden_QF, routed.down_TF[token_Q, : hidden_QF.shape[1]])  # a narrowed expert has fewer
     for kind, stack, row_Q in grouped:
         kind.add_second(terms.way, total_TD, hidden_QF, token_Q, stack, row_Q, each_Q)
     for e, at in members:

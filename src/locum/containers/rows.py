@@ -56,7 +56,7 @@ def whole_weights(container: StandInExperts, e: int) -> dict[str, Tensor]:
     sizes = OwnWeights.tensors((), layout)
     total = {name: torch.zeros(sizes[leaf], device=device) for name, leaf in NAMES.items() if leaf in sizes}
     for prefix, row in rows_of_expert(container, e).items():
-        for name, tensor in kinds[prefix].whole(row).items():
+        for name, tensor in kinds[prefix].whole(row, layout).items():
             total[name] = total[name] + tensor
     return {NAMES[name]: tensor for name, tensor in total.items()}
 

@@ -7,25 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..experts.columns import COLUMNS, camera_columns, heapr_columns
 from ..stats.sums import LayerStatistics
 from .criterion import criterion
 
-PEAK = 0.9  # alpha of CAMERA
 
-
-def camera_columns(layer: LayerStatistics) -> Tensor:
-    """[E, F] CAMERA's energy of every column: ||W_down[:, c]||^2 ((1 - a) sum_t (g h_c)^2 + a max_t (g h_c)^2), a = 0.9."""
-    spread_EF, peak_EF = layer["gated_hidden_square"], layer["gated_hidden_peak"].square()
-    return layer["down_column_square"] * ((1 - PEAK) * spread_EF + PEAK * peak_EF)
-
-
-def heapr_columns(layer: LayerStatistics) -> Tensor:
-    """[E, F] HEAPr's second-order loss of every column: mean_t h_c^2 * mean_t (dL / dh_c)^2, over the tokens routed to e."""
-    count_E1 = layer["count"].clamp(min=1)[:, None]
-    return layer["hidden_square"] / count_E1 * layer["hidden_gradient_square"] / count_E1
-
-
-@criterion("heapr", paper="arXiv 2509.22299 (HEAPr)", needs=("count", "hidden_square", "hidden_gradient_square"))
+@criterion("heapr", paper="arXiv 2509.22299 (HEAPr)", needs=COLUMNS["heapr"].needs)
 def heapr(layer: LayerStatistics) -> Tensor:
     """The loss that an expert's columns, its atomic experts, would cost by second order, added up.
 
@@ -40,11 +27,7 @@ def heapr(layer: LayerStatistics) -> Tensor:
     return heapr_columns(layer).sum(dim=1)
 
 
-@criterion(
-    "camera",
-    paper="arXiv 2508.02322 (CAMERA)",
-    needs=("gated_hidden_square", "gated_hidden_peak", "down_column_square"),
-)
+@criterion("camera", paper="arXiv 2508.02322 (CAMERA)", needs=COLUMNS["camera"].needs)
 def camera(layer: LayerStatistics) -> Tensor:
     """The energy of an expert's columns, its micro-experts, added up.
 

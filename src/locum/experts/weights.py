@@ -60,7 +60,7 @@ def mean_expert(experts: Iterable[ExpertWeights], weights: Iterable[float]) -> E
 
 
 def permute_hidden(expert: ExpertWeights, order_F: Tensor) -> ExpertWeights:
-    """Reorder an expert's hidden units. The function it computes stays the same."""
+    """Reorder an expert's hidden units, or take some of them. Reordered, the function it computes stays the same."""
     return expert.map(
         lambda name, t: t if name == "down_bias_D" else t[:, order_F] if name == "down_DF" else t[order_F]
     )

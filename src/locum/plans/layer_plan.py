@@ -44,14 +44,19 @@ class Slot:
         return self.survives and not self.is_kept
 
     @property
+    def fades(self) -> bool:
+        """Whether old weights can fade out beside what stands in their place."""
+        return self.is_replaced and not any(part.is_narrow for part in self.parts)
+
+    @property
     def fate(self) -> str:
         """What becomes of the expert in one word: kept, stand_in, nothing or dropped."""
         return "dropped" if not self.survives else "kept" if self.is_kept else "stand_in" if self.parts else "nothing"
 
     def all_parts(self, has_bias: bool) -> tuple[Part, ...]:
-        """The parts with what no plan names: the own biases of an expert without whole weights."""
+        """The parts with what no plan names: the own biases of an expert none of whose parts has them."""
         weights = [part for part in self.parts if part.changes_weights]
-        own = has_bias and weights and not any(part.is_whole for part in weights)
+        own = has_bias and weights and not any(part.has_biases for part in weights)
         return (*self.parts, OwnBiases()) if own else self.parts
 
     def __str__(self) -> str:
@@ -101,6 +106,11 @@ class LayerPlan:
     @property
     def replaced(self) -> tuple[int, ...]:
         return tuple(e for e, slot in enumerate(self.slots) if slot.is_replaced)
+
+    @property
+    def fading(self) -> tuple[int, ...]:
+        """The replaced experts whose old weights can fade out."""
+        return tuple(e for e, slot in enumerate(self.slots) if slot.fades)
 
     @property
     def needs(self) -> tuple[str, ...]:

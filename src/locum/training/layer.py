@@ -207,7 +207,7 @@ def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:
     prefixes = {prefix for prefix, stack in training.prefixed() if stack.part == LowRank.name}
     for row in layer.rows:
         rows = rows_of_expert(container, training.dense_of.index(row), but=OwnWeights)
-        product = next(LowRank.whole(found) for prefix, found in rows.items() if prefix in prefixes)
+        product = next(LowRank.whole(found, training) for prefix, found in rows.items() if prefix in prefixes)
         for name, change in (("dense.gate_up_NGD", product["gate_up_GD"]), ("dense.down_NDF", product["down_DF"])):
             dense[name][row] = (dense[name][row].float() + change).to(dense[name].dtype)
     return dense

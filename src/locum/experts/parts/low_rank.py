@@ -205,7 +205,7 @@ class LowRank(Part):
         way.scatter(total_TD, low_PR, stack.down_B_DR, row_P, token_P)
 
     @classmethod
-    def whole(cls, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(cls, row: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         product = adapter_product(row)
         first = [product[name] for name in ("gate_FD", "up_FD") if name in product]
         return {"gate_up_GD": torch.cat(first), "down_DF": product["down_DF"]}

@@ -53,7 +53,7 @@ class OwnBiases(Part):
         add_second_bias(total_TD, token_P, weight_P1, stack, row_P)
 
     @classmethod
-    def whole(cls, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(cls, row: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         return whole_row(row)
 
     def __str__(self) -> str:

@@ -26,6 +26,7 @@ class OwnWeights(Part):
     plural = "whole experts"
     prefix = "dense."
     is_whole = True
+    has_biases = True
     trains = "never"
     at_once = True
     has_products = True
@@ -96,7 +97,7 @@ class OwnWeights(Part):
         add_second_bias(total_TD, token_P, weight_P1, stack, row_P)
 
     @classmethod
-    def whole(cls, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(cls, row: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         return whole_row(row)
 
     def __str__(self) -> str:

@@ -84,6 +84,10 @@ class Part(abc.ABC):
     plural: ClassVar[str]  # what an export calls experts that have it
     prefix: ClassVar[str]  # of its tensors' names in the container; "{}" is the number of the variant
     is_whole: ClassVar[bool] = False  # it has a whole expert's weights, with biases where the family has them
+    has_biases: ClassVar[bool] = False  # it has the expert's biases where the family has them
+    is_narrow: ClassVar[bool] = (
+        False  # its hidden units are fewer than a whole expert's, so other weights do not add to it
+    )
     changes_weights: ClassVar[bool] = True  # False: it adds to the output alone
     as_weights: ClassVar[bool] = True  # whether whole weights can say it (`whole`)
     fades_in: ClassVar[bool] = True  # annealing lets it come in as the old weights fade out (training/layer.py)
@@ -210,7 +214,7 @@ class Part(abc.ABC):
     # --- conversion, costs and words
 
     @classmethod
-    def whole(cls, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(cls, row: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         """What the row adds to whole weights, in float32, by name: gate_up_GD, down_DF, gate_up_bias_G, down_bias_D."""
         return {}
 

@@ -24,6 +24,7 @@ class SharedBase(Part):
     plural = "shared bases"
     prefix = OwnWeights.prefix
     is_whole = True
+    has_biases = True
     trains = "with bases"
 
     @property

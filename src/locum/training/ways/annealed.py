@@ -105,7 +105,7 @@ class Annealed:
         open_adapters(context, self.rank, self.train_bases)
         if self._beta(context, start) > 0:
             for layer in context.layers:
-                if layer.plan.replaced:
+                if layer.plan.fading:
                     keep_old(layer, context.original.read[layer.name], context.workdir)
 
     def at_step(self, context: Context, step: int) -> dict[str, float]:
@@ -128,5 +128,5 @@ class Annealed:
 
 
 def _replaced(plan: Plan | None) -> dict[str, tuple[int, ...]]:
-    """The replaced experts of every layer that has any."""
-    return {layer.layer: layer.replaced for layer in (plan.layers if plan else ()) if layer.replaced}
+    """The experts of every layer whose old weights can fade out."""
+    return {layer.layer: layer.fading for layer in (plan.layers if plan else ()) if layer.fading}
