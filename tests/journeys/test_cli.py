@@ -52,6 +52,7 @@ METHOD_OPTIONS = {
     "d2-moe": "--align --multiple --score --start",
     "decompose": f"{RANKS} --score",
     "hc-smoe": "--align --linkage --score",
+    "layer-drop": "--keep",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
     "m-smoe": "--align --budget --score",
     "moe-i2": f"{SEARCH} --seed",

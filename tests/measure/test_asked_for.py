@@ -93,7 +93,15 @@ def test_padding_and_batches_change_no_gradient() -> None:
 
 
 def everything(model: PreTrainedModel, **how: object) -> Statistics:
-    needs = ("turned_output_norm", "output_cosine", "weight_square", "router_norm", "down_column_square", "token_count")
+    needs = (
+        "turned_output_norm",
+        "turn_sum",
+        "output_cosine",
+        "weight_square",
+        "router_norm",
+        "down_column_square",
+        "token_count",
+    )
     return calibrate(model, make_tokens(tiny_ids(3, 6), **how), needs=(*needs, "gated_output_norm", "count"))
 
 
@@ -112,13 +120,14 @@ def test_token_contribution_all_outputs_weights_and_vocabulary_equal_a_plain_pas
         handle.remove()
     for layer, h_BSD in zip(find_layers(model), before, strict=True):
         name, record = layer.shape.name, seen[layer.shape.name]
-        turned, cosine, vocabulary = torch.zeros(E), torch.zeros(E, E), {}
+        turned, cosine, vocabulary, turns = torch.zeros(E), torch.zeros(E, E), {}, 0.0
         for t, x_D in enumerate(record["x_TD"]):
             with torch.no_grad():
                 every = [layer.experts(x_D[None], torch.tensor([[e]]), torch.ones(1, 1))[0] for e in range(E)]
                 y_D = layer.experts(x_D[None], record["index_TK"][t][None], record["gate_TK"][t][None])[0]
             h_D = h_BSD.flatten(0, 1)[t]
             turn = max(0.0, 1 - float(functional.cosine_similarity(h_D.double(), (h_D + y_D).double(), dim=0)))
+            turns += turn
             for e, gate in zip(record["index_TK"][t].tolist(), record["gate_TK"][t], strict=True):
                 turned[e] += gate * every[e].norm() * turn
                 vocabulary[e, int(ids_BS.flatten()[t])] = vocabulary.get((e, int(ids_BS.flatten()[t])), 0) + 1
@@ -127,6 +136,7 @@ def test_token_contribution_all_outputs_weights_and_vocabulary_equal_a_plain_pas
                     cosine[i, j] += functional.cosine_similarity(every[i], every[j], dim=0)
         named = made.layer(name)
         torch.testing.assert_close(named["turned_output_norm"], turned.double(), rtol=1e-3, atol=1e-6)
+        assert float(named["turn_sum"]) == pytest.approx(turns, rel=1e-3)
         torch.testing.assert_close(named["output_cosine"], cosine.double(), rtol=1e-4, atol=1e-4)
         assert {
             (e, v): int(named["token_count"][e, v]) for e, v in named["token_count"].nonzero().tolist()

@@ -178,7 +178,9 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         tokens[expert][int(event.id_P[p])] += 1
         length = math.sqrt(sum(v * v for v in event.out_PD[p].tolist()))
         turned[expert] += float(event.gate_P[p]) * length * float(event.turn_P[p])
-    together |= {"token_count": tokens, "turned_output_norm": turned}
+    token_P = event.token_P.tolist()
+    turns = [float(turn) / token_P.count(token) for turn, token in zip(event.turn_P, token_P, strict=True)]
+    together |= {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
     return {**sums, **rows, **products, **columns, **together}
 
 

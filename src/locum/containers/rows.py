@@ -52,7 +52,7 @@ def whole_weights(container: StandInExperts, e: int) -> dict[str, Tensor]:
     """
     layout = container.layout
     kinds = {prefix: stack.kind for prefix, stack in layout.prefixed()}
-    device = next(container.parameters()).device
+    device = next(container.parameters(), torch.empty(())).device  # a container of mere nothings has none
     sizes = OwnWeights.tensors((), layout)
     total = {name: torch.zeros(sizes[leaf], device=device) for name, leaf in NAMES.items() if leaf in sizes}
     for prefix, row in rows_of_expert(container, e).items():

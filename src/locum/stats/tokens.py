@@ -1,6 +1,6 @@
 """Statistics of which tokens an expert gets, and of what its layer does with them.
 
-Letters: P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, V vocabulary.
+Letters: P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,3 +45,21 @@ def turned_output_norm(event: RoutedEvent) -> Tensor:
     Source:   EASY-EP, arXiv 2504.06792. Shared experts are left out of y, as in its code.
     """
     return event.sum_pairs(event.gate_P * event.norm_P * event.turn_P)
+
+
+@statistic("turn_sum", axes="", event=RoutedEvent, on_demand=True, turns=True)
+def turn_sum(event: RoutedEvent) -> Tensor:
+    """How far the layer's routed output turns a token, over all tokens.
+
+    sum_t max(0, 1 - cos(h_t, h_t + y_t)),  h the hidden state before the norm in front of the experts' block, y the sum of the
+    routed experts' outputs times their gates
+
+    Needs:    routed tokens, and the hidden state before the norm; collected on demand only.
+    Shapes:   a single number.
+    Units:    none; a token adds 0 where its direction stays, 2 at most.
+    Edges:    0 for a domain without tokens.
+    Cost:     one cosine per token.
+    Source:   Layer Drop, arXiv 2406.02500, whose similarity is one less the mean of it. Shared experts are left out of y.
+    """
+    pairs_T = torch.bincount(event.token_P)
+    return (event.turn_P.double() / pairs_T[event.token_P]).sum()
