@@ -22,7 +22,8 @@ from locum.experts.parts.constant import Constant
 from locum.experts.parts.low_rank import LowRank
 from locum.experts.parts.own_weights import OwnWeights, rows_of
 from locum.experts.parts.shared_base import SharedBase
-from locum.experts.weights import ExpertWeights
+from locum.experts.quantisers import errors
+from locum.experts.weights import ExpertWeights, mean_expert
 from locum.plans import plan_json
 from locum.plans.bits import FewBits
 from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
@@ -125,6 +126,21 @@ def without_constant(container: StandInExperts, e: int) -> dict[str, torch.Tenso
     product = LowRank.whole(next(row for row in rows.values() if "down_A_RF" in row), container.layout)
     own = next((row for row in rows.values() if "down_bias_ND" in row), {})
     return {"gate_up_NGD": product["gate_up_GD"], "down_NDF": product["down_DF"], **own}
+
+
+def test_a_base_is_written_for_what_its_experts_see():
+    """By GPTQ it loses less than by nearest, on the inputs of those that use it."""
+    shape, base, lost = layer_shape(), mean_expert(experts_of("swiglu")[:2], (0.5, 0.5)), {}
+    for quantiser in ("nearest", "gptq"):
+        slots = (Slot((SharedBase(0, format="int2-g32-z", quantiser=quantiser),)),) * E
+        container = container_of(LayerPlan("experts", slots, (Base((0, 1), (0.5, 0.5)),)))
+        (row,) = rows_of_expert(container, 3).values()
+        for leaf, whole, name in (
+            ("gate_up_NGD", base.gate_up_GD, "input_gram"),
+            ("down_NDF", base.down_DF, "hidden_gram"),
+        ):
+            lost[leaf, quantiser] = float(errors(whole, row[leaf], statistics(shape)[name].sum(0)).sum())
+    assert all(lost[leaf, "gptq"] < 0.99 * lost[leaf, "nearest"] for leaf in ("gate_up_NGD", "down_NDF"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

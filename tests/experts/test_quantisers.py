@@ -55,6 +55,9 @@ def test_gptq_is_the_textbook_s(name):
     weight, gram, item = drawn(3, IN), gram_of(inputs()), row_format(name)
     found = item.read(gptq(weight, gram, item))[:, :IN]
     assert torch.equal(found, textbook(weight, gram, item))
+    wide = weight.double()
+    gptq(wide, gram, item)
+    assert torch.equal(wide, weight.double())  # what it is given stays
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -51,7 +51,7 @@ class Quantiser(NamedTuple):
 
 def gptq(weight_OI: Tensor, gram_II: Tensor, format: IntGroups) -> dict[str, Tensor]:
     """The parts of a matrix by GPTQ, in the order of its columns. The levels of a group are chosen when it is reached."""
-    rest_OI, columns = weight_OI.double(), weight_OI.shape[1]
+    rest_OI, columns = weight_OI.to(torch.float64, copy=True), weight_OI.shape[1]
     gram_II = gram_II.to(rest_OI)
     scale = float(gram_II.diagonal().mean())
     damped_II = gram_II + torch.eye(columns).to(gram_II) * (DAMPING * scale if scale > 0 else 1.0)

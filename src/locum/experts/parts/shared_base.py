@@ -26,6 +26,7 @@ class SharedBase(Part):
     is_whole = True
     has_biases = True
     trains = "with bases"
+    sees = OwnWeights.sees
 
     @property
     def stack(self) -> type[Part]:
