@@ -57,6 +57,8 @@ def statistics(shape):
         "count": torch.full((E,), 9.0, dtype=torch.float64),
         "input_gram": torch.eye(D, dtype=torch.float64).expand(E, D, D),
         "hidden_gram": torch.eye(F, dtype=torch.float64).expand(E, F, F),
+        "input_square": torch.rand(E, D, generator=generator, dtype=torch.float64),
+        "hidden_square": torch.rand(E, F, generator=generator, dtype=torch.float64),
         "gated_hidden_square": torch.rand(E, F, generator=generator, dtype=torch.float64),
         "gated_hidden_peak": torch.rand(E, F, generator=generator, dtype=torch.float64),
         "down_column_square": torch.rand(E, F, generator=generator, dtype=torch.float64),

@@ -121,7 +121,7 @@ def _with(line: str, choice: Choice, thing: str) -> str:
     if choice.option == "recover":
         return f"{line} --recover {thing} --recover-steps 2 --recover-length 64"
     if choice.option == "method":
-        if cls.saves == "active":
+        if cls.saves != "stored":
             line = line.replace(" --remove 0.4", "")
         if line.startswith("plan"):
             searches = isinstance(cls(), SearchingMethod)

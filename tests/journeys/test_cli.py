@@ -51,6 +51,7 @@ METHOD_OPTIONS = {
     "compressed-experts": "--main --renormalise --vectors",
     "d2-moe": "--align --multiple --score --start",
     "decompose": f"{RANKS} --score",
+    "expert-slimming": "--mask --pattern --share",
     "hc-smoe": "--align --linkage --score",
     "layer-drop": "--keep",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",

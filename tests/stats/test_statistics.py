@@ -180,7 +180,12 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         turned[expert] += float(event.gate_P[p]) * length * float(event.turn_P[p])
     token_P = event.token_P.tolist()
     turns = [float(turn) / token_P.count(token) for turn, token in zip(event.turn_P, token_P, strict=True)]
-    together |= {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
+    squares = {name: [[0.0] * D for _ in range(E)] for name in ("input_square", "gated_input_square")}
+    for expert, gate, row in zip(event.expert_P.tolist(), event.gate_P.tolist(), event.in_PD.tolist(), strict=True):
+        for i, value in enumerate(row):
+            squares["input_square"][expert][i] += value * value
+            squares["gated_input_square"][expert][i] += (gate * value) ** 2
+    together |= squares | {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
     return {**sums, **rows, **products, **columns, **together}
 
 

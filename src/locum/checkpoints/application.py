@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..containers.build import build_layer, check_statistics
+from ..containers.build import build_layer, check_statistics, rewritten
 from ..containers.container import StandInExperts
 from ..errors import UnsupportedModel
 from ..experts.weights import ExpertWeights
@@ -26,6 +26,7 @@ from ..models.families import (
     set_expert_count,
     slice_experts,
     slice_router,
+    write_expert,
 )
 from ..models.sizes import shape_of
 from ..places import bare
@@ -81,6 +82,7 @@ def apply_plan(
         layer_plan = plan.layer(name) or LayerPlan(name, (KEPT,) * layer.shape.num_experts)
         if not layer_plan.is_identity or (not stock and _is_uneven(layer)):
             if stock:
+                _rewrite(layer, layer_plan, statistics, seed * 1_000_003 + places.get(name, 0))
                 slice_experts(layer.experts, layer_plan.survivors)
             else:
                 layouts[name] = _replace(model, layer, layer_plan, statistics, seed * 1_000_003 + places.get(name, 0))
@@ -116,6 +118,13 @@ def _counts_differ(plan: LayerPlan | None, layer: MoeLayer) -> bool:
 
 def _read_by(plan: LayerPlan, statistics: Statistics | None) -> LayerStatistics | None:
     return statistics.layer(plan.layer) if statistics is not None and plan.needs else None
+
+
+def _rewrite(layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> None:
+    """Give experts of a stock layer the weights that the plan makes of their own."""
+    become = rewritten(plan, lambda e: read_expert(layer.experts, e), _read_by(plan, statistics), seed)
+    for e in plan.rewritten:
+        write_expert(layer.experts, e, become(e))
 
 
 def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> object:

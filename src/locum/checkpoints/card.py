@@ -27,6 +27,8 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
     if any(layer.routing for layer in plan.layers):
         share = 1 - active_parameters(shape, plan) / active_parameters(shape)
         said.append(f"{share:.1%} fewer parameters active for a token")
+    if masked := sum(len(layer.rewritten) for layer in plan.layers):
+        said.append(f"nothing removed, weights of {masked} experts set to zero where they lie")
     return ", ".join(said) or "nothing removed"
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import dot_natural_key
 
 from .. import ranks
-from ..containers.build import build_rows
+from ..containers.build import Read, build_rows, rewritten
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import UnsupportedModel
@@ -193,13 +193,25 @@ class Rewriting:
             read = own.experts
         else:
             read = ExpertReader(layer, self._cuts[plan.layer], self._source.places, self._files, self._one)
+        if plan.rewritten and not becomes_container:
+            become = rewritten(plan, read, self._statistics_of(plan), self._seed_of(plan))
+            return self._splitting(layer, plan, become, read.dtype)
         if (not is_container or own is not None) and not becomes_container:
             return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
         if becomes_container:
             self._layouts[plan.layer] = Layout.of(plan, layer.shape)
-            if is_container and self._layouts[plan.layer] == layer.experts.layout:
+            if is_container and self._layouts[plan.layer] == layer.experts.layout and not plan.rewritten:
                 return self._cutting(cuts, plan.survivors, layer.shape.num_experts, plan.layer)
-        return self._building(layer, plan, read) if becomes_container else self._splitting(layer, plan, read)
+        return (
+            self._building(layer, plan, read) if becomes_container else self._splitting(layer, plan, read, read.dtype)
+        )
+
+    def _statistics_of(self, plan: LayerPlan) -> LayerStatistics | None:
+        return self._statistics.layer(plan.layer) if self._statistics is not None and plan.needs else None
+
+    def _seed_of(self, plan: LayerPlan) -> int:
+        index = next((i for i, each in enumerate(self._plan.layers) if each.layer == plan.layer), 0)
+        return self._seed * 1_000_003 + index
 
     def _expert_cuts(self, layer: str) -> Sequence[Cut]:
         """What the files have of a layer's experts, also where a container is seen instead."""
@@ -270,25 +282,21 @@ class Rewriting:
         packed = self._layouts[plan.layer].packed_tensors
         dtype_of = {leaf: torch.uint8 if leaf in packed else read.dtype for leaf in shapes}
         entries = {names[leaf]: _entry(dtype_of[leaf], shape) for leaf, shape in shapes.items()}
-        index = next((i for i, each in enumerate(self._plan.layers) if each.layer == plan.layer), 0)
-        of_layer: LayerStatistics | None = None
-        if self._statistics is not None and plan.needs:
-            of_layer = self._statistics.layer(plan.layer)
 
         def fill(writer: ShardWriter) -> None:
             copied.fill(writer)
-            recent, seed = functools.lru_cache(maxsize=2)(read), self._seed * 1_000_003 + index
-            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, seed, set(own)):
+            recent, of_layer = functools.lru_cache(maxsize=2)(read), self._statistics_of(plan)
+            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, self._seed_of(plan), set(own)):
                 data = _bytes(tensor.to(dtype_of[leaf]))
                 first = len(own) if leaf.startswith(OwnWeights.prefix) else 0
                 writer.write(names[leaf], [data], (row - first) * len(data))
 
         return Step(copied.entries | entries, fill, plan.layer)
 
-    def _splitting(self, layer: MoeLayer, plan: LayerPlan, read: ExpertReader) -> Step:
-        """Experts of a container as the family's files have them."""
-        splitter = ExpertSplitter(layer, self._one, read.dtype)
-        entries = {name: _entry(read.dtype, shape) for name, shape in splitter.shapes(len(plan.survivors)).items()}
+    def _splitting(self, layer: MoeLayer, plan: LayerPlan, read: Read, dtype: torch.dtype) -> Step:
+        """Experts of a container, or changed ones, as the family's files have them."""
+        splitter = ExpertSplitter(layer, self._one, dtype)
+        entries = {name: _entry(dtype, shape) for name, shape in splitter.shapes(len(plan.survivors)).items()}
 
         def fill(writer: ShardWriter) -> None:
             for new, old in enumerate(plan.survivors):

@@ -115,12 +115,15 @@ class BuildSite:
 
     def _seen_by(self, part: Part, e: int) -> dict[str, Tensor]:
         """The mean Gram matrices of the inputs of a part's whole weights; a base sees what all experts see that use it."""
-        experts = [e]
         if isinstance(part, SharedBase):
-            experts = [x for x in self.plan.survivors if part in self.plan.slots[x].parts]
+            return self.seen(*(x for x in self.plan.survivors if part in self.plan.slots[x].parts))
+        return self.seen(e)
+
+    def seen(self, *experts: int) -> dict[str, Tensor]:
+        """The same of experts together."""
         grams = [self.input_grams(x) for x in experts]
         sums = {name: torch.stack([gram[name] for gram in grams]).sum(0) for name in ("up_FD", "down_DF")}
-        return seen_by(sums, float(self.statistics["count"][experts].sum()), *self._means)
+        return seen_by(sums, float(self.statistics["count"][list(experts)].sum()), *self._means)
 
     @functools.cached_property
     def _means(self) -> tuple[Tensor, float]:
@@ -223,6 +226,20 @@ def _built(part: Part, e: int, site: BuildSite) -> dict[str, Tensor]:
             f"weights of expert {e} of {site.plan.layer} cannot be taken apart into factors ({error}); look whether they are "
             f"what they should be, or plan with --start gaussian"
         ) from error
+
+
+def rewritten(plan: LayerPlan, read: Read, layer: LayerStatistics | None = None, seed: int = 0) -> Read:
+    """What reads the experts of a layer that a stock layer can hold, as they become. Raises as `build_layer` does."""
+    check_statistics(plan, layer)
+    site = BuildSite(plan, read, layer, seed)
+
+    def changed(e: int) -> ExpertWeights:
+        if e not in plan.rewritten:
+            return read(e)
+        expert, (part,) = read(e), plan.slots[e].parts
+        return weights_of(_built(part, e, site), expert.gate_FD is not None)
+
+    return changed
 
 
 def stack_dense(experts: list[ExpertWeights]) -> dict[str, Tensor]:

@@ -39,6 +39,11 @@ class Slot:
         return self.survives and self.parts == (OwnWeights(),)
 
     @property
+    def is_rewritten(self) -> bool:
+        """Whether its own weights are changed where they lie, and nothing else."""
+        return self.survives and len(self.parts) == 1 and self.parts[0].in_place
+
+    @property
     def is_replaced(self) -> bool:
         """Whether something else, or nothing, stands in its place."""
         return self.survives and not self.is_kept
@@ -46,7 +51,7 @@ class Slot:
     @property
     def fades(self) -> bool:
         """Whether old weights can fade out beside what stands in their place."""
-        return self.is_replaced and not any(part.is_narrow for part in self.parts)
+        return self.is_replaced and not self.is_rewritten and not any(part.is_narrow for part in self.parts)
 
     @property
     def fate(self) -> str:
@@ -108,6 +113,11 @@ class LayerPlan:
         return tuple(e for e, slot in enumerate(self.slots) if slot.is_replaced)
 
     @property
+    def rewritten(self) -> tuple[int, ...]:
+        """The experts whose own weights are changed where they lie."""
+        return tuple(e for e, slot in enumerate(self.slots) if slot.is_rewritten)
+
+    @property
     def fading(self) -> tuple[int, ...]:
         """The replaced experts whose old weights can fade out."""
         return tuple(e for e, slot in enumerate(self.slots) if slot.fades)
@@ -132,8 +142,9 @@ class LayerPlan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether a stock layer can hold it: every survivor keeps its own full weights, and all selected ones run."""
-        return self.routing is None and all(slot.is_untouched or not slot.survives for slot in self.slots)
+        """Whether a stock layer can hold it: every survivor has full weights of its own, and all selected ones run."""
+        fit = (slot.is_untouched or slot.is_rewritten or not slot.survives for slot in self.slots)
+        return self.routing is None and all(fit)
 
     def rows(self, has_bias: bool) -> dict[StackKey, dict[int, tuple[int, ...]]]:
         """For every stack that the layer needs, the key of the row that each expert uses. Equal keys are one row."""

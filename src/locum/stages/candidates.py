@@ -12,7 +12,7 @@ from typing import Any
 
 from ..criteria.criterion import CRITERIA
 from ..errors import OptionError
-from ..methods import METHODS, Method, SearchingMethod
+from ..methods import METHODS, SAVED, Method, SearchingMethod
 from ..options import KINDS, option_fields
 from ..plans.bits import FewBits
 from ..stats.definitions import STATISTICS
@@ -83,7 +83,7 @@ def _candidate(name: str) -> Candidate:
     of_bits = {key: given.pop(key) for key in OF_BITS if key in given}
     chosen = chosen_method(method, given, "best")
     if chosen.saves != "stored":
-        raise OptionError(f"--methods {name}: it saves active parameters, not bytes, so there are no equal bytes")
+        raise OptionError(f"--methods {name}: it saves {SAVED[chosen.saves]}, not bytes, so there are no equal bytes")
     return Candidate(name, chosen, given, _few(name, chosen, of_bits))
 
 

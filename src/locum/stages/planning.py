@@ -18,7 +18,7 @@ from ..criteria.super_experts import super_experts
 from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import check_output, provenance
-from ..methods import METHODS, Method, SearchingMethod, TargetMethod, Weights
+from ..methods import METHODS, SAVED, Method, SearchingMethod, TargetMethod, Weights
 from ..options import make_options
 from ..places import find, name_of, remember
 from ..plans.bits import FewBits
@@ -123,7 +123,7 @@ def decide(
         return planned(chosen.plan(scored, shape, amount))
 
     if target is None:
-        return build(1.0 if chosen.saves == "active" else 0.0)
+        return build(0.0 if chosen.saves == "stored" else 1.0)
     if isinstance(chosen, TargetMethod):
         return check_met(planned(chosen.plan_for(scored, shape, target)), shape, target)
     return meet_target(build, shape, target)
@@ -301,14 +301,14 @@ def check_target(
     shape: ModelShape | None = None,
     few: FewBits | None = None,
 ) -> Target | None:
-    """The target, None for a method that saves active parameters, and for few bits alone.
+    """The target, None for a method that saves no stored parameters, and for few bits alone.
 
     One that can never be met fails before an hour of calibration, not after.
     """
-    if method.saves == "active":
+    if method.saves != "stored":
         if (remove, fit) != (None, None):
             raise OptionError(
-                f"method {method.name} saves active parameters, not stored ones: every expert stays in the checkpoint, so "
+                f"method {method.name} saves {SAVED[method.saves]}, not stored ones: every expert stays in the checkpoint, so "
                 f"there is nothing to --remove or to --fit; its own options say how much it saves (locum list)"
             )
         return None

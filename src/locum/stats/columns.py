@@ -1,6 +1,7 @@
-"""Statistics of every column of an expert: of each number of its hidden state, which one column of `down` multiplies.
+"""Statistics of every column of an expert: of each number of its hidden state, which one column of `down` multiplies, and of its
+input.
 
-Letters: Q pairs of one expert, E experts, F expert width.
+Letters: Q pairs of one expert, E experts, D model width, F expert width.
 """
 
 from __future__ import annotations
@@ -77,3 +78,35 @@ def gated_hidden_peak(event: RoutedEvent) -> Tensor:
     Source:   the energy of micro-experts of CAMERA, arXiv 2508.02322.
     """
     return each_expert(_gated(event), event.counts, lambda x_QF: x_QF.abs().amax(dim=0))
+
+
+@statistic("input_square", axes="ED", event=RoutedEvent, on_demand=True, inside=True)
+def input_square(event: RoutedEvent) -> Tensor:
+    """The sum of squares of each number of an expert's input.
+
+    sum_{t routed to e} x_t,i^2
+
+    Needs:    routed tokens' inputs; collected on demand only.
+    Shapes:   (E, D).
+    Units:    hidden state squared.
+    Edges:    0 for a never-routed expert.
+    Cost:     E*D float64 per layer and domain; one pass over P*D.
+    Source:   Wanda, arXiv 2306.11695; the diagonal of `input_gram`.
+    """
+    return each_expert(event.in_PD, event.counts, _squares)
+
+
+@statistic("gated_input_square", axes="ED", event=RoutedEvent, on_demand=True, inside=True)
+def gated_input_square(event: RoutedEvent) -> Tensor:
+    """The sum of squares of each number of an expert's input, times its gate.
+
+    sum_{t routed to e} (g_t,e x_t,i)^2
+
+    Needs:    routed tokens' gates and inputs; collected on demand only.
+    Shapes:   (E, D).
+    Units:    hidden state squared.
+    Edges:    0 for a never-routed expert.
+    Cost:     E*D float64 per layer and domain; one pass over P*D.
+    Source:   MoE-Pruner, arXiv 2410.12013.
+    """
+    return each_expert(event.in_PD.double() * event.gate_P.double()[:, None], event.counts, _squares)

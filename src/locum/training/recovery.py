@@ -35,6 +35,10 @@ def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
             f"{flag} {way.name} trains no weights in few bits ({', '.join(plan.formats)}); train what the same plan makes without "
             f"--bits"
         )
+    if plan is not None and any(layer.rewritten for layer in plan.layers):
+        raise OptionError(
+            f"{flag} {way.name} trains no masked experts, whose zeros would not stay; train before, and mask the result"
+        )
     objection = way.objection(plan)
     if objection is not None:
         others = [f"{flag} {name}" for name, cls in WAYS.items() if cls().objection(plan) is None]

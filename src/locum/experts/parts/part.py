@@ -68,6 +68,9 @@ class Site(Protocol):
     def input_grams(self, e: int) -> dict[str, Tensor]:
         """The Gram matrix of each weight's inputs, by the weight's name, in the order of `original`."""
 
+    def seen(self, e: int) -> dict[str, Tensor]:
+        """The mean of x x^T over each weight's inputs, with what an expert that saw few tokens borrows (quantisers.py)."""
+
 
 @dataclass(frozen=True)
 class Part(abc.ABC):
@@ -85,6 +88,9 @@ class Part(abc.ABC):
     prefix: ClassVar[str]  # of its tensors' names in the container; "{}" is the number of the variant
     is_whole: ClassVar[bool] = False  # it has a whole expert's weights, with biases where the family has them
     has_biases: ClassVar[bool] = False  # it has the expert's biases where the family has them
+    in_place: ClassVar[bool] = (
+        False  # it is the expert's own weights, changed where they lie: a stock layer can hold it
+    )
     is_narrow: ClassVar[bool] = (
         False  # its hidden units are fewer than a whole expert's, so other weights do not add to it
     )
