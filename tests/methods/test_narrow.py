@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import locum
-from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.containers.build import build_layer
 from locum.containers.container import StandInExperts
@@ -25,6 +25,7 @@ from locum.experts.columns import COLUMNS
 from locum.experts.parts.narrowed import Narrowed
 from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.experts.weights import ExpertWeights
+from locum.exports.whole_experts import to_stock
 from locum.measure.calibration import calibrate
 from locum.methods.narrow import Narrow
 from locum.models.families import find_layers, read_expert, write_expert
@@ -33,6 +34,7 @@ from locum.plans.bits import FewBits
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Slot, make_plan, stand_in
 from locum.stats.sums import LayerStatistics, Statistics
 from making.checkpoints import locum as command
+from making.checkpoints import write_checkpoint
 from making.containers import KINDS, D, E, F, assert_near, drawn_experts, layer_of, routing
 from making.handmade import layers_of, make_statistics, tokens_of, toy_shape, with_sums
 from making.oracles import slow_experts
@@ -105,10 +107,10 @@ def test_narrowed_experts_compute_what_whole_ones_do_with_their_other_columns_at
         )
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "nemotron_h"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_families_layouts_are_narrowed_alike(family: str) -> None:
-    """Interleaved and biased, group-limited with shared experts, without a gate."""
-    model = tiny("nemotron_h") if family == "nemotron_h" else tiny_model(family)
+    """Interleaved and biased; group-limited, with shared experts."""
+    model = tiny_model(family)
     shape, whole, layers, seen = shape_of(model), copy.deepcopy(model), [], {}
     for layer, copied in zip(find_layers(model), find_layers(whole), strict=True):
         e, f = layer.shape.num_experts, layer.shape.expert_width
@@ -262,6 +264,37 @@ def test_files_equal_the_live_model_to_the_bit_and_have_the_size_that_was_planne
     assert torch.equal(logits(again), logits(live))
     locum.export(made / "small", to="stock", out=tmp_path / "stock")
     assert_near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")), logits(live), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("olmoe", "intermediate_size"), ("qwen3_moe", "moe_intermediate_size"), ("deepseek_v3", None)]
+)
+def test_experts_of_one_width_export_to_a_stock_checkpoint_as_small(family: str, name: str | None, tmp_path) -> None:
+    """Where the config has a number for their width alone; of DeepSeek, shared experts follow it."""
+    original = write_checkpoint(tmp_path / "original", family)
+    shape = locum.read_shape(original)
+    ones = [torch.rand(x.num_experts, 16, generator=torch.Generator().manual_seed(3)) for x in shape.layers]
+    seen = with_sums(shape, **dict.fromkeys(COLUMNS["camera"].needs, ones))
+    layers = [LayerPlan(x.name, (Slot((Narrowed(12),)),) * x.num_experts) for x in shape.layers]
+    live = apply_plan(locum.load_model(original), make_plan(shape, layers), seen)
+    expected = logits(live)
+    stock = to_stock(live)
+    stock.save_pretrained(tmp_path / "stock")
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert "quantization_config" not in config and (name is None or config[name] == 12)
+    width = locum.read_shape(tmp_path / "stock").layers[0].expert_width
+    assert width == (16 if name is None else 12)
+    assert_near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")), expected, 1e-5)
+
+
+def test_the_export_says_that_it_is_no_larger(checkpoint, made, tmp_path) -> None:
+    plan = locum.plan(made / "stats", method="narrow", budget="expert", remove=0.25)
+    small = locum.apply(checkpoint, plan=plan, statistics=made / "stats", out=tmp_path / "small")
+    done = command("export", small, "--to", "stock", "--out", tmp_path / "stock")
+    assert done.exit_code == 0 and "the stock layout with experts of width 12" in done.output, done.output
+    sizes = [locum.inspect(folder)["bytes"] for folder in (small, tmp_path / "stock")]
+    assert sizes[0] == sizes[1] < locum.inspect(checkpoint)["bytes"]
+    assert "computes the same and is as large" in (tmp_path / "stock" / "README.md").read_text()
 
 
 @pytest.mark.journeys

@@ -39,13 +39,15 @@ class Stock:
     def write(self, model: Path, out: Path) -> str:
         tokenizer = load_tokenizer(model)
         live = with_head(to_stock(load_model(model)))
-        words = (
-            "with whole experts and an output head: an ordinary checkpoint that loads without Locum, computes the same"
-        )
-        save_folder(live, tokenizer, model, out, f"{words} and is larger")
-        bits = dict.fromkeys(name for layout in layouts_of(model).values() for name in layout.formats)
+        layouts = layouts_of(model).values()
+        width = find_layers(live)[0].shape.expert_width
+        is_narrow = any(width < layout.expert_width for layout in layouts)
+        what = f"{f'experts of width {width}' if is_narrow else 'whole experts'} and an output head"
+        words = f"with {what}: an ordinary checkpoint that loads without Locum, computes the same"
+        save_folder(live, tokenizer, model, out, f"{words} and is {'as large' if is_narrow else 'larger'}")
+        bits = dict.fromkeys(name for layout in layouts for name in layout.formats)
         read = f", what was in {' and '.join(bits)} as numbers" if bits else ""
-        return f"the stock layout with whole experts and an output head{read}, for any engine"
+        return f"the stock layout with {what}{read}, for any engine"
 
 
 def has_stock_layout(model: Path) -> bool:

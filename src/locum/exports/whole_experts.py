@@ -22,6 +22,7 @@ from ..experts.parts.constant import Constant
 from ..experts.parts.own_weights import OwnWeights
 from ..experts.parts.shared_base import SharedBase
 from ..models.families import find_layers, set_expert_count
+from .narrower import one_width, set_width
 
 # What a container may hold besides parts of experts, in words for people.
 NOTHING = "experts that are nothing"
@@ -57,13 +58,18 @@ def without_rows(layout: Layout) -> tuple[int, ...]:
     return tuple(e for e, row in enumerate(layout.dense_of) if row < 0)
 
 
-def with_whole_experts(container: StandInExperts, dtype: torch.dtype) -> StandInExperts:
+def with_whole_experts(container: StandInExperts, dtype: torch.dtype, width: int | None = None) -> StandInExperts:
     """A container of whole experts that computes what this one does, in the dtype of its numbers, or in `dtype` where all are in
-    few bits. It must have no constants and no policy."""
+    few bits. It must have no constants and no policy; all its experts are narrowed to `width`, where there is one."""
     rows = tuple(range(container.num_experts))
     layout = dataclasses.replace(container.layout, stacks=(StackLayout(OwnWeights.name, (), rows),))
     dtype = next((p.dtype for p in container.parameters() if p.is_floating_point()), dtype)
-    experts = [{name: tensor.to(dtype) for name, tensor in whole_weights(container, e).items()} for e in rows]
+    if width is None:
+        own = (whole_weights(container, e) for e in rows)
+    else:  # a narrowed row is a whole one of that width
+        layout = dataclasses.replace(layout, expert_width=width)
+        own = (row for e in rows for row in rows_of_expert(container, e).values())
+    experts = [{name: tensor.detach().to(dtype) for name, tensor in expert.items()} for expert in own]
     tensors = {OwnWeights.prefix + name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
     whole = StandInExperts(layout, container.activate, experts[0]["down_NDF"].dtype, "meta")
     whole.load_state_dict(tensors, strict=True, assign=True)
@@ -72,10 +78,14 @@ def with_whole_experts(container: StandInExperts, dtype: torch.dtype) -> StandIn
 
 
 def to_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """A live model with stock experts in place of its containers. All layers must have equally many experts."""
+    """A live model with stock experts in place of its containers, narrower ones where all are narrowed alike and the config can
+    say so. All layers must have equally many experts."""
+    width = one_width(model)
+    if width is not None and not set_width(model, width):
+        width = None
     for layer in find_layers(model):
         if isinstance(layer.experts, StandInExperts):
-            model.set_submodule(layer.shape.name, with_whole_experts(layer.experts, model.dtype))
+            model.set_submodule(layer.shape.name, with_whole_experts(layer.experts, model.dtype, width))
     if is_compressed(model.config):
         model = open_containers(model)
     layers = find_layers(model)

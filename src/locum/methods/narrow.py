@@ -30,7 +30,8 @@ class Narrow:
 
     1. An expert's columns are sorted by their score, and taken in blocks of `multiple`.
     2. The blocks with the smallest sums go: of every layer the same share (CAMERA), with `budget="global"` of the whole model
-       (HEAPr), with `budget="expert"` of every expert, so that all have one width.
+       (HEAPr), with `budget="expert"` of every expert, so that all have one width and `locum export --to stock` can make a
+       stock checkpoint of narrower experts.
     What is left of an expert computes what the whole one does with the other columns at zero. The router is untouched.
 
     Needs:    the statistics of columns that the score of columns reads: of CAMERA one pass, of HEAPr a backward pass too.
