@@ -457,6 +457,18 @@ def test_replace(options: dict, base: int | None, start: str) -> None:
             assert only.weights == pytest.approx([float(gates[e]) / total for e in layer.replaced])
 
 
+@pytest.mark.parametrize("amount", [0.25, 0.6])
+def test_the_svd_of_the_weakest_experts_alone(amount: float) -> None:
+    statistics = make_statistics(SHAPE)
+    method = Replace(shared=False, score="reap", selection="average", rank=8)
+    for layer, shape in zip(layers_of(method, statistics, SHAPE, amount), SHAPE.layers, strict=True):
+        named = statistics.layer(shape.name)
+        scores = [float(named["gated_output_norm"][e] / named["count"][e]) for e in range(16)]
+        weakest = sorted(range(16), key=lambda e: scores[e])[: round(amount * 16)]
+        assert layer.replaced == tuple(sorted(weakest)) and not layer.bases
+        assert {layer.slots[e] for e in weakest} == {stand_in(rank=8, start="whitened")}
+
+
 def test_replace_layers_that_would_save_nothing_stay_whole() -> None:
     shape = toy_shape(layers=1, experts=6)
     (layer,) = layers_of(Replace(), small(), shape, 0.01)  # one expert: base and adapter are more than it was

@@ -33,7 +33,7 @@ class Residuals:
         if before_TD is None or before_TD.shape != like_TD.shape:
             raise UnsupportedModel(
                 f"{name}: no norm in front of its block gives what the block gets, so how far the layer turns a token is not "
-                f"known; leave turned_output_norm out (criterion weighted_ean is easy_ep without it)"
+                f"known; leave out what asks for it: criterion easy_ep (weighted_ean is the same without it) and method layer-drop"
             )
         return before_TD
 

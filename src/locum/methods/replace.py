@@ -20,7 +20,7 @@ class Replace:
     """Put a rank-r adapter in place of each less important expert, over one shared base per layer or over nothing.
 
     With `shared`, W = base + B A with one gate-weighted base; without, W = B A. There is no annealing in the paper's
-    baseline.
+    baseline. With `shared=False`, `score="reap"` and `selection="average"` it is the SVD of the weakest experts alone.
 
     Needs:    as LightMoE's selection; input_gram and hidden_gram for whitened starts.
     Edges:    a layer in which nothing would be saved stays whole.

@@ -84,3 +84,6 @@ class Masked(Part):
 
     def mark(self) -> str:
         return "z"
+
+    def colour(self) -> str:
+        return "fk"
