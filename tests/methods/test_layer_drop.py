@@ -26,21 +26,25 @@ def dropped(layers) -> list[bool]:
     return [layer.slots[0] == NOTHING for layer in layers]
 
 
-@pytest.mark.parametrize("amount", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("amount", [0.0, 0.3, 0.6, 0.75, 1.0])
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_the_layers_that_turn_tokens_least_go(amount: float, keep: int) -> None:
     shape = toy_shape(layers=5, experts=4, d=8, f=4)
     statistics = make_statistics(shape)
     turns = [float(statistics.layer(x.name)["turn_sum"] / statistics.layer(x.name)["tokens"]) for x in shape.layers]
-    count = round(amount * (5 - keep))
-    expected = [sum(other < turn for other in turns) < count for turn in turns]
-    assert dropped(layers_of(LayerDrop(keep), statistics, shape, amount)) == expected
+    left, expected = int(amount * 4 * (5 - keep) + 1e-9), [[KEPT] * 4 for _ in range(5)]
+    for i in sorted(range(5), key=lambda i: turns[i]):
+        counts = statistics.layer(shape.layers[i].name)["gate_sum"].tolist()
+        for e in sorted(range(4), key=lambda e: counts[e])[:left]:
+            expected[i][e] = NOTHING
+        left = max(0, left - 4)
+    assert [list(x.slots) for x in layers_of(LayerDrop(keep), statistics, shape, amount)] == expected
 
 
 def test_equal_layers_go_from_the_first() -> None:
     shape = toy_shape(layers=4, experts=4, d=8, f=4)
-    even = with_sums(shape, turn_sum=[2.0, 2.0, 1.0, 2.0], tokens=[4.0] * 4)
-    assert dropped(layers_of(LayerDrop(), even, shape, 0.5)) == [True, False, True, False]
+    even = with_sums(shape, turn_sum=[2.0, 2.0, 1.0, 2.0], tokens=[4.0] * 4, gate_sum=[torch.ones(4)] * 4)
+    assert dropped(layers_of(LayerDrop(0), even, shape, 0.5)) == [True, False, True, False]
 
 
 def test_a_layer_that_says_next_to_nothing_is_found() -> None:
@@ -51,7 +55,7 @@ def test_a_layer_that_says_next_to_nothing_is_found() -> None:
             weights = read_expert(layer.experts, e)
             write_expert(layer.experts, e, weights.map(lambda n, t: t * 1e-3 if n == "down_DF" else t))
     shape = shape_of(model)
-    layers = layers_of(LayerDrop(), calibrate(model, tokens_of(ids), needs=("turn_sum", "tokens")), shape, 1.0)
+    layers = layers_of(LayerDrop(), calibrate(model, tokens_of(ids), needs=LayerDrop().needs()), shape, 1.0)
     assert dropped(layers) == [True, False]
     plan = make_plan(shape, layers)
     assert plan.removed(shape) == 0.5
@@ -68,7 +72,7 @@ def test_what_is_left_computes_what_experts_of_zeros_would(family: str) -> None:
     for e in range(8):
         experts = find_layers(zeros)[1].experts
         write_expert(experts, e, read_expert(experts, e).map(lambda _, t: torch.zeros_like(t)))
-    seen = with_sums(shape, turn_sum=[1.0, 0.5], tokens=[4.0, 4.0])
+    seen = with_sums(shape, turn_sum=[1.0, 0.5], tokens=[4.0, 4.0], gate_sum=[torch.ones(8)] * 2)
     with torch.no_grad():
         small = apply_plan(model, make_plan(shape, layers_of(LayerDrop(), seen, shape, 1.0)))
         assert_near(small(ids).logits, zeros(ids).logits, 1e-5)
