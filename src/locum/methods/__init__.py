@@ -8,6 +8,7 @@ method has `score_experts` and `plan`, and may have more:
 
     reads_weights    `score_experts` gets a reader of the experts' weights, one layer at a time (least squares, clustering)
     plan_for         a `TargetMethod` plans for a target itself: an integer program, a dynamic programme over bytes
+    check            a `CheckedMethod` says of a model that it cannot do, before any work
     explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
                      which `score_experts` then reads: one search serves any target
 
@@ -84,6 +85,15 @@ class SearchingMethod(Method[Scored], Protocol[Scored]):
 
         Of several ranks each has the model and calls this; all return the same. What is divided (ranks.py) they share.
         """
+        ...
+
+
+@runtime_checkable
+class CheckedMethod(Method[Scored], Protocol[Scored]):
+    """A method that cannot do every model, and says so before a model is loaded."""
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises PlanError: what is too much, how much may be, and what to use instead."""
         ...
 
 

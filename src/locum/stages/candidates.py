@@ -7,6 +7,7 @@ prune:score=reap:bits=4:group=64:quantiser=nearest      its experts in 4 bits: m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from ..methods import METHODS, SAVED, Method, SearchingMethod
 from ..options import KINDS, option_fields
 from ..plans.bits import FewBits
 from ..stats.definitions import STATISTICS
-from ..stats.events import EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
+from ..stats.events import Event, EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
 from .planning import chosen_method
 
 RANDOM = "prune:score=random"  # the row that every choice has to beat, also in the same bits
+# A backward pass, or all experts on all tokens: what takes these is compared where it is named.
+COSTLY = (HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
 GROUPS = {
-    "all": lambda: [name for name in METHODS if METHODS[name].saves == "stored"],
-    "criteria": lambda: [f"prune:score={name}" for name in CRITERIA if not _is_costly(name)],
+    "all": lambda: [n for n in METHODS if METHODS[n].saves == "stored" and not _need(METHODS[n]().needs(), *COSTLY)],
+    "criteria": lambda: [f"prune:score={n}" for n in CRITERIA if not _need(CRITERIA[n].needs, SearchEvent, *COSTLY)],
 }
 OF_BITS = {"bits": str, "group": int, "quantiser": str}
 
@@ -109,7 +112,6 @@ def _typed(text: str, kind: type, where: str) -> Any:
         raise OptionError(f"{where}: the value must be {KINDS.get(kind, kind.__name__)}") from None
 
 
-def _is_costly(criterion: str) -> bool:
-    """Whether a criterion takes a search, a backward pass, or all experts on all tokens: such are compared where they are named."""
-    costly = (SearchEvent, HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
-    return any(STATISTICS[name].event in costly for name in CRITERIA[criterion].needs)
+def _need(needs: Sequence[str], *events: type[Event]) -> bool:
+    """Whether any of these statistics comes from such events."""
+    return any(STATISTICS[name].event in events for name in needs)

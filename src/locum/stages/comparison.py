@@ -79,7 +79,10 @@ def compare(
     out: Out,
     methods: Annotated[
         str,
-        Help("all, criteria (pruning by each), or names such as lightmoe,prune:score=ean; options after colons"),
+        Help(
+            "all (but those that run every expert on every token), criteria (pruning by each), or names such as "
+            "lightmoe,prune:score=ean; options after colons"
+        ),
     ] = "all",
     remove: Annotated[
         str, Help("fractions of the routed experts' parameters to remove, separated by commas")
@@ -252,7 +255,14 @@ class _Run:
 
     def _search(self, candidate: Candidate, seed: int) -> None:
         options = {"data": self.asked.seen, "out": self._statistics(seed, candidate), "seed": seed, **candidate.given}
-        search(self.asked.model, method=candidate.method.name, force=True, **options, **self.asked.cut)
+        try:
+            search(self.asked.model, method=candidate.method.name, force=True, **options, **self.asked.cut)
+        except (PlanError, UnsupportedModel) as error:  # the others are compared all the same
+            write_text(self._refusal(seed, candidate), str(error))
+
+    def _refusal(self, seed: int, candidate: Candidate) -> Path:
+        """Where it stands why a candidate cannot search this model."""
+        return self._statistics(seed, candidate).with_suffix(".txt")
 
     def _statistics(self, seed: int, candidate: Candidate | None = None) -> Path:
         of = "" if candidate is None else f"-{self.asked.candidates.index(candidate)}"
@@ -265,6 +275,8 @@ class _Run:
         label = {"name": candidate.name, "remove": amount, "seed": seed}
         searching = candidate if isinstance(candidate.method, SearchingMethod) else None
         try:
+            if searching is not None and (refusal := self._refusal(seed, searching)).exists():
+                raise PlanError(refusal.read_text(encoding="utf-8"))
             statistics = load_statistics(self._statistics(seed, searching))
             plan = self._plan(candidate, amount, statistics)
             given = {"plan": plan, "statistics": statistics, "seed": seed, "force": True, "progress": silent}

@@ -17,7 +17,7 @@ from ..json_text import parse_json
 from ..measure.calibration import question
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import SAMPLE, ModelExplorer
-from ..methods import Method, SearchingMethod
+from ..methods import CheckedMethod, Method, SearchingMethod
 from ..runs import beside, beside_for_rank
 from ..shapes import ModelShape
 from ..stats.definitions import STATISTICS
@@ -94,6 +94,8 @@ def search(
     device = device_of(device)
     shape = read_shape(model)
     _check_droppable(model, shape)
+    if isinstance(chosen, CheckedMethod):
+        chosen.check(shape)
     domains = len({source.domain for source in parse_sources(data)})
     needs = with_defaults(to_collect(chosen))
     scratch = room_for(shape, needs, domains, out)
