@@ -60,6 +60,7 @@ METHOD_OPTIONS = {
     "mone": RANKED,
     "narrow": "--budget --columns --minimum --multiple",
     "prune": RANKED,
+    "naee": "--limit --most --seed",
     "leave-one-out": f"{RANKED} --curve --seed",
     "res-moe": "--multiple",
     "replace": "--alpha --clip --rank --score --selection --shared --start",

@@ -126,11 +126,13 @@ def test_an_interrupted_one_goes_on(checkpoint, text, compared, tmp_path, monkey
 def test_with_recovery_and_what_a_method_refuses(checkpoint, text, tmp_path):
     asked = {"data": text, "remove": "0.5", "seeds": 1, **SHORT}
     training = {"recover": "lora", "recover_steps": 2, "recover_length": 64, "recover_batch_size": 2}
-    result = locum.compare(checkpoint, out=tmp_path / "out", methods="lightmoe:rank=30:bases=5", **asked, **training)
+    methods = "lightmoe:rank=30:bases=5,naee:limit=1"
+    result = locum.compare(checkpoint, out=tmp_path / "out", methods=methods, **asked, **training)
     assert [group["state"] for group in result["groups"]] == ["compressed", "recovered"]
     for group in result["groups"]:
         assert [row["name"] for row in group["rows"]] == ["prune:score=random"]
         assert "out of reach" in group["refused"]["lightmoe:rank=30:bases=5"]
+        assert "naee tries all of them, --limit 1 at most" in group["refused"]["naee:limit=1"]
     before, after = (group["rows"][0]["loss_delta"][0] for group in result["groups"])
     assert before != after
     with pytest.raises(PlanError, match="none of the methods can do what is asked here: prune:score=random: "):

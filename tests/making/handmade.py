@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from locum.budgets.counts import lowest
+from locum.budgets.sets import removed_mask
 from locum.data.tokens import Tokens
 from locum.experts.weights import ExpertWeights
 from locum.methods import Method, Weights
@@ -102,9 +103,13 @@ def with_search(statistics: Statistics) -> Statistics:
         dropped_E[list(lowest(worth_E, max(2, layer.num_groups), layer.num_groups))] = 1
         found = {"dropped": dropped_E, "pruned_importance": worth_E * (1 - dropped_E)}
         found |= {"removal_loss": worth_E, "loss_curve": worth_E.sort().values.cumsum(0)}
-        rest_CE = torch.zeros(len(statistics.domains) - 1, layer.num_experts, dtype=torch.float64)
-        found_CE = {name: torch.cat([value_E[None], rest_CE]) for name, value_E in found.items()}
-        layers[layer.name] = {**statistics.layers[layer.name], **found_CE}
+        most, groups = layer.num_experts - layer.fewest_experts, layer.num_groups
+        sets = [lowest(worth_E, min(x, most) // groups * groups, groups) for x in range(1, layer.num_experts + 1)]
+        found |= {"best_sets": removed_mask(sets, layer.num_experts).double()}
+        in_first = {name: torch.zeros(len(statistics.domains), *x.shape, dtype=x.dtype) for name, x in found.items()}
+        for name, value in found.items():
+            in_first[name][0] = value
+        layers[layer.name] = {**statistics.layers[layer.name], **in_first}
     return dataclasses.replace(statistics, layers=layers)
 
 
