@@ -153,16 +153,18 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             columns["hidden_square"][expert][c] += value * value
             columns["gated_hidden_square"][expert][c] += (gate * value) ** 2
             columns["gated_hidden_peak"][expert][c] = max(columns["gated_hidden_peak"][expert][c], abs(gate * value))
-    together = {"co_count": [[0.0] * E for _ in range(E)], "renormalised_output_norm": [0.0] * E}
+    together = {name: [[0.0] * E for _ in range(E)] for name in ("co_count", "gated_norm_product")}
+    together["renormalised_output_norm"] = [0.0] * E
     pairs = list(
         zip(event.token_P.tolist(), event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True)
     )
     for token, expert, gate, out in pairs:
-        of_token = [(e, g) for t, e, g, _ in pairs if t == token]
-        share = gate / sum(g for _, g in of_token)
-        together["renormalised_output_norm"][expert] += share * math.sqrt(sum(v * v for v in out))
-        for other, _ in of_token:
+        of_token = [(e, g, math.sqrt(sum(v * v for v in o))) for t, e, g, o in pairs if t == token]
+        norm = math.sqrt(sum(v * v for v in out))
+        together["renormalised_output_norm"][expert] += gate / sum(g for _, g, _ in of_token) * norm
+        for other, other_gate, other_norm in of_token:
             together["co_count"][expert][other] += 1
+            together["gated_norm_product"][expert][other] += gate * norm * other_gate * other_norm
     for expert, gate, out in zip(event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True):
         norm = math.sqrt(sum(v * v for v in out))
         sums["count"][expert] += 1

@@ -45,3 +45,20 @@ def renormalised_output_norm(event: RoutedEvent) -> Tensor:
     total_P = event.by_token(event.gate_P).sum(dim=1)[event.token_P]
     share_P = torch.where(total_P != 0, event.gate_P / torch.where(total_P != 0, total_P, 1.0), 0.0)
     return event.sum_pairs(share_P * event.norm_P)
+
+
+@statistic("gated_norm_product", axes="EE", event=RoutedEvent, on_demand=True)
+def gated_norm_product(event: RoutedEvent) -> Tensor:
+    """How much two experts contribute to the same tokens: the product of their sizes after the gate, for HOPE's pairs.
+
+    sum_{t routed to i and j} g_t,i ||f_i(x_t)||_2 g_t,j ||f_j(x_t)||_2
+
+    Needs:    routed tokens' gates and expert outputs; collected on demand only.
+    Shapes:   (E, E), symmetric, the sum of an expert's squared contributions on its diagonal.
+    Units:    hidden-state L2 norm squared; comparable within a layer.
+    Edges:    0 for a never-routed expert, and for two that no token selected together.
+    Cost:     E*E float64 per layer and domain; one product of T*E*E.
+    Source:   HOPE, arXiv 2609.18916.
+    """
+    size_TE = event.by_token(event.norm_P * event.gate_P)
+    return size_TE.T @ size_TE
