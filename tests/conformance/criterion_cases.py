@@ -83,7 +83,7 @@ class Layer:
             routed,
             router,
             WeightsEvent(tuple(self.weights[e] for e in order), self.router_EI[order]),
-            EveryExpertEvent(every_TED @ every_TED.mT),
+            EveryExpertEvent(every_TED),
             HiddenGradientEvent(counts, self.hidden_back_TKF.flatten(0, 1)[pair_P]),
             WeightGradientEvent(tuple(self.weights_back[e] for e in order)),
             SearchEvent({name: found_E[order].double() for name, found_E in self.found.items()}),

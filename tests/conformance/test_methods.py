@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import re
 
 import pytest
 import torch
 
+from locum.budgets.clusters import tree
 from locum.containers.layout import active_parameters
 from locum.criteria.criterion import CRITERIA
 from locum.errors import StatisticsError
@@ -27,6 +27,7 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
 from locum.stats.sums import STATISTICS, Statistics, mean_output
+from making.groups import assert_weights, groups_of, joined
 from making.handmade import layers_of, make_statistics, relabel, restrict, tokens_of, toy_shape, with_search, with_sums
 from making.slots import base_of, rank_of, start_of
 from making.tiny_models import tiny_ids, tiny_model
@@ -346,18 +347,6 @@ def test_rank_0_is_plain_merging() -> None:
 # --- merging ----------------------------------------------------------------------------------------------------
 
 
-def groups_of(layer: LayerPlan) -> list[tuple[int, ...]]:
-    """The experts that become one, and those that stay, each by itself."""
-    assert all(slot == KEPT or slot == stand_in(base=base_of(slot)) for slot in layer.slots)
-    alone = [(e,) for e, slot in enumerate(layer.slots) if slot.is_kept]
-    return sorted([*alone, *(base.experts for base in layer.bases)])
-
-
-def assert_weights(layer: LayerPlan, counts: list[float]) -> None:
-    for base in layer.bases:
-        assert base.weights == pytest.approx([counts[e] / sum(counts[i] for i in base.experts) for e in base.experts])
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("amount", [0.1, 0.4, 0.8, 1.0])
 def test_m_smoe_equals_a_slow_loop(seed: int, amount: float) -> None:
@@ -387,22 +376,30 @@ def test_m_smoe_equals_a_slow_loop(seed: int, amount: float) -> None:
 
 
 @pytest.mark.parametrize("linkage", ["average", "single", "complete"])
-@pytest.mark.parametrize("amount", [0.1, 0.4, 0.8, 1.0])
-def test_hc_smoe_equals_a_slow_loop(linkage: str, amount: float) -> None:
-    """Join the two clusters that are nearest, by all pairs of members, until few enough are left."""
-    statistics = make_statistics(SHAPE, 3)
-    reduce = {"average": lambda values: sum(values) / len(values), "single": min, "complete": max}[linkage]
-    for layer, shape in zip(layers_of(HCSMoE(linkage=linkage), statistics, SHAPE, amount), SHAPE.layers, strict=True):
-        named = statistics.layer(shape.name)
-        mean = [named["output_sum"][e] / named["count"][e] for e in range(16)]
-        far = [[float((a - b).norm()) for b in mean] for a in mean]
-        clusters = [[e] for e in range(16)]
-        while len(clusters) > 16 - int(amount * 15 + 1e-9):
-            pairs = itertools.combinations(range(len(clusters)), 2)
-            i, j = min(pairs, key=lambda p: reduce([far[a][b] for a in clusters[p[0]] for b in clusters[p[1]]]))
-            clusters[i] += clusters.pop(j)
-        assert groups_of(layer) == sorted(tuple(sorted(cluster)) for cluster in clusters)
-        assert_weights(layer, named["count"].tolist())
+@pytest.mark.parametrize("over", ["routed", "all"])
+def test_hc_smoe_equals_a_slow_loop(linkage: str, over: str) -> None:
+    """Mean outputs, over the tokens that an expert got or over all."""
+    statistics, method = make_statistics(SHAPE, 3), HCSMoE(linkage=linkage, over=over)
+    for amount in (0.1, 0.4, 0.8, 1.0):
+        for layer, shape in zip(layers_of(method, statistics, SHAPE, amount), SHAPE.layers, strict=True):
+            named = statistics.layer(shape.name)
+            total, counts = ("output_sum", named["count"]) if over == "routed" else ("every_output_sum", [64 * 2] * 16)
+            mean = [named[total][e] / counts[e] for e in range(16)]
+            far = [[float((a - b).norm()) for b in mean] for a in mean]
+            clusters = joined(far, linkage, 16 - int(amount * 15 + 1e-9))
+            assert groups_of(layer) == sorted(tuple(sorted(cluster)) for cluster in clusters)
+            assert_weights(layer, named["count"].tolist())
+
+
+def test_experts_that_no_token_selected_join_first_the_nearest_of_the_others() -> None:
+    far = torch.tensor([[0, 1, 9, 8, 5], [1, 0, 9, 8, 6], [9, 9, 0, 7, 2], [8, 8, 7, 0, 3], [5, 6, 2, 3, 0.0]])
+    joins = tree(far, torch.tensor([3, 2, 0, 4, 0]))  # expert 2 is nearest to 3, and 4 to 3, the nearer pair
+    assert joins.groups(5) == [[0], [1], [2], [3], [4]]
+    assert joins.groups(4) == [[0], [1], [2], [3, 4]]
+    assert joins.groups(3) == [[0], [1], [2, 3, 4]]
+    assert joins.groups(2) == [[0, 1], [2, 3, 4]] and joins.groups(1) == [[0, 1, 2, 3, 4]]
+    assert tree(far, torch.zeros(5)).groups(4) == [[0, 1], [2], [3], [4]]
+    assert tree(far, torch.tensor([0, 0, 1, 0, 0])).groups(3) == [[0], [1], [2, 3, 4]]  # 4 and then 3 are nearest to 2
 
 
 # --- all experts over one base ----------------------------------------------------------------------------------

@@ -11,78 +11,24 @@ from transformers import PreTrainedModel
 
 from locum.checkpoints.application import apply_plan
 from locum.criteria.criterion import CRITERIA
-from locum.experts.weights import ExpertWeights, permute_hidden
+from locum.experts.weights import permute_hidden
 from locum.measure.calibration import calibrate
 from locum.methods.d2_moe import D2MoE
+from locum.methods.hc_smoe import HCSMoE
 from locum.methods.lightmoe import LightMoE
 from locum.methods.m_smoe import MSMoE
 from locum.methods.mone import MoNE
 from locum.methods.prune import Prune
 from locum.methods.replace import Replace
 from locum.methods.res_moe import ResMoE
-from locum.models.families import MoeLayer, find_layers, read_expert, write_expert
+from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, Plan, Slot, make_plan
-from locum.stats.sums import Statistics
 from making.handmade import layers_of, tokens_of
-from making.tiny_models import tiny_ids, tiny_model
-
-IDS = tiny_ids(6, 32)
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def measured(model: PreTrainedModel) -> Statistics:
-    return calibrate(model, tokens_of(IDS))
-
-
-def compressed(model: PreTrainedModel, layers: list[LayerPlan], statistics: Statistics | None = None) -> Tensor:
-    """The model's logits after the plan is applied to it."""
-    return logits(apply_plan(model, make_plan(shape_of(model), layers), statistics))
-
-
-def edit(layer: MoeLayer, experts: dict[int, ExpertWeights]) -> None:
-    for e, weights in experts.items():
-        write_expert(layer.experts, e, weights)
-
-
-def copy_of(layer: MoeLayer, e: int) -> ExpertWeights:
-    return read_expert(layer.experts, e).map(lambda _, tensor: tensor.clone())
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
-
+from making.planted import IDS, TWINS, close, compressed, copy_of, edit, logits, measured, with_twins
+from making.tiny_models import tiny_model
 
 # --- duplicates -------------------------------------------------------------------------------------------------
-
-TWINS = {1: (1, 3, 5), 0: (0, 2, 6)}  # each triple is one expert three times
-
-
-def with_twins(permuted: bool) -> PreTrainedModel:
-    """Top-1 routing among experts 0, 1, 4 and 7; the copies of 0 and 1 have the same weights and router rows.
-
-    Their router rows are short, so that 4 and 7 take most tokens, and those of the copies a little shorter still, so
-    that it does not hang on rounding which of three equal experts a token selects. If `permuted`, the copies' hidden units are shuffled,
-    which leaves what they compute as it was.
-    """
-    model = tiny_model("olmoe", num_experts_per_tok=1)
-    for number, layer in enumerate(find_layers(model)):
-        with torch.no_grad():
-            for original, copies in TWINS.items():
-                layer.router.weight[original] *= 0.4
-                for number_of_copy, e in enumerate(c for c in copies if c != original):
-                    layer.router.weight[e] = layer.router.weight[original] * (0.99 - 0.01 * number_of_copy)
-        for original, copies in TWINS.items():
-            weights = copy_of(layer, original)
-            for e in copies:
-                generator = torch.Generator().manual_seed(100 * number + e)
-                order = torch.randperm(weights.up_FD.shape[0], generator=generator)
-                edit(layer, {e: permute_hidden(weights, order) if permuted and e != original else weights})
-    return model
 
 
 @pytest.mark.parametrize(
@@ -91,12 +37,13 @@ def with_twins(permuted: bool) -> PreTrainedModel:
         (LightMoE(selection="average", bases=2, rank=0), 6 / 8),
         (MSMoE(budget="uniform"), 4 / 7),
         (MSMoE(align=False), 4 / 7),
+        (HCSMoE(over="all"), 4 / 7),
     ],
 )
 def test_duplicates_are_grouped_and_merging_them_changes_nothing(method: object, amount: float) -> None:
     model = with_twins(permuted=False)
     before, shape = logits(model), shape_of(model)
-    layers = layers_of(method, measured(model), shape, amount)
+    layers = layers_of(method, calibrate(model, tokens_of(IDS), needs=method.needs()), shape, amount)
     for layer in layers:
         assert sorted(base.experts for base in layer.bases) == sorted(TWINS.values())
     assert make_plan(shape, layers).removed(shape) == 0.5

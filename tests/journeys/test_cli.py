@@ -54,6 +54,7 @@ METHOD_OPTIONS = {
     "expert-slimming": "--mask --pattern --share",
     "hc-smoe": "--align --linkage --score",
     "layer-drop": "--keep",
+    "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
     "m-smoe": "--align --budget --score",

@@ -6,6 +6,7 @@ Letters: T tokens, K top-k, E experts, D model width, F expert width, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from locum.methods import Method, Weights
 from locum.plans.plan import LayerPlan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import RoutedEvent, RouterEvent
+from locum.stats.events import EveryExpertEvent, RoutedEvent, RouterEvent, WeightsEvent
 from locum.stats.origin import Origin
 from locum.stats.sums import Statistics, Sums
 
@@ -54,12 +55,19 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
 
     What a search would find is made up: it drops the two experts (or one of every group) that contributed least.
     """
+    made = _made(shape, seed, never, domains)
+    return dataclasses.replace(made, layers={name: dict(named) for name, named in made.layers.items()})
+
+
+@functools.cache
+def _made(shape: ModelShape, seed: int, never: tuple[int, ...], domains: int) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    summed = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
+    of_text = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
+    summed = (*of_text, "output_cosine", "every_output_sum", "weight_product")
     domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size
@@ -79,6 +87,13 @@ def make_statistics(shape: ModelShape, seed: int = 0, never: tuple[int, ...] = (
             seen = (token_P, token_P % VOCABULARY, torch.rand(len(token_P), generator=generator), VOCABULARY)
             sums.add(layer.name, RoutedEvent(expert_P, gate_TK.flatten()[order_P], out_PD, counts, *inside, *seen))
             sums.num_tokens = sum(SAMPLES)
+            out_TED = normal(8, num_experts, d) + mean_ED
+            sums.add(layer.name, EveryExpertEvent(out_TED))
+        weights = tuple(
+            (normal(4, 6), normal(4, 6), normal(6, 4)) for _ in range(num_experts)
+        )  # small: numbers are all that counts
+        for sums in domain_sums:
+            sums.add(layer.name, WeightsEvent(weights, normal(num_experts, 6)))
     return with_weights(with_search(statistics_of(domain_sums, shape)), generator)
 
 

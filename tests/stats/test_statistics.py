@@ -78,7 +78,7 @@ def others(seed: int = 0) -> tuple[object, ...]:
     out_TED = torch.randn(6, E, D, generator=generator, dtype=torch.float64)
     counts = (2, 0, 3, 1, 0)
     back = HiddenGradientEvent(counts, torch.randn(sum(counts), F, generator=generator))
-    return WEIGHTS, EveryExpertEvent(out_TED @ out_TED.mT), back, WeightGradientEvent(matrices(generator))
+    return WEIGHTS, EveryExpertEvent(out_TED), back, WeightGradientEvent(matrices(generator))
 
 
 FOUND = SearchEvent(
@@ -213,6 +213,7 @@ def slow_others() -> dict[str, object]:
         "down_column_square": [[sum(row[c] ** 2 for row in x[2].tolist()) for c in range(F)] for x in weights.experts],
         "router_norm": [math.sqrt(sum(v * v for v in row)) for row in weights.router_EI.tolist()],
         "output_cosine": cosine,
+        "every_output_sum": [[sum(row[e][d] for row in every.out_TED.tolist()) for d in range(D)] for e in range(E)],
         "hidden_gradient_square": squares,
         "gate_up_gradient": [[*x[0].tolist(), *x[1].tolist()] for x in gradient.experts],
         "down_gradient": [x[2].tolist() for x in gradient.experts],

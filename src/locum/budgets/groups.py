@@ -6,9 +6,11 @@ Letters: E experts, D model width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
@@ -22,6 +24,33 @@ from .selection import mass_weights
 def routing_likeness(layer: LayerStatistics) -> Tensor:
     """[E, E] mean over samples of the cosine of two experts' router logits."""
     return layer["logit_cosine"] / layer["samples"].clamp(min=1)
+
+
+def output_likeness(layer: LayerStatistics) -> Tensor:
+    """[E, E] mean over all tokens of the cosine of two experts' outputs."""
+    return layer["output_cosine"] / layer["tokens"].clamp(min=1)
+
+
+def weight_likeness(layer: LayerStatistics) -> Tensor:
+    """[E, E] cosine of two experts' weights, each as one long vector; 0 with one that is all zeros."""
+    product_EE = layer["weight_product"]
+    length_E = product_EE.diagonal().clamp(min=0).sqrt()
+    scale_E = torch.where(length_E > 0, length_E, torch.inf)
+    return product_EE / scale_E[:, None] / scale_E[None, :]
+
+
+class Likeness(NamedTuple):
+    """How alike two experts are: -1 to 1, higher is more alike."""
+
+    needs: tuple[str, ...]  # statistics
+    of: Callable[[LayerStatistics], Tensor]  # [E, E], symmetric
+
+
+LIKENESS: dict[str, Likeness] = {
+    "outputs": Likeness(("output_cosine", "tokens"), output_likeness),
+    "routing": Likeness(("logit_cosine", "samples"), routing_likeness),
+    "weights": Likeness(("weight_product",), weight_likeness),
+}
 
 
 def join_dominant(similarity_EE: Tensor, dominant: Sequence[int], others: Sequence[int]) -> list[list[int]]:
@@ -51,6 +80,11 @@ def group_by_kmeans(mean_ED: Tensor, candidates: list[int], scores_E: Tensor, nu
     return [[e for e, p in zip(candidates, point_of, strict=True) if labels[p] == b] for b in range(num_bases)]
 
 
+def groups_left(layer: LayerShape, amount: float) -> int:
+    """How many groups a layer's experts form where every layer keeps the same share: all of them for 0, one for 1."""
+    return layer.num_experts - int(amount * (layer.num_experts - 1) + 1e-9)
+
+
 def merged(layer: LayerShape, groups: Sequence[Sequence[int]], scores_E: Tensor, align: bool) -> LayerPlan:
     """The plan in which the members of every group are one expert: the mean of their weights, weighted by score.
 
@@ -61,6 +95,19 @@ def merged(layer: LayerShape, groups: Sequence[Sequence[int]], scores_E: Tensor,
         for e in members:
             slots[e] = stand_in(base=len(bases))
         bases.append(Base(tuple(members), mass_weights(scores_E, members), align))
+    return LayerPlan(layer.name, tuple(slots), tuple(bases))
+
+
+def aliased(layer: LayerShape, groups: Sequence[Sequence[int]]) -> LayerPlan:
+    """The plan in which the first member of every group, its weights as they are, stands in for all of the group.
+
+    The router keeps a row for each. An expert that is alone in its group is kept.
+    """
+    slots, bases = [KEPT] * layer.num_experts, []
+    for members in sorted((group for group in groups if len(group) > 1), key=min):
+        for e in members:
+            slots[e] = stand_in(base=len(bases))
+        bases.append(Base((members[0],), (1.0,)))
     return LayerPlan(layer.name, tuple(slots), tuple(bases))
 
 

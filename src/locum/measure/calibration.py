@@ -49,15 +49,13 @@ from ..stats.events import (
 from ..stats.origin import Origin
 from ..stats.sums import Pooled, Statistics, Sums, axis_sizes, check_needs, is_pooled, taken_up
 from .gradients import Gradients
-from .removals import gram_of_outputs
+from .removals import outputs_of_all
 from .residuals import Residuals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.tokens import Tokens
-
-GRAMS = 2**24  # numbers of products of all experts' outputs at a time
 
 
 def calibrate(
@@ -349,8 +347,8 @@ class Observer:
             self.weighed.add(name)
             batch.sums.add(name, weights_event(next(x for x in self.layers if x.experts is experts)))
         if EveryExpertEvent in self.events:
-            for part_TD in batch.text(x_TD).split(max(1, GRAMS // experts.num_experts**2)):
-                batch.sums.add(name, EveryExpertEvent(gram_of_outputs(experts, part_TD)))
+            for out_TED in outputs_of_all(experts, batch.text(x_TD)):
+                batch.sums.add(name, EveryExpertEvent(out_TED))
         if RoutedEvent not in self.events:
             return
         ids_T = batch.ids_T.to(event.token_P.device)

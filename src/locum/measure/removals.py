@@ -44,6 +44,7 @@ from ..models.sizes import shape_of
 from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
+from ..stats.events import EveryExpertEvent
 
 SAMPLE = 2048  # tokens
 PIECE = (
@@ -358,16 +359,18 @@ class ModelExplorer:
         return self._whole[1]
 
 
-def gram_of_outputs(experts: nn.Module, x_TD: Tensor) -> Tensor:
-    """[T, E, E] products of the outputs of all experts for every token, in float64; every expert runs on every token."""
+def outputs_of_all(experts: nn.Module, x_TD: Tensor) -> Iterator[Tensor]:
+    """[T, E, D] outputs of all experts, of some tokens at a time; every expert runs on every token."""
     num_experts = experts.num_experts
-    parts = []
     for part_TD in x_TD.split(max(1, CHUNK // (num_experts * x_TD.shape[1]))):
         index_TE = torch.arange(num_experts, device=x_TD.device).expand(len(part_TD), -1)
         event = run_experts(experts, part_TD, index_TE, torch.ones_like(index_TE, dtype=part_TD.dtype))[1]
-        out_TED = event.out_PD.view(num_experts, len(part_TD), -1).transpose(0, 1).double()
-        parts.append(out_TED @ out_TED.mT)
-    return torch.cat(parts)
+        yield event.out_PD.view(num_experts, len(part_TD), -1).transpose(0, 1)
+
+
+def gram_of_outputs(experts: nn.Module, x_TD: Tensor) -> Tensor:
+    """[T, E, E] products of the outputs of all experts for every token, in float64."""
+    return torch.cat([EveryExpertEvent(out_TED).gram_TEE for out_TED in outputs_of_all(experts, x_TD)])
 
 
 def _biases(layer: MoeLayer) -> tuple[Tensor, ...]:

@@ -124,9 +124,15 @@ class WeightsEvent(Event):
 
 @dataclass(frozen=True, eq=False)
 class EveryExpertEvent(Event):
-    """What all experts of one layer would give for some tokens, as products of their outputs with one another."""
+    """What all experts of one layer would give for some tokens."""
 
-    gram_TEE: Tensor  # float64
+    out_TED: Tensor
+
+    @cached_property
+    def gram_TEE(self) -> Tensor:
+        """Products of each token's outputs with one another, in float64."""
+        wide_TED = self.out_TED.double()
+        return wide_TED @ wide_TED.mT
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Statistics of all experts on all tokens, whatever the router selects. They cost E / K times the experts' usual work.
 
-Letters: T tokens, E experts, K top-k.
+Letters: T tokens, E experts, D model width, K top-k.
 """
 
 from __future__ import annotations
@@ -28,3 +28,19 @@ def output_cosine(event: EveryExpertEvent) -> Tensor:
     length_TE = event.gram_TEE.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     scale_TE = torch.where(length_TE > 0, length_TE, 1.0)
     return (event.gram_TEE / (scale_TE[:, :, None] * scale_TE[:, None, :])).sum(dim=0)
+
+
+@statistic("every_output_sum", axes="ED", event=EveryExpertEvent, on_demand=True)
+def every_output_sum(event: EveryExpertEvent) -> Tensor:
+    """The sum of an expert's outputs over all tokens, from which its mean output is made.
+
+    sum_t f_e(x_t), over all tokens
+
+    Needs:    the output of every expert for every token; collected on demand only.
+    Shapes:   (E, D).
+    Units:    hidden state; divide by `tokens` for the mean.
+    Edges:    knows nothing of routing.
+    Cost:     every expert runs on every token; E*D float64 per layer and domain.
+    Source:   HC-SMoE, arXiv 2410.08589.
+    """
+    return event.out_TED.double().sum(dim=0)
