@@ -65,6 +65,7 @@ METHOD_OPTIONS = {
     "prune": RANKED,
     "naee": "--limit --most --seed",
     "leave-one-out": f"{RANKED} --curve --seed",
+    "ream": "--align --group-size --rows --score",
     "res-moe": "--multiple",
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
