@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import struct
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from locum.stats.events import (
     WeightGradientEvent,
     WeightsEvent,
 )
+from locum.stats.merging import SAMPLE_ROWS, merge_into, sample_of
 from locum.stats.origin import Origin
 from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
@@ -189,7 +191,30 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             squares["input_square"][expert][i] += value * value
             squares["gated_input_square"][expert][i] += (gate * value) ** 2
     together |= squares | {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
+    together["input_sample"] = slow_sample(event)
     return {**sums, **rows, **products, **columns, **together}
+
+
+def slow_sample(event: RoutedEvent) -> list[list[float]]:
+    """What every token's first expert got, those with the largest keys first, then zeros."""
+    first: dict[int, list[float]] = {}
+    for token, row in zip(event.token_P.tolist(), event.in_PD.double().tolist(), strict=True):
+        first.setdefault(token, row)
+    rows = sorted(first.values(), key=slow_key, reverse=True)
+    return [*rows, *[[0.0] * D] * (SAMPLE_ROWS - len(rows))]
+
+
+def slow_key(row: list[float]) -> int:
+    """splitmix64's last steps on a weighted sum of the numbers' bits, with shifts that keep the sign."""
+
+    def signed(value: int) -> int:
+        return (value + 2**63) % 2**64 - 2**63
+
+    bits = struct.unpack(f"<{D}q", struct.pack(f"<{D}d", *row))
+    key = signed(sum(b * (2 * d + 1) * 0x9E3779B97F4A7C15 for d, b in enumerate(bits)))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = signed((key ^ (key >> shift)) * factor)
+    return (key ^ (key >> 31)) & (2**62 - 1)
 
 
 def slow_others() -> dict[str, object]:
@@ -230,7 +255,7 @@ def test_definition_equals_slow_loop(name: str) -> None:
     expected = {**slow_router(router), **slow_routed(routed), **slow_others(), **FOUND.found}[name]
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
-    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V}
+    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V, "U": SAMPLE_ROWS}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
     torch.testing.assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
@@ -353,12 +378,32 @@ def test_facts_of_the_model_are_kept_once() -> None:
         assert torch.equal(both.layer("layer.0")[name], expected) and both.layers["layer.0"][name].shape[0] == 1
 
 
+def test_a_sample_does_not_depend_on_how_it_came_together() -> None:
+    rows = torch.randn(3 * SAMPLE_ROWS, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole_UD = sample_of(rows)
+    assert whole_UD.tolist() == sorted(rows.tolist(), key=slow_key, reverse=True)[:SAMPLE_ROWS]
+    for sizes in ((700, 700, 136), (1, 1000, 535), (SAMPLE_ROWS,) * 3):
+        parts = [sample_of(part) for part in rows[torch.randperm(len(rows))].split(sizes)]
+        total = parts[0].clone()
+        for part in parts[1:]:
+            merge_into(total, part, "sample")
+        assert torch.equal(total, whole_UD)
+    few = sample_of(rows[:3])
+    assert few[3:].abs().max() == 0 and torch.equal(sample_of(torch.cat([few, few.new_zeros(9, D)])), few)
+    means = [float(whole_UD[:, d].mean()) for d in range(D)]
+    assert max(map(abs, means)) < 4 / SAMPLE_ROWS**0.5  # keys say nothing of the numbers
+
+
 def test_a_layer_is_merged_over_domains() -> None:
     both = collect(1, domain="a") + collect(2, domain="b")
     layer, named = both.layer("layer.0"), both.layers["layer.0"]
     for name in SUMMED:
         summed = STATISTICS[name].merge == "sum"
         expected = named[name].sum(dim=0) if summed else named[name].amax(dim=0)
+        if STATISTICS[name].merge == "sample":
+            rows = [row for row in named[name].flatten(0, 1).tolist() if any(row)]
+            expected = torch.zeros_like(expected)
+            expected[: len(rows)] = torch.tensor(sorted(rows, key=slow_key, reverse=True), dtype=torch.float64)
         torch.testing.assert_close(layer[name], expected, rtol=0, atol=0)
         assert len(named[name]) == (2 if STATISTICS[name].by_domain else 1)
     assert layer.shape.num_experts == E and set(layer) == set(SUMMED) and len(layer) == len(SUMMED) and "count" in layer

@@ -46,6 +46,7 @@ from ..stats.events import (
     WeightGradientEvent,
     WeightsEvent,
 )
+from ..stats.merging import over_ranks
 from ..stats.origin import Origin
 from ..stats.sums import Pooled, Statistics, Sums, axis_sizes, check_needs, is_pooled, taken_up
 from .gradients import Gradients
@@ -185,7 +186,7 @@ class _SoFar:
                 if mine is not None:
                     rows = torch.tensor([domains.index(domain) for domain in mine.domains])
                     total.index_add_(0, rows, mine.layers[layer.name][name])
-                layers[layer.name][name] = ranks.merge(total, STATISTICS[name].merge)
+                layers[layer.name][name] = over_ranks(total, STATISTICS[name].merge)
             for name in filter(is_pooled, self.needs):
                 self.pooled.merge_ranks(layer.name, name, self._sizes(layer, name))
         seen = int(ranks.add_up(torch.tensor(0 if mine is None else mine.tokens)))

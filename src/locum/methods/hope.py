@@ -1,6 +1,6 @@
 """HOPE: which experts go together is a quadratic program over pairs of experts.
 
-Letters: E experts, P experts that go.
+Letters: E experts.
 """
 
 from __future__ import annotations

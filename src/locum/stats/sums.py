@@ -33,7 +33,7 @@ from ..runs import differences
 from ..shapes import LayerShape, ModelShape
 from .definitions import STATISTICS
 from .events import Event, Rows
-from .merging import merge_into, merge_of, over_domains
+from .merging import SAMPLE_ROWS, merge_into, merge_of, over_domains
 from .on_disk import Stack
 from .origin import Origin, SearchedBy
 
@@ -249,9 +249,10 @@ def nbytes(shape: ModelShape, names: Sequence[str], domains: int = 1) -> int:
 
 
 def axis_sizes(layer: LayerShape, axes: str, vocab_size: int = 0) -> tuple[int, ...]:
-    """The shape of a statistic of one layer and domain, from the letters of its axes (X: numbers of experts that go)."""
+    """The shape of a statistic of one layer and domain, from the letters of its axes (X: numbers of experts that go,
+    U: rows of a sample)."""
     sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width, "G": layer.gate_width}
-    sizes |= {"V": vocab_size, "X": layer.num_experts}
+    sizes |= {"V": vocab_size, "X": layer.num_experts, "U": SAMPLE_ROWS}
     return tuple(sizes[axis] for axis in axes)
 
 

@@ -1,6 +1,7 @@
 """Statistics of which tokens an expert gets, and of what its layer does with them.
 
-Letters: P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, T tokens, V vocabulary.
+Letters: T tokens, P pairs (token, expert) sorted by expert, Q pairs of one expert, E experts, D model width, V vocabulary, U rows of
+a sample.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .definitions import statistic
 from .events import RoutedEvent, Rows
+from .merging import sample_of
 
 
 @statistic("token_count", axes="EV", event=RoutedEvent, on_demand=True, by_domain=False)
@@ -63,3 +65,24 @@ def turn_sum(event: RoutedEvent) -> Tensor:
     """
     pairs_T = torch.bincount(event.token_P)
     return (event.turn_P.double() / pairs_T[event.token_P]).sum()
+
+
+@statistic("input_sample", axes="UD", event=RoutedEvent, on_demand=True, inside=True, merge="sample")
+def input_sample(event: RoutedEvent) -> Tensor:
+    """A sample of what a layer's experts are given, for what needs inputs themselves and not their sums.
+
+    the x_t with the largest of keys that the bits of each x_t make, as if drawn at random
+
+    Needs:    routed tokens' expert inputs; collected on demand only.
+    Shapes:   (512, D), rows of zeros where there are fewer tokens.
+    Units:    hidden state.
+    Edges:    the same tokens give the same sample, in whatever batches they come; of domains together it is the sample of all their
+              tokens. A token that selects no expert is not there.
+    Cost:     512*D float64 per layer and domain; a few whole-number operations for each number that goes in.
+    Source:   not from a paper; the rows with the smallest or largest hashes, as in bottom-k sketches.
+    """
+    order_P = event.token_P.argsort(stable=True)
+    token_P = event.token_P[order_P]
+    first_P = torch.ones_like(token_P, dtype=torch.bool)
+    first_P[1:] = token_P[1:] != token_P[:-1]
+    return sample_of(event.in_PD[order_P[first_P]].double())
