@@ -53,6 +53,12 @@ LIKENESS: dict[str, Likeness] = {
 }
 
 
+def ranked(scores_E: Tensor, layer: LayerStatistics) -> list[int]:
+    """A layer's experts, the highest score first; of equal scores the one with more router probability. Needs softmax_sum."""
+    keys = list(zip(scores_E.tolist(), layer["softmax_sum"].tolist(), strict=True))
+    return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+
+
 def join_dominant(similarity_EE: Tensor, dominant: Sequence[int], others: Sequence[int]) -> list[list[int]]:
     """One group per dominant expert, in their order; every other one joins the dominant expert that is most like it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..budgets.groups import join_dominant, merged, routing_likeness
+from ..budgets.groups import join_dominant, merged, ranked, routing_likeness
 from ..budgets.ranking import layer_scores
 from ..criteria.criterion import CRITERIA
 from ..options import option
@@ -57,19 +57,15 @@ class MSMoE:
     def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
         scores_LE = layer_scores(statistics, shape, self.score)
         layers = [statistics.layer(layer.name) for layer in shape.layers]
-        keys = [
-            list(zip(x.tolist(), layer["softmax_sum"].tolist(), strict=True))
-            for x, layer in zip(scores_LE, layers, strict=True)
-        ]
-        ranked = tuple(sorted(range(len(key)), key=key.__getitem__, reverse=True) for key in keys)
-        return Scores(scores_LE, ranked, tuple(map(routing_likeness, layers)))
+        ranked_L = tuple(ranked(x, layer) for x, layer in zip(scores_LE, layers, strict=True))
+        return Scores(scores_LE, ranked_L, tuple(map(routing_likeness, layers)))
 
     def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
         plans = []
         counts = self._counts(scored, shape, amount)
         layers = zip(shape.layers, scored.scores_LE, scored.ranked_L, scored.alike_LEE, counts, strict=True)
-        for layer, scores_E, ranked, alike_EE, count in layers:
-            groups = join_dominant(alike_EE, ranked[: len(ranked) - count], ranked[len(ranked) - count :])
+        for layer, scores_E, order, alike_EE, count in layers:
+            groups = join_dominant(alike_EE, order[: len(order) - count], order[len(order) - count :])
             plans.append(merged(layer, groups, scores_E, self.align))
         return plans
 
@@ -79,7 +75,7 @@ class MSMoE:
         if self.budget == "uniform":
             return [int(amount * count + 1e-9) for count in most]
         shares = []  # of every expert but the best of its layer, which stays
-        for index, (scores_E, ranked) in enumerate(zip(scored.scores_LE, scored.ranked_L, strict=True)):
-            shares += [(float(scores_E[e] / scores_E.max().clamp(min=1e-300)), index) for e in ranked[1:]]
+        for index, (scores_E, order) in enumerate(zip(scored.scores_LE, scored.ranked_L, strict=True)):
+            shares += [(float(scores_E[e] / scores_E.max().clamp(min=1e-300)), index) for e in order[1:]]
         gone = [index for _, index in sorted(shares)[: int(amount * sum(most) + 1e-9)]]
         return [gone.count(index) for index in range(len(most))]
