@@ -53,7 +53,6 @@ METHOD_OPTIONS = {
     "d2-moe": "--align --multiple --score --start",
     "decompose": f"{RANKS} --score",
     "expert-slimming": "--mask --pattern --share",
-    "hc-smoe": "--align --linkage --score",
     "layer-drop": "--keep",
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",

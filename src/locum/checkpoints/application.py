@@ -48,7 +48,7 @@ def make_container(
     seed: int,
 ) -> StandInExperts:
     """The container of one layer, filled. It does not matter where `read` takes the experts from."""
-    layout, tensors = build_layer(plan, shape, read, statistics, seed)
+    layout, tensors = build_layer(plan, shape, read, statistics, seed, activate)
     like = read(0).down_DF
     container = StandInExperts(layout, activate, like.dtype, "meta")
     container.load_state_dict(tensors, assign=True, strict=True)

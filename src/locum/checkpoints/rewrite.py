@@ -33,7 +33,13 @@ from ..files import check_room
 from ..formats.format import part_name
 from ..formats.plain import ENTRIES
 from ..models.conversions import names_in_files, note_conversions, save_as_stock
-from ..models.families import EXPERT_COUNTS, MoeLayer, leave_router_logits, set_expert_count
+from ..models.families import (
+    EXPERT_COUNTS,
+    MoeLayer,
+    canonical_activation,
+    leave_router_logits,
+    set_expert_count,
+)
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..runs import bytes_begun
 from ..shapes import ModelShape
@@ -286,7 +292,9 @@ class Rewriting:
         def fill(writer: ShardWriter) -> None:
             copied.fill(writer)
             recent, of_layer = functools.lru_cache(maxsize=2)(read), self._statistics_of(plan)
-            for leaf, row, tensor in build_rows(plan, layer.shape, recent, of_layer, self._seed_of(plan), set(own)):
+            activate = canonical_activation(self._one.get_submodule(layer.shape.name))
+            made = build_rows(plan, layer.shape, recent, of_layer, self._seed_of(plan), set(own), activate)
+            for leaf, row, tensor in made:
                 data = _bytes(tensor.to(dtype_of[leaf]))
                 first = len(own) if leaf.startswith(OwnWeights.prefix) else 0
                 writer.write(names[leaf], [data], (row - first) * len(data))

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PlanError, StatisticsError
+from ..experts.fitting import Activation, fit_down
 from ..experts.parts.own_weights import OwnWeights, rows_of, weights_of
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
 from ..experts.quantisers import QUANTISERS, layer_means, seen_by, writer
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
+from ..plans.layer_plan import MERGES
 from ..plans.plan import LayerPlan, Slot
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics
@@ -33,7 +35,9 @@ Read = Callable[[int], ExpertWeights]
 def check_statistics(plan: LayerPlan, layer: Mapping[str, Tensor] | None) -> None:
     """Raise PlanError unless the statistics that building a layer reads are there."""
     if missing := [name for name in plan.needs if name not in (layer or {})]:
-        has = " and ".join(dict.fromkeys(part.words() for part in plan.parts if part.reads()))
+        made = [*(part.words() for part in plan.parts if part.reads())]
+        made += [f"bases by {base.merge}" for base in plan.bases if MERGES[base.merge]]
+        has = " and ".join(dict.fromkeys(made))
         raise PlanError(
             f"{plan.layer}: the plan has parts made from statistics ({has}), so the statistics it was made from are needed "
             f"too (missing: {', '.join(missing)})"
@@ -48,8 +52,15 @@ def base_of(slot: Slot) -> int | None:
 class BuildSite:
     """One layer, as parts are built from it (experts/parts/part.py: Site)."""
 
-    def __init__(self, plan: LayerPlan, read: Read, statistics: LayerStatistics | None, seed: int) -> None:
-        self.plan, self._read, self.statistics = plan, read, statistics
+    def __init__(
+        self,
+        plan: LayerPlan,
+        read: Read,
+        statistics: LayerStatistics | None,
+        seed: int,
+        activate: Activation | None = None,
+    ) -> None:
+        self.plan, self._read, self.statistics, self._activate = plan, read, statistics, activate
         self.generator = torch.Generator().manual_seed(seed)
         self._bases: dict[int, ExpertWeights] = {}
         self._stored: dict[Part, tuple[int, dict[str, Tensor]]] = {}
@@ -84,8 +95,16 @@ class BuildSite:
     def base(self, index: int) -> ExpertWeights:
         if index not in self._bases:
             base, order = self.plan.bases[index], self.orders[index]
-            members = (permute_hidden(self.read(e), order[e]) if e in order else self.read(e) for e in base.experts)
-            self._bases[index] = mean_expert(members, base.weights)
+
+            def members() -> Iterator[ExpertWeights]:
+                return (permute_hidden(self.read(e), order[e]) if e in order else self.read(e) for e in base.experts)
+
+            made = mean_expert(members(), base.weights)
+            if base.merge == "least-squares":
+                if self._activate is None:
+                    raise ValueError("a base that is fitted needs the family's activation")
+                made = fit_down(made, members(), base.weights, self.statistics["input_sample"], self._activate)
+            self._bases[index] = made
         return self._bases[index]
 
     def others(self, e: int) -> ExpertWeights | None:
@@ -173,16 +192,22 @@ def old_weights(plan: LayerPlan, read: Read) -> Mapping[int, ExpertWeights]:
 
 
 def build_layer(
-    plan: LayerPlan, shape: LayerShape, read: Read, layer: LayerStatistics | None = None, seed: int = 0
+    plan: LayerPlan,
+    shape: LayerShape,
+    read: Read,
+    layer: LayerStatistics | None = None,
+    seed: int = 0,
+    activate: Activation | None = None,
 ) -> tuple[Layout, dict[str, Tensor]]:
     """One layer of a plan as the container's layout and its tensors. Deterministic for a seed.
 
-    `read(e)` gives the original expert e; `layer` has the statistics that `plan.needs` names, where it names any.
+    `read(e)` gives the original expert e; `layer` has the statistics that `plan.needs` names, where it names any; `activate` is the
+    family's activation, for bases that are fitted to outputs.
     Raises PlanError where they are missing.
     """
     layout = Layout.of(plan, shape)
     rows: dict[str, dict[int, Tensor]] = {name: {} for name in layout.tensor_shapes()}
-    for name, row, tensor in build_rows(plan, shape, read, layer, seed):
+    for name, row, tensor in build_rows(plan, shape, read, layer, seed, activate=activate):
         rows[name][row] = tensor
     return layout, {name: torch.stack([rows[name][row] for row in range(len(rows[name]))]) for name in rows}
 
@@ -194,13 +219,14 @@ def build_rows(
     layer: LayerStatistics | None = None,
     seed: int = 0,
     but: Collection[int] = (),
+    activate: Activation | None = None,
 ) -> Iterator[tuple[str, int, Tensor]]:
     """The same a row at a time, in the order of the experts, which fixes what is drawn: a tensor's name, the row, its values.
 
     Own weights of the experts in `but` are left out.
     """
     check_statistics(plan, layer)
-    layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed)
+    layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed, activate)
     prefixes = {(stack.part, stack.variant, stack.format): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
     built = set()
     for place, e in enumerate(plan.survivors):

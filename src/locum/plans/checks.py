@@ -11,7 +11,7 @@ from ..experts.parts.shared_base import SharedBase
 from ..experts.quantisers import QUANTISERS
 from ..formats.rows import row_format, stored_shape
 from ..shapes import LayerShape, ModelShape
-from .layer_plan import Base, LayerPlan, Slot
+from .layer_plan import MERGES, Base, LayerPlan, Slot
 
 
 def check_layers(model_type: str, fingerprint: str, layers: Sequence[LayerPlan], shape: ModelShape) -> None:
@@ -131,6 +131,8 @@ def _check_base(where: str, base: Base, index: int, plan: LayerPlan) -> None:
             raise PlanError(f"{where} averages unknown expert {e!r}; allowed: 0 to {len(plan.slots) - 1}")
     if len(set(base.experts)) < len(base.experts):
         raise PlanError(f"{where} names an expert twice: {list(base.experts)}")
+    if base.merge not in MERGES:
+        raise PlanError(f"{where}: {unknown('merge', base.merge, MERGES)}")
     numbers = all(type(w) in (int, float) and 0 <= w <= 1 for w in base.weights)
     if not numbers or abs(sum(base.weights) - 1) > 1e-6:
         raise PlanError(f"{where} has weights {list(base.weights)}; they must be at least 0 and sum to 1")

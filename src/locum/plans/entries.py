@@ -16,7 +16,7 @@ KINDS = {
     dict: "an object {...}",
     list: "a list [...]",
 }
-BASE_ENTRIES = {"experts": list, "weights": list, "align": bool}
+BASE_ENTRIES = {"experts": list, "weights": list, "align": bool, "merge": str}
 
 
 def once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -81,17 +81,29 @@ def stand_in(
     return Slot((*based, *adapted, *([Constant()] if constant else []), *more))
 
 
+MERGES = {
+    "mean": (),
+    "least-squares": ("input_sample",),
+}  # ways to make a base of experts, with the statistics that each reads
+
+
 @dataclass(frozen=True)
 class Base:
-    """One shared base: the weighted mean of some experts' weights (LightMoE Eq. 4)."""
+    """One shared base: the weighted mean of some experts' weights (LightMoE Eq. 4).
+
+    With `merge="least-squares"` its last product then gives, on sampled inputs, what is nearest to the weighted mean of the
+    experts' outputs (experts/fitting.py).
+    """
 
     experts: tuple[int, ...]
     weights: tuple[float, ...]  # at least 0, sum to one
     align: bool = False  # permute each expert's hidden units to the heaviest one's before averaging
+    merge: str = "mean"  # one of MERGES
 
     def __str__(self) -> str:
         terms = [f"{weight:.6g} x expert {e}" for e, weight in zip(self.experts, self.weights, strict=True)]
-        return " + ".join(terms) + (", aligned" if self.align else "")
+        words = [", aligned"] * self.align + [f", {self.merge}"] * (self.merge != "mean")
+        return " + ".join(terms) + "".join(words)
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,8 @@ class LayerPlan:
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that building the layer reads."""
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.reads()))
+        of_bases = (name for base in self.bases for name in MERGES[base.merge])
+        return tuple(dict.fromkeys((*(name for part in self.parts for name in part.reads()), *of_bases)))
 
     @property
     def parts(self) -> tuple[Part, ...]:

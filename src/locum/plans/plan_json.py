@@ -12,7 +12,8 @@
         {"expert": 3, "dropped": true}]}]}
 
 What stands beside "part" and "policy" are the fields of that kind (experts/parts/, experts/policies/), of whichever
-package; of a part in few bits also "format" and "quantiser": {"part": "own_weights", "format": "int4-g32", "quantiser": "gptq"}.
+package; of a part in few bits also "format" and "quantiser": {"part": "own_weights", "format": "int4-g32", "quantiser": "gptq"}. A base
+that is no mean of weights has "merge" too, the way in which it is made.
 Files of version 1 are read too (version_1.py).
 """
 
@@ -49,7 +50,11 @@ LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list, "policy": dict}
 
 
 def layer_to_json(plan: LayerPlan) -> dict[str, Any]:
-    bases = [{"experts": list(b.experts), "weights": list(b.weights), "align": b.align} for b in plan.bases]
+    bases = [
+        {"experts": list(b.experts), "weights": list(b.weights), "align": b.align}
+        | ({"merge": b.merge} if b.merge != "mean" else {})
+        for b in plan.bases
+    ]
     experts: list[dict[str, Any]] = []
     for e, slot in enumerate(plan.slots):
         parts = [{"part": part.name, **part.to_json()} for part in slot.parts]

@@ -55,6 +55,8 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any] | None:
     """What version 1 would say of a layer; None where it cannot."""
     if plan.routing is not None and type(plan.routing) is not MainWithVectors:
         return None
+    if any(base.merge != "mean" for base in plan.bases):
+        return None
     experts = []
     for e, slot in enumerate(plan.slots):
         fate = next((name for name, known in FATES.items() if slot == known), "stand_in")
