@@ -58,6 +58,7 @@ METHOD_OPTIONS = {
     "hope": f"{RANKED} --solver",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
     "m-smoe": "--align --budget --score",
+    "merge-moe": "--align --fit --score",
     "moe-i2": f"{SEARCH} --seed",
     "mone": RANKED,
     "narrow": "--budget --columns --minimum --multiple",
