@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import struct
 
@@ -217,6 +218,18 @@ def slow_key(row: list[float]) -> int:
     return (key ^ (key >> 31)) & (2**62 - 1)
 
 
+def slow_hsic(outputs: list[list[list[float]]]) -> list[list[float]]:
+    """The unbiased estimate as a mean over all quadruples of different tokens, times their number."""
+    n = len(outputs[0])
+    kernels = [[[sum(a * b for a, b in zip(x, y, strict=True)) for y in of] for x in of] for of in outputs]
+    quadruples = list(itertools.permutations(range(n), 4))
+
+    def of(k: list[list[float]], m: list[list[float]]) -> float:
+        return n * sum(k[i][j] * (m[i][j] + m[q][r] - 2 * m[i][q]) for i, j, q, r in quadruples) / len(quadruples)
+
+    return [[of(k, m) for m in kernels] for k in kernels]
+
+
 def slow_others() -> dict[str, object]:
     weights, every, back, gradient = others()
     numbers = [[v for m in expert for row in m.tolist() for v in row] for expert in weights.experts]
@@ -238,6 +251,7 @@ def slow_others() -> dict[str, object]:
         "down_column_square": [[sum(row[c] ** 2 for row in x[2].tolist()) for c in range(F)] for x in weights.experts],
         "router_norm": [math.sqrt(sum(v * v for v in row)) for row in weights.router_EI.tolist()],
         "output_cosine": cosine,
+        "output_hsic": slow_hsic(every.out_TED.transpose(0, 1).tolist()),
         "every_output_sum": [[sum(row[e][d] for row in every.out_TED.tolist()) for d in range(D)] for e in range(E)],
         "hidden_gradient_square": squares,
         "gate_up_gradient": [[*x[0].tolist(), *x[1].tolist()] for x in gradient.experts],

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..budgets.clusters import LINKAGES, Tree, tree
-from ..budgets.groups import groups_left, merged
-from ..budgets.ranking import layer_scores
-from ..criteria.criterion import CRITERIA
 from ..options import option
-from ..plans.plan import LayerPlan
-from ..shapes import ModelShape
-from ..stats.sums import LayerStatistics, Statistics, mean_output
-from . import Weights, method
+from ..stats.sums import LayerStatistics, mean_output
+from . import method
+from .clustered import Clustered
 
 
 def _all_tokens(layer: LayerStatistics) -> Tensor:
@@ -30,17 +24,9 @@ MEANS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What every layer's experts weigh, and the order in which clusters of them join."""
-
-    scores_LE: Sequence[Tensor]
-    tree_L: Sequence[Tree]
-
-
 @method("hc-smoe", paper="arXiv 2410.08589 (HC-SMoE)", published={"over": "all"})
 @dataclass(frozen=True)
-class HCSMoE:
+class HCSMoE(Clustered):
     """Join the two nearest clusters of a layer's experts until few enough are left, and merge each into one expert.
 
     An expert is its mean output o_e; two clusters are as far apart as their members' o_e are on average (Euclidean). A
@@ -55,28 +41,13 @@ class HCSMoE:
               clustering wrongly and run k-means from random starts instead.
     """
 
-    score: str = option("frequency", "criterion by which members weigh")
-    linkage: str = option("average", "how far apart two clusters are, of all pairs of members", choices=LINKAGES)
     over: str = option(
         "routed", "over which tokens an expert's mean output is: those that selected it, or all", choices=MEANS
     )
-    align: bool = option(False, "match hidden units to the heaviest member's before averaging")
 
-    def needs(self) -> tuple[str, ...]:
-        return (*CRITERIA[self.score].needs, *MEANS[self.over][0])
+    def reads(self) -> tuple[str, ...]:
+        return MEANS[self.over][0]
 
-    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
-        layers, mean = [statistics.layer(layer.name) for layer in shape.layers], MEANS[self.over][1]
-        trees = tuple(tree(_apart(mean(layer)), layer["count"], self.linkage) for layer in layers)
-        return Scores(layer_scores(statistics, shape, self.score), trees)
-
-    def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        return [
-            merged(layer, joined.groups(groups_left(layer, amount)), scores_E, self.align)
-            for layer, scores_E, joined in zip(shape.layers, scored.scores_LE, scored.tree_L, strict=True)
-        ]
-
-
-def _apart(mean_ED: Tensor) -> Tensor:
-    """[E, E] Euclidean distances."""
-    return torch.cdist(mean_ED, mean_ED, compute_mode="donot_use_mm_for_euclid_dist")
+    def distances(self, layer: LayerStatistics) -> Tensor:
+        mean_ED = MEANS[self.over][1](layer)
+        return torch.cdist(mean_ED, mean_ED, compute_mode="donot_use_mm_for_euclid_dist")

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
-from ..budgets.clusters import LINKAGES, Tree, tree
-from ..budgets.groups import LIKENESS, groups_left, merged
-from ..budgets.ranking import layer_scores
-from ..criteria.criterion import CRITERIA
-from ..options import option
-from ..plans.plan import LayerPlan
-from ..shapes import ModelShape
-from ..stats.sums import Statistics
-from . import Weights, method
-
-
-class Scores(NamedTuple):
-    """What every layer's experts weigh, and the order in which clusters of them join."""
-
-    scores_LE: Sequence[Tensor]
-    tree_L: Sequence[Tree]
+from ..budgets.groups import LIKENESS
+from ..stats.sums import LayerStatistics
+from . import method
+from .clustered import Clustered
 
 
 @method("sub-moe", paper="arXiv 2506.23266 (Sub-MoE)")
 @dataclass(frozen=True)
-class SubMoE:
+class SubMoE(Clustered):
     """Join the clusters of a layer's experts whose outputs are most alike, and merge each in the union of its members' subspaces.
 
     [W_1 ... W_n] = U S [V_1 ... V_n]^T,  W = U S (sum_e f_e V_e / sum_e f_e)^T
@@ -44,20 +30,8 @@ class SubMoE:
               which cuts directions of what was merged, is left out.
     """
 
-    score: str = option("frequency", "criterion by which members weigh")
-    linkage: str = option("average", "how far apart two clusters are, of all pairs of members", choices=LINKAGES)
-    align: bool = option(False, "match hidden units to the heaviest member's before averaging")
+    def reads(self) -> tuple[str, ...]:
+        return LIKENESS["outputs"].needs
 
-    def needs(self) -> tuple[str, ...]:
-        return (*CRITERIA[self.score].needs, *LIKENESS["outputs"].needs, "count")
-
-    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
-        layers = [statistics.layer(layer.name) for layer in shape.layers]
-        trees = tuple(tree(1 - LIKENESS["outputs"].of(layer), layer["count"], self.linkage) for layer in layers)
-        return Scores(layer_scores(statistics, shape, self.score), trees)
-
-    def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
-        return [
-            merged(layer, joined.groups(groups_left(layer, amount)), scores_E, self.align)
-            for layer, scores_E, joined in zip(shape.layers, *scored, strict=True)
-        ]
+    def distances(self, layer: LayerStatistics) -> Tensor:
+        return (1 - LIKENESS["outputs"].of(layer)).clamp(min=0)
