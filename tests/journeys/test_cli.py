@@ -54,6 +54,7 @@ METHOD_OPTIONS = {
     "decompose": f"{RANKS} --score",
     "expert-slimming": "--mask --pattern --share",
     "layer-drop": "--keep",
+    "dek": "--alike --align --linkage --score",
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
