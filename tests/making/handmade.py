@@ -67,7 +67,7 @@ def _made(shape: ModelShape, seed: int, never: tuple[int, ...], domains: int) ->
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     of_text = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
-    summed = (*of_text, "output_cosine", "output_hsic", "every_output_sum", "weight_product")
+    summed = (*of_text, "output_cosine", "output_hsic", "every_output_sum", "weight_product", "router_product")
     domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size

@@ -250,6 +250,10 @@ def slow_others() -> dict[str, object]:
         "stable_rank": ranks,
         "down_column_square": [[sum(row[c] ** 2 for row in x[2].tolist()) for c in range(F)] for x in weights.experts],
         "router_norm": [math.sqrt(sum(v * v for v in row)) for row in weights.router_EI.tolist()],
+        "router_product": [
+            [sum(a * b for a, b in zip(x, y, strict=True)) for y in weights.router_EI.double().tolist()]
+            for x in weights.router_EI.double().tolist()
+        ],
         "output_cosine": cosine,
         "output_hsic": slow_hsic(every.out_TED.transpose(0, 1).tolist()),
         "every_output_sum": [[sum(row[e][d] for row in every.out_TED.tolist()) for d in range(D)] for e in range(E)],

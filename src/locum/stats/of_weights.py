@@ -123,6 +123,23 @@ def down_column_square(event: WeightsEvent) -> Tensor:
     return torch.stack([matrices[-1].double().square().sum(dim=0) for matrices in event.experts]).cpu()
 
 
+@_of_weights("router_product", axes="EE")
+def router_product(event: WeightsEvent) -> Tensor:
+    """The inner products of the router's rows, from which their distances are made.
+
+    R_i . R_j, R_e the row of expert e in the router's matrix
+
+    Needs:    weights; no text.
+    Shapes:   (E, E), symmetric.
+    Units:    router weights squared.
+    Edges:    biases of the router are left out.
+    Cost:     one product of E*E and the width of what the router reads.
+    Source:   STUN, arXiv 2409.06211.
+    """
+    rows_EI = event.router_EI.double()
+    return (rows_EI @ rows_EI.T).cpu()
+
+
 @_of_weights("router_norm", axes="E")
 def router_norm(event: WeightsEvent) -> Tensor:
     """The length of the router's row for an expert.
