@@ -68,6 +68,7 @@ METHOD_OPTIONS = {
     "leave-one-out": f"{RANKED} --curve --seed",
     "ream": "--align --group-size --rows --score",
     "res-moe": "--multiple",
+    "stun": "--apart --together",
     "sub-moe": "--align --linkage --score",
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
