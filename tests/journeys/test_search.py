@@ -172,6 +172,8 @@ class Counting:
         self.asked += candidates
         return torch.tensor([sum(mask.sum() for mask in c.values()) for c in candidates]).double()
 
+    loss_without = block_error
+
     def prune(self, removed):
         self.asked.append("prune")
 
@@ -186,9 +188,11 @@ def test_every_question_is_put_once_and_answers_outlive_a_run(tmp_path):
     for _ in range(2):
         assert answers.block_error([{"y": masks[0], "x": masks[1]}, {"x": masks[1], "y": masks[0]}]).tolist() == [1, 1]
     assert len(one.asked) == 5
+    assert [answers.loss_without([{"x": masks[0]}]).tolist() for _ in range(2)] == [[1], [1]]
+    assert len(one.asked) == 6
     answers.prune({"x": masks[0]})
     answers.output_error("x", masks)
-    assert len(one.asked) == 8  # pruning, and two questions that are new ones now
+    assert len(one.asked) == 9  # pruning, and two questions that are new ones now
     answers.save()
     two = Counting()
     again = RememberedAnswers(two, tmp_path / "a", {"model": 1})

@@ -119,6 +119,12 @@ def test_loss_increase_is_that_of_a_pruned_model(model, explorer):
                 ours, _ = loss_sum(pruned(model, {layer.name: members}), explorer.batches[0], model.device)
                 near(found, ((ours - whole) / count).double(), 1e-5)
         assert increase[-1] == 0 and increase[:-1].abs().min() > 0
+    both = dict(zip([layer.name for layer in explorer.shape.layers], SETS[:2], strict=True))
+    without = explorer.loss_without([{name: masks(members)[0] for name, members in both.items()}, {}])
+    with torch.no_grad():
+        ours, _ = loss_sum(pruned(model, both), explorer.batches[0], model.device)
+    near(without[0], ((ours - whole) / count).double(), 1e-5)
+    assert without[1] == 0
     assert_untouched(model, before)
 
 

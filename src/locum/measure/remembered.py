@@ -55,9 +55,11 @@ class RememberedAnswers:
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         return self._of_layer("loss_increase", self.explorer.loss_increase, layer, removed_CE)
 
+    def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return self._of_layers("loss_without", self.explorer.loss_without, candidates)
+
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        keys = [self._key("block_error", *((n, c[n]) for n in sorted(c))) for c in candidates]
-        return self._answers(keys, lambda missing: self.explorer.block_error([candidates[i] for i in missing]))
+        return self._of_layers("block_error", self.explorer.block_error, candidates)
 
     def prune(self, removed: Mapping[str, Tensor]) -> None:
         self.explorer.prune(removed)
@@ -76,6 +78,15 @@ class RememberedAnswers:
     def _of_layer(self, question: str, ask: Callable[[str, Tensor], Tensor], layer: str, removed_CE: Tensor) -> Tensor:
         keys = [self._key(question, (layer, removed_E)) for removed_E in removed_CE]
         return self._answers(keys, lambda missing: ask(layer, removed_CE[missing]))
+
+    def _of_layers(
+        self,
+        question: str,
+        ask: Callable[[Sequence[Mapping[str, Tensor]]], Tensor],
+        candidates: Sequence[Mapping[str, Tensor]],
+    ) -> Tensor:
+        keys = [self._key(question, *((n, c[n]) for n in sorted(c))) for c in candidates]
+        return self._answers(keys, lambda missing: ask([candidates[i] for i in missing]))
 
     def _answers(self, keys: list[bytes], ask: Callable[[list[int]], Tensor]) -> Tensor:
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self.known}

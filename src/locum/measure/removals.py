@@ -1,7 +1,8 @@
 """Trying removals of experts on a live model: cheaply for one layer, exactly for any family.
 
     output_error    one layer's output, from cached products of its experts' outputs; no expert runs per candidate
-    loss_increase   the whole model's loss on the sample
+    loss_increase   the whole model's loss on the sample, without experts of one layer
+    loss_without    the same without experts of many layers at once
     block_error     the hidden state after a stretch of decoder layers
     prune           for good, in place
 
@@ -162,22 +163,30 @@ class ModelExplorer:
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] mean next-token loss of the whole model on the sample without them, minus with all, in nats per token."""
+        removed_CE = self._checked(layer, removed_CE)
+        return self._losses([{layer: removed_E} for removed_E in removed_CE])
+
+    def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """[C] the same where a candidate maps any layers of the model to their removed experts [E]."""
+        checked = [{n: self._checked(n, mask[None])[0] for n, mask in candidate.items()} for candidate in candidates]
+        return self._losses(checked)
+
+    def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         if is_streamed(self.model):
             raise UnsupportedModel(
                 "what a removal does to the model's loss asks all layers at once, which a streamed model has not: give --no-stream, "
                 "or let the method go by a layer's output"
             )
-        removed_CE = self._checked(layer, removed_CE)
         if self.model.get_output_embeddings() is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} does not predict tokens, so it has no loss to increase"
             )
+        losses = []
         with self._quiet():
             if self._loss is None:
                 self._loss = self._mean_loss()
-            losses = []
-            for removed_E in removed_CE:
-                with MaskedRouters([(self.layers[layer], removed_E)]):
+            for candidate in candidates:
+                with MaskedRouters([(self.layers[name], removed_E) for name, removed_E in candidate.items()]):
                     losses.append(self._mean_loss() - self._loss)
         return torch.tensor(losses, dtype=torch.float64)
 

@@ -113,6 +113,10 @@ class Explorer(Protocol):
         token."""
         ...
 
+    def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """[C] float64: the same where each candidate maps any layers of the model to removed [E] bools."""
+        ...
+
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] float64: each candidate maps the consecutive layers of one block to removed [E] bools; || hidden state
         after the block's last decoder layer, original minus pruned ||_F, attention, norms and residuals included, from

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ def of_search(
         chosen.explore(explorer, lambda phase, done, total: phases.add(phase))
         seconds = time.perf_counter() - begin
     layers = len(shape.layers)
-    searching = layers * (seconds - explorer.whole_seconds + times.of_all(explorer.whole_seconds, begun.of))
+    seconds -= explorer.whole_seconds + explorer.once_seconds
+    searching = layers * (seconds + times.of_all(explorer.whole_seconds, begun.of))
+    searching += times.of_all(explorer.once_seconds, begun.of)
     cached = min(CACHE_BYTES, sum(8 * sample * layer.num_experts**2 for layer in shape.layers))
     states = begun.of * held_bytes(begun.model, sample)
     passes = len(phases) + 2 if how.streamed else 0  # of reading every layer: each phase, and the recordings
@@ -254,10 +256,10 @@ class _Nowhere:
 
 
 class _Timed:
-    """An explorer that adds up the seconds of questions that run the whole model."""
+    """An explorer that adds up the seconds of questions that run the whole model: those about one layer, and about all."""
 
     def __init__(self, explorer: Explorer) -> None:
-        self._explorer, self.shape, self.whole_seconds = explorer, explorer.shape, 0.0
+        self._explorer, self.shape, self.whole_seconds, self.once_seconds = explorer, explorer.shape, 0.0, 0.0
         self.output_error, self.block_error, self.prune = explorer.output_error, explorer.block_error, explorer.prune
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
@@ -266,6 +268,13 @@ class _Timed:
             return self._explorer.loss_increase(layer, removed_CE)
         finally:
             self.whole_seconds += time.perf_counter() - begin
+
+    def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            return self._explorer.loss_without(candidates)
+        finally:
+            self.once_seconds += time.perf_counter() - begin
 
 
 # --- what they share --------------------------------------------------------------------------------------------
