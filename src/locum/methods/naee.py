@@ -2,13 +2,13 @@
 
 Ranks that have met share the layers.
 
-Letters: E experts, L layers.
+Letters: E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from ..budgets.counts import spare, uniform_counts
+from ..budgets.counts import spare
 from ..budgets.sets import search_sets
 from ..errors import PlanError
 from ..options import option
-from ..plans.plan import DROPPED, KEPT, LayerPlan
 from ..shapes import LayerShape, ModelShape
-from ..stats.sums import Statistics
-from . import Explorer, Weights, method
+from . import Explorer, method
+from .found_sets import FoundSets
 
 
 @method("naee", paper="arXiv 2402.14800 (NAEE)")
 @dataclass(frozen=True)
-class NAEE:
+class NAEE(FoundSets):
     """Drop from every layer the set of experts without which its output changes least, of all sets of that size.
 
     min over sets S of x experts: ||F(X) - F_without S(X)||_F,  X the layer's inputs on a sample of the text, the router run anew
@@ -51,9 +50,6 @@ class NAEE:
     most: float = option(0.5, "largest share of a layer's experts of which sets are tried", above=0, at_most=0.95)
     limit: int = option(100_000, "most sets of one number of experts that are tried", at_least=1)
     seed: int = option(0, "seed of the search: which tokens are its sample", at_least=0)
-
-    def needs(self) -> tuple[str, ...]:
-        return ("best_sets",)
 
     def check(self, shape: ModelShape) -> None:
         """Raises PlanError for a layer with too many sets."""
@@ -100,23 +96,6 @@ class NAEE:
         """The numbers of experts of which sets are tried."""
         most = min(spare(layer), int(self.most * layer.num_experts + 1e-9))
         return range(layer.num_groups, most + 1, layer.num_groups)
-
-    def score_experts(
-        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
-    ) -> tuple[Tensor, ...]:
-        return tuple(statistics.layer(layer.name)["best_sets"] for layer in shape.layers)
-
-    def plan(self, scored: Sequence[Tensor], shape: ModelShape, amount: float) -> list[LayerPlan]:
-        most_L = [int(best_XE.sum(dim=1).max()) for best_XE in scored]
-        counts = uniform_counts(shape, amount, most_L)
-        return [
-            LayerPlan(layer.name, tuple(DROPPED if gone else KEPT for gone in _gone(best_XE, count)))
-            for layer, best_XE, count in zip(shape.layers, scored, counts, strict=True)
-        ]
-
-
-def _gone(best_XE: Tensor, count: int) -> list[bool]:
-    return best_XE[count - 1].bool().tolist() if count else [False] * best_XE.shape[1]
 
 
 def _number_of_sets(layer: LayerShape, count: int) -> int:

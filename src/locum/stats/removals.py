@@ -45,16 +45,18 @@ def loss_curve(event: SearchEvent) -> Tensor:
 
 @statistic("best_sets", axes="XE", event=SearchEvent, on_demand=True)
 def best_sets(event: SearchEvent) -> Tensor:
-    """Of every number of experts of a layer, the set that changes the layer's output least when it goes, of all such sets.
+    """Of every number of experts of a layer, the set that a search found to be missed least.
 
-    1 in row x if e is one of the x experts whose removal has the smallest ||F(X) - F_without(X)||_F, else 0
+    1 in row x if e is one of the x experts that go; by `naee` those whose removal has the smallest ||F(X) - F_without(X)||_F of
+    all sets, by `eep` those of a search over all layers, by the model's loss
 
-    Needs:    a search on the live model (`locum search --method naee`); calibration does not give it.
+    Needs:    a search on the live model (`locum search --method naee`, or eep); calibration does not give it.
     Shapes:   (E, E), the first row for one expert; below the largest number that was tried, its row again.
     Units:    0 or 1.
-    Edges:    all 0 in a layer that can spare none. Of equal sets the first in lexicographic order. Of a group-limited router only
-              numbers that are equally many of every group are tried; between them stands the row before.
-    Cost:     the layer's output on cached tokens for every set, without running an expert again.
-    Source:   NAEE, arXiv 2402.14800.
+    Edges:    all 0 in a layer that can spare none. Of a group-limited router only numbers that are equally many of every group
+              are tried; between them stands the row before.
+    Cost:     naee: the layer's output on cached tokens for every set, without running an expert again; eep: a pass of the model
+              for every set that it tries.
+    Source:   NAEE, arXiv 2402.14800; EEP, arXiv 2407.00945.
     """
     return event.found["best_sets"]
