@@ -39,11 +39,11 @@ def run(ranks, *words):
 
 
 def test_ranks_count_what_one_counts(tmp_path):
-    """Batches that no number of ranks divides, three domains, with Grams; and evaluation."""
+    """Batches that no number of ranks divides, three domains, with Grams and a sample; and evaluation."""
     one = None
     for ranks in (1, 2, 4):
         out = tmp_path / f"{ranks}.safetensors"
-        run(ranks, "calibrate", MODEL, *TEXT, *SHORT, "--out", out)
+        run(ranks, "calibrate", MODEL, *TEXT, *SHORT, "--also", "input_sample", "--also", "output_hsic", "--out", out)
         found = locum.load_statistics(out)
         if one is None:
             one = found

@@ -3,8 +3,8 @@
 sum    they add up
 max    the larger one; such values are at least 0, so that zeros are what nothing was seen of
 same   they are equal, because they describe the model and not the text: one of them is kept, for all domains
-sample rows of numbers, of which as many are kept as one has: those with the largest keys, which their own bits make. So it does
-       not matter in which order samples are merged; rows of zeros are no rows
+sample rows of numbers, of which as many are kept as one has: those with the largest keys, which their own numbers make. So it
+       does not matter in which order samples are merged; rows of zeros are no rows
 
 Letters: U rows of a sample, D model width.
 """
@@ -60,9 +60,18 @@ def sample_of(rows: Tensor) -> Tensor:
 
 
 def _keys(rows: Tensor) -> Tensor:
-    """[..., U] whole numbers that look drawn at random, from the bits of each float64 row alone; 0 for a row of zeros."""
+    """[..., U] whole numbers that look drawn at random, from each row alone; 0 for a row of zeros.
+
+    They are made of the bits that the numbers have in bfloat16: the lower bits of float64 would be zero for narrow numbers, and
+    what rounding changes should not change which rows are kept.
+    """
     odd_D = (2 * torch.arange(rows.shape[-1], device=rows.device) + 1) * ODD
-    key = (rows.contiguous().view(torch.int64) * odd_D).sum(dim=-1)
+    bits = rows.to(torch.bfloat16).view(torch.int16).long()
+    return _mixed(_mixed(bits * odd_D).sum(dim=-1)) & (2**62 - 1)
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """The last steps of splitmix64, with shifts that keep the sign; 0 stays 0."""
     for shift, factor in ((30, MIX), (27, AGAIN)):
-        key = (key ^ (key >> shift)) * factor
-    return (key ^ (key >> 31)) & (2**62 - 1)
+        number = (number ^ (number >> shift)) * factor
+    return number ^ (number >> 31)

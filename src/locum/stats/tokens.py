@@ -71,7 +71,7 @@ def turn_sum(event: RoutedEvent) -> Tensor:
 def input_sample(event: RoutedEvent) -> Tensor:
     """A sample of what a layer's experts are given, for what needs inputs themselves and not their sums.
 
-    the x_t with the largest of keys that the bits of each x_t make, as if drawn at random
+    the x_t with the largest of keys that the numbers of each x_t make, as if drawn at random
 
     Needs:    routed tokens' expert inputs; collected on demand only.
     Shapes:   (512, D), rows of zeros where there are fewer tokens.
