@@ -21,7 +21,12 @@ PUBLIC = """
     diff evaluate export inspect load_adapter load_model load_plan load_statistics make_plan plan read_shape recover report save_plan save_statistics
     search show stand_in verify
 """
-OPTIONAL = {"locum.engines.vllm_plugin": "vllm", "locum.kernels.triton_grouped": "triton"}
+OPTIONAL = {
+    "locum.engines.vllm_plugin": "vllm",
+    "locum.kernels.triton_grouped": "triton",
+    "locum.kernels.triton_packed": "triton",
+    "locum.kernels.triton_ways": "triton",
+}
 LEFT_OUT = {"locum.__main__", *(name for name, needed in OPTIONAL.items() if not importlib.util.find_spec(needed))}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(locum.__path__, "locum.") if m.name not in LEFT_OUT)
 
