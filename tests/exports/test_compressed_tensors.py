@@ -131,6 +131,7 @@ def test_transformers_computes_what_locum_computes_and_nothing_is_left_out(bits,
     assert [group["input_activations"] is not None for group in groups] == [bits == "fp8", False]
 
 
+@pytest.mark.journeys
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_other_families_too(family, tmp_path):
     changes = {"intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1 + (family == "deepseek_v3")}
@@ -161,6 +162,7 @@ def test_float32_stays_exact_and_zeros_stay_zeros(tmp_path):
     assert torch.equal(live["model.layers.0.mlp.experts.down_proj"][3], found[name.replace(".2.", ".3.")])
 
 
+@pytest.mark.journeys
 def test_gptq_loses_less_on_what_experts_are_given(narrow, tmp_path, monkeypatch):
     """Written and read back, against Gram matrices of inputs that hang together."""
     monkeypatch.setattr(compression, "NUMBERS", 2**20)
