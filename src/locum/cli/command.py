@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -194,7 +195,10 @@ class Command(click.Command):
                     formatter.write_dl(rows or [("none", "")])
             else:
                 formatter.write_paragraph()
-                formatter.write_text(choice.hint(ctx.command_path))
+                hint, indent = choice.hint(ctx.command_path), " " * formatter.current_indent
+                whole = {"break_on_hyphens": False, "break_long_words": False}  # names are
+                lines = textwrap.fill(hint, formatter.width, initial_indent=indent, subsequent_indent=indent, **whole)
+                formatter.write(f"{lines}\n")
 
 
 def _records(parameters: list[click.Parameter], ctx: click.Context) -> list[tuple[str, str]]:
