@@ -8,6 +8,7 @@ import pytest
 
 import locum
 from locum.errors import PlanError
+from locum.measure import residuals
 from locum.measure.rows import read_rows
 from locum.stages import comparison
 from making.checkpoints import locum as run
@@ -96,6 +97,18 @@ def test_methods_in_few_bits_have_the_same_bytes_and_a_chance_of_their_own(check
     assert (
         rows[few]["kl"] < rows["prune:score=reap"]["kl"]
     )  # all experts in 4 bits are nearer to the original than few whole ones
+
+
+@pytest.mark.journeys
+def test_a_method_whose_statistics_this_model_has_not_is_refused_alone(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(residuals, "_norms", lambda *_: [])  # as of a family without a norm in front of its experts
+    result = locum.compare(
+        checkpoint, data=text, out=tmp_path / "out", methods="layer-drop,mone", remove="0.5", seeds=1, **SHORT
+    )
+    (group,) = result["groups"]
+    assert {"mone", "prune:score=random"} <= {row["name"] for row in group["rows"] if "refused" not in row}
+    said = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "no norm in front" in json.dumps(said) and "layer-drop" in json.dumps(said)
 
 
 @pytest.mark.parametrize("after", [3, *(pytest.param(n, marks=pytest.mark.journeys) for n in (1, 5, 8))])

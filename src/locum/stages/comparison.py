@@ -35,6 +35,7 @@ from ..plans.plan import Plan
 from ..reports.report import make_report
 from ..runs import Work, resumable
 from ..shapes import ModelShape
+from ..stats.definitions import STATISTICS
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from ..training.options import Recovery
@@ -249,7 +250,19 @@ class _Run:
     def _calibrate(self, seed: int) -> None:
         for left in self.work.folder.glob("statistics-*"):  # of the seed before
             clear(left)
-        also = [name for c in self.asked.candidates for name in (*to_collect(c.method), *c.read_besides)]
+        candidates = self.asked.candidates
+        turning = [c for c in candidates if any(STATISTICS[name].turns for name in c.method.needs())]
+        try:
+            self._collect(candidates, seed)
+        except UnsupportedModel as error:  # which of all statistics these alone can be refused with
+            if not turning:
+                raise
+            for candidate in turning:
+                write_text(self._refusal(seed, candidate), str(error))
+            self._collect([c for c in candidates if c not in turning], seed)
+
+    def _collect(self, candidates: Sequence[Candidate], seed: int) -> None:
+        also = [name for c in candidates for name in (*to_collect(c.method), *c.read_besides)]
         options = {"data": self.asked.seen, "out": self._statistics(seed), "also": also, "gram": False, "seed": seed}
         calibrate(self.asked.model, force=True, **options, **self.asked.cut)
 
@@ -261,7 +274,7 @@ class _Run:
             write_text(self._refusal(seed, candidate), str(error))
 
     def _refusal(self, seed: int, candidate: Candidate) -> Path:
-        """Where it stands why a candidate cannot search this model."""
+        """Where it stands why this model cannot be searched, or calibrated, for a candidate."""
         return self._statistics(seed, candidate).with_suffix(".txt")
 
     def _statistics(self, seed: int, candidate: Candidate | None = None) -> Path:
@@ -275,7 +288,7 @@ class _Run:
         label = {"name": candidate.name, "remove": amount, "seed": seed}
         searching = candidate if isinstance(candidate.method, SearchingMethod) else None
         try:
-            if searching is not None and (refusal := self._refusal(seed, searching)).exists():
+            if (refusal := self._refusal(seed, candidate)).exists():
                 raise PlanError(refusal.read_text(encoding="utf-8"))
             statistics = load_statistics(self._statistics(seed, searching))
             plan = self._plan(candidate, amount, statistics)
