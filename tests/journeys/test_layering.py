@@ -119,7 +119,11 @@ def test_public_functions_and_classes_are_documented():
 @files
 def test_every_module_imports_on_its_own(path):
     name = name_of(path)
-    for package in {"vllm", "triton"} & outside(imports(path, top_level_only=True)):
-        pytest.importorskip(package)
-    if name != "__main__":
+    if name == "__main__":
+        return
+    try:
         importlib.import_module("locum" if name == "__init__" else f"locum.{name.removesuffix('.__init__')}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("vllm", "triton"):  # which need not be installed
+            raise
+        pytest.skip(f"needs {error.name}")

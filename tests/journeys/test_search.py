@@ -327,7 +327,8 @@ def test_nothing_appears_when_recovery_fails(checkpoint, words, monkeypatch, tmp
     with pytest.raises(locum.OptionError, match="unknown way to recover 'magic'"):
         locum.compress(checkpoint, recover="magic", **asked)
     with pytest.raises(
-        locum.OptionError, match=r"\(prune\) leaves none; use --recover full or --recover layerwise or --recover lora"
+        locum.OptionError,
+        match=r"\(prune\) leaves none; use --recover full or --recover kd or --recover layerwise or --recover lora",
     ):
         locum.compress(checkpoint, recover="annealed", **asked)
 

@@ -12,9 +12,8 @@ call gives the same bits. For that, tokens must ascend, as they do in the contai
 
 Matrices may be in few bits (packed.py): a program then reads their bytes, and makes numbers of a tile of them at a time.
 
-Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs and I inputs of an item, M rows of a
-block, Y places in a stretch. In a kernel a letter is a stretch of its axis, and `x_row`, `x_column` and the like are
-strides, in numbers.
+Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs and I inputs of an item, M rows of a block,
+Y places in a stretch. In a kernel a letter is a stretch of its axis; `x_row`, `x_column` and the like are strides in numbers.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,20 +28,20 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Clustered:
+class Clustered(abc.ABC):
     """Options that say what members weigh and how clusters are joined. A method adds how far apart two experts are."""
 
     score: str = option("frequency", "criterion by which members weigh")
     linkage: str = option("average", "how far apart two clusters are, of all pairs of members", choices=LINKAGES)
     align: bool = option(False, "match hidden units to the heaviest member's before averaging")
 
+    @abc.abstractmethod
     def reads(self) -> tuple[str, ...]:
         """The statistics that distances read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def distances(self, layer: LayerStatistics) -> Tensor:
         """[E, E] how far apart two experts of a layer are: symmetric, at least 0."""
-        raise NotImplementedError
 
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, *self.reads(), "count")
