@@ -173,7 +173,7 @@ def test_zero_tiny_and_huge_weights_in_few_bits(format, size, regime):
     check(*random_pairs(4, 3, 7), 4, 3, 9, 64, torch.float32, few=packed(format, 3, 9, 64, size))
 
 
-@pytest.mark.parametrize("shape", [(512, 16), (16, 512)])
+@pytest.mark.parametrize("shape", [(128, 16), (16, 128)])
 @pytest.mark.parametrize("format", ["int8-g32", "int4-g32"])
 def test_few_columns_and_few_rows_in_few_bits(format, shape):
     """Adapters of rank 16: on an H200 with Triton 3.6, products of few tokens with some of them in int4 were wrong."""
@@ -308,7 +308,7 @@ def test_blocks_suffice_for_any_routing():
     for tokens, top_k in ((65, 8), (512, 8), (999, 3)):
         for launch in launches_of(olmoe_layer(38, 16), tokens, top_k):
             if launch.kernel == "_many":
-                items, outputs = launch.arguments[8:10]
-                rows, width = launch.arguments[-4:-2]
+                given = dict(zip(triton_grouped._many.arg_names, launch.arguments, strict=True))
+                items, outputs, rows, width = (given[name] for name in ("items", "outputs", "ROWS", "OUTPUTS"))
                 worst = torch.tensor([1] * (items - 1) + [tokens * top_k - items + 1])
                 assert launch.grid[0] >= int((worst / rows).ceil().sum()) * -(-outputs // width)
