@@ -21,6 +21,7 @@ from locum.errors import CheckpointError, EngineError, LocumError, OptionError
 from locum.measure.repetition import ends_in_loop, more_than_chance
 from locum.models.families import find_layers
 from locum.plans.plan import KEPT, NOTHING, LayerPlan
+from locum.verification import verify as verification
 from locum.verification.folder import FAILED, OK, SKIPPED
 from locum.verification.verify import Promise, check_engine, compare_likeliest, compare_logits, compare_tokens
 from making.broken import DAMAGES, change_weights
@@ -377,3 +378,25 @@ def test_chance_is_fishers():
 
 def test_errors_are_locums():
     assert issubclass(EngineError, LocumError)
+
+
+@pytest.mark.parametrize(
+    ("of_original", "named", "result"), [(True, False, SKIPPED), (True, True, FAILED), (False, False, FAILED)]
+)
+def test_an_engine_that_refuses_the_original_too_says_nothing_of_the_checkpoint(
+    of_original, named, result, small, monkeypatch
+):
+    asked = []
+
+    def refuses(engine, python, job, workdir):
+        if engine.name == "transformers":
+            asked.append(job["folder"])
+        if of_original or job["folder"] == str(small.resolve()):
+            raise EngineError("it refused it: head_dim=8")
+
+    monkeypatch.setattr(verification, "ask", refuses)
+    checks = locum.verify(small, engine="transformers" if named else None, **FEW)
+    (logits,) = (check for check in checks if (check.check, check.engine) == ("logits", "transformers"))
+    assert logits.result == result and "head_dim=8" in logits.detail
+    assert ("of the original" in logits.detail) == of_original
+    assert asked[0] == str(small.resolve()) and len(asked) == 2 and asked[1] != asked[0]

@@ -27,7 +27,7 @@ from ..checkpoints.read import base_of, read_config
 from ..checkpoints.skeleton import layouts_of
 from ..checkpoints.weight_files import is_adapter
 from ..engines.engines import ENGINES, Answer, Engine, ask, chosen_engines
-from ..errors import CheckpointError, LocumError, OptionError
+from ..errors import CheckpointError, EngineError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form
 from ..files import describe_size
 from ..formats.plain import COMPUTE_DTYPES
@@ -248,7 +248,10 @@ def check_engine(
                 job["folder"] = str(exported)
             answer = ask(engine, python, job, Path(scratch))
         except LocumError as error:
-            return [Check("logits", engine.name, FAILED, " ".join(str(error).split()))]
+            said = " ".join(str(error).split())
+            if form is None and (of_original := _refusal_of_original(engine, python, job, folder, Path(scratch))):
+                return [Check("logits", engine.name, unasked, f"of the original {of_original}")]
+            return [Check("logits", engine.name, FAILED, said)]
     tolerance = engine.tolerance if promise.agree is None else engine.tolerance_16
 
     def compare_values() -> str:
@@ -266,6 +269,20 @@ def check_engine(
     if answer.bytes is not None and job["import_locum"]:
         checks.append(run_check("memory", engine.name, lambda: compare_memory(folder, answer, dtype)))
     return checks
+
+
+def _refusal_of_original(engine: Engine, python: Path, job: dict[str, Any], folder: Folder, scratch: Path) -> str:
+    """Why the engine takes the original no more than what was made of it: that says nothing of the checkpoint."""
+    original = folder.original
+    if original is None:
+        return ""
+    of_model = {"folder": str(original.resolve()), "adapter": None, "import_locum": bool(layouts_of(original))}
+    of_model |= {"opens": opening_class(read_config(original)), "prompts": job["prompts"][:1], "new_tokens": 1}
+    try:
+        ask(engine, python, job | of_model, scratch / "original")
+    except EngineError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _unreadable(engine: Engine, form: Target | None, folder: Folder) -> str:
