@@ -227,7 +227,7 @@ def test_truncated_shard(sharded):
     assert_refused(sharded, CheckpointError, str(shard), "again")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
 def test_index_that_is_no_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     assert_refused(sharded, CheckpointError, "model.safetensors.index.json")

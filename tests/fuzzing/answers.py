@@ -40,9 +40,12 @@ class Answer:
     said: str = ""
 
 
+TOLD = "the statistics of an earlier run are used"  # by compress: the inputs share a cache
+
+
 def answer(ending: Ending, command: str) -> Answer:
     """What an ending says, but for the results of what was accepted: those are SAME until they are compared."""
-    lines = [line for line in ending.stderr.splitlines() if line.strip()]
+    lines = [line for line in ending.stderr.splitlines() if line.strip() and not line.startswith(TOLD)]
     said = _short(lines[-1]) if lines else ""
     if ending.stopped:
         said = f"after {ending.cpu_seconds:.0f} s of computing, with {ending.peak / 2**30:.1f} GiB"
@@ -57,7 +60,7 @@ def answer(ending: Ending, command: str) -> Answer:
         return Answer(SAME, said=said)
     if ending.code == 1 and command == "verify":
         return Answer(FAILED)
-    if ending.code == 2 and len(lines) == 1 and ending.stderr.startswith("locum"):
+    if ending.code == 2 and len(lines) == 1 and lines[0].startswith("locum"):
         return Answer(ERROR, said=_short(ending.stderr.strip(), 400))
     return Answer(UNCLEAR, f"code {ending.code}, {len(lines)} lines", " | ".join(map(_short, lines[-3:])))
 

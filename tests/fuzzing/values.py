@@ -24,7 +24,7 @@ LINES = {
     "list": "list --json",
     "show": "show lightmoe --json",
     "demo": "demo --steps 0 --out out --json",
-    "plan": "plan stats.safetensors --remove 0.4 --out out.json --json",
+    "plan": "plan stats.safetensors --remove 0.4 --rank 2 --out out.json --json",
     "apply": "apply model --plan plan.json --out out --json",
     "compress": f"compress model --data words.txt {SHORT} --remove 0.4 --rank 2 --out out --json",
     "recover": f"{RECOVER} --out out --json",

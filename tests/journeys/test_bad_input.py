@@ -248,6 +248,11 @@ LINES = [
 ]
 
 
+def test_what_was_typed_with_a_line_end_is_told_in_one_line():
+    said = command("recover", "a\nb", "a\u2028b")
+    assert said.exit_code == 2 and len(said.stderr.splitlines()) == 1, said.stderr
+
+
 @pytest.mark.parametrize(("line", "answer"), LINES, ids=[line for line, _ in LINES])
 def test_one_clear_line_and_nothing_left(line, answer, place, monkeypatch):
     typed = [word.format_map(place) for word in line.split()]

@@ -74,6 +74,8 @@ def _shards_of(index: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} names no files in a 'weight_map'; download it again") from error
+    if not names:
+        raise CheckpointError(f"{index} names no files in its 'weight_map'; download it again")
     files = [named_file(index.parent, name, str(index)) for name in names]
     if missing := next((file.name for file in files if not file.is_file()), ""):
         raise CheckpointError(f"{index.parent} lacks shard {missing} that its index names; download it again")

@@ -42,7 +42,7 @@ def one_line(command: str) -> Iterator[None]:
             click.echo(error.unwritten)
     except click.UsageError as error:
         path = f"locum {command}".strip() if error.ctx is None else _typed(error.ctx)
-        message = f"{error.format_message().strip(' .:')}; see: {path} --help"
+        message = f"{' '.join(error.format_message().split()).strip(' .:')}; see: {path} --help"
     except KeyboardInterrupt as interrupt:
         message = f"{_why(interrupt)}; nothing half-written was kept"
         if command in RESUMABLE:
