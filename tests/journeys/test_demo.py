@@ -15,6 +15,8 @@ from locum.data.tokens import load_tokens
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_text
 
+pytestmark = pytest.mark.journeys  # long: whole commands in processes of their own
+
 demo = importlib.import_module("locum.demonstration")
 METHODS = ("lightmoe", "reap")
 MODELS = ["original", *(name + state for name in METHODS for state in ("", " recovered"))]

@@ -34,6 +34,8 @@ from making.checkpoints import write_checkpoint
 from making.handmade import layers_of
 from making.tiny_models import tiny_ids, tiny_model
 
+pytestmark = pytest.mark.journeys  # long: whole commands in processes of their own
+
 D, F, E, K, L, V = 32, 16, 8, 2, 2, 128
 EXPERT = 3 * D * F
 ATTENTION = 2 * D * D + 2 * 16 * D  # q and o; k and v, which have half as many heads
