@@ -30,8 +30,6 @@ from locum.plans.plan import NOTHING, Base, LayerPlan, make_plan, stand_in
 from making.checkpoints import VOCABULARY, text, write_tokenizer
 from making.checkpoints import locum as command
 
-pytestmark = pytest.mark.journeys  # long: whole commands in processes of their own
-
 IDS = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
 RECIPE = smolmoe.Recipe(domains=("a", "b", "c"), steps=3)
 
