@@ -120,6 +120,35 @@ def test_statistics_whose_notes_are_damaged_are_refused(tmp_path, entry, value):
         load_statistics(path)
 
 
+@pytest.mark.parametrize(
+    "what", ["a.b.experts|count", "a.b.experts|output_sum", "a.b.experts|tokens", "next_block", "tokens"]
+)
+def test_what_was_changed_in_a_file_is_found(tmp_path, what):
+    path = tmp_path / "s.safetensors"
+    save_statistics(statistics(), path)
+    tensors, header = read_tensors(path)
+    notes = json.loads(header["locum-statistics"])
+    if what in tensors:
+        tensors[what].view(-1)[-1] += 1
+    else:
+        notes[what] += 1
+    save_file(tensors, path, {"locum-statistics": json.dumps(notes)})
+    with pytest.raises(StatisticsError, match=r"s\.safetensors are not what was written there"):
+        load_statistics(path)
+
+
+def test_a_sample_of_large_sums_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("locum.stats.statistics_file._is_large", lambda key: key.endswith("|output_sum"))
+    path = tmp_path / "s.safetensors"
+    save_statistics(statistics(), path)
+    assert load_statistics(path).id == statistics().id
+    tensors, header = read_tensors(path)
+    tensors["a.b.experts|output_sum"].fill_(1)
+    save_file(tensors, path, header)
+    with pytest.raises(StatisticsError, match="are not what was written there"):
+        load_statistics(path)
+
+
 def test_the_id_of_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StatisticsError, match="no statistics file at"):

@@ -28,8 +28,7 @@ def fit_down(
     """`merged` with the down weights that give, on these inputs, what is nearest to sum_e w_e f_e(x). One member at a time.
 
     min over W of ||P W^T - Y||^2 + r ||W - W_down||^2,  P [U, F] the hidden states of `merged`, Y [U, D] what its members give
-    together, r a millionth of a hidden unit's squares, summed over the inputs and the
-    mean over units
+    together, r a millionth of a hidden unit's squares, summed over the inputs, the mean over units
 
     Where inputs are few, W stays near the mean of the members' down weights. In float64; biases are those of `merged`.
     """

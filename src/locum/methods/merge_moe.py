@@ -39,8 +39,9 @@ class MergeMoE:
     The router is untouched: all members' rows lead to the one expert.
 
     Needs:    weight_product, softmax_sum, input_sample where it fits, and what the criterion needs.
-    Edges:    never-routed experts are centres last and weigh nothing; of equal scores the one with more router probability is first. Inputs fewer than hidden units leave W near the mean of the
-              members' down weights: a small ridge pulls it there.
+    Edges:    never-routed experts are centres last and weigh nothing; of equal scores the one with more router probability is
+              first. Inputs fewer than hidden units leave W near the mean of the members' down weights: a small ridge pulls it
+              there.
     Source:   MergeMoE, arXiv 2510.14436. M-SMoE's merging is the same without step 3 (`fit` off). Differs: the paper takes the
               pseudo-inverse over all calibration tokens, here it is the ridge over a sample of 512; distances are of gate, up and
               down, the paper's of gate and up.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
@@ -42,6 +44,8 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "provenance": bare(statistics.provenance),
     }
     places = {f"{layer}|{name}": (layer, name) for layer, named in statistics.layers.items() for name in named}
+    small = {key: statistics.layers[layer][name] for key, (layer, name) in places.items() if not _is_large(key)}
+    notes["checksum"] = _checksum(small, json.dumps(notes))
     header: dict[str, Any] = {"__metadata__": {"locum-statistics": json.dumps(notes)}}
     end = 0
     for key, (layer, name) in sorted(places.items()):
@@ -74,6 +78,8 @@ def load_statistics(path: str | Path) -> Statistics:
         ) from error
     try:
         notes = parse_json(header.get("locum-statistics", "{}"))
+        said = notes.pop("checksum", None)
+        checksum = said if said is None else _checksum(tensors, json.dumps(notes))  # earlier versions wrote none
         if notes.get("format_version") not in (1, STATISTICS_VERSION):
             raise StatisticsError(
                 f"{path} is not a Locum statistics file of version 1 or {STATISTICS_VERSION} "
@@ -102,7 +108,23 @@ def load_statistics(path: str | Path) -> Statistics:
         else:
             keys[layer][name] = key
     layers = {layer: ChainMap(held[layer], large.named(keys[layer])) for layer in held}
-    return Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
+    made = Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
+    if (
+        checksum != said or notes.get("id", made.id) != made.id
+    ):  # the id has a sample of large sums, which stay on the disk
+        raise StatisticsError(
+            f"statistics {path} are not what was written there: numbers or notes have changed since; copy the file again, or "
+            f"calibrate again"
+        )
+    return made
+
+
+def _checksum(tensors: Mapping[str, Tensor], notes: str) -> int:
+    """Of all bytes of these sums, of their names and of the notes."""
+    found = zlib.crc32(notes.encode())
+    for key in sorted(tensors):
+        found = zlib.crc32(tensors[key].numpy().tobytes(), zlib.crc32(key.encode(), found))
+    return found
 
 
 def _is_large(key: str) -> bool:
