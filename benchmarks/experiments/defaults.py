@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def cells(rows: list[dict[str, Any]], metric: str) -> Iterator[str]:
             yield f"{sum(r['value'] for r in mine) / len(mine):.3f} ({low:.3f} to {high:.3f})"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(steps: int) -> str:
+    rows = [row for row in read(file_of("test")) if row["steps"] == steps]
     lines = [
         "| method | expert parameters | seeds | loss above the original, before | after | KL, before | after |",
         "|---|---|---|---|---|---|---|",
@@ -164,22 +165,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("select", "test", "join", "table"))
-    parser.add_argument("--steps", type=int, default=300)
+Phase = Callable[[int, tuple[int, int]], None]  # of steps and a shard
+
+
+def command(
+    about: str, steps: int, phases: Mapping[str, Phase], files: Iterable[Path], table: Callable[[int], str]
+) -> None:
+    """The command line of an experiment: its phases, and joining and showing what they wrote."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=(*phases, "join", "table"))
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--shard", default="0/1", help="this process's part of the jobs, such as 0/2")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     index, count = map(int, arguments.shard.split("/"))
     if arguments.phase == "table":
-        print(table([row for row in read(file_of("test")) if row["steps"] == arguments.steps]))
+        print(table(arguments.steps))
     elif arguments.phase == "join":
-        for phase in ("selection", "test"):
-            join(file_of(phase))
+        for file in files:
+            join(file)
     else:
-        {"select": select, "test": test}[arguments.phase](arguments.steps, (index, count))
+        phases[arguments.phase](arguments.steps, (index, count))
 
 
 def join(file: Path) -> None:
@@ -191,4 +198,4 @@ def join(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, 300, {"select": select, "test": test}, map(file_of, ("selection", "test")), table)

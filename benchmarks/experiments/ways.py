@@ -11,16 +11,13 @@ Memory and seconds are the training's own: tensors on a GPU, or the process. A j
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import locum
-from benchmarks.experiments.defaults import MEASURED, cells, compress, join, place, recover, short, write
+from benchmarks.experiments.defaults import MEASURED, cells, command, compress, place, recover, short, write
 from benchmarks.experiments.experiment import RESULTS, SEEDS, read
 from locum.bundled import MODEL, reference_data
 
@@ -108,23 +105,5 @@ def table(steps: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("select", "test", "join", "table"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--shard", default="0/1", help="this process's part of the jobs, such as 0/2")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    index, count = map(int, arguments.shard.split("/"))
-    if arguments.phase == "table":
-        print(table(arguments.steps))
-    elif arguments.phase == "join":
-        for phase in ("selection", "test"):
-            join(file_of(phase))
-    else:
-        {"select": select, "test": test}[arguments.phase](arguments.steps, (index, count))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, 100, {"select": select, "test": test}, map(file_of, ("selection", "test")), table)
