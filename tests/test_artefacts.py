@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from locum.errors import OutputError, PlanError
@@ -19,9 +20,11 @@ from locum.files import (
     clear,
     fingerprint,
     provenance,
+    read_tensors,
     sweep,
     watched,
     whole,
+    write_tensors,
     write_text,
 )
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, Plan
@@ -406,3 +409,44 @@ def test_fingerprints_keep_their_parts_apart():
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
     assert fingerprint("é") == fingerprint("é".encode())
     assert len(fingerprint(b"")) == 16
+
+
+# --- tensors with a checksum ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 4, generator=generator)
+    return {
+        "a": drawn,
+        "b": drawn.bfloat16().T.contiguous(),
+        "c": torch.tensor(2.5),
+        "d": torch.empty(0, 3),
+        "e": drawn > 0,
+    }
+
+
+def test_tensors_come_back_with_their_notes(tensors, tmp_path):
+    write_tensors(tmp_path / "a.st", tensors, {"said": "ä"})
+    found, notes = read_tensors(tmp_path / "a.st")
+    assert notes == {"said": "ä"} and found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert os.listdir(tmp_path) == ["a.st"]
+
+
+def test_any_byte_that_changed_is_found(tensors, tmp_path):
+    file = tmp_path / "a.st"
+    write_tensors(file, tensors, {"said": "yes"})
+    written, start = file.read_bytes(), 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    places = [*range(start, len(written)), written.index(b"yes")]
+    assert len(places) > 80
+    for place in places:
+        file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(SafetensorError, match="have changed since they were written"):
+            read_tensors(file)
+
+
+def test_what_has_no_checksum_is_read(tensors, tmp_path):
+    save_file(tensors, tmp_path / "a.st", {"said": "yes"})
+    assert read_tensors(tmp_path / "a.st")[1] == {"said": "yes"}

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -14,19 +15,23 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import LocumError, OutputError
 from .places import bare_word
 
 NOTES = "locum.json"  # what Locum says of a checkpoint it made, beside the weights
 LONGEST_NAME = 200  # bytes: file systems allow 255, and what stands beside an output for a while has a longer name
+CHECKSUM = "checksum"  # its entry in the metadata of a safetensors file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -353,14 +358,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_tensors(path: Path, but: Callable[[str], bool] = lambda name: False) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a safetensors file, without those that `but` names, and its metadata. Raises SafetensorError, and OSError in
-    the system's words."""
+    """The tensors of a safetensors file, without those that `but` names, and its metadata. Raises SafetensorError, also where they
+    are not those of its checksum, if it has one, and OSError in the system's words."""
     if path.exists() and not path.is_file():
         raise SafetensorError("it is no file")  # a pipe would be waited for
     with path.open("rb"):  # safetensors says of what may not be read that it is not there
         pass
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if not but(key)}, file.metadata() or {}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys() if not but(key)}  # noqa: SIM118
+        notes = file.metadata() or {}
+    said = notes.pop(CHECKSUM, None)
+    if said is not None and said != checksum(tensors, notes):
+        raise SafetensorError("numbers or notes have changed since they were written")
+    return tensors, notes
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], notes: Mapping[str, str]) -> None:
+    """A safetensors file with a checksum, whole or not at all."""
+    with whole(path) as scratch:
+        save_file(dict(tensors), scratch, {**notes, CHECKSUM: checksum(tensors, notes)})
+
+
+def checksum(tensors: Mapping[str, Any], notes: Mapping[str, str]) -> str:
+    """Of all bytes of tensors and of their names, and of notes."""
+    found = zlib.crc32(json.dumps(dict(sorted(notes.items()))).encode())
+    for name in sorted(tensors):
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found = zlib.crc32(data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def fingerprint(*parts: bytes | str) -> str:

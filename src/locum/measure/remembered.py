@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import read_tensors, whole
+from ..files import read_tensors, write_tensors
 from ..json_text import parse_json
 from ..methods import Explorer
 from ..runs import differences, set_aside
@@ -70,8 +69,7 @@ class RememberedAnswers:
         if self.path is not None and len(self.known) > self.saved:
             keys = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).view(-1, KEY_BYTES)
             values_A = torch.tensor(list(self.known.values()), dtype=torch.float64)
-            with whole(self.path) as scratch:
-                save_file({"keys": keys, "values": values_A}, scratch, {"identity": self.identity})
+            write_tensors(self.path, {"keys": keys, "values": values_A}, {"identity": self.identity})
             self.saved = len(self.known)
         self.saved_at = time.monotonic()
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import StatisticsError
-from ..files import read_tensors, whole
+from ..files import CHECKSUM, checksum, read_tensors, whole
 from ..json_text import parse_json
 from ..places import bare
 from ..shapes import ModelShape
@@ -45,8 +43,8 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     }
     places = {f"{layer}|{name}": (layer, name) for layer, named in statistics.layers.items() for name in named}
     small = {key: statistics.layers[layer][name] for key, (layer, name) in places.items() if not _is_large(key)}
-    notes["checksum"] = _checksum(small, json.dumps(notes))
-    header: dict[str, Any] = {"__metadata__": {"locum-statistics": json.dumps(notes)}}
+    said = {"locum-statistics": json.dumps(notes)}
+    header: dict[str, Any] = {"__metadata__": {**said, CHECKSUM: checksum(small, said)}}
     end = 0
     for key, (layer, name) in sorted(places.items()):
         tensor = statistics.layers[layer][name]
@@ -78,8 +76,6 @@ def load_statistics(path: str | Path) -> Statistics:
         ) from error
     try:
         notes = parse_json(header.get("locum-statistics", "{}"))
-        said = notes.pop("checksum", None)
-        checksum = said if said is None else _checksum(tensors, json.dumps(notes))  # earlier versions wrote none
         if notes.get("format_version") not in (1, STATISTICS_VERSION):
             raise StatisticsError(
                 f"{path} is not a Locum statistics file of version 1 or {STATISTICS_VERSION} "
@@ -110,21 +106,12 @@ def load_statistics(path: str | Path) -> Statistics:
     layers = {layer: ChainMap(held[layer], large.named(keys[layer])) for layer in held}
     made = Statistics(domains, layers, origin, tokens, words, searched, next_block, asked)
     if (
-        checksum != said or notes.get("id", made.id) != made.id
-    ):  # the id has a sample of large sums, which stay on the disk
+        notes.get("id", made.id) != made.id
+    ):  # of large sums, which stay on the disk and are in no checksum, it has a sample
         raise StatisticsError(
-            f"statistics {path} are not what was written there: numbers or notes have changed since; copy the file again, or "
-            f"calibrate again"
+            f"{path} is damaged (numbers have changed since they were written); copy the file again, or calibrate again"
         )
     return made
-
-
-def _checksum(tensors: Mapping[str, Tensor], notes: str) -> int:
-    """Of all bytes of these sums, of their names and of the notes."""
-    found = zlib.crc32(notes.encode())
-    for key in sorted(tensors):
-        found = zlib.crc32(tensors[key].numpy().tobytes(), zlib.crc32(key.encode(), found))
-    return found
 
 
 def _is_large(key: str) -> bool:

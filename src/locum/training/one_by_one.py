@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.tokens import Batch, Tokens, batches, training_batches
 from ..errors import OptionError
-from ..files import read_tensors, whole
+from ..files import read_tensors, write_tensors
 from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.decoder_layers import decoder_stack, place_in
@@ -75,9 +74,8 @@ class KeptLayers:
 
     def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole(self.file(index)) as scratch:
-            ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(ready, scratch, {NOTES: json.dumps(self.identity)})
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_tensors(self.file(index), ready, {NOTES: json.dumps(self.identity)})
 
 
 class OneByOne:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import clear, read_tensors, whole
+from ..files import clear, read_tensors, write_tensors
 from ..json_text import parse_json
 from ..runs import differences, set_aside
 
@@ -84,8 +83,7 @@ def save_state(workdir: Path, identity: dict[str, Any], state: State) -> None:
     }
     best = {} if state.best is None else {f"best|{name}": t for name, t in state.best.tensors.items()}
     workdir.mkdir(parents=True, exist_ok=True)
-    with whole(workdir / STATE_FILE) as scratch:
-        save_file(state.tensors | best, scratch, {NOTES: json.dumps(notes)})
+    write_tensors(workdir / STATE_FILE, state.tensors | best, {NOTES: json.dumps(notes)})
 
 
 def sample(tensor: Tensor) -> bytes:
