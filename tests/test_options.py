@@ -84,6 +84,9 @@ def test_every_registered_option_has_help_and_an_allowed_default(owner: object) 
         assert item.metadata["help"] and item.metadata["help"][0] != " ", item.name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(owner, item.name, None)
+        if item.metadata["kind"] is int:
+            with pytest.raises(OptionError, match="at most"):
+                check_options(dataclasses.replace(owner, **{item.name: 10**30}))
     check_options(owner)
 
 

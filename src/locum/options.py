@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import OptionError, unknown
 
+LARGEST = 2**31 - 1  # of a whole number with no other limit: nothing below Locum fails at it
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -18,16 +19,19 @@ def option(
     *,
     choices: Iterable[str] = (),
     at_least: float = -math.inf,
-    at_most: float = math.inf,
+    at_most: float | None = None,
     above: float = -math.inf,
     kind: type | None = None,
 ) -> Any:
     """A dataclass field that is an option: its default, one line of help, and what is allowed.
 
-    Its type is that of its default; `kind` says it where the default is None, for an option that need not have a value.
+    Whole numbers are at most LARGEST where nothing else is said. Its type is that of its default; `kind` says it where the default is None, for an option that need not have a value.
     """
+    kind = kind or type(default)
+    if at_most is None:
+        at_most = LARGEST if kind is int else math.inf
     allowed = {
-        "kind": kind or type(default),
+        "kind": kind,
         "help": help,
         "choices": tuple(choices),
         "at_least": at_least,
@@ -62,8 +66,8 @@ def check_options(options: Any, prefix: str = "") -> None:
         )
         if not (low <= value <= high and value > above):
             bounds = [f"more than {above:g}"] if above > -math.inf else [f"at least {low:g}"] if low > -math.inf else []
-            bounds += [f"at most {high:g}"] if high < math.inf else []
-            raise OptionError(f"--{name} is {value:g}; allowed: {' and '.join(bounds) or 'finite numbers'}")
+            bounds += [f"at most {high:.10g}"] if high < math.inf else []
+            raise OptionError(f"--{name} is {value:.10g}; allowed: {' and '.join(bounds) or 'finite numbers'}")
 
 
 def check_names(given: Iterable[str], allowed: Collection[str], owner: str, prefix: str = "") -> None:

@@ -200,6 +200,39 @@ def test_a_matrix_of_low_rank_is_reproduced_by_it_whatever_its_inputs():
     assert a.dtype == b.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("tall", [False, True])
+def test_factors_of_a_small_rank_are_almost_the_best(decay, tall):
+    """They are found in steps. The oracle is LAPACK's SVD, of a flat spectrum, a falling and a steep one."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = draw(450, 470, generator=generator, dtype=torch.float64)
+    if decay:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = u * torch.arange(1, len(s) + 1) ** -decay @ v
+    matrix = matrix.T.contiguous() if tall else matrix
+    gram_II = gram(matrix.shape[1], 300)
+    root_II = torch.linalg.cholesky(gram_II + 1e-6 * gram_II.diagonal().mean() * torch.eye(len(gram_II)))
+    for factors, seen in ((svd_factors(matrix, 8), matrix), (whitened_factors(matrix, gram_II, 8), matrix @ root_II)):
+        a, b = factors
+        assert a.shape == (8, matrix.shape[1]) and b.shape == (len(matrix), 8)
+        left = (matrix - b @ a) @ (root_II if seen is not matrix else torch.eye(len(root_II), dtype=torch.float64))
+        least = torch.linalg.svdvals(seen)[8:].square().sum()
+        assert left.square().sum() <= 1.001 * least
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_rank_of_a_large_matrix_may_have_nothing_left_or_nothing_at_all():
+    generator = torch.Generator().manual_seed(0)
+    matrix = draw(480, 3, generator=generator) @ draw(3, 460, generator=generator)
+    for gram_II in (gram(460, 100), torch.zeros(460, 460)):
+        for a, b in (svd_factors(matrix, 5), whitened_factors(matrix, gram_II, 5)):
+            torch.testing.assert_close(b @ a, matrix, atol=1e-4, rtol=1e-4)
+    for a, b in (svd_factors(0 * matrix, 5), whitened_factors(0 * matrix, gram(460, 100), 5)):
+        assert not a.any() and not b.any()
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        svd_factors(matrix * torch.nan, 5)
+
+
 def test_gaussian_factors_start_at_nothing():
     a, b = gaussian_factors(200, 300, 50, torch.zeros(1), torch.Generator().manual_seed(0))
     assert not b.any()

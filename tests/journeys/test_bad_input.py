@@ -145,6 +145,12 @@ LINES = [
     (CALIBRATE + " --length 1", "length is 1"),
     (CALIBRATE + " --tokens many", "'many' is not a valid integer"),
     (CALIBRATE + f" {SHORT} --batch-size 0", "--batch-size is 0; allowed: whole numbers from 1"),
+    *(
+        (f"{line} --batch-size 1" + "0" * 30, "--batch-size is 1|2147483647")
+        for line in (CALIBRATE, f"{COMPRESS} {TARGET}", EVAL, RECOVER)
+    ),
+    (f"{EVAL} --resamples 2147483648", "--resamples is 2147483648; allowed: whole numbers from 1 to 2147483647"),
+    (f"{RECOVER} --steps 2147483648", "--steps is 2147483648; allowed: at least 1 and at most 2147483647"),
     (CALIBRATE + " --split trian", "unknown split 'trian': did you mean 'train'?"),
     (CALIBRATE + f" {SHORT} --device cuda:7", "--device cuda:7 cannot be used|devices here: auto, cpu"),
     (CALIBRATE + f" {SHORT} --device meta", "--device meta cannot be used|devices here: auto, cpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from .dry_run import of_application
 from .estimate import Estimate
-from .options import MOST_SEED, DryRun, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
+from .options import DryRun, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
 from .planning import statistics_behind
 
 DECISIVE = ("original_fingerprint", "plan", "statistics", "seed")  # notes on which every byte of the weights depends
@@ -74,9 +75,9 @@ def carry_out(
 ) -> Path | Estimate:
     """The work of `apply`. Unless it is to be done `again`, an output that is the same plan carried out already is left as it is."""
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
-    check_number("seed", seed, 0, MOST_SEED)
+    check_number("seed", seed, 0)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
-    check_number("shard-size", most := parse_size(shard_size), 1)
+    check_number("shard-size", most := parse_size(shard_size), 1, math.inf)
     source = open_source(model)
     shape = shape_in(model, source)
     along = side_files(model)  # all of them may

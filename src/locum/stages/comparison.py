@@ -46,7 +46,6 @@ from .compression import PREFIX, recovery_of
 from .evaluation import about
 from .opening import Precision, Stream, dtype_of, is_to_stream, open_to_run
 from .options import (
-    MOST_SEED,
     BatchSize,
     Data,
     Device,
@@ -122,7 +121,7 @@ def compare(
     model, of_training = Path(model), {name.removeprefix(PREFIX): value for name, value in options.items()}
     sources = parse_sources(data)
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, *(source.path for source in sources)])
-    check_number("seed", seed, 0, MOST_SEED)
+    check_number("seed", seed, 0)
     check_number("seeds", seeds, 1, MOST_SEEDS)
     check_number("measured", measured, 1)
     check_openable(model, "compare methods on the original checkpoint")

@@ -34,7 +34,6 @@ from .dry_run import of_application
 from .estimate import Estimate
 from .inspection import even_statistics
 from .options import (
-    MOST_SEED,
     BatchSize,
     Bits,
     Data,
@@ -108,7 +107,7 @@ def compress(
     chosen = chosen_method(method, options, preset)
     paths = [source.path for source in parse_sources(data)] if data or reads_text(chosen) or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
-    check_number("seed", seed, 0, MOST_SEED)
+    check_number("seed", seed, 0)
     recovery = recovery_of(recover, of_training, seed)
     few = None if bits is None else FewBits.of(bits, group, quantiser)
     also, shape = _read_besides(few, chosen, recover), read_shape(model)

@@ -21,9 +21,9 @@ import torch
 from .. import ranks
 from ..errors import OptionError
 from ..files import watched
+from ..options import LARGEST
 from ..runs import clear_states, is_reserved, reserved
 
-MOST_SEED = 2**31 - 1
 OUTPUTS = ("out", "picture")  # parameters of stages that say where to write
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -151,7 +151,7 @@ def device_of(name: str) -> str:
     return name
 
 
-def check_number(name: str, value: int, least: int, most: float = math.inf) -> None:
+def check_number(name: str, value: int, least: int, most: float = LARGEST) -> None:
     if not least <= value <= most:
         end = "" if most == math.inf else f" to {most}"
         raise OptionError(f"--{name} is {value}; allowed: whole numbers from {least}{end}")

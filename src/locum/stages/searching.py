@@ -30,7 +30,6 @@ from .calibration import finished, keep, observe, prepare, read_text, room_for, 
 from .estimate import Estimate
 from .opening import Stream, check_stock, is_to_stream
 from .options import (
-    MOST_SEED,
     BatchSize,
     Data,
     Device,
@@ -89,7 +88,7 @@ def search(
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     for name, value in (("batch-size", batch_size), ("sample", sample)):
         check_number(name, value, 1)
-    check_number("seed", seed, 0, MOST_SEED)
+    check_number("seed", seed, 0)
     chosen = dataclasses.replace(chosen, seed=seed)
     device = device_of(device)
     shape = read_shape(model)

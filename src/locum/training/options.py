@@ -54,7 +54,7 @@ class Recovery:
         "compute layers again in backward, to the same bits: where memory is short, always, never",
         choices=CHECKPOINTING,
     )
-    seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0, at_most=2**31 - 1)
+    seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
 

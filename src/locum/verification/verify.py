@@ -35,7 +35,7 @@ from ..measure.repetition import loops, more_than_chance
 from ..models.families import opening_class
 from ..options import make_options
 from ..stages.application import statistics_for
-from ..stages.options import MOST_SEED, Device, Help, Progress, Seed, check_number, device_of, silent
+from ..stages.options import Device, Help, Progress, Seed, check_number, device_of, silent
 from ..stats.sums import Statistics
 from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
 
@@ -91,7 +91,7 @@ def verify(
         raise OptionError(f"--precision is {precision!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
         check_number(name, value, 1)
-    check_number("seed", seed, 0, MOST_SEED)
+    check_number("seed", seed, 0)
     chosen, device = chosen_engines(engine), device_of(device)
     source, checks = find_original(model, original)
     folder = Folder(model, source, device)
