@@ -9,7 +9,7 @@ SPREAD := --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest methods smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench gpu test-triton fuzz kill-test check fix install clean
+.PHONY: demo test lock newest test-newest test-journeys versions versions-newest test-families test-oldest families families-oldest methods smolmoe smolmoe-quick test-smolmoe engines engines-report test-vllm test-llamacpp bench bits gpu test-triton fuzz kill-test check fix install clean
 
 demo: $(READY)
 	$(BIN)/locum demo --out build/demo --force
@@ -132,6 +132,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.active --rounds 5 --out $(TIMED)/active_latency.jsonl
 	$(BIN)/python -m benchmarks.speed.reference --out $(TIMED)/reference_speed.jsonl
 	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
+
+# Methods in few bits at equal bytes, on validation and then on test, and the table. Hours on two cores; goes on where it was.
+bits: $(READY)
+	$(BIN)/python -m benchmarks.experiments.equal_bytes select
+	$(BIN)/python -m benchmarks.experiments.equal_bytes test
+	$(BIN)/python -m benchmarks.experiments.equal_bytes table
 
 # Damaged files of every kind and senseless options, 1,200 of them, and what Locum answers; exit code 1 where there is a fault.
 # `make fuzz FUZZ="--only 417"` shows one of them, `FUZZ="--kinds plan,options --count 300"` tries some, `FUZZ=--resume`

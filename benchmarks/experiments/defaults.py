@@ -51,8 +51,12 @@ CALIBRATED, VALIDATED, MEASURED = 65536, 16384, 8192  # tokens
 WAY = "lora"
 
 
+def file_named(name: str) -> Path:
+    return RESULTS / f"{name}.jsonl"
+
+
 def file_of(phase: str) -> Path:
-    return RESULTS / f"defaults_{phase}.jsonl"
+    return file_named(f"defaults_{phase}")
 
 
 def compress(name: str, seed: int, out: Path) -> Path:

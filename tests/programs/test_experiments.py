@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import locum
-from benchmarks.experiments import compressed_experts, experiment, moe_i2, recovery
+from benchmarks.experiments import compressed_experts, equal_bytes, experiment, moe_i2, recovery
 from locum.checkpoints.skeleton import read_shape
 from making.broken import change_weights
 from making.checkpoints import write_checkpoint, write_text
@@ -90,3 +90,41 @@ def test_statistics_in_the_cache_answer_the_whole_question(tiny, on_tiny, tmp_pa
     (package / "sums.py").write_text("# changed")
     others.append(kept(tokens=1))
     assert len({first, *others}) == 6 and len(made) == 6
+
+
+@pytest.mark.journeys
+def test_methods_in_few_bits_have_equal_bytes(tiny, tmp_path, monkeypatch):
+    words = [
+        f"{name}={write_text(tmp_path / f'{name}.txt', 60_000, seed=i)}" for i, name in enumerate(("code", "math"))
+    ]
+    for module in (equal_bytes, experiment):
+        monkeypatch.setattr(module, "MODEL", tiny[0])
+        monkeypatch.setattr(module, "reference_data", lambda: words)
+    monkeypatch.setattr(experiment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(equal_bytes, "CALIBRATED", 1024)
+    monkeypatch.setattr(equal_bytes, "MEASURED", {"validation": 512, "test": 512})
+    monkeypatch.setattr(equal_bytes, "file_named", lambda name: tmp_path / f"{name}.jsonl")
+    rows = equal_bytes.measure("pruned, REAP", 3.5, "4", 0, "test")
+    shape = read_shape(tiny[0])
+    assert {row["bytes"] for row in rows} == {rows[0]["bytes"]}
+    assert rows[0]["bytes"] <= shape.bytes - shape.bytes_of_experts + 3.5 * shape.expert_parameters / 8
+    told = [(row["domains"], row["metric"]) for row in rows]
+    assert sorted(told) == [(d, m) for d in ("seen", "unseen") for m in ("kl", "loss_delta")]
+    (refused,) = equal_bytes.measure("base + adapter", 0.01, "2", 0, "test")
+    assert "out of reach" in refused["refused"]
+    losses = {"8": 0.3, "4": 0.1, "3": 0.2}
+    tried = [{"method": "pruned, REAP", "size": 2.5, "bits": bits, "metric": "loss_delta"} for bits in losses]
+    equal_bytes.write(
+        equal_bytes.file_of("validation"), (0, 1), [row | {"value": losses[row["bits"]]} for row in tried]
+    )
+    assert equal_bytes.chosen("pruned, REAP", 2.5) == equal_bytes.chosen(equal_bytes.RANDOM, 2.5) == ["4"]
+    assert equal_bytes.chosen("constants", 2.5) == [] and equal_bytes.chosen("full", 3.0) == ["2"]
+    equal_bytes.write(equal_bytes.file_of("test"), (0, 1), rows)
+    (line,) = equal_bytes.table(0).splitlines()[2:]
+    assert line.startswith("| 3.5 | pruned, REAP | 4 | 1 | ")
+
+
+def test_bits_that_a_size_leaves_room_for():
+    assert equal_bytes.bits_for("full", 4.5) == ["4"] and equal_bytes.bits_for("full", 2.5) == []
+    assert equal_bytes.bits_for("low rank", 2.5) == ["8", "4", "3", "2"]
+    assert equal_bytes.bits_for("constants", 4.5) == ["16", "8"]
