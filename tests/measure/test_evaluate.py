@@ -111,6 +111,23 @@ def test_the_original_is_measured_in_the_same_run(models):
     assert {row.n for row in alone if row.domain == "all"} == {int(tokens.loss_mask_BS.sum())}
 
 
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_the_original_runs_once_for_many_models_where_its_outputs_may_stay(models, monkeypatch, room):
+    monkeypatch.setattr(module, "KEPT_BYTES", room)
+    calls, kept, tokens = [], [], make_tokens()
+    hook = models[1].model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for model in (models[0], make_model(2)):
+            alone = module.block_sums(model, tokens, against=models[1], batch_size=4)
+            calls.clear()
+            shared = module.block_sums(model, tokens, against=models[1], batch_size=4, of_original=kept)
+            np.testing.assert_array_equal(shared, alone)
+            assert len(calls) == (2 if model is models[0] or not room else 0)
+    finally:
+        hook.remove()
+    assert len(kept) == (2 if room else 0)
+
+
 def test_a_model_equals_itself(models):
     for row in evaluate(models[0], make_tokens(), against=models[0], resamples=50):
         if row.metric in ("kl", "loss_delta", "top1_agreement"):

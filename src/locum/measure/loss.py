@@ -17,7 +17,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,10 @@ from .memory import peak_bytes
 from .rows import Row
 
 LOGIT_BYTES = 128 * 1024**2
+KEPT_BYTES = 1024**3  # most of the original's hidden states that are kept for further models
 INTERVAL = (2.5, 97.5)  # percentiles
 SUMS = ("nats", "tokens", "bytes", "original_nats", "kl", "agreed")
+Output = tuple[Any, Any]  # a model inside any adapters, and its body's output on a batch
 
 
 def evaluate(
@@ -91,15 +93,24 @@ def block_sums(
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    of_original: list[Output] | None = None,
 ) -> np.ndarray:
-    """[B, Y] float64: what every block of text adds to SUMS. The ranks share the batches."""
+    """[B, Y] float64: what every block of text adds to SUMS. The ranks share the batches.
+
+    Many models beside one original share a list `of_original`, with the same tokens and batches: it gets the original's outputs the
+    first time, up to KEPT_BYTES, and the original need not run again.
+    """
     _check(model, against, tokens, batch_size)
+    if against is not None and _hidden_bytes(against, tokens) > KEPT_BYTES:
+        of_original = None
     mine = ranks.share(batches(tokens, batch_size))
     places_B = ranks.share(torch.arange(len(tokens)).split(batch_size))
     sums_BY, done = torch.zeros(len(tokens), len(SUMS), dtype=torch.float64), 0
+    known = iter(list(of_original or ()))
     with _evaluating(model), _evaluating(against), torch.no_grad():
         for some in _together([model, against], mine, batch_size * tokens.length):
-            for made in _sums_of(model, against, some, on_layer):
+            theirs = list(islice(known, len(some))) or _outputs(against, some, on_layer, of_original)
+            for made in _sums_of(model, theirs, some, on_layer):
                 sums_BY[next(places_B)] = made
                 done += len(made)
                 progress(min(done * ranks.count(), len(tokens)), len(tokens))
@@ -193,8 +204,11 @@ def _evaluating(model: Any) -> Iterator[None]:
 # logits and sums
 
 
-def _hidden(model: Any, batch: Batch) -> tuple[Any, Any]:
-    """The model inside any adapters, and its body's output on a batch."""
+def _hidden_bytes(model: Any, tokens: Tokens) -> int:
+    return tokens.ids_BS.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+
+
+def _hidden(model: Any, batch: Batch) -> Output:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
     body = getattr(model, model.base_model_prefix)
@@ -227,16 +241,25 @@ def _together(models: list[Any], given: Iterable[Batch], tokens: int) -> Iterato
     return together(next((m for m in models if is_streamed(m)), models[0]), given, tokens)
 
 
+def _outputs(
+    model: Any, some: list[Batch], on_layer: Callable[[int, int], None], kept: list[Output] | None = None
+) -> Iterable[Output]:
+    """What a model gives on each of these batches, each when it is asked for; a streamed one has seen all of them then."""
+    if model is None:
+        return repeat((None, None))
+    made = passes(model, [functools.partial(_hidden, model, batch) for batch in some], progress=on_layer)
+    if kept is None:
+        return made
+    kept.extend((inner, type(output)(last_hidden_state=output.last_hidden_state)) for inner, output in made)
+    return kept[-len(some) :]
+
+
 def _sums_of(
-    model: Any, against: Any, some: list[Batch], on_layer: Callable[[int, int], None]
+    model: Any, theirs: Iterable[Output], some: list[Batch], on_layer: Callable[[int, int], None]
 ) -> Iterator[torch.Tensor]:
-    """The sums of each of these batches. A streamed model has seen all of them before the first is there."""
-    ours = passes(model, [functools.partial(_hidden, model, batch) for batch in some], progress=on_layer)
-    theirs: Iterator[Any] = repeat((None, None))
-    if against is not None:
-        theirs = passes(against, [functools.partial(_hidden, against, batch) for batch in some], progress=on_layer)
-    for batch, output, original in zip(some, ours, theirs, strict=False):
-        yield _batch_sums(*output, *original, batch)
+    """The sums of each of these batches."""
+    for batch, ours, original in zip(some, _outputs(model, some, on_layer), theirs, strict=False):
+        yield _batch_sums(*ours, *original, batch)
 
 
 def _batch_sums(inner: Any, output: Any, original: Any, original_output: Any, batch: Batch) -> torch.Tensor:

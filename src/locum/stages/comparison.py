@@ -25,7 +25,7 @@ from ..data.tokens import Tokens, load_tokens
 from ..errors import OptionError, PlanError, UnsupportedModel, unknown
 from ..files import check_output, clear, provenance, write_text
 from ..json_text import parse_json
-from ..measure.loss import block_sums, domains_of, rows_of
+from ..measure.loss import Output, block_sums, domains_of, rows_of
 from ..measure.memory import peak_bytes
 from ..measure.pairs import draw, mean_kl
 from ..measure.rows import Row, write_rows
@@ -219,6 +219,7 @@ class _Run:
 
     def __init__(self, asked: Asked, blocks: Tokens, work: Work, load: Callable[[Path], PreTrainedModel]) -> None:
         self.asked, self.blocks, self.work, self.load = asked, blocks, work, load
+        self._outputs: list[Output] = []  # it need not run again for every candidate
 
     @cached_property
     def original(self) -> PreTrainedModel:
@@ -315,8 +316,8 @@ class _Run:
 
     def _measured(self, checkpoint: Path, plan: Plan, label: dict[str, Any], state: str) -> dict[str, Any]:
         start, size = time.perf_counter(), self.asked.cut["batch_size"]
-        model = self.load(checkpoint)
-        sums_BY = block_sums(model, self.blocks, against=self.original, batch_size=size)
+        model, original = self.load(checkpoint), self.original
+        sums_BY = block_sums(model, self.blocks, against=original, batch_size=size, of_original=self._outputs)
         told = {key: value for key, value in about(checkpoint, plan, {}, None).items() if key not in OF_FOLDERS}
         told |= {"stage": state, **provenance(data_fingerprint=self.blocks.fingerprint, split="test")}
         rows = rows_of(
