@@ -76,6 +76,7 @@ def of_shape(kind, make):
 
 
 SPOILED = {
+    "another version": (lambda notes: notes | {"version": "99"}, None, "its version is '99', and this Locum reads '3'"),
     "no tensors": (None, lambda held: held.clear(), "is not there and should be"),
     "no parameters": (None, without("parameter|"), "parameter of .* is not there"),
     "one parameter fewer": (None, lambda held: held.pop(first(held, "parameter|")), "parameter of .* is not there"),
@@ -128,7 +129,6 @@ def with_identity(**changed):
 
 
 OF_ANOTHER = {
-    "another version": (lambda n: n | {"version": "99"}, "its version is '99'"),
     "no version": (lambda n: {k: v for k, v in n.items() if k != "version"}, "its version is None"),
     "a list": (lambda n: [n], "its version is None"),
     "other libraries": (with_identity(versions={"torch": "1.0"}), "versions was {'torch': '1.0'} and is"),

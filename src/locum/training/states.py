@@ -95,8 +95,8 @@ def sample(tensor: Tensor) -> bytes:
 def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:
     """The state an interrupted run left in `workdir`, or a fresh one.
 
-    Another run's is set aside with its log, and so is a file that cannot be read. Raises CheckpointError for one that
-    answers what is asked and does not hold what a state holds: there may be hours behind it.
+    Another run's is set aside with its log, and so is a file that cannot be read. Raises CheckpointError for one of another version
+    of Locum, and one that answers what is asked and does not hold what a state holds: there may be hours behind it.
     """
     if workdir is None or not (workdir / STATE_FILE).exists():
         return State()
@@ -110,6 +110,9 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
     except (SafetensorError, KeyError, ValueError) as error:
         set_aside(path, f"{path} cannot be read ({error!r})")
         return State()
+    version = notes.get("version") if isinstance(notes, dict) else None
+    if isinstance(version, str) and version != STATE_VERSION:
+        raise _unfit(path, f"its version is {version!r}, and this Locum reads {STATE_VERSION!r}")
     if differ := _unlike(notes, identity):
         set_aside(workdir, f"{workdir} is of an interrupted run of something else: {differ}")
         return State()
