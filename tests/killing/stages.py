@@ -62,6 +62,7 @@ STAGES = {
         Stage("recover lora", f"recover {TRAINED} --how lora", "--seed 1"),
         Stage("recover annealed", f"recover {TRAINED} --how annealed", "--seed 1"),
         Stage("recover layerwise", f"recover {TRAINED} --how layerwise", "--seed 1"),
+        Stage("recover layerwise --stream", f"recover {TRAINED} --how layerwise --stream", "--seed 1"),
         Stage(
             "eval",
             f"eval {WORLD}/small --against {WORLD}/model {TEXT} --length 64 --tokens 2048 --resamples 50",

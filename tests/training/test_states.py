@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from locum.errors import CheckpointError
-from locum.training.loop import Hooks, open_log
+from locum.training.loop import open_log
 from locum.training.states import STATE_FILE, load_state
 from making.checkpoints import tree
 from making.tiny_models import tiny_model
@@ -157,8 +157,7 @@ def test_a_damaged_log_is_gone_on_with_by_the_lines_that_can_be_read(tmp_path):
         '{"event": "kept", "kept_step": 2}'
     ]  # said at the end, by a run that was killed while it saved the result
     log.write_bytes("\n".join(lines).encode("latin-1"))
-    hooks = Hooks(lambda step: {}, lambda step: True, lambda batch: None, log=log, header={"options": {}})
-    open_log(hooks, 2, 7)
+    open_log(log, {"options": {}}, 2, 7)
     *kept, last = log.read_text(encoding="utf-8").splitlines()
     assert kept == good
     assert json.loads(last) == {"event": "resume", "resumed_at": 2, "options": {}, "trainable_parameters": 7}

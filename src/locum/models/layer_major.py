@@ -13,12 +13,14 @@ A job is any function that runs the model's forward once.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,19 +28,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
+from .waiting import Away, WaitingStates
 
 NOTE = "_locum_layers"  # the attribute of a live model that is streamed
 HELD, COPIES = (
     2**30,
     4,
 )  # bytes of hidden states between two layers; a layer's input and output, and what lies beside them
+DEVICES = ("cpu", "cuda")
 Result = TypeVar("Result")
 Batch = TypeVar("Batch")
 Job = Callable[[], Result]
 
 
 class Layers(Protocol):
-    """The decoder layers of a streamed model."""
+    """The decoder layers of a model that is run layer by layer."""
 
     @property
     def modules(self) -> Sequence[nn.Module]: ...
@@ -54,6 +58,19 @@ class Layers(Protocol):
     def change(self, index: int, change: Callable[[], None]) -> None:
         """Have a layer changed by this whenever it is brought."""
         ...
+
+
+class WholeLayers:
+    """The decoder layers of a model that is in memory, to be run layer by layer: all are there, and none is changed."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+
+    def bring(self, index: int) -> None:
+        pass
+
+    def drop(self, index: int) -> None:
+        pass
 
 
 def layers_of(model: Any) -> Layers | None:
@@ -106,7 +123,11 @@ def together(model: PreTrainedModel, batches: Iterable[Batch], tokens: int) -> I
 
 def held_bytes(model: PreTrainedModel, tokens: int) -> int:
     """What the hidden states of a batch of so many tokens take between two layers."""
-    return tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize * COPIES
+    return tokens * _width(model) * model.dtype.itemsize * COPIES
+
+
+def _width(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().hidden_size
 
 
 def passes(
@@ -115,10 +136,14 @@ def passes(
     turn: Callable[[int], None] = lambda job: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     before_layer: BeforeLayer | None = None,
+    during: During | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[Result]:
     """The results of the jobs, in order. `turn(i)` is called whenever it is job i that computes from now on.
-    `before_layer(index, calls)` may change a layer of a streamed model, which is there, before any job gets its output:
-    `calls[i]` is how job i calls it, or None.
+
+    Of a streamed model alone: `before_layer(index, calls)` may change a layer, which is there, before any job gets its output;
+    `calls[i]` is how job i calls it, or None. `during(index, i)` is entered while the layer computes for job i. With `scratch`, a
+    folder, hidden states of jobs that wait lie in a file there.
 
     One after the other, each when its result is asked for; or, on a streamed model, all of them layer by layer before the first
     result is there, `progress(done, total)` in layers. Raises what a job raises.
@@ -129,7 +154,8 @@ def passes(
             turn(index)
             yield job()
     else:
-        yield from _LayerMajor(layers, jobs, turn).run(progress, before_layer)
+        states = None if scratch is None else WaitingStates(scratch, model, _width(model))
+        yield from _LayerMajor(layers, jobs, turn, during, states).run(progress, before_layer)
 
 
 class _Stopped(BaseException):
@@ -137,18 +163,46 @@ class _Stopped(BaseException):
 
 
 @dataclass(frozen=True)
+class TorchState:
+    """What of torch is a thread's own."""
+
+    inference: bool
+    gradients: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]  # by kind of device
+
+    @classmethod
+    def now(cls) -> TorchState:
+        casts = [(kind, torch.get_autocast_dtype(kind)) for kind in DEVICES if torch.is_autocast_enabled(kind)]
+        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), tuple(casts))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+
+@dataclass(frozen=True)
 class LayerCall:
-    """A decoder layer called by a job, with what the thread's state of torch was."""
+    """A decoder layer called by a job, with what the thread's state was."""
 
     layer: int
     given: tuple[Any, ...]
     named: dict[str, Any]
     context: contextvars.Context
-    inference: bool
-    gradients: bool
+    torch: TorchState
+    away: Away | None = None  # its hidden states, where they are not in memory
+
+    def there(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, what the layer is called with is in memory."""
+        return contextlib.nullcontext() if self.away is None else self.away.there()
 
 
 BeforeLayer = Callable[[int, "list[LayerCall | None]"], None]
+During = Callable[[int, int], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -162,8 +216,16 @@ class _End:
 class _LayerMajor:
     """One run. Of the threads, at most one is not waiting."""
 
-    def __init__(self, layers: Layers, jobs: Sequence[Job[Any]], turn: Callable[[int], None]) -> None:
-        self.layers, self.jobs, self.turn = layers, jobs, turn
+    def __init__(
+        self,
+        layers: Layers,
+        jobs: Sequence[Job[Any]],
+        turn: Callable[[int], None],
+        during: During | None,
+        states: WaitingStates | None,
+    ) -> None:
+        self.layers, self.jobs, self.turn, self.states = layers, jobs, turn, states
+        self.during: During = during or (lambda layer, job: contextlib.nullcontext())
         self.from_jobs: queue.SimpleQueue[LayerCall | _End] = queue.SimpleQueue()
         self.to_jobs: list[queue.SimpleQueue[_End]] = [queue.SimpleQueue() for _ in jobs]
         self.now: list[LayerCall | _End | None] = [None] * len(jobs)
@@ -218,8 +280,7 @@ class _LayerMajor:
         """What stands in for a layer's forward: ask the run for its output, and wait."""
 
         def forward(*given: Any, **named: Any) -> Any:
-            state = (contextvars.copy_context(), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-            self.from_jobs.put(LayerCall(layer, given, named, *state))
+            self.from_jobs.put(LayerCall(layer, given, named, contextvars.copy_context(), TorchState.now()))
             end = self.to_jobs[self.job.index].get()
             if end.error is not None:
                 raise end.error
@@ -229,17 +290,21 @@ class _LayerMajor:
 
     def _listen(self, index: int) -> None:
         """Wait until job `index` calls a layer or ends."""
-        self.now[index] = self.from_jobs.get()
-        if isinstance(self.now[index], _End) and self.now[index].error is not None:
-            raise self.now[index].error
+        self.now[index] = now = self.from_jobs.get()
+        if isinstance(now, _End) and now.error is not None:
+            raise now.error
+        if isinstance(now, LayerCall) and self.states is not None:
+            self.now[index] = replace(now, away=self.states.put(index, (now.given, now.named)))
 
     def _compute(self, index: int, layer: int) -> None:
         """Answer a job for as long as it calls this layer."""
         while isinstance(call := self.now[index], LayerCall) and call.layer == layer:
             self.turn(index)
             self.now[index] = None
+            if call.away is not None:
+                call.away.bring()
             try:
-                with torch.inference_mode(call.inference), torch.set_grad_enabled(call.gradients):
+                with call.torch.entered(), self.during(layer, index):
                     end = _End(call.context.run(self.forwards[layer], *call.given, **call.named))
             except BaseException as error:  # the job unwinds, and ends with it
                 end = _End(error=error)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..data.tokens import Batch
 from ..errors import UnsupportedModel
 from .layer_major import passes
+from .waiting import tensors_in
 
 
 @dataclass
@@ -95,7 +96,9 @@ class Recording:
                     f"that run each decoder layer once can be rerun in parts"
                 )
             call = self.calls[index][batch]
-            if index > first and id(self.recorded(index - 1, batch)) not in map(id, _tensors((call.args, call.kwargs))):
+            if index > first and id(self.recorded(index - 1, batch)) not in map(
+                id, tensors_in((call.args, call.kwargs))
+            ):
                 raise UnsupportedModel(
                     f"decoder layer {index} does not take what layer {index - 1} gives: the model changes it in between, so "
                     f"blocks of several layers cannot be rerun"
@@ -105,24 +108,14 @@ class Recording:
             args = tuple(replaced.get(id(value), value) for value in call.args)
             kwargs = {name: replaced.get(id(value), value) for name, value in call.kwargs.items()}
             output = self.layers[index](*args, **kwargs)
-            replaced |= {id(old): new for old, new in zip(_tensors(call.output), _tensors(output), strict=True)}
-        return next(_tensors(output))
+            replaced |= {id(old): new for old, new in zip(tensors_in(call.output), tensors_in(output), strict=True)}
+        return next(tensors_in(output))
 
     def recorded(self, last: int, batch: int) -> Tensor:
-        return next(_tensors(self.calls[last][batch].output))
+        return next(tensors_in(self.calls[last][batch].output))
 
 
 def _run(model: PreTrainedModel, batch: Batch) -> None:
     mask_BS = None if bool(batch.attention_BS.all()) else batch.attention_BS.to(model.device)
     with torch.no_grad():  # a streamed model runs in threads of its own
         model.base_model(batch.ids_BS.to(model.device), attention_mask=mask_BS, use_cache=False)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

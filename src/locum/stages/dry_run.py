@@ -42,6 +42,7 @@ from ..shapes import ModelShape
 from ..stats.sums import is_pooled, nbytes
 from ..training.context import Original
 from ..training.from_files import original_experts
+from ..training.one_by_one import number_of_batches
 from ..training.options import Recovery
 from ..training.recovery import recover_model
 from .estimate import Estimate, disk_of
@@ -99,7 +100,8 @@ def of_search(
 ) -> Estimate:
     """A search after its calibration."""
     begun = begin_model(model, how.device, how.dtype)
-    explorer = _Timed(ModelExplorer(begun.model, blocks, sample=sample, batch_size=how.batch_size, seed=chosen.seed))
+    real = ModelExplorer(begun.model, blocks, sample=sample, batch_size=how.batch_size, seed=chosen.seed)
+    explorer = _Timed(real)
     phases: set[str] = set()
     with ForwardTimes(begun.model, begun.layers) as times:
         begin = time.perf_counter()
@@ -111,7 +113,16 @@ def of_search(
     searching += times.of_all(explorer.once_seconds, begun.of)
     cached = min(CACHE_BYTES, sum(8 * sample * layer.num_experts**2 for layer in shape.layers))
     states = begun.of * held_bytes(begun.model, sample)
-    passes = len(phases) + 2 if how.streamed else 0  # of reading every layer: each phase, and the recordings
+    passes = 0
+    if (
+        how.streamed
+    ):  # of reading every layer: each phase, the recordings, and candidates whose loss is asked, many at a time
+        together = max(1, HELD // held_bytes(begun.model, max(batch.ids_BS.numel() for batch in real.batches)))
+        of_layer, of_all = (
+            sum(math.ceil(asked * len(real.batches) / together) for asked in each)
+            for each in (explorer.asked_of_layer, explorer.asked_of_all)
+        )
+        passes = len(phases) + 2 + layers * of_layer + of_all
     tried = dataclasses.replace(
         calibrated,
         stage="try removals",
@@ -178,7 +189,8 @@ class Training:
     options: Recovery
     trained: int  # parameters
     original: Path | None  # where the way reads it
-    streamed: bool = False  # layer by layer (layerwise.py)
+    by_layer: bool = False  # layerwise.py
+    streamed: bool = False
 
 
 def of_recovery(
@@ -186,7 +198,8 @@ def of_recovery(
 ) -> Estimate:
     """Of a training whose result and states have `written` bytes."""
     _start(device)
-    begun, options = begin_model(model, device), training.options
+    dtype = torch.float32 if training.by_layer else None
+    begun, options = begin_model(model, device, dtype), training.options
     names, plan = {layer.shape.name for layer in find_layers(begun.model)}, training.plan
     if plan is not None:
         plan = dataclasses.replace(plan, layers=tuple(layer for layer in plan.layers if layer.layer in names))
@@ -206,10 +219,12 @@ def of_recovery(
     shapes = [read_shape(path) for path in (model, training.original) if path is not None]
     others = begun.missing_bytes + (0 if theirs is None else theirs.missing_bytes) + moments + activations
     passes = 1
-    if training.streamed:  # memory holds the hidden states of all batches, and models are read for validation too
-        count = min(options.steps * options.accumulate, math.ceil(len(blocks) / options.batch_size))
-        states = held_bytes(begun.model, options.batch_size * options.length) * 2  # in float32
-        others, passes = (count + math.ceil(len(validation) / options.batch_size)) * states, 2
+    if training.by_layer:  # all batches wait at a layer
+        count = number_of_batches(blocks, options) * options.batch_size * options.length + validation.ids_BS.numel()
+        others = min(HELD, held_bytes(begun.model, count)) + (
+            0 if training.streamed else others - moments - activations
+        )
+        passes = 2 if training.streamed else 1  # models are read for validation too
     return Estimate(
         "recover",
         f"three steps of {options.batch_size} blocks through the layers up to the first one with experts",
@@ -256,14 +271,18 @@ class _Nowhere:
 
 
 class _Timed:
-    """An explorer that adds up the seconds of questions that run the whole model: those about one layer, and about all."""
+    """An explorer that adds up the seconds of questions that run the whole model, and notes how many candidates each has: those
+    about one layer, and about all."""
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self.shape, self.whole_seconds, self.once_seconds = explorer, explorer.shape, 0.0, 0.0
+        self.asked_of_layer: list[int] = []
+        self.asked_of_all: list[int] = []
         self.output_error, self.block_error, self.prune = explorer.output_error, explorer.block_error, explorer.prune
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         begin = time.perf_counter()
+        self.asked_of_layer.append(len(removed_CE))
         try:
             return self._explorer.loss_increase(layer, removed_CE)
         finally:
@@ -271,6 +290,7 @@ class _Timed:
 
     def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         begin = time.perf_counter()
+        self.asked_of_all.append(len(candidates))
         try:
             return self._explorer.loss_without(candidates)
         finally:

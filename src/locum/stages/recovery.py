@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .. import ranks
@@ -33,13 +34,15 @@ from ..runs import beside
 from ..shapes import ModelShape
 from ..training.context import Original
 from ..training.from_files import original_experts
+from ..training.one_by_one import waiting_bytes
 from ..training.options import DEFAULT_WAY, Recovery, make_recovery
 from ..training.recovery import check_fits, count_trainable, recover_model
-from ..training.states import STATE_FILE, forget
+from ..training.states import forget, has_state
 from ..training.ways import WAYS, Way
 from .dry_run import Training, of_recovery
 from .estimate import Estimate
-from .layerwise import Retrained, is_one_by_one, train_one_by_one
+from .layerwise import Retrained, goes_by_layer, train_by_layer
+from .opening import is_to_stream
 from .options import Data, Device, DryRun, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
@@ -56,9 +59,7 @@ def recover(
     device: Device = "auto",
     stream: Annotated[
         bool | None,
-        Help(
-            "layer by layer, one decoder layer in memory at a time, for --how layerwise; default: where the models do not fit"
-        ),
+        Help("hold one decoder layer in memory at a time, for --how layerwise; default: where the models do not fit"),
     ] = None,
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
@@ -95,16 +96,20 @@ def recover(
     notes = notes_for_another(model)
     before = read_shape(source) if source is not None else _original_shape(notes, shape)
     base = _base_of(model, decided, notes) if adapter_only else None
-    streamed = is_one_by_one(model, source, stream, chosen, device)
+    by_layer = goes_by_layer(chosen, stream)
+    streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
     trained = count_trainable(open_source(model).model, decided, chosen)
-    check_room(out, written := shape.bytes + _state_bytes(trained, chosen))
+    apart = shape.bytes_of_experts if by_layer else _state_bytes(trained, chosen)
+    check_room(out, written := shape.bytes + apart)
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
+    if by_layer:
+        check_room(out, written := written + waiting_bytes(shape, blocks, validation, chosen))
     if dry_run:
-        training = Training(decided, chosen, trained, source if is_read else None, streamed)
+        training = Training(decided, chosen, trained, source if is_read else None, by_layer, streamed)
         return of_recovery(model, training, blocks, validation, device, written, out)
     workdir, told = beside(out, "recover"), _told(progress, chosen)
     if restart and ranks.is_first():
@@ -112,10 +117,16 @@ def recover(
     ranks.wait()
     training = (decided or _keep_all(shape), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": told}
-    if streamed:
-        live, summary = train_one_by_one(model, source, *training, log=workdir / LOG, **where)
-    else:
-        live, summary = _train(model, source if is_read else None, *training, **where)
+    try:
+        if by_layer:
+            how = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
+            live, summary = train_by_layer(model, source, *training, **how, **where)
+        else:
+            live, summary = _train(model, source if is_read else None, *training, **where)
+    except BaseException:
+        if ranks.is_first() and not has_state(workdir):  # nothing to go on from
+            forget(workdir)
+        raise
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
@@ -139,12 +150,7 @@ def _train(
     live = load_model(model, device=device)
     unchanged = None if original is None else _original(original, options.way, live)
     shared = {"original": unchanged, "workdir": workdir, "log": workdir / LOG, "progress": progress}
-    try:
-        return recover_model(live, plan, blocks, validation, options, **shared)
-    except BaseException:
-        if ranks.is_first() and not (workdir / STATE_FILE).is_file():  # nothing to go on from
-            forget(workdir)
-        raise
+    return recover_model(live, plan, blocks, validation, options, **shared)
 
 
 def _plan_of(model: Path) -> Plan | None:

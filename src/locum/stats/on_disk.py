@@ -3,6 +3,7 @@
     Stack       a float64 tensor that is added to a row at a time, in a file without a name, which goes with it
     FromFile    float64 tensors of a safetensors file, each mapped anew whenever it is asked for
     on_disk     a tensor of any numbers in a file without a name, mapped as a whole for as long as it is held
+    Scratch     bytes in a file without a name that grows, each run of them mapped anew whenever it is asked for
 
 A mapped tensor takes memory where it is read or written, until it is let go.
 """
@@ -38,10 +39,16 @@ class _Opened:
 def _nameless(folder: Path, size: int) -> _Opened:
     """A file of zeros that goes when it is closed."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # room at once: writing to a mapped file without room ends the process
-            os.posix_fallocate(file.fileno(), 0, max(1, size))
-        return _Opened(os.dup(file.fileno()))
+        opened = _Opened(os.dup(file.fileno()))
+    _grow(opened, 0, size)
+    return opened
+
+
+def _grow(file: _Opened, begin: int, size: int) -> None:
+    """Have a file, so long until now, go on for so many bytes."""
+    os.ftruncate(file.descriptor, begin + size)
+    if hasattr(os, "posix_fallocate"):  # room at once: writing to a mapped file without room ends the process
+        os.posix_fallocate(file.descriptor, begin, max(1, size))
 
 
 class Stack:
@@ -96,14 +103,32 @@ class FromFile(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def mapped(file: _Opened, begin: int, count: int, writable: bool = True) -> Tensor:
-    """So many float64 numbers of a file from this byte on. Where they are not writable, what is written stays in memory."""
+class Scratch:
+    """A file that gives room for bytes. Raises OSError where the disk has none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._end = _nameless(folder, 0), 0
+
+    def room(self, size: int) -> int:
+        """Where so many bytes, of which nobody else knows, begin."""
+        begin = self._end
+        _grow(self._file, begin, size)
+        self._end += size
+        return begin
+
+    def bytes(self, begin: int, count: int) -> Tensor:
+        """uint8 [count], which are the file's own."""
+        return mapped(self._file, begin, count, dtype=torch.uint8)
+
+
+def mapped(file: _Opened, begin: int, count: int, writable: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
+    """So many numbers of a file from this byte on. Where they are not writable, what is written stays in memory."""
     if not count:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=dtype)
     start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-    found = mmap.mmap(file.descriptor, begin + count * ITEM - start, offset=start, access=access)
-    return torch.frombuffer(found, dtype=torch.float64, offset=begin - start, count=count)
+    found = mmap.mmap(file.descriptor, begin + count * dtype.itemsize - start, offset=start, access=access)
+    return torch.frombuffer(found, dtype=dtype, offset=begin - start, count=count)
 
 
 def on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -41,10 +41,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import ranks
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, UnsupportedModel
 from ..files import write_text
 from ..json_text import parse_json
 from ..measure.memory import peak_bytes
@@ -229,7 +230,7 @@ def train(
         shard(model)
         loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, balance)
         loop.resume(state)
-        open_log(hooks, state.step, sum(p.numel() for p in loop.trained.values()))
+        open_log(hooks.log, hooks.header, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
         gather(model)
         loop.take_best()
@@ -287,25 +288,27 @@ def _record(loop: Loop, hooks: Hooks, loss: float, is_result: bool = True) -> No
         loop.remember(loss)
 
 
-def open_log(hooks: Hooks, step: int, trainable: int) -> None:
-    """Begin the log, or keep the lines up to the step from which the run resumes."""
-    if hooks.log is None:
+def open_log(
+    log: Path | None, header: dict[str, Any], step: int, trainable: int, said_again: Sequence[str] = ("kept",)
+) -> None:
+    """Begin a log, or keep the lines up to the step from which the run resumes, but for the events that it will tell of again."""
+    if log is None:
         return
     kept = []
-    if step and hooks.log.is_file():
-        lines = hooks.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _logged_step(line) <= step]
-    hooks.log.parent.mkdir(parents=True, exist_ok=True)
-    write_text(hooks.log, "".join(line + "\n" for line in kept))
+    if step and log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _logged_step(line, said_again) <= step]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    write_text(log, "".join(line + "\n" for line in kept))
     first = {"event": "resume", "resumed_at": step} if step else {"event": "start"}
-    write_log(hooks.log, first | hooks.header | {"trainable_parameters": trainable})
+    write_log(log, first | header | {"trainable_parameters": trainable})
 
 
-def _logged_step(line: str) -> float:
+def _logged_step(line: str, said_again: Sequence[str]) -> float:
     """The step that a line tells of. What a run says at its end is said again by the run that goes on."""
     try:
         entry = parse_json(line)
-        return math.inf if entry.get("event") == "kept" else float(entry.get("step", 0))
+        return math.inf if entry.get("event") in said_again else float(entry.get("step", 0))
     except (ValueError, AttributeError, TypeError, OverflowError):  # such as one that a killed run was writing
         return math.inf
 
@@ -314,6 +317,13 @@ def write_log(log: Path | None, entry: dict[str, Any]) -> None:
     if log is not None:
         with log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+
+
+def check_predicts(model: PreTrainedModel) -> None:
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it"
+        )
 
 
 def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:

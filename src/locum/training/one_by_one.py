@@ -1,4 +1,4 @@
-"""Layer-wise recovery of one decoder layer after the other: memory holds a layer of both models, and hidden states.
+"""Layer-wise recovery of one decoder layer after the other.
 
     for every decoder layer, in order
         bring it, and that of the original
@@ -6,27 +6,31 @@
         close it, so that its tensors are those of the checkpoint; keep them in a file
         compute its outputs with these for all batches, and drop it
 
-The loss is that of `layerwise`, of one layer. There all layers learn at once; here a layer learns when those before it have. The
-batches are those of `training_batches`, as many as the steps need and at most all blocks once; they come again for further steps.
-A run goes on after the last layer that is kept. What was computed is float32, in models that are streamed or whole alike.
+The loss is that of `layerwise`, of one layer. The batches are those of `training_batches`, as many as the steps need and at most
+all blocks once; they come again for further steps. A run goes on after the last layer that is kept.
+
+Models are float32, and streamed or whole: results are the same to the bit. Of streamed ones memory holds a layer of both, and the
+hidden states of all batches; where these are many (HELD), they lie on the disk.
 
 Letters: B blocks, S tokens of a block.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,17 +41,19 @@ from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.decoder_layers import decoder_stack, place_in
 from ..models.families import MoeLayer, find_layers
-from ..models.layer_major import LayerCall, Layers, layers_of, passes
+from ..models.layer_major import COPIES, HELD, BeforeLayer, Job, LayerCall, Layers, held_bytes, layers_of, passes
 from ..models.next_token_loss import loss_sum
 from ..plans.plan import Plan
-from ..runs import differences
+from ..runs import differences, set_aside
+from ..shapes import ModelShape
 from .adapters import check_adapters, close_adapters, open_adapter
 from .context import Context
-from .loop import check_tokens
+from .loop import check_predicts, check_tokens
 from .options import Recovery, learning_rate_at
+from .states import LAYER_FILES, STATE_FILE
 from .ways.layerwise import Layerwise, changed_layers, learning
 
-NOTES = "locum-layer"  # the entry of a file's metadata
+NOTES, LOSS = "locum-layer", "loss"  # entries of a file's metadata: what it answers, and the loss of the last step
 
 
 @dataclass(frozen=True)
@@ -58,29 +64,60 @@ class KeptLayers:
     identity: Mapping[str, Any]
 
     def file(self, index: int) -> Path:
-        return self.folder / f"layer-{index:05}.safetensors"
+        return self.folder / LAYER_FILES.replace("*", f"{index:05}")
+
+    def open(self) -> None:
+        """Make the folder. What an interrupted run of something else left there is set aside, with a word."""
+        if (self.folder / STATE_FILE).exists():
+            set_aside(self.folder, f"{self.folder} is of an interrupted run that trained all layers at once")
+        if differ := next(filter(None, map(self._unlike, sorted(self.folder.glob(LAYER_FILES)))), ""):
+            set_aside(self.folder, f"{self.folder} is of an interrupted run of something else: {differ}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _unlike(self, file: Path) -> str:
+        """How what a file answers differs from what is asked, in words; empty where it does not, and for a file that is damaged."""
+        try:
+            with safe_open(file, "pt") as opened:
+                theirs = parse_json(opened.metadata()[NOTES])
+            return differences(theirs, parse_json(json.dumps(self.identity)))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+            return ""
 
     def load(self, index: int) -> dict[str, Tensor] | None:
-        """What an earlier run kept of a layer, if it asked the same."""
-        if not self.file(index).is_file():
+        """What was kept of a layer, by this run or by one that asked the same, if the file is not damaged."""
+        file = self.file(index)
+        if not file.is_file() or self._unlike(file):
             return None
         try:
-            tensors, header = read_tensors(self.file(index))
-            if differences(parse_json(header[NOTES]), parse_json(json.dumps(self.identity))):
-                return None
-        except (SafetensorError, KeyError, ValueError, TypeError):
+            return read_tensors(file)[0]
+        except SafetensorError:
             return None
-        return tensors
 
-    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def loss(self, index: int) -> float:
+        """The loss of the last step of a layer that is kept."""
+        with safe_open(self.file(index), "pt") as opened:
+            return float(opened.metadata()[LOSS])
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], loss: float = 0.0) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(self.file(index), ready, {NOTES: json.dumps(self.identity)})
+        write_tensors(self.file(index), ready, {NOTES: json.dumps(self.identity), LOSS: repr(loss)})
+
+
+def number_of_batches(tokens: Tokens, options: Recovery) -> int:
+    return min(options.steps * options.accumulate, math.ceil(len(tokens) / options.batch_size))
+
+
+def waiting_bytes(shape: ModelShape, tokens: Tokens, validation: Tokens, options: Recovery) -> int:
+    """What the hidden states of all batches take on the disk; 0 where memory holds them."""
+    count = number_of_batches(tokens, options) * options.batch_size * tokens.length + validation.ids_BS.numel()
+    states = count * shape.layers[0].hidden_size * torch.float32.itemsize
+    return states if states * COPIES > HELD else 0
 
 
 class OneByOne:
-    """One such run, of models that are streamed in float32. `dtype` is that in which the checkpoint has experts: layers give their
-    outputs with numbers that were rounded to it, as the result will."""
+    """One such run, of models in float32 that are run layer by layer. `dtype` is that in which the checkpoint has experts: layers
+    give their outputs with numbers that were rounded to it, as the result will."""
 
     def __init__(
         self,
@@ -96,15 +133,23 @@ class OneByOne:
     ) -> None:
         self.model, self.original, self.options, self.kept, self.dtype = model, original, options, kept, dtype
         self.way: Layerwise = options.way
+        check_predicts(model)
         self.context = Context(model, plan, options.steps, options.seed)
         check_adapters(self.context, self.way.rank)
         check_tokens(model, tokens, options)
         self.changed, self.progress, self.log = changed_layers(plan), progress, log
         self.layers: Layers = layers_of(model)
         self.prefix, _ = decoder_stack(model, [layer.shape.name for layer in find_layers(model)])
-        count = min(options.steps * options.accumulate, math.ceil(len(tokens) / options.batch_size))
-        self.batches = list(islice(training_batches(tokens, options.batch_size, options.seed), count))
+        every = training_batches(tokens, options.batch_size, options.seed)
+        self.batches = list(islice(every, number_of_batches(tokens, options)))
+        self.places = sorted({place_in(self.prefix, name) for name in self.changed})  # the decoder layers that learn
         self.steps_done = 0
+
+    @property
+    def resumed_at(self) -> int:
+        """The steps of the layers that are kept."""
+        kept = itertools.takewhile(lambda index: self.kept.load(index) is not None, self.places)
+        return self.options.steps * sum(1 for _ in kept)
 
     def run(self, validation: Tokens | None) -> dict[str, Any]:
         """Train all layers; what they are now is kept. Returns the summary.
@@ -112,12 +157,15 @@ class OneByOne:
         `kept_step` is 0 where the model as it came predicts the validation text as well: nothing kept is to be taken then.
         """
         begin = time.monotonic()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         before = self._losses(validation, lambda index, calls: self._ready(index))
-        jobs = [functools.partial(_hidden, self.model, batch) for batch in self.batches]
+        jobs = [functools.partial(_hidden, self.model, batch, self.options) for batch in self.batches]
         after = self._losses(validation, self._learn_layer, jobs)
         better = before is None or after < before
         return {
             "steps": self.options.steps,
+            "loss": sum(self.kept.loss(index) for index in self.places),
             "kept_step": self.options.steps if better else 0,
             "validation_loss_before": before,
             "validation_loss": after if better else before,
@@ -126,13 +174,17 @@ class OneByOne:
             "peak_bytes": peak_bytes(self.model.device),
         }
 
-    def _losses(self, validation: Tokens | None, before_layer: Any, jobs: Any = ()) -> float | None:
-        """A pass of these jobs and of the validation, whose mean loss is returned."""
+    def _losses(
+        self, validation: Tokens | None, before_layer: BeforeLayer, jobs: Sequence[Job[Any]] = ()
+    ) -> float | None:
+        """A pass of these jobs, if there are any, and of the validation, whose mean loss is returned."""
         asked = [] if validation is None else list(batches(validation, self.options.batch_size))
         if not asked and not jobs:
             return None
-        measuring = [functools.partial(_loss, self.model, batch) for batch in asked]
-        results = list(passes(self.model, [*jobs, *measuring], before_layer=before_layer))[len(jobs) :]
+        measuring = [functools.partial(_loss, self.model, batch, self.options) for batch in asked]
+        tokens = sum(batch.ids_BS.numel() for batch in [*asked, *(self.batches if jobs else ())])
+        scratch = self.kept.folder if held_bytes(self.model, tokens) > HELD else None
+        results = list(passes(self.model, [*jobs, *measuring], before_layer=before_layer, scratch=scratch))[len(jobs) :]
         count = sum(positions for _, positions in results)
         return sum(loss for loss, _ in results) / count if count else None
 
@@ -181,7 +233,7 @@ class OneByOne:
             tensor.requires_grad_(tensor.is_floating_point())
         _widen([*module.parameters(), *module.buffers()])
         opened = {layer.shape.name: layer.block for _, layer in self._moe_layers(self.model, index)}
-        self._steps(module, [(opened[name], teachers[name]) for name in names], calls, names[0])
+        loss = self._steps(module, [(opened[name], teachers[name]) for name in names], calls, names[0])
         theirs.drop(index)
         close_adapters(self.context)
         for name, tensor in routers.items():
@@ -190,24 +242,27 @@ class OneByOne:
         made = {n: t for layer in closed for n, t in _named(layer.shape.name, layer.experts)}
         for tensor in made.values():
             tensor.data = tensor.data.to(self.dtype)
-        self.kept.save(index, made | routers)
+        self.kept.save(index, made | routers, loss)
 
     def _steps(
         self, module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], calls: list[LayerCall | None], name: str
-    ) -> None:
+    ) -> float:
+        """Train a layer that is open. Returns the loss of the last step."""
         options = self.options
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
         total = options.steps * len(self.changed)
         for step in range(options.steps):
+            rate = learning_rate_at(step, options)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, options)
+                group["lr"] = rate
             places = [(step * options.accumulate + part) % len(self.batches) for part in range(options.accumulate)]
             count = max(sum(int(self.batches[i].loss_mask_BS[:, 1:].sum()) for i in places), 1)
             loss = 0.0
             for i in places:
-                part = _loss_of(module, pairs, calls[i], self.batches[i], self.model.device) / count
-                part.backward()
+                with calls[i].there():
+                    part = _loss_of(module, pairs, calls[i], self.batches[i], self.model.device) / count
+                    part.backward()
                 loss += float(part.detach())
             if not math.isfinite(loss):
                 raise OptionError(
@@ -218,8 +273,9 @@ class OneByOne:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.steps_done += 1
-            self.log({"event": "step", "step": self.steps_done, "layer": name, "loss": loss})
+            self.log({"event": "step", "step": self.steps_done, "layer": name, "loss": loss, "learning_rate": rate})
             self.progress(self.steps_done, total, loss)
+        return loss
 
 
 def _loss_of(
@@ -232,8 +288,12 @@ def _loss_of(
     """The summed loss of the blocks of a layer, called as a batch calls it."""
     mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(device)
     losses: list[Tensor] = []
-    with learning(pairs, mask_BS, losses), torch.no_grad():  # the instance's own forward asks a streamed model's run
-        call.context.run(type(module).forward, module, *call.given, **call.named)
+    asking = module.__dict__.pop("forward")  # the run's own, which would wait for this very call
+    try:
+        with learning(pairs, mask_BS, losses), call.torch.entered():
+            call.context.run(module.forward, *call.given, **call.named)
+    finally:
+        module.forward = asking
     return torch.stack(losses).sum()
 
 
@@ -248,13 +308,18 @@ def _widen(tensors: list[Tensor]) -> None:
             tensor.data = tensor.data.to(torch.float32, copy=True)
 
 
-def _hidden(model: PreTrainedModel, batch: Batch) -> None:
+def _hidden(model: PreTrainedModel, batch: Batch, options: Recovery) -> None:
     ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
-    with torch.no_grad():  # a streamed model runs in threads of its own
+    with _cast(model, options), torch.no_grad():
         model.base_model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
 
 
-def _loss(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
-    with torch.no_grad():
+def _loss(model: PreTrainedModel, batch: Batch, options: Recovery) -> tuple[float, int]:
+    with _cast(model, options), torch.no_grad():
         summed, positions = loss_sum(model, batch, model.device)
     return float(summed), positions
+
+
+def _cast(model: PreTrainedModel, options: Recovery) -> contextlib.AbstractContextManager[Any]:
+    """What a job enters in its thread; layers compute as the thread that calls them."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16")

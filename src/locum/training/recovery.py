@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from .. import ranks
 from ..data.tokens import Tokens
-from ..errors import OptionError, UnsupportedModel
+from ..errors import OptionError
 from ..files import fingerprint, provenance, versions
 from ..plans.plan import Plan
 from .context import Context, Original, check_layers
 from .decoder import DecoderLayers
-from .loop import Hooks, accelerated, train, validation_loss
+from .loop import Hooks, accelerated, check_predicts, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .states import State, load_state, sample
 from .ways import WAYS, Way
@@ -82,10 +82,7 @@ def recover_model(
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
     check_recovery(options)
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it"
-        )
+    check_predicts(model)
     way, context = options.way, Context(model, plan, options.steps, options.seed, original, workdir)
     check_fits(way, plan)
     if original is None and way.needs_original(plan):

@@ -1,4 +1,5 @@
-"""States of an interrupted training run, from which it goes on to the same weights."""
+"""States of an interrupted training run, from which it goes on to the same weights: of the loop one file, of layers that are trained
+one after the other a file for each (one_by_one.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from ..files import clear, read_tensors, write_tensors
 from ..json_text import parse_json
 from ..runs import differences, set_aside
 
-STATE_FILE = "state.safetensors"
+STATE_FILE, LAYER_FILES = "state.safetensors", "layer-*.safetensors"
 STATE_VERSION = "3"
 NOTES = "locum-recovery"  # the entry of the file's metadata
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW; a parameter that never had a gradient has none
@@ -98,10 +99,13 @@ def load_state(workdir: Path | None, identity: dict[str, Any], restart: bool) ->
     Another run's is set aside with its log, and so is a file that cannot be read. Raises CheckpointError for one of another version
     of Locum, and one that answers what is asked and does not hold what a state holds: there may be hours behind it.
     """
-    if workdir is None or not (workdir / STATE_FILE).exists():
+    if workdir is None or not has_state(workdir):
         return State()
     if restart:
         forget(workdir)
+        return State()
+    if not (workdir / STATE_FILE).exists():
+        set_aside(workdir, f"{workdir} is of an interrupted run that trained layer by layer")
         return State()
     path = workdir / STATE_FILE
     try:
@@ -158,6 +162,11 @@ def _unfit(path: Path | None, why: str) -> CheckpointError:
         f"no run can go on from {path}: {why}; go on with the version of Locum that wrote it, or start over with "
         f"--restart (restart=True)"
     )
+
+
+def has_state(workdir: Path) -> bool:
+    """Whether a run, of whatever, could go on from what is there."""
+    return (workdir / STATE_FILE).exists() or any(workdir.glob(LAYER_FILES))
 
 
 def forget(workdir: Path) -> None:

@@ -29,16 +29,18 @@ class Layerwise:
         loss = sum_l sum_t |y_l(h_t) - y*_l(h_t)|^2 / mean_t |y*_l(h_t)|^2
 
     y_l is MoE layer l, y*_l that of the original, h_t its inputs in the compressed model, which training does not reach
-    through: a layer learns from its own error alone, however deep the model.
+    through: a layer learns from its own error alone, however deep the model. `recover` trains one layer after the other, each for
+    all steps on what the layers that have learnt give it (training/one_by_one.py), in the memory of one where models are streamed.
 
     Trained:  as by `lora`; with `routers` the routers too.
-    Loss:     above. Validation is the cross entropy of the next token, as for every way.
+    Loss:     above. Validation is the cross entropy of the next token, as for every way; of `recover` at both ends.
     Needs:    the whole original.
     Edges:    a layer that the plan leaves as it was does not change.
     Raises:   OptionError where the plan changes no layer, without the original model, or for one that lacks layers.
-    Cost:     a forward pass of the compressed model and of the original's MoE layers; gradients of one layer at a time.
-    Source:   Puzzle, arXiv 2411.19146. Differs: all layers learn at once, on inputs that the compressed layers before make; with
-              `--stream` one after the other (training/one_by_one.py), in the memory of one.
+    Cost:     a forward pass of the compressed model and of the original's MoE layers; gradients of one layer at a time. Hidden
+              states of all batches; on the disk where they take more than 1 GiB.
+    Source:   Puzzle, arXiv 2411.19146. Differs: inputs are those that the compressed layers before make, where blocks there are
+              trained apart, on the original's. A live model given to `recover_model` learns in all layers at once.
     """
 
     changes_weights: ClassVar[bool] = True
