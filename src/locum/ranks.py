@@ -88,8 +88,13 @@ def share(items: Iterable[Item]) -> Iterator[Item]:
 
 def divide(items: Iterable[Item], work: Callable[[Item], Result]) -> list[Result]:
     """What `work` gives of every item, in their order, on every rank. Each rank works on its share alone."""
+    return divide_lists(items, lambda mine: [work(item) for item in mine])
+
+
+def divide_lists(items: Iterable[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+    """The same where `work` takes all of a rank's share at once, if it has one."""
     items = list(items)
-    mine = [work(item) for item in share(items)]
+    mine = work(own) if (own := list(share(items))) else []
     if count() == 1:
         return mine
     by_rank: list[Sequence[Result]] = [()] * count()

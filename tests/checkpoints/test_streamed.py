@@ -17,6 +17,7 @@ from locum.checkpoints.read import read_config
 from locum.checkpoints.skeleton import read_shape
 from locum.checkpoints.streamed import stream_model
 from locum.errors import CheckpointError, OptionError, UnsupportedModel
+from locum.files import describe_size
 from locum.models.families import find_layers
 from locum.models.layer_major import COPIES, NOTE, passes, together
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
@@ -248,7 +249,7 @@ def test_a_tensor_that_is_missing_is_told_before_anything_runs(checkpoint, tmp_p
 # --- when ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_streamed_unless_told_otherwise(checkpoint, small, monkeypatch):
+def test_what_does_not_fit_is_streamed_unless_told_otherwise(checkpoint, small, monkeypatch, caplog):
     size = (checkpoint / "model.safetensors").stat().st_size
     for free, expected in ((size, False), (size - 1, True)):
         monkeypatch.setattr(opening, "free_bytes", lambda device, free=free: free)
@@ -256,6 +257,9 @@ def test_what_does_not_fit_is_streamed_unless_told_otherwise(checkpoint, small, 
         assert is_to_stream([checkpoint], True, "cpu") and not is_to_stream([checkpoint], False, "cpu")
     monkeypatch.setattr(opening, "free_bytes", lambda device: size)
     assert is_to_stream([checkpoint, small], None, "cpu")  # both are open at the same time
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # what was not asked for is told
+    assert f"{checkpoint} and {small} would take" in caplog.records[1].message
+    assert f"and {describe_size(size)} are free: one decoder layer is there" in caplog.records[1].message
 
 
 def uneven_plan(checkpoint):

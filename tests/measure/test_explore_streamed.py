@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ import locum
 from families.case import tokens_of
 from locum.checkpoints.load import load_model
 from locum.checkpoints.streamed import stream_model
-from locum.errors import OptionError, UnsupportedModel
+from locum.errors import OptionError
 from locum.measure.removals import ModelExplorer
-from locum.models.layer_major import NOTE
+from locum.models.layer_major import NOTE, held_bytes
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint
 from making.tiny_models import tiny_ids
@@ -46,9 +48,12 @@ def test_answers_are_those_of_the_whole_model_before_and_after_pruning(two):
     candidates = [{names[1]: TWO[a], names[2]: TWO[b]} for a in (0, 1) for b in (0, 1)]
     assert torch.equal(whole.block_error(candidates), streamed.block_error(candidates))
     assert there(streamed) == [1, 2]
+    assert_same_losses(two, TWO)
+    assert there(streamed) == []
     for explorer in two:
         explorer.prune({names[0]: TWO[0], names[2]: TWO[1]})
     assert there(streamed) == []
+    assert_same_losses(two, TWO[[0]])
     for name in reversed(names):
         gone = {names[0]: TWO[0], names[2]: TWO[1]}.get(name, torch.zeros(8, dtype=torch.bool))
         more = TWO[[1 if name == names[0] else 0]] & ~gone
@@ -58,15 +63,27 @@ def test_answers_are_those_of_the_whole_model_before_and_after_pruning(two):
     assert torch.equal(*(explorer.block_error([{names[0]: TWO[1], names[1]: TWO[1]}]) for explorer in two))
 
 
-def test_what_asks_all_layers_is_refused_with_what_to_do(two):
-    _, streamed = two
-    name = streamed.shape.layers[0].name
-    with pytest.raises(
-        UnsupportedModel, match="asks all layers at once, which a streamed model has not: give --no-stream"
-    ):
-        streamed.loss_increase(name, ONE[:1])
+def assert_same_losses(two, masks_CE):
+    """Of one layer, and of all together, as many candidates at a time as have room."""
+    name, last = (two[0].shape.layers[index].name for index in (1, 2))
+    asked = [{name: one_E} for one_E in masks_CE] + [{name: masks_CE[0], last: TWO[1]}, {}]
+    expected = two[0].loss_without(asked)
+    assert torch.equal(two[0].loss_increase(name, masks_CE), expected[: len(masks_CE)])
+    assert torch.equal(two[1].loss_increase(name, masks_CE), expected[: len(masks_CE)])
+    for held in (2**30, 3 * held_bytes(two[1].model, 32)):
+        with mock.patch("locum.models.layer_major.HELD", held):
+            assert torch.equal(two[1].loss_without(asked), expected)
+    assert expected[-1] == 0 and bool((expected[:-1] != 0).all())
+
+
+def test_an_unknown_layer_is_refused(two):
     with pytest.raises(OptionError, match="unknown layer"):
-        streamed.output_error("model.layers.9.mlp.experts", ONE[:1])
+        two[1].output_error("model.layers.9.mlp.experts", ONE[:1])
+
+
+def assert_same(one, two):
+    for name, named in one.layers.items():
+        assert all(torch.equal(tensor, two.layers[name][key]) for key, tensor in named.items())
 
 
 def test_a_search_finds_the_same(checkpoint, words, tmp_path):
@@ -75,8 +92,7 @@ def test_a_search_finds_the_same(checkpoint, words, tmp_path):
         locum.search(checkpoint, data=[str(words)], out=tmp_path / f"{stream}", stream=stream, **few)
         for stream in (False, True)
     ]
-    for name, named in made[0].layers.items():
-        assert all(torch.equal(tensor, made[1].layers[name][key]) for key, tensor in named.items())
+    assert_same(*made)
     said = command(
         "search",
         checkpoint,

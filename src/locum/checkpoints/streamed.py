@@ -50,7 +50,7 @@ def stream_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     source = open_source(path, dtype)
     if is_adapter(path):
         raise UnsupportedModel(
-            f"{path} is an adapter, which is not streamed; leave --stream out, or merge it into its base"
+            f"{path} is an adapter, which is not streamed: give --no-stream, or merge it into its base"
         )
     check_loadable(path, source)
     model = source.model

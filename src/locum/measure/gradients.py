@@ -35,7 +35,7 @@ class Gradients:
         self.seen: list[tuple[str, RoutedEvent, Tensor | None]] = []  # pairs of every layer, and which tokens are text
         if is_streamed(model):
             raise UnsupportedModel(
-                "gradients need the whole model in memory; leave --stream out, or what asks for them"
+                "gradients need the whole model in memory; give --no-stream, or leave out what asks for them"
             )
         if model.get_output_embeddings() is None:
             raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so it has no loss to go back from")

@@ -13,6 +13,7 @@ always the model's own: by the rule of its router where a simple one was found a
 sample and on removals of it (`gate_rules.py`), else by that router itself (`masking.py`).
 
 Of a streamed model, the decoder layers that are asked for are read and no others are there; what was pruned is taken off each time.
+For the loss all layers are read one after the other, once for as many candidates as have room for their hidden states (HELD).
 
 Memory: 8 T E^2 bytes for a cached layer (64 MiB for 64 experts and 2,048 tokens, 1 GiB for 256), as many layers as go
 into `CACHE_BYTES` but one at least; and the hidden state before every decoder layer (`replay.py`).
@@ -24,6 +25,7 @@ width, B blocks, S tokens of a block, P pairs (token, expert).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +36,9 @@ from transformers import PreTrainedModel
 
 from ..data.tokens import Batch, Tokens, cut, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
+from ..models.decoder_layers import decoder_stack, place_in
 from ..models.families import MoeLayer, slice_experts, slice_router
-from ..models.layer_major import Resident, is_streamed
+from ..models.layer_major import Resident, is_streamed, passes, together
 from ..models.masking import MaskedRouters
 from ..models.next_token_loss import loss_sum
 from ..models.replay import Call, Recording
@@ -54,6 +57,7 @@ PIECE = (
 TRIALS = 4  # removals on which a rule is compared with the real router
 CHUNK = 2**24  # numbers in a temporary
 CACHE_BYTES = 2**31
+Trial = tuple[Mapping[str, Tensor], Batch]  # what is removed, and on what it is tried
 REPLAY_TOLERANCE = 1e-3  # relative; what a rerun of recorded layers may be off by before it is refused
 
 
@@ -172,22 +176,14 @@ class ModelExplorer:
         return self._losses(checked)
 
     def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        if is_streamed(self.model):
-            raise UnsupportedModel(
-                "what a removal does to the model's loss asks all layers at once, which a streamed model has not: give --no-stream, "
-                "or let the method go by a layer's output"
-            )
         if self.model.get_output_embeddings() is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} does not predict tokens, so it has no loss to increase"
             )
-        losses = []
         with self._quiet():
             if self._loss is None:
-                self._loss = self._mean_loss()
-            for candidate in candidates:
-                with MaskedRouters([(self.layers[name], removed_E) for name, removed_E in candidate.items()]):
-                    losses.append(self._mean_loss() - self._loss)
+                (self._loss,) = self._mean_losses([{}])
+            losses = [loss - self._loss for loss in self._mean_losses(candidates)]
         return torch.tensor(losses, dtype=torch.float64)
 
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -206,7 +202,7 @@ class ModelExplorer:
             first, last = self._record().stretch(names)
             whole = self._outputs_of(first, last)
             for mask in masks:
-                with MaskedRouters([(self.layers[name], removed_E) for name, removed_E in mask.items()]):
+                with self._without(mask):
                     square = sum(
                         (self._hidden(first, last, b) - original).double().square().sum()
                         for b, original in enumerate(whole)
@@ -345,9 +341,41 @@ class ModelExplorer:
         """[T] which tokens of the batches, one after the other, are text and not padding."""
         return torch.cat([batch.attention_BS.flatten() != 0 for batch in self.batches])
 
-    def _mean_loss(self) -> float:
-        sums = [loss_sum(self.model, batch, self.model.device) for batch in self.batches]
-        return sum(float(loss) for loss, _ in sums) / max(1, sum(count for _, count in sums))
+    def _mean_losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """The model's loss on the sample without what each candidate removes."""
+        jobs = [(candidate, batch) for candidate in candidates for batch in self.batches]
+        run = self._losses_by_layer if is_streamed(self.model) else self._losses_one_by_one
+        sums, each = run(jobs), len(self.batches)
+        means = []
+        for first in range(0, len(sums), each):
+            mine = sums[first : first + each]
+            means.append(sum(loss for loss, _ in mine) / max(1, sum(count for _, count in mine)))
+        return means
+
+    def _losses_one_by_one(self, jobs: Sequence[Trial]) -> list[tuple[float, int]]:
+        found = []
+        for candidate, batch in jobs:
+            with self._without(candidate):
+                found.append(_loss_of(self.model, batch))
+        return found
+
+    def _losses_by_layer(self, jobs: Sequence[Trial]) -> list[tuple[float, int]]:
+        """Every job computes a layer without what its candidate removes there."""
+        self._resident.let_go()
+        prefix, _ = decoder_stack(self.model, list(self.layers))
+        found: list[tuple[float, int]] = []
+        for some in together(self.model, jobs, max(batch.ids_BS.numel() for batch in self.batches)):
+
+            def during(index: int, job: int, some: list[Trial] = some) -> contextlib.AbstractContextManager[Any]:
+                candidate = some[job][0]
+                return self._without({name: candidate[name] for name in candidate if place_in(prefix, name) == index})
+
+            work = [functools.partial(_loss_of, self.model, batch) for _, batch in some]
+            found += passes(self.model, work, before_layer=lambda *_: self._see(), during=during)
+        return found
+
+    def _without(self, candidate: Mapping[str, Tensor]) -> MaskedRouters:
+        return MaskedRouters([(self.layers[name], removed_E) for name, removed_E in candidate.items()])
 
     def _hidden(self, first: int, last: int, b: int) -> Tensor:
         hidden = self._record().run(first, last, b)
@@ -366,6 +394,12 @@ class ModelExplorer:
                     )
             self._whole = ((first, last), again)
         return self._whole[1]
+
+
+def _loss_of(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
+    with torch.no_grad():  # a streamed model runs in threads of its own
+        summed, count = loss_sum(model, batch, model.device)
+    return float(summed), count
 
 
 def outputs_of_all(experts: nn.Module, x_TD: Tensor) -> Iterator[Tensor]:

@@ -38,7 +38,8 @@ class EEP(FoundSets):
     One search serves any target up to `most`. Every layer gives the same share.
 
     Needs:    best_sets, from a search.
-    Edges:    never below top-k, equal numbers per group for group-limited routers. A streamed model has no loss of the whole.
+    Edges:    never below top-k, equal numbers per group for group-limited routers. A streamed model is read once a generation, or more often
+              where hidden states of all that is tried take more than 1 GiB.
     Source:   EEP, arXiv 2407.00945, and its code; its first phase, pruning, in which router mapping and merging matrix are the
               same ones and zeros. Differs: fitness is the loss on the text that is given, where the paper takes a task's accuracy;
               every layer is searched, where it ties layers in four groups; numbers of experts grow one by one. Its second phase,
@@ -116,12 +117,12 @@ def _tried(explorer: Explorer, individuals: Sequence[Individual]) -> dict[Indivi
     """The loss of each. Ranks share them."""
     layers = explorer.shape.layers
 
-    def loss_of(one: Individual) -> float:
-        masks = {
-            layer.name: removed_mask([members], layer.num_experts)[0]
-            for layer, members in zip(layers, one, strict=True)
-        }
-        return finite(explorer.loss_without([masks]))[0]
+    def masks_of(one: Individual) -> dict[str, Tensor]:
+        pairs = zip(layers, one, strict=True)
+        return {layer.name: removed_mask([members], layer.num_experts)[0] for layer, members in pairs}
+
+    def losses_of(mine: list[Individual]) -> list[float]:
+        return finite(explorer.loss_without([masks_of(one) for one in mine]))
 
     unique = list(dict.fromkeys(individuals))
-    return dict(zip(unique, ranks.divide(unique, loss_of), strict=True))
+    return dict(zip(unique, ranks.divide_lists(unique, losses_of), strict=True))

@@ -17,6 +17,7 @@ from ..checkpoints.skeleton import layouts_of, read_shape
 from ..checkpoints.streamed import stream_model
 from ..checkpoints.weight_files import is_adapter, shard_files
 from ..errors import OptionError, UnsupportedModel
+from ..files import describe_size
 from ..formats.plain import COMPUTE_DTYPES
 from ..measure.memory import free_bytes
 from .options import Help
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 Stream = Annotated[
     bool | None,
     Help(
-        "hold one decoder layer in memory at a time; default: where the checkpoint is larger than the memory that is free"
+        "hold one decoder layer in memory at a time; default: where the checkpoints do not fit into the memory that is free"
     ),
 ]
 
@@ -43,12 +44,25 @@ def dtype_of(precision: str) -> torch.dtype | None:
 
 
 def is_to_stream(models: Sequence[Path], stream: bool | None, device: str, dtype: torch.dtype | None = None) -> bool:
-    """Whether these checkpoints, which are open at the same time, are streamed: as asked, else where they do not fit, in each
-    of several ranks."""
+    """Whether these checkpoints, which are open at the same time, are streamed: as asked, else, with a word, where they do not
+    fit, in each of several ranks. This is the rule of every stage that runs a model."""
     if stream is not None:
         return stream
-    size = sum(_bytes_in_memory(Path(model), dtype) for model in models if not is_adapter(model))
-    return ranks.told(size > free_bytes(device))
+    size, free = (
+        sum(_bytes_in_memory(Path(model), dtype) for model in models if not is_adapter(model)),
+        free_bytes(device),
+    )
+    streamed = ranks.told(size > free)
+    if streamed and ranks.is_first():
+        names = " and ".join(dict.fromkeys(str(model) for model in models))
+        logger.warning(
+            "%s would take %s of memory, and %s are free: one decoder layer is there at a time (--stream); --no-stream holds all of "
+            "it",
+            names,
+            describe_size(size),
+            describe_size(free),
+        )
+    return streamed
 
 
 def _bytes_in_memory(model: Path, dtype: torch.dtype | None) -> int:
