@@ -13,20 +13,22 @@ from torch import nn
 class ForwardTimes:
     """While it is entered, seconds of every forward pass of a model, and of the last of some layers in it, are added up.
 
-    A pass is a call of the model, or of its body where that is called alone.
+    A pass is a call of the model, or calls of its body and then of the model for stretches of logits.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        self._modules = {"model": model, "body": getattr(model, "base_model", model), "layer": layers[-1]}
-        self._begun: dict[str, float] = {}
-        self._seconds = dict.fromkeys(self._modules, 0.0)
+        self._watched = {"whole": {model, getattr(model, "base_model", model)}, "layer": {layers[-1]}}
+        self._open = dict.fromkeys(self._watched, 0)  # calls that have begun, one in the other
+        self._begun = dict.fromkeys(self._watched, 0.0)
+        self._seconds = dict.fromkeys(self._watched, 0.0)
         self._count, self._device = len(layers), next(model.parameters()).device
 
     def __enter__(self) -> ForwardTimes:
         self._hooks = []
-        for name, module in self._modules.items():
-            self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
-            self._hooks.append(module.register_forward_hook(self._end(name)))
+        for name, modules in self._watched.items():
+            for module in modules:
+                self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
+                self._hooks.append(module.register_forward_hook(self._end(name), always_call=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -35,20 +37,23 @@ class ForwardTimes:
 
     def of_all(self, seconds: float, layers: int) -> float:
         """What took so many seconds, by this model, would take with so many layers, the others like the last one."""
-        whole = max(self._seconds["model"], self._seconds["body"])
-        if not whole:
+        if not (whole := self._seconds["whole"]):
             return seconds * layers / self._count
         return seconds * (whole + (layers - self._count) * self._seconds["layer"]) / whole
 
     def _begin(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._begun[name] = self._now()
+            if not self._open[name]:
+                self._begun[name] = self._now()
+            self._open[name] += 1
 
         return hook
 
     def _end(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._seconds[name] += self._now() - self._begun[name]
+            self._open[name] -= 1
+            if not self._open[name]:
+                self._seconds[name] += self._now() - self._begun[name]
 
         return hook
 

@@ -25,8 +25,9 @@ import torch
 
 from .. import ranks
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary
-from ..errors import LocumError, OptionError, UnsupportedModel
+from ..errors import LocumError, OptionError
 from ..models.layer_major import is_streamed, passes, together
+from ..models.output_head import run_body, run_head, vocabulary
 from .memory import peak_bytes
 from .rows import Row
 
@@ -162,18 +163,14 @@ def _settings(tokens: Tokens, batch_size: int, resamples: int) -> dict[str, Any]
     return {"data": {**data, "sources": list(tokens.sources)}, "batch_size": batch_size, "resamples": resamples}
 
 
-def _vocabulary(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
-
-
 def _check(model: Any, against: Any, tokens: Tokens, batch_size: int) -> None:
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be 1 or more")
-    size = _vocabulary(model)
+    size = vocabulary(model)
     check_vocabulary(tokens, size)
-    if against is not None and _vocabulary(against) != size:
+    if against is not None and vocabulary(against) != size:
         raise OptionError(
-            f"the model has a vocabulary of {size} and the original one of {_vocabulary(against)}; "
+            f"the model has a vocabulary of {size} and the original one of {vocabulary(against)}; "
             "compare a model with the checkpoint it was made from"
         )
 
@@ -209,31 +206,8 @@ def _hidden_bytes(model: Any, tokens: Tokens) -> int:
 
 
 def _hidden(model: Any, batch: Batch) -> Output:
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
-    body = getattr(model, model.base_model_prefix)
     with torch.no_grad():  # a streamed model runs in threads of its own
-        return model, body(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
-
-
-def _logits(model: Any, output: Any, ids_BS: torch.Tensor, stretch: slice) -> torch.Tensor:
-    """Float32 logits [B, W, V] of a stretch of positions, from a body output that is there already.
-
-    The model's own forward runs with its body answering from memory, so scaling and soft caps are the model's.
-    """
-    body = getattr(model, model.base_model_prefix)
-    part = type(output)(last_hidden_state=output.last_hidden_state[:, stretch])
-    previous = body.__dict__.get("forward")  # accelerate puts its own forward there
-    body.forward = lambda *args, **kwargs: part
-    try:
-        logits_BWV = model(input_ids=ids_BS[:, stretch].to(model.device), use_cache=False).logits
-    finally:
-        del body.forward
-        if previous is not None:
-            body.forward = previous
-    if logits_BWV.shape[1] != part.last_hidden_state.shape[1]:
-        raise UnsupportedModel(f"{type(model).__name__} does not call its {model.base_model_prefix!r}; it has no body")
-    return logits_BWV.float()
+        return run_body(model, batch.ids_BS, batch.attention_BS)
 
 
 def _together(models: list[Any], given: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
@@ -268,7 +242,7 @@ def _batch_sums(inner: Any, output: Any, original: Any, original_output: Any, ba
     A model inside its adapters and its body's output on the batch, then the same of the original, or None twice.
     """
     size, length = batch.ids_BS.shape
-    step = max(1, LOGIT_BYTES // (4 * size * _vocabulary(inner)))
+    step = max(1, LOGIT_BYTES // (4 * size * vocabulary(inner)))
     sums_BY = torch.zeros(size, len(SUMS), dtype=torch.float64)
     for first in range(0, length - 1, step):
         stretch = slice(first, min(first + step, length - 1))
@@ -289,7 +263,7 @@ def _batch_sums(inner: Any, output: Any, original: Any, original_output: Any, ba
 
 
 def _log_probabilities(model: Any, output: Any, batch: Batch, stretch: slice, mask_BW: torch.Tensor) -> torch.Tensor:
-    logits_BWV = _logits(model, output, batch.ids_BS, stretch)
+    logits_BWV = run_head(model, output, output.last_hidden_state[:, stretch], batch.ids_BS[:, stretch])
     return logits_BWV[mask_BW.to(logits_BWV.device)].log_softmax(-1)
 
 

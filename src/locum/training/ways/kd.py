@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...data.tokens import Batch
 from ...errors import OptionError
-from ...models.next_token_loss import predictions
+from ...models.next_token_loss import summed
 from ...options import option
 from ...plans.plan import Plan
 from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
@@ -74,13 +73,13 @@ class Distillation:
         return {}
 
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        ours_MV, labels_M = predictions(context.model, batch, context.device)
-        with torch.no_grad():
-            theirs_MV, _ = predictions(context.original.model, batch, context.device)
+        return summed([context.model, context.original.model], batch, context.device, self._mixed)
+
+    def _mixed(self, ours_MV: Tensor, theirs_MV: Tensor, labels_M: Tensor) -> Tensor:
         loss = (1 - self.share) * functional.cross_entropy(ours_MV, labels_M, reduction="sum")
         logs = ((x / self.temperature).log_softmax(-1) for x in (ours_MV, theirs_MV))
         divergence = functional.kl_div(*logs, reduction="sum", log_target=True)
-        return loss + self.share * self.temperature**2 * divergence, labels_M.numel()
+        return loss + self.share * self.temperature**2 * divergence
 
     def is_result(self, context: Context, step: int) -> bool:
         return True
