@@ -125,7 +125,7 @@ class LayersOfFiles:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        _give_back()
+        give_back()
 
     def _load_parameters(self, names: Iterable[str]) -> None:
         wanted = set(names)
@@ -201,7 +201,7 @@ def _stack_of(source: Source) -> tuple[str, Sequence[nn.Module]]:
     return prefix, list(stack)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Let the system have what was freed. glibc keeps pages that small tensors have left among others: 0.1 GB a layer of a
     large model, until it is asked. Other libraries have no such call."""
     with contextlib.suppress(OSError, AttributeError, TypeError):

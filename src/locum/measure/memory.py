@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import sys
@@ -12,6 +11,7 @@ import psutil
 import torch
 
 from .. import ranks
+from ..checkpoints.streamed import give_back
 
 
 def start_peak(device: torch.device) -> bool:
@@ -22,8 +22,7 @@ def start_peak(device: torch.device) -> bool:
         return True
     if sys.platform != "linux":
         return False
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not allowed here

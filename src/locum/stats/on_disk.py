@@ -5,7 +5,7 @@
     on_disk     a tensor of any numbers in a file without a name, mapped as a whole for as long as it is held
     Scratch     bytes in a file without a name that grows, each run of them mapped anew whenever it is asked for
 
-A mapped tensor takes memory where it is read or written, until it is let go.
+A mapped tensor takes memory where it is read or written, until it is let go, or `put_down` for a while.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..json_text import parse_json
 
 ITEM = torch.float64.itemsize
+_whole: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # of `on_disk`, by address
 
 
 class _Opened:
@@ -137,4 +139,18 @@ def on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     file = _nameless(folder, math.prod(shape) * dtype.itemsize)
     whole = mmap.mmap(file.descriptor, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(whole, dtype=dtype).reshape(shape)
+    tensor = torch.frombuffer(whole, dtype=dtype).reshape(shape)
+    _whole[tensor.data_ptr()] = whole
+    return tensor
+
+
+def is_on_disk(tensor: Tensor) -> bool:
+    """Whether a tensor begins where one of `on_disk` does, and so is all of it or its first rows."""
+    return tensor.data_ptr() in _whole
+
+
+def put_down(tensor: Tensor) -> None:
+    """Let the memory go that such a tensor takes. Its numbers come back from the file, or from the system's copy of that, when they
+    are next asked for."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        _whole[tensor.data_ptr()].madvise(mmap.MADV_DONTNEED)  # of a file that is shared: nothing is lost

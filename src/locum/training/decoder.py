@@ -4,6 +4,8 @@
                      they came in. A layer gets them in float32 when it begins and loses them when it ends. Autograd keeps
                      the narrow ones and widens each when backward asks for it. Numbers are those of weights that are
                      float32 all the time, to the bit: widening is exact.
+    old weights      those that lie in mapped files are put down when their layer has run, forward or back: memory holds those of one
+                     layer.
     checkpointing    a layer keeps its inputs alone, and is computed again when backward comes to it (arXiv 1604.06174), to the
                      same bits. "auto" begins with it at the first layer after one that keeps so much that all layers together
                      would take more than half of the memory that is free.
@@ -27,6 +29,7 @@ from ..errors import UnsupportedModel
 from ..measure.memory import free_bytes
 from ..models.decoder_layers import decoder_stack
 from ..models.families import find_layers
+from ..stats.on_disk import is_on_disk, put_down
 
 SHARE = 0.5  # of the free memory that what backward needs may take
 
@@ -86,6 +89,19 @@ class _Running:
         self.decoder, self.layer, self.forward = decoder, layer, forward
 
     def __call__(self, *given: Any, **named: Any) -> Any:
+        output = self._run(*given, **named)
+        if _put_down(self.layer):
+            inputs = (tensor for tensor in (*given, *named.values()) if isinstance(tensor, Tensor))
+            for tensor in inputs:
+                if tensor.requires_grad:
+                    tensor.register_hook(self._after)
+        return output
+
+    def _after(self, _gradient: Tensor) -> None:
+        """The gradient of an input is there, so the layer has run back."""
+        _put_down(self.layer)
+
+    def _run(self, *given: Any, **named: Any) -> Any:
         if self.decoder.checkpoints and torch.is_grad_enabled():
             options = {
                 "use_reentrant": False,
@@ -151,6 +167,14 @@ class _Kept(saved_tensors_hooks):
 def _is_narrow(parameter: Tensor) -> bool:
     is_frozen = not parameter.requires_grad and parameter.is_floating_point()
     return is_frozen and parameter.dtype.itemsize < torch.float32.itemsize and parameter.is_contiguous()
+
+
+def _put_down(layer: nn.Module) -> int:
+    """How many of a layer's weights lie on the disk; none of them takes memory any more."""
+    mapped = [parameter for parameter in layer.parameters() if is_on_disk(parameter)]
+    for parameter in mapped:
+        put_down(parameter)
+    return len(mapped)
 
 
 def _put_back(layer: nn.Module, before: Any) -> None:

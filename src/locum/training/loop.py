@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ranks
+from ..checkpoints.streamed import give_back
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
 from ..errors import DataError, OptionError, UnsupportedModel
 from ..files import write_text
@@ -135,6 +136,7 @@ class Loop:
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             p = self.trained[name]
             self.optimizer.state[p] = {k: t.cpu() if k == "step" else like(t, p) for k, t in tensors.items()}
+        state.tensors.clear()  # parameters were copied
 
     def save(self, workdir: Path, identity: dict[str, Any]) -> None:
         tensors = {f"parameter|{name}": whole(p).contiguous() for name, p in self.trained.items()}
@@ -172,6 +174,8 @@ class Loop:
             )
         if self.options.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip)
+        if not self.optimizer.state:  # moments come to stay: not beside what the first activations have left
+            give_back()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.loss = self.step + 1, total
