@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import locum
 from locum.checkpoints.beginning import begin_model
 from locum.checkpoints.load import load_model
+from locum.checkpoints.shard_reader import ShardReader
 from locum.checkpoints.skeleton import read_shape
 from locum.measure import forward_times
 from locum.measure.forward_times import ForwardTimes
@@ -77,6 +79,17 @@ def test_more_layers_take_as_much_more_time_as_the_last_one_took(monkeypatch):
     assert not model._forward_hooks and not model.inside[1]._forward_pre_hooks
 
 
+def test_a_body_called_apart_and_its_head_are_one_pass(monkeypatch):
+    monkeypatch.setattr(forward_times, "time", clock := Clock())
+    model = Working(clock, 1.0)
+    model.base_model = Working(clock, 0.0, Working(clock, 2.0))
+    with ForwardTimes(model, list(model.base_model.inside)) as times:
+        model.base_model(torch.ones(1))
+        model(torch.ones(1))  # the head, for two stretches
+        model(torch.ones(1))
+    assert times.of_all(4.0, 3) == 4.0 + 2 * 2.0
+
+
 def checked(estimate, stage):
     assert isinstance(estimate, Estimate) and estimate.stage == stage
     for each in (estimate, *estimate.parts):
@@ -97,12 +110,25 @@ def test_calibrate_reads_the_weights_once_or_for_every_list_of_batches(deep, wor
     assert (tmp_path / "out").stat().st_size < said.written_bytes
 
 
-def test_apply_knows_the_size_of_what_it_writes(checkpoint, plan_file, tmp_path):
-    said = checked(locum.apply(checkpoint, plan=plan_file, out=tmp_path / "small", dry_run=True), "apply")
-    assert not list(tmp_path.iterdir())
-    made = locum.apply(checkpoint, plan=plan_file, out=tmp_path / "small")
-    size = sum(file.stat().st_size for file in made.iterdir())
-    assert size <= said.written_bytes <= size + 2**21
+def test_apply_knows_what_it_writes_and_reads(checkpoint, plan_file, statistics_file, tmp_path, monkeypatch):
+    read, fill = [], ShardReader._fill
+    monkeypatch.setattr(
+        ShardReader,
+        "_fill",
+        lambda reader, stream, buffer, file: read.append(len(buffer)) or fill(reader, stream, buffer, file),
+    )
+    pruning = tmp_path / "pruning.json"
+    locum.plan([statistics_file], method="prune", remove=0.25, out=pruning)
+    for plan, exact in ((pruning, True), (plan_file, False)):
+        out = tmp_path / "small"
+        said = checked(locum.apply(checkpoint, plan=plan, out=out, dry_run=True), "apply")
+        assert not out.exists()
+        read.clear()
+        made = locum.apply(checkpoint, plan=plan, out=out, force=True)
+        size = sum(file.stat().st_size for file in made.iterdir())
+        assert size <= said.written_bytes <= size + 2**21
+        assert sum(read) == said.read_bytes if exact else sum(read) == pytest.approx(said.read_bytes, rel=0.2)
+        shutil.rmtree(out)
 
 
 def test_eval_reads_both_models(checkpoint, small, words):
@@ -155,6 +181,7 @@ def test_people_see_a_table_and_nothing_is_touched(checkpoint, words, tmp_path):
         "calibrate {model} --data {data}",
         "search {model} --data {data}",
         "compress {model} --data {data} --method prune --remove 0.5 --recover lora",
+        "eval {model} --data {data}",
     ],
 )
 @pytest.mark.parametrize("dry", ["", " --dry-run"])

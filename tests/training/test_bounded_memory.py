@@ -10,19 +10,23 @@ import pytest
 import torch
 
 import locum
-from locum.errors import OptionError
+from locum.checkpoints.notes import plan_of
+from locum.checkpoints.shard_reader import ShardReader
+from locum.checkpoints.skeleton import read_shape
+from locum.errors import OptionError, OutputError
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
-from locum.training import decoder
+from locum.training import decoder, loop
 from locum.training.context import Context, Original
 from locum.training.decoder import DecoderLayers
-from locum.training.layer import set_beta
+from locum.training.layer import old_bytes, set_beta
 from locum.training.options import make_recovery
 from locum.training.recovery import recover_model
+from locum.training.states import STATE_FILE
 from locum.training.ways import WAYS
 from making.checkpoints import locum as command
 from making.tiny_models import tiny_ids, tiny_model
-from making.training import QUICK, compressed, light, tiny_tokens
+from making.training import QUICK, Killed, compressed, light, tiny_tokens
 from test_vectors import changed, state
 from test_ways import Case
 
@@ -190,9 +194,44 @@ def test_old_weights_are_mapped_and_dropped(olmoe, tmp_path):
         with torch.no_grad():
             made.append(context.model(tiny_ids()).logits)
     assert torch.equal(*made) and mapped_files() == before + 2 * len(context.layers)  # two tensors a layer
+    sizes = (tensor.nbytes for layer in context.layers for tensor in layer.container.old.parameters())
+    assert sum(sizes) == old_bytes(plan, shape_of(olmoe))
     for layer in context.layers:
         set_beta(layer, 0.0)
     assert mapped_files() == before and list(tmp_path.iterdir()) == []
+
+
+def resident(address: int) -> int:
+    """Bytes of the mapping that begins there which are in this process's memory now."""
+    with open("/proc/self/smaps") as maps:
+        lines = iter(maps)
+        for line in lines:
+            if line.startswith(f"{address:08x}-"):
+                return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("Rss:"))
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="Linux says what is in memory")
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_old_weights_are_in_memory_only_while_their_layer_runs(olmoe, tmp_path, checkpointing):
+    plan, original = light(olmoe.to(torch.bfloat16)), Original.of(olmoe)
+    chosen = make_recovery({"how": "annealed", **QUICK, "checkpointing": checkpointing})
+    context = Context(compressed(olmoe, plan), plan, 6, 0, original, tmp_path / "work")
+    chosen.way.prepare(context, 0)
+    layers = DecoderLayers(context.model, "fp32", checkpointing)
+    layers.set_precision(context.model)
+    old = [p for layer in context.layers for p in layer.container.old.parameters()]
+    values = [tensor.clone() for tensor in old]
+    while_running, norms = [], [layer.post_attention_layernorm for layer in layers.layers]
+    norms[1].register_forward_hook(lambda *_: while_running.append(sum(resident(p.data_ptr()) for p in old[:2])))
+    with layers:
+        loss = context.model(tiny_ids()).logits.float().square().mean()
+        assert [resident(p.data_ptr()) for p in old] == [0] * len(old) and while_running == [0]
+        loss.backward()
+    assert [resident(p.data_ptr()) for p in old[2:]] == [0] * len(
+        old[2:]
+    )  # all but those of the first, which has no gradient to give
+    assert all(map(torch.equal, old, values))
 
 
 @pytest.mark.journeys
@@ -218,6 +257,70 @@ def test_dry_run_of_a_training(small, words, tmp_path, how):
     made = json.loads(said.stdout)
     assert made["stage"] == "recover" and made["seconds"] > 0 and made["memory_bytes"] > 2**20
     assert made["written_bytes"] > shape_of(locum.load_model(small)).bytes and not list(tmp_path.iterdir())
+
+
+def test_a_training_reads_and_writes_what_was_said(small, checkpoint, words, tmp_path, monkeypatch):
+    """The last state, the one that takes its place, and old weights; or a state and the result."""
+    sizes, save, read, fill = [], loop.save_state, [], ShardReader._fill
+
+    def count(reader, stream, buffer, file):
+        read.append(len(buffer))
+        fill(reader, stream, buffer, file)
+
+    def watch(workdir, identity, state):
+        save(workdir, identity, state)
+        sizes.append((workdir / STATE_FILE).stat().st_size)
+
+    monkeypatch.setattr(loop, "save_state", watch)
+    asked = {"data": [str(words)], "how": "annealed", "steps": 2, "batch_size": 2, "length": 32, "end_fraction": 1.0}
+    asked |= {"checkpoint_every": 1, "out": tmp_path / "out"}
+    estimate = locum.recover(small, dry_run=True, **asked)
+    said = estimate.written_bytes
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(ShardReader, "_fill", count)
+    locum.recover(small, **asked)
+    shape = read_shape(checkpoint)
+    known = len(shape.layers) * shape.bytes_of_expert(shape.layers[0])  # an expert of each, to know the original by
+    assert read_shape(small).bytes + sum(read) == estimate.read_bytes + known
+    result = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    states, old = 2 * sizes[-1], old_bytes(plan_of(small), read_shape(checkpoint))
+    assert old and max(states + old, sizes[-1] + result) == pytest.approx(said, abs=1.5 * 2**20)
+    assert states + old <= said + 2**17 and sizes[-1] + result <= said + 2**17  # headers of a tiny model
+    for free in (said, said - 1):
+        monkeypatch.setattr("locum.files.free_space", lambda path, free=free: free)
+        if free == said:
+            locum.recover(small, dry_run=True, force=True, **asked)
+        else:
+            with pytest.raises(OutputError, match="no space left"):
+                locum.recover(small, dry_run=True, force=True, **asked)
+
+
+def test_what_was_freed_goes_back_once_before_moments_come(monkeypatch):
+    given = []
+    monkeypatch.setattr(loop, "give_back", lambda: given.append(1))
+    assert Case().recover(how="lora")[1]["steps"] > 1 and given == [1]
+
+
+def test_a_resumed_run_holds_its_state_once(tmp_path):
+    case, seen = Case(), []
+
+    def kill(step, steps, loss):
+        if step == 3:
+            raise Killed
+
+    given = {"how": "lora", "checkpoint_every": 2, "workdir": tmp_path / "work"}
+    with pytest.raises(Killed):
+        case.recover(progress=kill, **given)
+    resume = loop.Loop.resume
+
+    def watch(self, state):
+        resume(self, state)
+        seen.append((state.step, dict(state.tensors)))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Loop, "resume", watch)
+        case.recover(**given)
+    assert seen == [(2, {})]
 
 
 def test_a_disk_too_small_for_a_training_is_refused_early(small, words, tmp_path, monkeypatch):

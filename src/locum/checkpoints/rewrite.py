@@ -97,6 +97,11 @@ class Rewriting:
     def bytes(self) -> int:
         return sum(step.bytes for step in self.steps)
 
+    @property
+    def read_bytes(self) -> int:
+        """Of weights, so far."""
+        return self._files.read_bytes
+
     def needed_space(self, side_files: Iterable[Path] = ()) -> int:
         """Bytes on the disk that it takes, with the files that go along."""
         entries = sum(len(step.entries) for step in self.steps)

@@ -27,6 +27,7 @@ class ShardReader:
         self.entries: dict[str, Mapping[str, Any]] = {}
         self._packed = packed or {}
         self._places: dict[str, tuple[Path, int]] = {}
+        self.read_bytes = 0  # so far
         for file, header in files.items():
             start = data_start(file)
             for name, entry in header.items():
@@ -56,7 +57,7 @@ class ShardReader:
                 stream.seek(start + begin)
                 while begin < end:
                     piece = buffer[: min(len(buffer), end - begin)]
-                    _fill(stream, piece, file)
+                    self._fill(stream, piece, file)
                     yield piece
                     begin += len(piece)
 
@@ -98,10 +99,10 @@ class ShardReader:
         file, start = self._places[name]
         with file.open("rb") as stream:
             stream.seek(start + offset)
-            _fill(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), file)
+            self._fill(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), file)
         return tensor
 
-
-def _fill(stream: Any, buffer: memoryview, file: Path) -> None:
-    if stream.readinto(buffer) != len(buffer):
-        raise CheckpointError(f"{file} became shorter while it was read; fetch it again")
+    def _fill(self, stream: Any, buffer: memoryview, file: Path) -> None:
+        if stream.readinto(buffer) != len(buffer):
+            raise CheckpointError(f"{file} became shorter while it was read; fetch it again")
+        self.read_bytes += len(buffer)

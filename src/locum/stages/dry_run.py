@@ -42,6 +42,7 @@ from ..shapes import ModelShape
 from ..stats.sums import is_pooled, nbytes
 from ..training.context import Original
 from ..training.from_files import original_experts
+from ..training.layer import old_bytes
 from ..training.one_by_one import number_of_batches
 from ..training.options import Recovery
 from ..training.recovery import recover_model
@@ -164,17 +165,19 @@ def of_application(
     _start("cpu")
     changed = [step for step in rewriting.steps if step.layer and _is_changed(plan, step.layer)]
     others = [step for step in rewriting.steps if step not in changed]
-    seconds = 0.0
+    seconds = read = 0.0
     with tempfile.TemporaryFile(dir=existing_folder(out)) as file:
         for steps in filter(None, (changed, others)):
-            one = max(steps, key=lambda step: step.bytes)
-            seconds += _seconds_of(one, file) / max(one.bytes, 1) * sum(step.bytes for step in steps)
+            one, before = max(steps, key=lambda step: step.bytes), rewriting.read_bytes
+            like_it = sum(step.bytes for step in steps) / max(one.bytes, 1)
+            seconds += like_it * _seconds_of(one, file)
+            read += like_it * (rewriting.read_bytes - before)
     return Estimate(
         "apply",
         "one layer that the plan changes, and one copied tensor" if changed else "one copied tensor",
         seconds,
         peak_bytes(torch.device("cpu")),
-        shape.bytes,
+        round(read),
         rewriting.needed_space(side_files),
         psutil.virtual_memory().available,
         disk_of(out),
@@ -216,7 +219,7 @@ def of_recovery(
     validations = validated * math.ceil(len(validation) / options.batch_size)
     moments = 4 * 4 * max(0, training.trained - said["trainable_parameters"])  # and gradients, and the best state
     activations = (begun.of - len(begun.layers)) * (0 if said["checkpointed"] else said["layer_activation_bytes"])
-    shapes = [read_shape(path) for path in (model, training.original) if path is not None]
+    read = read_shape(model).bytes + _read_of_original(training)
     others = begun.missing_bytes + (0 if theirs is None else theirs.missing_bytes) + moments + activations
     passes = 1
     if training.by_layer:  # all batches wait at a layer
@@ -230,7 +233,7 @@ def of_recovery(
         f"three steps of {options.batch_size} blocks through the layers up to the first one with experts",
         options.steps * step + validations * each + passes * begun.of * begun.layer_seconds,
         _peak(device) + others,
-        passes * sum(shape.bytes for shape in shapes),
+        passes * read,
         written,
         free_bytes(device),
         disk_of(out),
@@ -244,6 +247,13 @@ def _original(training: Training, live: Any, device: str) -> tuple[Original | No
         return original_experts(training.original, live.dtype), None
     begun = begin_model(training.original, device, live.dtype)
     return Original.of(begun.model), begun
+
+
+def _read_of_original(training: Training) -> int:
+    if training.original is None:
+        return 0
+    shape = read_shape(training.original)
+    return old_bytes(training.plan, shape) if training.options.way.experts_alone else shape.bytes
 
 
 def _is_changed(plan: Plan, layer: str) -> bool:

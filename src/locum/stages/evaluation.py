@@ -15,7 +15,7 @@ from ..checkpoints.skeleton import active_parameters_in, check_vocabularies, exp
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import OptionError
-from ..files import check_output, provenance
+from ..files import check_output, check_room, provenance
 from ..measure.loss import evaluate as evaluate_models
 from ..measure.rows import Row, read_rows, write_rows
 from ..measure.tasks import evaluate_tasks, find_tasks
@@ -44,6 +44,7 @@ from .options import (
 from .planning import statistics_behind
 from .recovery import LOG
 
+ROWS = 2**20  # bytes, more than rows take
 logger = logging.getLogger(__name__)
 
 
@@ -145,6 +146,7 @@ def _checked_output(out: Path | None, append: bool, force: bool, inputs: list[Pa
         raise OptionError("--append adds rows to a results file; name it with --out")
     if out is not None:
         out = check_output(out, force or append, inputs=inputs)
+        check_room(out, ROWS)
         if append and out.exists():
             read_rows(out)  # only to results can rows be added
     return out

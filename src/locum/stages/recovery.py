@@ -20,7 +20,7 @@ from ..checkpoints.notes import named_original, notes_for_another, original_of, 
 from ..checkpoints.patch import adapter_notes, write_adapter
 from ..checkpoints.read import base_of, fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.side_files import side_files
-from ..checkpoints.skeleton import is_compressed, open_source, read_shape
+from ..checkpoints.skeleton import expert_parameters_in, is_compressed, open_source, read_shape
 from ..checkpoints.weight_files import is_adapter
 from ..data.documents import parse_sources
 from ..data.tokens import Tokens, load_tokens
@@ -34,10 +34,11 @@ from ..runs import beside
 from ..shapes import ModelShape
 from ..training.context import Original
 from ..training.from_files import original_experts
+from ..training.layer import old_bytes
 from ..training.one_by_one import waiting_bytes
 from ..training.options import DEFAULT_WAY, Recovery, make_recovery
 from ..training.recovery import check_fits, count_trainable, recover_model
-from ..training.states import forget, has_state
+from ..training.states import STATE_ITEMSIZE, forget, has_state
 from ..training.ways import WAYS, Way
 from .dry_run import Training, of_recovery
 from .estimate import Estimate
@@ -46,6 +47,7 @@ from .opening import is_to_stream
 from .options import Data, Device, DryRun, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
 
 LOG = "recovery.jsonl"
+AROUND = 2**20  # bytes of what is written beside weights: headers, tokenizer, plan, card, log
 
 
 @alone
@@ -99,8 +101,8 @@ def recover(
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
     trained = count_trainable(open_source(model).model, decided, chosen)
-    apart = shape.bytes_of_experts if by_layer else _state_bytes(trained, chosen)
-    check_room(out, written := shape.bytes + apart)
+    written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
+    check_room(out, written)
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
@@ -169,9 +171,20 @@ def _original(source: Path, way: Way, live: Any) -> Original:
     return Original.of(load_model(source, dtype=live.dtype, device=live.device))
 
 
-def _state_bytes(trained: int, options: Recovery) -> int:
-    """What states take on the disk, while a new one takes the place of the last: float32 parameters, two moments, the best state."""
-    return 2 * 4 * 4 * trained if options.checkpoint_every else 0
+def _old_bytes(plan: Plan | None, way: Way, source: Path | None, device: str) -> int:
+    """What old weights take on the disk, where they lie there until they have faded out."""
+    is_mapped = source is not None and way.experts_alone and way.needs_original(plan) and device == "cpu"
+    return old_bytes(plan, read_shape(source)) if is_mapped else 0
+
+
+def _written_bytes(model: Path, shape: ModelShape, trained: int, options: Recovery, by_layer: bool, old: int) -> int:
+    """The most that a training has on the disk at once: a state while it takes the place of the last one, with old weights or else
+    with the result; of one that goes layer by layer, the experts of all layers and the result."""
+    result = shape.bytes + AROUND
+    if by_layer:
+        return result + expert_parameters_in(model, shape) * shape.expert_itemsize
+    state = trained * STATE_ITEMSIZE if options.checkpoint_every else 0
+    return max(2 * state + old, state + result)
 
 
 def _told(progress: Progress, options: Recovery) -> Callable[[int, int, float], None]:

@@ -35,7 +35,8 @@ from ..experts.parts.own_weights import OwnWeights, rows_of
 from ..experts.weights import ExpertWeights
 from ..files import existing_folder
 from ..models.families import MoeLayer, canonical_activation, read_expert, write_expert
-from ..plans.plan import KEPT, LayerPlan
+from ..plans.plan import KEPT, LayerPlan, Plan
+from ..shapes import ModelShape
 from ..stats.on_disk import on_disk
 from .experts import TrainingExperts
 
@@ -139,6 +140,13 @@ def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights], workdir: Pa
     rows = {layer.plan.survivors.index(e): row for row, e in enumerate(experts)}
     container.old_of = tuple(rows.get(place, -1) for place in range(layout.num_experts))
     container.beta = 1.0
+
+
+def old_bytes(plan: Plan | None, original: ModelShape) -> int:
+    """Bytes of all the weights that `keep_old` would put beside their stand-ins."""
+    layers = {layer.layer: layer for layer in (plan.layers if plan else ())}
+    fading = ((shape, layers[shape.name].fading) for shape in original.layers if shape.name in layers)
+    return sum(len(experts) * shape.parameters() for shape, experts in fading) * original.expert_itemsize
 
 
 def _check_size(layer: OpenLayer, e: int, weights: ExpertWeights) -> None:

@@ -23,6 +23,7 @@ from ..runs import differences, set_aside
 STATE_FILE, LAYER_FILES = "state.safetensors", "layer-*.safetensors"
 STATE_VERSION = "3"
 NOTES = "locum-recovery"  # the entry of the file's metadata
+STATE_ITEMSIZE = 4 * 4  # bytes of a state for every parameter that is trained: float32, two moments, and as it was best
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW; a parameter that never had a gradient has none
 
 
