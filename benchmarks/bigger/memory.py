@@ -26,6 +26,7 @@ from .checkpoint import OLMOE, random_checkpoint
 
 SIZES = OLMOE | {"hidden_size": 512, "intermediate_size": 512, "num_experts": 32, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_experts_per_tok": 4, "vocab_size": 8192}
+TRAININGS = "bigger_training.jsonl"  # beside the results of this program
 HEAD = """# Memory
 
 Peak memory of every stage in multiples of the checkpoint, what importing Locum takes (here {base:.2f} GiB) taken off: the operating
@@ -36,6 +37,14 @@ this small makes activations and what a layer needs for itself look large. `sear
 here: they lie on the disk where they would take more than a quarter of the free memory.
 
 | stage | whole model | one layer at a time |
+|---|---|---|
+"""
+TRAINING = """
+Trainings of a model of SmolMoE's shape, {parameters:,} parameters in {size:.2f} GiB of bfloat16 with random weights, half of whose
+experts LightMoE has replaced: {steps} steps of {tokens} tokens, old weights there until the last. Made by
+`python -m benchmarks.bigger.training`, evidence `benchmarks/results/bigger_training.jsonl`; everything counts here, imports too.
+
+| training | peak memory | in multiples of the original |
 |---|---|---|
 """
 
@@ -81,6 +90,18 @@ def page(results: Path) -> str:
     return HEAD.format(base=base["peak_bytes"] / 2**30, **about) + "".join(lines)
 
 
+def trainings(results: Path) -> str:
+    """The table of the newest row of every training of benchmarks.bigger.training."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    newest = {row["run"]: row for row in rows}
+    about = {name: rows[-1][name] for name in ("parameters", "steps", "tokens")}
+    lines = (
+        f"| `{name}` | {row['peak_bytes'] / 2**30:.2f} GiB | {row['peak_bytes'] / row['checkpoint_bytes']:.2f} |\n"
+        for name, row in newest.items()
+    )
+    return TRAINING.format(size=rows[-1]["checkpoint_bytes"] / 2**30, **about) + "".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("workdir", type=Path)
@@ -91,7 +112,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the table here, from the results file, and run nothing")
     options = parser.parse_args()
     if options.page is not None:
-        options.page.write_text(page(options.out), encoding="utf-8")
+        text = page(options.out) + trainings(options.out.with_name(TRAININGS))
+        options.page.write_text(text, encoding="utf-8")
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     here, original = options.workdir, options.workdir / "original"
