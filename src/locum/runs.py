@@ -8,6 +8,7 @@ What a run keeps, so that the same command goes on after it was killed, stands b
     recover                  the last state of a training, and its log
     statistics.safetensors   of `compress`
     unrecovered              of `compress --recover`: the checkpoint that is trained
+    rounds                   of `compress --rounds`: what the last round left, and statistics of it, in a folder
 
 A stage that ends well removes all of them (`clear_states`). What could not be gone on from is set aside, as `.OUT.STATE.aside`.
 """
@@ -37,7 +38,7 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-STATES = ("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered")
+STATES = ("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered", "rounds")
 OUTPUTS_INSIDE = ("calibrated", "statistics.safetensors", "unrecovered")  # what a stage inside the run writes
 RANK = re.compile(r"\.(?:partial|answers)-\d+-of-\d+")  # what each of several ranks keeps for itself
 PROGRESS = ".locum-progress.json"  # in a folder that a run goes on with

@@ -40,6 +40,7 @@ __all__ = [
     "Size",
     "Slot",
     "diff",
+    "keep_all",
     "make_plan",
     "stand_in",
     "with_provenance",
@@ -143,6 +144,11 @@ class Plan:
 def make_plan(shape: ModelShape, layers: Iterable[LayerPlan], **made: Any) -> Plan:
     """A validated plan for a model of this shape. `made` are Plan's method, options and provenance."""
     return Plan(shape.model_type, shape.fingerprint, tuple(layers), **made).validate(shape)
+
+
+def keep_all(shape: ModelShape) -> Plan:
+    """The plan that leaves every expert as it is."""
+    return make_plan(shape, [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers])
 
 
 def diff(a: Plan, b: Plan) -> list[str]:

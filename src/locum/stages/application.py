@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from .. import ranks
 from ..budgets.target import parse_size
@@ -26,12 +26,22 @@ from ..places import name_of, remember
 from ..plans.plan import Plan
 from ..plans.plan_file import load_plan
 from ..runs import resumable
+from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..stats.sums import Statistics
 from .dry_run import of_application
 from .estimate import Estimate
 from .options import DryRun, Force, Help, Out, Progress, Seed, alone, check_number, needed, silent, timed
 from .planning import statistics_behind
+
+
+class Whole(NamedTuple):
+    """An original and the plan over it that a checkpoint is said to be made by."""
+
+    model: Path
+    shape: ModelShape
+    plan: Plan
+
 
 DECISIVE = ("original_fingerprint", "plan", "statistics", "seed")  # notes on which every byte of the weights depends
 
@@ -72,8 +82,10 @@ def carry_out(
     progress: Progress,
     again: bool = True,
     dry_run: bool = False,
+    of: Whole | None = None,
 ) -> Path | Estimate:
-    """The work of `apply`. Unless it is to be done `again`, an output that is the same plan carried out already is left as it is."""
+    """The work of `apply`. Unless it is to be done `again`, an output that is the same plan carried out already is left as it is.
+    What is made of a checkpoint that rounds have left may say that it is `of` the original, by the plan of all rounds."""
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, plan, statistics])
     check_number("seed", seed, 0)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -87,11 +99,12 @@ def carry_out(
     observed = statistics_for(decided, statistics, model, beside) if decided.needs else None
     tokenizer = load_tokenizer(model)
     check_loadable(model, source)
+    origin = Whole(model, shape, decided) if of is None else of
     made = provenance(
-        original=name_of(model),
-        original_fingerprint=fingerprint_checkpoint(model),
-        original_shape=shape.to_json(),
-        plan=decided.id,
+        original=name_of(origin.model),
+        original_fingerprint=fingerprint_checkpoint(origin.model),
+        original_shape=origin.shape.to_json(),
+        plan=origin.plan.id,
         seed=seed,
         **({} if observed is None else {"statistics": observed.id}),
     )
@@ -109,15 +122,15 @@ def carry_out(
         count += 1
         told("apply", count, len(decided.layers))
 
-    remember(made["original_fingerprint"], model)
+    remember(made["original_fingerprint"], origin.model)
     opens = opening_class(source.config)
-    card = model_card(decided, shape, out.name, made, opens, card_data(model, opens))
+    card = model_card(origin.plan, origin.shape, out.name, made, opens, card_data(origin.model, opens))
     files = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in source.files]
     asked = {**{name: made.get(name) for name in DECISIVE}, "shard_size": most, "files": fingerprint(*files)}
     with resumable(out, asked) as work:
         rewriting.write(work.folder, most, step, work.done, work.save)
         if ranks.is_first():
-            complete_checkpoint(work.folder, tokenizer, decided, card, model, made)
+            complete_checkpoint(work.folder, tokenizer, origin.plan, card, model, made)
     return out
 
 

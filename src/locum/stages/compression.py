@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from .. import ranks
 from ..budgets.target import Target
-from ..checkpoints.read import fingerprint_checkpoint
+from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.rewrite import Rewriting
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import open_source, read_shape, shape_in
 from ..data.documents import parse_sources
+from ..data.tokens import load_tokens
 from ..errors import LocumError, OptionError, PlanError
 from ..files import check_output, check_room, clear
 from ..measure.removals import SAMPLE
-from ..methods import Method, SearchingMethod
+from ..methods import METHODS, SAVED, Method, SearchingMethod
 from ..places import name_of, remember
 from ..plans.bits import FewBits
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan, with_provenance
@@ -28,7 +31,7 @@ from ..stats.sums import Statistics
 from ..training.options import Recovery, make_recovery
 from ..training.recovery import check_fits
 from . import kept
-from .application import apply, carry_out
+from .application import Whole, apply, carry_out
 from .calibration import calibrate, finished, for_all_ranks, read_text
 from .dry_run import of_application
 from .estimate import Estimate
@@ -59,6 +62,7 @@ from .options import (
 from .planning import check_statistics_of, check_target, chosen_method, decide, plan, reads_text
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
+from .rounds import Rounds, check_only_drops
 from .searching import Sample, question_of, search, to_collect
 
 PREFIX = "recover_"  # of an option of the training, beside those of the method
@@ -86,6 +90,9 @@ def compress(
     statistics: Annotated[
         Path | None, Help("use this statistics file, or write it there when it does not exist")
     ] = None,
+    rounds: Annotated[
+        int, Help("drop experts in so many rounds, and estimate anew in each what those that are left are worth")
+    ] = 1,
     recover: Annotated[str | None, Help("train the result back, as locum recover --how; default: do not")] = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -100,6 +107,8 @@ def compress(
     The statistics are kept for the next run that asks the same of the same model and text, which then does not calibrate:
     those of the last 8 questions, 8 GiB in all, in the user's cache (locum/statistics). --dry-run does not know them, nor the
     time of a training: ask that of recover, for a smaller checkpoint that is there.
+
+    Of several --rounds each removes an equal share, and --recover trains what each leaves. --statistics are those of the first.
     """
     model = Path(model)
     of_training = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
@@ -112,7 +121,9 @@ def compress(
     few = None if bits is None else FewBits.of(bits, group, quantiser)
     also, shape = _read_besides(few, chosen, recover), read_shape(model)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few)
-    check_room(out, _least_bytes(shape, target, few) * (1 if recovery is None else 2), bytes_begun(out))
+    check_rounds(rounds, chosen, shape, few)
+    copies = (1 if recovery is None else 2) + (rounds > 1)
+    check_room(out, _least_bytes(shape, target, few) * copies, bytes_begun(out))
     of_bits = {} if few is None else {"bits": few.format, "quantiser": few.quantiser}
     asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **of_bits, **options}
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
@@ -122,7 +133,7 @@ def compress(
     if dry_run:
         is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
         before = [] if is_known else [_observe(model, chosen, how, also, out=keep, dry_run=True, **observed)]
-        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few)])
+        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few)] * rounds)
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
     if not reads_text(chosen):
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
@@ -132,11 +143,17 @@ def compress(
         loaded = _named(keep, model)
     if loaded is None:
         loaded = _observe(model, chosen, how, also, out=keep, **observed)
-    decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
-    if statistics is not None:
-        decided = with_provenance(decided, statistics_file=name_of(statistics))
-        remember(loaded.id, statistics)
-    made = _finish(model, decided, loaded, out, recovery, **shared)
+    if rounds > 1:
+        question = {**loaded.origin.words(), **(loaded.asked or {}), **asked, "recovery": _said(recovery, model, data)}
+        plan_for = Rounds(model, shape, target, rounds, beside(out, "rounds"), question)
+        how_to_observe = functools.partial(_observe, chosen=chosen, how=how, also=also, **observed)
+        made = _in_rounds(plan_for, loaded, how_to_observe, asked, out, recovery, shared)
+    else:
+        decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
+        if statistics is not None:
+            decided = with_provenance(decided, statistics_file=name_of(statistics))
+            remember(loaded.id, statistics)
+        made = _finish(model, decided, loaded, out, recovery, **shared)
     if statistics is None and ranks.is_first():
         kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
@@ -235,6 +252,73 @@ def recovery_of(how: str | None, options: dict[str, Any], seed: int) -> Recovery
     return None
 
 
+def check_rounds(rounds: int, chosen: Method, shape: ModelShape, few: FewBits | None) -> None:
+    """Refuse what rounds cannot do, as far as it can be told before anything is measured. Raises OptionError."""
+    check_number("rounds", rounds, 1, sum(layer.num_experts for layer in shape.layers))
+    if rounds == 1:
+        return
+    if few is not None:
+        raise OptionError(
+            "--rounds drop whole experts; leave --bits out, and put what they leave into few bits afterwards"
+        )
+    if chosen.saves != "stored":
+        raise OptionError(f"--rounds share what is to be removed, and method {chosen.name} saves {SAVED[chosen.saves]}")
+    if not reads_text(chosen):
+        raise OptionError(
+            f"--rounds estimate anew what text shows, and method {chosen.name} reads none; leave --rounds out"
+        )
+    if chosen.reads_weights or isinstance(chosen, SearchingMethod):
+        return
+    even = chosen.score_experts(even_statistics(shape, chosen.needs()), shape)
+    check_only_drops(rounds, make_plan(shape, chosen.plan(even, shape, 0.5), method=chosen.name))
+
+
+def _in_rounds(
+    rounds: Rounds,
+    first: Statistics,
+    observe: Callable[..., Statistics],
+    asked: dict[str, Any],
+    out: Path,
+    recovery: Recovery | None,
+    shared: dict[str, Any],
+) -> Path:
+    """What several rounds make, from the statistics of the first."""
+    model, shape = rounds.model, rounds.shape
+    how = {name: shared[name] for name in ("seed", "progress")} | {"statistics": None, "force": True}
+
+    def statistics_of(subject: Path, file: Path) -> Statistics:
+        if subject == model:
+            return first
+        return for_all_ranks(file, _whole(file)) or observe(subject, out=file)
+
+    def planned(loaded: Statistics, subject: Path, target: dict[str, Any]) -> Plan:
+        reads = subject if METHODS[asked["method"]].reads_weights else None
+        return plan([loaded], model=reads, **{**asked, "remove": None, "fit": None, **target})
+
+    def make(subject: Path, last: Plan, whole: Plan, place: Path) -> None:
+        if recovery is None:
+            carry_out(model, plan=whole, out=place, **how)
+            return
+        _finish(subject, last, None, place, recovery, of=Whole(model, shape, whole), **{**shared, "force": True})
+
+    made = rounds.run(statistics_of, planned, make)
+    if recovery is None:
+        return _finish(model, made.whole, None, out, None, **shared)
+    return _finish(made.subject, made.last, None, out, recovery, of=Whole(model, shape, made.whole), **shared)
+
+
+def _whole(file: Path) -> Statistics | None:
+    return load_statistics(file) if ranks.is_first() and file.is_file() else None
+
+
+def _said(recovery: Recovery | None, model: Path, data: Data) -> dict[str, Any] | None:
+    """A training and its text, as the question says it."""
+    if recovery is None:
+        return None
+    blocks = load_tokens(data, load_tokenizer(model), split="train", length=recovery.length, seed=recovery.seed)
+    return {**recovery.to_json(), "text": blocks.fingerprint}
+
+
 def _finish(
     model: Path,
     decided: Plan,
@@ -247,16 +331,17 @@ def _finish(
     seed: int,
     force: bool,
     progress: Progress,
+    of: Whole | None = None,
 ) -> Path:
     """Apply a plan and train the result if asked to; `out` appears when both are done."""
     asked = {"plan": decided, "statistics": statistics, "seed": seed, "progress": progress}
     if recovery is None:
         return apply(model, out=out, force=force, **asked)
-    draft = beside(out, "unrecovered")
+    draft, original = beside(out, "unrecovered"), model if of is None else of.model
     try:
         check_fits(recovery.way, decided, "--recover")
-        carry_out(model, out=draft, force=True, again=False, **asked)
-        training = {"data": data, "original": model, "device": device, "progress": progress, **recovery.to_json()}
+        carry_out(model, out=draft, force=True, again=of is not None, of=of, **asked)
+        training = {"data": data, "original": original, "device": device, "progress": progress, **recovery.to_json()}
         recover_stage(draft, out=out, force=force, **training)
         return out
     except LocumError:

@@ -29,7 +29,7 @@ from ..files import check_output, check_room, provenance
 from ..models.families import opening_class
 from ..models.stored import write_model
 from ..places import name_of
-from ..plans.plan import KEPT, LayerPlan, Plan, make_plan
+from ..plans.plan import Plan, keep_all
 from ..runs import beside
 from ..shapes import ModelShape
 from ..training.context import Original
@@ -117,7 +117,7 @@ def recover(
     if restart and ranks.is_first():
         forget(workdir)
     ranks.wait()
-    training = (decided or _keep_all(shape), blocks, validation, chosen)
+    training = (decided or keep_all(shape), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": told}
     try:
         if by_layer:
@@ -131,7 +131,7 @@ def recover(
         raise
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
-        _save(live, tokenizer, out, decided or _keep_all(before), before, model, notes, workdir / LOG, base, paths)
+        _save(live, tokenizer, out, decided or keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
 
@@ -261,10 +261,6 @@ def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterabl
     seen = before.get("recovery", {}).get("domains")
     all_seen = dict.fromkeys(map(str, [*(seen if isinstance(seen, list) else ()), *domains]))
     return provenance(recovery={**recovery, "domains": list(all_seen)}, recovered_from=name_of(model))
-
-
-def _keep_all(shape: ModelShape) -> Plan:
-    return make_plan(shape, [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers])
 
 
 def _original_shape(notes: dict[str, Any], shape: ModelShape) -> ModelShape:

@@ -1,0 +1,162 @@
+"""`compress --rounds`: estimated anew in every round, one plan over the original, sizes kept, interrupted and gone on with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import locum
+from locum.checkpoints.load import load_model
+from locum.errors import OptionError, PlanError
+from locum.models.families import find_layers
+from locum.plans.plan import DROPPED
+from making.checkpoints import tree, write_tokenizer
+from making.tiny_models import tiny_model
+
+SHORT = {"tokens": 512, "length": 32}
+SMALL = "model.safetensors"
+TRAINED = {"recover": "lora", "recover_steps": 1, "recover_batch_size": 1, "recover_length": 32, "recover_rank": 2}
+
+
+def gone(plan):
+    return [{e for e, slot in enumerate(layer.slots) if slot == DROPPED} for layer in plan.layers]
+
+
+def test_a_round_counts_on_what_the_rounds_before_left_and_the_plan_is_over_the_original(checkpoint, words, tmp_path):
+    asked = {"method": "prune", "score": "reap"}
+    small = locum.compress(checkpoint, data=str(words), remove=0.5, rounds=2, out=tmp_path / "small", **asked, **SHORT)
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+    one = locum.compress(checkpoint, data=str(words), remove=0.25, out=tmp_path / "one", **asked, **SHORT)
+    two = locum.compress(one, data=str(words), remove=1 / 3, out=tmp_path / "two", **asked, **SHORT)
+    first, second, whole = (locum.load_plan(place / "plan.json") for place in (one, two, small))
+    expected = []
+    for before, now in zip(gone(first), gone(second), strict=True):
+        left = [e for e in range(8) if e not in before]
+        expected.append(before | {left[e] for e in now})
+    assert gone(whole) == expected and whole.provenance["rounds"] == [0.25, 0.5]
+    assert whole.provenance["target"] == {"remove": 0.5, "fit": None}
+    again = locum.apply(checkpoint, plan=small / "plan.json", out=tmp_path / "again")
+    assert (small / SMALL).read_bytes() == (again / SMALL).read_bytes() == (two / SMALL).read_bytes()
+    assert locum.inspect(small)["bytes"] == whole.size(locum.read_shape(checkpoint)).bytes
+
+
+def with_halves(folder):
+    """Experts 0 and 1 of every layer share the tokens of what would be one expert: their router rows are r + d and r - d."""
+    model = tiny_model("olmoe", num_experts_per_tok=1, vocab_size=320, max_position_embeddings=512)
+    for layer in find_layers(model):
+        with torch.no_grad():
+            row = 0.8 * layer.router.weight[0]
+            apart = 0.03 * torch.randn(row.shape, generator=torch.Generator().manual_seed(2))
+            layer.router.weight[0], layer.router.weight[1] = row + apart, row - apart
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.journeys
+def test_of_two_that_share_their_tokens_rounds_keep_one_where_one_round_loses_both(words, tmp_path):
+    model = with_halves(tmp_path / "model")
+    asked = {"data": str(words), "method": "prune", "score": "frequency", "protect": False, "remove": 0.5, **SHORT}
+    out = locum.compress(model, statistics=tmp_path / "stats", out=tmp_path / "once", **asked)
+    stats = locum.load_statistics(tmp_path / "stats")
+    seen_E = stats.layer(stats.shape.layers[0].name)["count"]
+    fourth, fifth = seen_E.sort().values[3:5].tolist()
+    assert max(seen_E[:2]) <= fourth and sum(seen_E[:2]) > fifth  # each is rare, and both together are not
+    often = locum.compress(model, rounds=4, statistics=tmp_path / "stats", out=tmp_path / "often", **asked)
+    once, often = (gone(locum.load_plan(place / "plan.json"))[0] for place in (out, often))
+    assert {0, 1} <= once and len({0, 1} & often) == 1 and len(once) == len(often) == 4
+
+
+@pytest.mark.journeys
+def test_a_size_is_met_by_the_last_round(checkpoint, words, tmp_path):
+    limit = int(0.8 * locum.read_shape(checkpoint).bytes)
+    small = locum.compress(
+        checkpoint, data=str(words), method="prune", fit=str(limit), rounds=3, out=tmp_path / "s", **SHORT
+    )
+    shape = locum.read_shape(checkpoint)
+    one = shape.layers[0].parameters() * shape.expert_itemsize
+    assert limit - 2 * (one + 1000) < locum.inspect(small)["bytes"] <= limit
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words_of_it"),
+    [
+        ({"rounds": 0}, OptionError, "--rounds is 0; allowed: whole numbers from 1 to 16"),
+        ({"rounds": 17}, OptionError, "--rounds is 17; allowed: whole numbers from 1 to 16"),
+        ({"bits": "4"}, OptionError, "--rounds drop whole experts; leave --bits out"),
+        ({"method": "mone"}, PlanError, "method mone does something else with them"),
+        ({"method": "compressed-experts", "remove": None}, OptionError, "saves active parameters"),
+        ({"score": "aimer", "protect": False}, OptionError, "method prune reads none; leave --rounds out"),
+    ],
+    ids=str,
+)
+def test_what_rounds_cannot_do_is_refused_before_anything_is_measured(
+    changed, error, words_of_it, checkpoint, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", None)
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, "rounds": 2, **SHORT} | changed
+    with pytest.raises(error, match=words_of_it):
+        locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.journeys
+def test_an_interrupted_run_goes_on_after_the_last_round(checkpoint, words, tmp_path, monkeypatch, caplog):
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, "rounds": 3, **SHORT}
+    whole = locum.compress(checkpoint, out=tmp_path / "whole", **asked)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("locum.stages.compression.apply", _press)  # after all rounds
+        locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    left = tmp_path / ".out.rounds"
+    assert {path.name for path in left.iterdir()} == {"question.json", "2", "2.statistics", "3.statistics"}
+    monkeypatch.setattr("locum.stages.calibration.calibrate_model", None)  # nothing is measured again
+    monkeypatch.setattr("locum.stages.rounds.Rounds._joined", _once(locum.stages.rounds.Rounds._joined))
+    out = locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    assert tree(out)[SMALL] == tree(whole)[SMALL] and "aside" not in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def _press(*given, **named):
+    raise KeyboardInterrupt
+
+
+def _once(function):
+    """It may be called once: for the last round alone."""
+    calls = []
+
+    def counted(*given):
+        calls.append(given)
+        assert len(calls) == 1
+        return function(*given)
+
+    return counted
+
+
+@pytest.mark.journeys
+def test_rounds_of_another_question_are_set_aside(checkpoint, words, tmp_path, monkeypatch, caplog):
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, "rounds": 2, **SHORT}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("locum.stages.compression.apply", _press)
+        locum.compress(checkpoint, out=tmp_path / "out", **asked)
+    locum.compress(checkpoint, out=tmp_path / "out", **asked | {"remove": 0.25})
+    assert "remove was 0.5 and is 0.25; it was set aside" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.rounds.aside"}
+
+
+@pytest.mark.journeys
+def test_training_goes_on_from_round_to_round_and_the_result_is_of_the_original(checkpoint, words, tmp_path):
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, "seed": 0, **SHORT, **TRAINED}
+    out = locum.compress(checkpoint, rounds=2, out=tmp_path / "out", **asked)
+    one = locum.compress(checkpoint, out=tmp_path / "one", **asked | {"remove": 0.25})
+    two = locum.compress(one, out=tmp_path / "two", **asked | {"remove": 1 / 3})
+    assert tree(out)[SMALL] == tree(two)[SMALL]
+    plan, shape = locum.load_plan(out / "plan.json"), locum.read_shape(checkpoint)
+    assert plan.removed(shape) == 0.5 and len(plan.layers[0].slots) == 8 and plan.validate(shape) == plan
+    notes = locum.checkpoints.notes.read_notes(out)
+    assert notes["original"] == checkpoint.name and notes["plan"] == plan.id
+    assert notes["original_fingerprint"] == locum.checkpoints.read.fingerprint_checkpoint(checkpoint)
+    pruned = locum.apply(checkpoint, plan=out / "plan.json", out=tmp_path / "pruned")
+    assert tree(pruned)[SMALL] != tree(out)[SMALL] and load_model(out) is not None
+    assert {row.model for row in locum.evaluate(out, data=str(words), split="all", tokens=256, length=32)} >= {
+        "original"
+    }
