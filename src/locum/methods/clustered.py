@@ -33,7 +33,7 @@ class Clustered(abc.ABC):
 
     score: str = option("frequency", "criterion by which members weigh")
     linkage: str = option("average", "how far apart two clusters are, of all pairs of members", choices=LINKAGES)
-    align: bool = option(False, "match hidden units to the heaviest member's before averaging")
+    align: bool = option(True, "match hidden units to the heaviest member's before averaging")
 
     @abc.abstractmethod
     def reads(self) -> tuple[str, ...]:
