@@ -212,6 +212,13 @@ def reap(layer: Layer) -> list[float]:
 
 
 @oracle
+def mesa(layer: Layer) -> list[float]:
+    rows = layer.logits_TE.double().softmax(-1).tolist()
+    entropy = mean([-sum(p * math.log(p) for p in row) for row in rows])
+    return man(layer) if entropy > 0.85 * math.log(E) else reap(layer)
+
+
+@oracle
 def reap_renormalised(layer: Layer) -> list[float]:
     scores = []
     for e in range(E):

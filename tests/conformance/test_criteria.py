@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from criterion_cases import NEVER, ORACLES, SHAPE, E, Layer, usual
+from criterion_cases import NEVER, ORACLES, SHAPE, E, Layer, T, usual
 from criterion_planted import LOUD, PLANTED, PLANTED_ELSEWHERE, POPULAR
 from locum.criteria.criterion import CRITERIA, criterion
 from locum.errors import OptionError, StatisticsError
@@ -79,6 +79,17 @@ def test_of_two_experts_that_always_work_together_the_less_used_one_goes_first()
     most, least = (CRITERIA[name](layer.statistics()).tolist() for name in ("ecc_max", "ecc_min"))
     assert min(most[:2]) == 1 and most[4] == 2 and most[2] == 3 and most[NEVER] == 0
     assert least[2] == 1 and least[4] == 2 and least[NEVER] == 0
+
+
+@pytest.mark.parametrize(("sharpness", "like"), [(0.1, "man"), (3.0, "reap")])
+def test_mesa_leaves_gates_out_where_the_router_is_undecided(sharpness: float, like: str) -> None:
+    layer = Layer(9)
+    layer.logits_TE *= sharpness
+    layer.gate_TK = layer.logits_TE.softmax(-1).gather(1, layer.index_TK)
+    statistics = layer.statistics()
+    share = float(statistics["router_entropy"]) / T / math.log(E)
+    assert (share > 0.85) == (like == "man") and abs(share - 0.85) > 0.05
+    torch.testing.assert_close(CRITERIA["mesa"](statistics), CRITERIA[like](statistics))
 
 
 def test_random_is_uniform_whatever_experts_are_worth_and_other_text_draws_anew() -> None:

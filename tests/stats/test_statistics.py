@@ -110,11 +110,12 @@ def collect(*seeds: int, domain: str = "a", lengths: tuple[int, ...] = (6, 3), *
 
 def slow_router(event: RouterEvent) -> dict[str, object]:
     rows = event.logits_TE.tolist()
-    softmax = [0.0] * E
+    softmax, entropy = [0.0] * E, 0.0
     for row in rows:
         total = sum(math.exp(v) for v in row)
         for e in range(E):
             softmax[e] += math.exp(row[e]) / total
+            entropy -= math.exp(row[e]) / total * math.log(math.exp(row[e]) / total)
     cosine = [[0.0] * E for _ in range(E)]
     first = 0
     for length in event.sample_lengths:
@@ -130,6 +131,7 @@ def slow_router(event: RouterEvent) -> dict[str, object]:
         "tokens": len(rows),
         "samples": len(event.sample_lengths),
         "softmax_sum": softmax,
+        "router_entropy": entropy,
         "logit_norm": norm,
         "logit_cosine": cosine,
     }
@@ -155,7 +157,9 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             columns["hidden_square"][expert][c] += value * value
             columns["gated_hidden_square"][expert][c] += (gate * value) ** 2
             columns["gated_hidden_peak"][expert][c] = max(columns["gated_hidden_peak"][expert][c], abs(gate * value))
-    together = {name: [[0.0] * E for _ in range(E)] for name in ("co_count", "gated_norm_product")}
+    together = {
+        name: [[0.0] * E for _ in range(E)] for name in ("co_count", "gated_norm_product", "gated_output_product")
+    }
     together["renormalised_output_norm"] = [0.0] * E
     pairs = list(
         zip(event.token_P.tolist(), event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..stats.sums import LayerStatistics
 from .criterion import criterion
+
+UNDECIDED = 0.85  # share of the largest entropy above which a router says little (MESA)
 
 
 @criterion("ean", paper="arXiv 2510.13999 (REAP)", needs=("output_norm",))
@@ -133,6 +137,27 @@ def reap_renormalised(layer: LayerStatistics) -> Tensor:
               the constant that gates are scaled by).
     """
     return _per_token(layer["renormalised_output_norm"], layer["count"])
+
+
+@criterion(
+    "mesa",
+    paper="arXiv 2609.04453 (MESA)",
+    needs=("router_entropy", "tokens", "count", "output_norm", "gated_output_norm"),
+)
+def mesa(layer: LayerStatistics) -> Tensor:
+    """What experts say without the router's weights where the router is undecided, and with them where it is not.
+
+    S_e = man_e where H > 0.85 log E, else reap_e,  H = (1 / T) sum_t -sum_e p_t,e log p_t,e, p_t = softmax(logits_t)
+
+    Units:    hidden-state L2 norm; norms grow with depth, and layers may be on either side of the rule.
+    Edges:    a rare but loud expert ranks high.
+    Cost:     one softmax over all experts per token.
+    Differs:  the rule alone is MESA's: its summary says that routers whose entropy is above 85% of the largest gain by its score
+              and others lose. The score itself could not be read; `man`, which leaves gates out, stands for it.
+    """
+    entropy = float(layer["router_entropy"] / layer["tokens"].clamp(min=1))
+    undecided = entropy > UNDECIDED * math.log(max(layer.shape.num_experts, 2))
+    return man(layer) if undecided else reap(layer)
 
 
 def _per_token(total_E: Tensor, count_E: Tensor) -> Tensor:

@@ -107,6 +107,23 @@ def softmax_sum(event: RouterEvent) -> Tensor:
     return event.wide_TE.softmax(dim=-1).sum(dim=0, dtype=torch.float64)
 
 
+@statistic("router_entropy", axes="", event=RouterEvent, on_demand=True)
+def router_entropy(event: RouterEvent) -> Tensor:
+    """How undecided the router is, over all tokens.
+
+    sum_t -sum_e p_t,e log p_t,e,  p_t = softmax(logits_t) over all E experts
+
+    Needs:    every token's router logits; collected on demand only.
+    Shapes:   a single number.
+    Units:    nats; divide by `tokens` and by log E for a share of the largest that there is.
+    Edges:    0 without tokens; sigmoid routers get the softmax all the same.
+    Cost:     one softmax over T*E.
+    Source:   the diagnosis of MESA, arXiv 2609.04453.
+    """
+    log_TE = event.wide_TE.log_softmax(dim=-1)
+    return -(log_TE.exp() * log_TE.clamp(min=torch.finfo(log_TE.dtype).min)).sum(dtype=torch.float64)
+
+
 @statistic("logit_norm", axes="", event=RouterEvent)
 def logit_norm(event: RouterEvent) -> Tensor:
     """How strongly the router speaks in this layer, for LightMoE's layer weights.
