@@ -55,7 +55,7 @@ METHOD_OPTIONS = {
     "expert-slimming": "--mask --pattern --share",
     "layer-drop": "--keep",
     "dek": "--alike --align --linkage --score",
-    "eep": "--generations --most --population --seed",
+    "eep": "--generations --mergings --most --population --seed",
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",

@@ -16,7 +16,7 @@ from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError, UnsupportedModel
 from locum.measure.removals import ModelExplorer, draw_sample, gram_of_outputs
-from locum.models.families import find_layers
+from locum.models.families import find_layers, read_expert, write_expert
 from locum.models.next_token_loss import loss_sum
 from locum.models.router_rules import spread_gates
 from locum.models.watch import run_experts
@@ -126,6 +126,24 @@ def test_loss_increase_is_that_of_a_pruned_model(model, explorer):
     near(without[0], ((ours - whole) / count).double(), 1e-5)
     assert without[1] == 0
     assert_untouched(model, before)
+
+
+def test_loss_merged_is_that_of_a_model_with_these_mixtures(model, explorer):
+    before, (name, *_) = state(model), [layer.name for layer in explorer.shape.layers]
+    weight_EE = torch.eye(8, dtype=torch.float64)
+    weight_EE[[1, 6]] = 0
+    weight_EE[3, [3, 6]] = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    merged, pruned_only = explorer.loss_merged([{name: weight_EE}, {name: (weight_EE > 0.5).double()}])
+    assert pruned_only == explorer.loss_without([{name: masks((1, 6))[0]}]) != merged
+    assert_untouched(model, before)
+    twin = copy.deepcopy(model)
+    experts = twin.get_submodule(name)
+    one, other = (read_expert(experts, e) for e in (3, 6))
+    write_expert(experts, 3, one.map(lambda key, tensor: 0.75 * tensor + 0.25 * getattr(other, key)))
+    with torch.no_grad():
+        whole, count = loss_sum(model, explorer.batches[0], model.device)
+        ours, _ = loss_sum(pruned(twin, {name: (1, 6)}), explorer.batches[0], model.device)
+    near(merged, ((ours - whole) / count).double(), 1e-4)
 
 
 def test_block_error_is_that_of_pruned_decoder_layers(model, explorer):

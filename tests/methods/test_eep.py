@@ -11,10 +11,11 @@ from torch import Tensor
 
 from locum.methods.eep import EEP
 from locum.methods.naee import NAEE
-from locum.plans.plan import DROPPED
+from locum.plans.plan import DROPPED, KEPT, make_plan
 from locum.shapes import ModelShape
 from locum.stages.searching import with_found
 from making.handmade import layers_of, make_statistics, toy_shape
+from making.slots import base_of
 
 SHAPE = toy_shape(layers=2, experts=5, top_k=2, d=16, f=8)
 
@@ -83,6 +84,58 @@ def test_groups_give_equally_many_and_a_tight_layer_gives_none() -> None:
     tight = toy_shape(layers=1, experts=4, top_k=4, d=16, f=8)
     (named,) = explored(Coupled(tight, 0)).values()
     assert named["best_sets"].sum() == 0
+
+
+class Mixing(Coupled):
+    """Its loss is lowest where expert 0 of every layer is half itself and half expert 1; what is dropped counts a little."""
+
+    def loss_merged(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        self.mixtures = [*getattr(self, "mixtures", ()), *candidates]
+        return torch.tensor([sum(self.of_layer(weight_EE) for weight_EE in c.values()) for c in candidates])
+
+    def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return torch.tensor([sum(self.of_layer((~mask).double().diag()) for mask in c.values()) for c in candidates])
+
+    def of_layer(self, weight_EE: Tensor) -> float:
+        gone_E = ~weight_EE.any(dim=1)
+        best_E = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0], dtype=torch.float64)
+        return float(2 * gone_E[0] + 0.1 * (gone_E * torch.arange(5)).sum() + (weight_EE[0] - best_E).norm())
+
+
+def test_mixtures_lower_the_loss_from_the_best_that_was_pruned_and_stay_mixtures() -> None:
+    model = Mixing(SHAPE, 0)
+    found = explored(model, most=0.4, population=6, generations=6, mergings=25)
+    for count in (1, 2):
+        sets = sets_of(found, count)
+        assert sets == [(1, 2)[:count]] * 2
+        for named, gone in zip(found.values(), sets, strict=True):
+            weight_EE = named["merge_weights"][count - 1]
+            stay = [e for e in range(5) if e not in gone]
+            assert not weight_EE[list(gone)].any() and bool((weight_EE >= 0).all())
+            torch.testing.assert_close(weight_EE[stay].sum(dim=1), torch.ones(len(stay), dtype=torch.float64))
+            pruned_EE = torch.eye(5, dtype=torch.float64)
+            pruned_EE[list(gone)] = 0
+            assert model.of_layer(weight_EE) < 0.8 * model.of_layer(pruned_EE)
+    again = explored(Mixing(SHAPE, 0), most=0.4, population=6, generations=6, mergings=25)
+    assert all(torch.equal(found[name]["merge_weights"], again[name]["merge_weights"]) for name in found)
+    assert len(model.mixtures) == 2 * (1 + 25 * 4)
+
+
+def test_plans_put_mixtures_where_something_stays() -> None:
+    method = EEP(most=0.4, population=6, generations=6, mergings=4)
+    found = method.explore(Mixing(SHAPE, 0), lambda *_: None)
+    statistics = with_found(make_statistics(SHAPE), found)
+    assert all(plan.is_identity for plan in layers_of(method, statistics, SHAPE, 0.0))
+    for amount, count in ((0.5, 1), (1.0, 2)):
+        for plan, named in zip(layers_of(method, statistics, SHAPE, amount), found.values(), strict=True):
+            for e, slot in enumerate(plan.slots):
+                row_E = named["merge_weights"][count - 1, e]
+                base = plan.bases[base_of(slot)] if base_of(slot) is not None else None
+                assert (slot == DROPPED) == (not bool(row_E.any())) and (slot == KEPT) == (float(row_E[e]) == 1)
+                if base is not None:
+                    assert base.experts == tuple(row_E.nonzero().flatten().tolist())
+                    assert base.weights == pytest.approx(row_E[list(base.experts)].tolist())
+        assert make_plan(SHAPE, layers_of(method, statistics, SHAPE, amount)).removed(SHAPE) == pytest.approx(count / 5)
 
 
 def test_plans_drop_what_was_found() -> None:

@@ -90,6 +90,7 @@ FOUND = SearchEvent(
         "removal_loss": torch.tensor([0.5, -1, 2, 3, 0], dtype=torch.float64),
         "loss_curve": torch.tensor([-1, 0.5, 2, 2, 2], dtype=torch.float64),
         "best_sets": torch.tensor([[0, 1, 0, 0, 0], *[[0, 1, 0, 0, 1]] * 4], dtype=torch.float64),
+        "merge_weights": torch.eye(5, dtype=torch.float64).repeat(5, 1, 1),
     }
 )
 

@@ -57,6 +57,9 @@ class RememberedAnswers:
     def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         return self._of_layers("loss_without", self.explorer.loss_without, candidates)
 
+    def loss_merged(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return self._of_layers("loss_merged", self.explorer.loss_merged, candidates)
+
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         return self._of_layers("block_error", self.explorer.block_error, candidates)
 
@@ -96,8 +99,9 @@ class RememberedAnswers:
 
     def _key(self, question: str, *masks: tuple[str, Tensor]) -> bytes:
         digest = hashlib.blake2b(self.pruned + question.encode(), digest_size=KEY_BYTES)
-        for layer, removed_E in masks:
-            digest.update(layer.encode() + b"\0" + removed_E.to(torch.uint8).numpy().tobytes())
+        for layer, asked in masks:
+            plain = asked.to(torch.uint8) if asked.dtype == torch.bool else asked.double()
+            digest.update(layer.encode() + b"\0" + plain.contiguous().numpy().tobytes())
         return digest.digest()
 
 

@@ -3,6 +3,7 @@
     output_error    one layer's output, from cached products of its experts' outputs; no expert runs per candidate
     loss_increase   the whole model's loss on the sample, without experts of one layer
     loss_without    the same without experts of many layers at once
+    loss_merged     the same where experts are also mixtures of each other (`merged_experts.py`)
     block_error     the hidden state after a stretch of decoder layers
     prune           for good, in place
 
@@ -49,6 +50,7 @@ from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
 from ..stats.events import EveryExpertEvent
+from .merged_experts import merged_experts
 
 SAMPLE = 2048  # tokens
 PIECE = (
@@ -168,12 +170,29 @@ class ModelExplorer:
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] mean next-token loss of the whole model on the sample without them, minus with all, in nats per token."""
         removed_CE = self._checked(layer, removed_CE)
-        return self._losses([{layer: removed_E} for removed_E in removed_CE])
+        return self._losses([MaskedRouters([(self.layers[layer], removed_E)]) for removed_E in removed_CE])
 
     def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] the same where a candidate maps any layers of the model to their removed experts [E]."""
         checked = [{n: self._checked(n, mask[None])[0] for n, mask in candidate.items()} for candidate in candidates]
         return self._losses(checked)
+
+    def loss_merged(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """[C] the same where a candidate maps any layers of the model to weights [E, E]: expert e becomes sum_i weight[e, i] W_i,
+        and goes where its row is zero."""
+        if is_streamed(self.model):
+            raise UnsupportedModel(
+                "mixtures of experts are tried on the whole model, which a streamed one is not: give --no-stream"
+            )
+        self._losses([])  # the whole model's own loss, before anything is mixed
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *map(self._loss_of_mixtures, candidates)])
+
+    def _loss_of_mixtures(self, weights: Mapping[str, Tensor]) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for name, weight_EE in weights.items():
+                alive = self.alive[name]
+                stack.enter_context(merged_experts(self.layers[name], weight_EE[alive][:, alive]))
+            return self.loss_without([{name: ~weight_EE.any(dim=1) for name, weight_EE in weights.items()}])
 
     def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         if self.model.get_output_embeddings() is None:

@@ -117,6 +117,11 @@ class Explorer(Protocol):
         """[C] float64: the same where each candidate maps any layers of the model to removed [E] bools."""
         ...
 
+    def loss_merged(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """[C] float64: the same where each candidate maps any layers to weights [E, E]: the weights of expert e become the
+        sum over i of weight[e, i] times those of expert i, and one whose row is zero is removed."""
+        ...
+
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] float64: each candidate maps the consecutive layers of one block to removed [E] bools; || hidden state
         after the block's last decoder layer, original minus pruned ||_F, attention, norms and residuals included, from

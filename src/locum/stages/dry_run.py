@@ -15,7 +15,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,10 +299,16 @@ class _Timed:
             self.whole_seconds += time.perf_counter() - begin
 
     def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return self._once(self._explorer.loss_without, candidates)
+
+    def loss_merged(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return self._once(self._explorer.loss_merged, candidates)
+
+    def _once(self, ask: Callable[[Any], Tensor], candidates: Any) -> Tensor:
         begin = time.perf_counter()
         self.asked_of_all.append(len(candidates))
         try:
-            return self._explorer.loss_without(candidates)
+            return ask(candidates)
         finally:
             self.once_seconds += time.perf_counter() - begin
 

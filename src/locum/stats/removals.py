@@ -60,3 +60,19 @@ def best_sets(event: SearchEvent) -> Tensor:
     Source:   NAEE, arXiv 2402.14800; EEP, arXiv 2407.00945.
     """
     return event.found["best_sets"]
+
+
+@statistic("merge_weights", axes="XEE", event=SearchEvent, on_demand=True)
+def merge_weights(event: SearchEvent) -> Tensor:
+    """Of every number of experts of a layer, the mixtures that a search found for those that stay.
+
+    row e, column i, for x experts that go: how much of W_i is in what takes the place of W_e; a row of zeros where e goes
+
+    Needs:    a search on the live model (`locum search --method eep --mergings N`); calibration does not give it.
+    Shapes:   (E, E, E), the first for one expert that goes; rows and gaps between numbers as those of `best_sets`.
+    Units:    at least 0; a row sums to 1 or is zero.
+    Edges:    ones on the diagonal in a layer that can spare none.
+    Cost:     E*E*E float64 per layer; a pass of the model, and the mixtures, for every candidate that it tries.
+    Source:   the expert merging matrices of EEP, arXiv 2407.00945.
+    """
+    return event.found["merge_weights"]
