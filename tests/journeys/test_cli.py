@@ -55,6 +55,7 @@ METHOD_OPTIONS = {
     "expert-slimming": "--mask --pattern --share",
     "layer-drop": "--keep",
     "dek": "--alike --align --linkage --score",
+    "diep": "--floor --mass --protect --steps",
     "eep": "--generations --mergings --most --population --seed",
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",

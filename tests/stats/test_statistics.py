@@ -166,6 +166,10 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
         zip(event.token_P.tolist(), event.expert_P.tolist(), event.gate_P.tolist(), event.out_PD.tolist(), strict=True)
     )
     for token, expert, gate, out in pairs:
+        for other_token, other, other_gate, other_out in pairs:
+            if other_token == token:
+                dot = sum(a * b for a, b in zip(out, other_out, strict=True))
+                together["gated_output_product"][expert][other] += gate * other_gate * dot
         of_token = [(e, g, math.sqrt(sum(v * v for v in o))) for t, e, g, o in pairs if t == token]
         norm = math.sqrt(sum(v * v for v in out))
         together["renormalised_output_norm"][expert] += gate / sum(g for _, g, _ in of_token) * norm

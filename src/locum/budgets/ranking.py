@@ -38,7 +38,13 @@ def layer_scores(statistics: Statistics, shape: ModelShape, score: str) -> tuple
 
 def ranking(statistics: Statistics, shape: ModelShape, score: str, protect: bool, floor: int = 0) -> Ranking:
     """Scores by a criterion, Super Experts kept where they are protected. Needs what both read."""
-    scores_LE = layer_scores(statistics, shape, score)
+    return protected(layer_scores(statistics, shape, score), statistics, shape, protect, floor)
+
+
+def protected(
+    scores_LE: Sequence[Tensor], statistics: Statistics, shape: ModelShape, protect: bool, floor: int = 0
+) -> Ranking:
+    """The same by scores that are there."""
     kept_L = super_experts(statistics, shape) if protect else [set() for _ in shape.layers]
     scores_LE = tuple(
         scores_E.index_fill(

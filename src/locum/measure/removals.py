@@ -170,7 +170,7 @@ class ModelExplorer:
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] mean next-token loss of the whole model on the sample without them, minus with all, in nats per token."""
         removed_CE = self._checked(layer, removed_CE)
-        return self._losses([MaskedRouters([(self.layers[layer], removed_E)]) for removed_E in removed_CE])
+        return self._losses([{layer: removed_E} for removed_E in removed_CE])
 
     def loss_without(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] the same where a candidate maps any layers of the model to their removed experts [E]."""

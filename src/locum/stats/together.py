@@ -1,6 +1,6 @@
 """Statistics of the experts that one token selected together.
 
-Letters: T tokens, P pairs (token, expert) sorted by expert, E experts.
+Letters: T tokens, K top-k, P pairs (token, expert) sorted by expert, E experts, D model width.
 """
 
 from __future__ import annotations
@@ -62,3 +62,38 @@ def gated_norm_product(event: RoutedEvent) -> Tensor:
     """
     size_TE = event.by_token(event.norm_P * event.gate_P)
     return size_TE.T @ size_TE
+
+
+PIECE = 2**22  # numbers of outputs that are held in float64 at a time
+
+
+@statistic("gated_output_product", axes="EE", event=RoutedEvent, on_demand=True)
+def gated_output_product(event: RoutedEvent) -> Tensor:
+    """How two experts' contributions to the same tokens add up: with it, what any scaling of experts changes in a layer's output.
+
+    sum_{t routed to i and j} g_t,i g_t,j f_i(x_t) . f_j(x_t);  sum_t ||y_t - sum_e m_e g_t,e f_e(x_t)||^2 = (1 - m)^T A (1 - m)
+
+    Needs:    routed tokens' gates and expert outputs; collected on demand only.
+    Shapes:   (E, E), symmetric, positive semidefinite.
+    Units:    hidden state squared; comparable within a layer.
+    Edges:    0 for a never-routed expert, and for two that no token selected together; below 0 where two speak against each other.
+    Cost:     E*E float64 per layer and domain; products of T*K*K*D and T*K*E*E.
+    Source:   not from a paper; the sums behind the reconstruction error of DiEP, arXiv 2509.16105.
+    """
+    num_experts, width = len(event.counts), event.out_PD.shape[1]
+    total_EE = event.out_PD.new_zeros(num_experts, num_experts, dtype=torch.float64)
+    order_P = event.token_P.argsort(stable=True)
+    pairs_T = torch.bincount(event.token_P)
+    top_k = int(pairs_T.max()) if len(pairs_T) else 1
+    first = 0
+    for pairs_piece in pairs_T.split(max(1, PIECE // (top_k * max(width, num_experts)))):
+        some_P = order_P[first : first + int(pairs_piece.sum())]
+        first += len(some_P)
+        token_P = torch.arange(len(pairs_piece), device=some_P.device).repeat_interleave(pairs_piece)
+        place_P = torch.arange(len(some_P), device=some_P.device) - (pairs_piece.cumsum(0) - pairs_piece)[token_P]
+        out_TKD = total_EE.new_zeros(len(pairs_piece), top_k, width)
+        out_TKD[token_P, place_P] = event.out_PD[some_P].double() * event.gate_P[some_P].double()[:, None]
+        chosen_TKE = total_EE.new_zeros(len(pairs_piece), top_k, num_experts)
+        chosen_TKE[token_P, place_P, event.expert_P[some_P]] = 1
+        total_EE += chosen_TKE.flatten(0, 1).T @ (out_TKD @ out_TKD.mT @ chosen_TKE).flatten(0, 1)
+    return total_EE
