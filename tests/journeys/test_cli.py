@@ -60,6 +60,7 @@ METHOD_OPTIONS = {
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",
     "lightmoe": "--align --alpha --bases --clip --grouping --rank --score --selection --start",
+    "lor-experts": "--align --linkage --rank --score --start",
     "m-smoe": "--align --budget --score",
     "merge-moe": "--align --fit --score",
     "moe-i2": f"{SEARCH} --seed",

@@ -160,3 +160,11 @@ def test_training_goes_on_from_round_to_round_and_the_result_is_of_the_original(
     assert {row.model for row in locum.evaluate(out, data=str(words), split="all", tokens=256, length=32)} >= {
         "original"
     }
+
+
+@pytest.mark.journeys
+def test_what_rounds_would_take_is_said_and_nothing_is_written(checkpoint, words, tmp_path):
+    asked = {"data": str(words), "method": "prune", "remove": 0.5, "dry_run": True, "out": tmp_path / "out", **SHORT}
+    once, often = (locum.compress(checkpoint, rounds=n, **asked) for n in (1, 3))
+    assert [part.stage for part in often.parts] == 3 * [part.stage for part in once.parts]
+    assert often.seconds > once.seconds and not list(tmp_path.iterdir())
