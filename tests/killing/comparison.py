@@ -17,6 +17,7 @@ from fuzzing.tensor_damages import read_tensors
 
 FORCED = "--force in the command"
 SPENT = re.compile(r"'(seconds|peak_bytes)': [\d.]+")  # in the text of a card
+ESCAPED = re.compile(r"\\+_")  # as Markdown has it, and that as a string of JSON
 LEFT_OUT = {
     "time": "the date in provenance, also as text of a card or a page",
     "seconds": "how long a training, step or measurement took",
@@ -70,7 +71,7 @@ def _compare_fields(name: str, ours: dict[str, Any], theirs: dict[str, Any], fou
 
 def _without(text: str) -> str:
     """Text, or a command of provenance, without dates, --force, and what it took."""
-    plain = TIME.sub("<time>", text.replace(" --force", "").replace("\\_", "_"))
+    plain = TIME.sub("<time>", ESCAPED.sub("_", text.replace(" --force", "")))
     return SPENT.sub(r"<\1>", plain)
 
 
