@@ -68,11 +68,12 @@ def runs(original: Path, here: Path, tokens: int) -> Iterator[tuple[str, bool, l
     yield "apply", False, ["apply", str(original), "--plan", str(plan), "--out", str(small)]
     for streamed, flag in both:
         yield "eval", streamed, ["eval", str(small), "--against", str(original), *text, "--split", "all", *fp32, flag]
-    for how, more in {"lora": [], "lora --checkpointing on": [], "annealed": [], "layerwise": []}.items():
+    for how, more in {"lora": [], "lora --checkpointing on": [], "annealed": []}.items():
         words = ["recover", *training, "--how", *how.split(), *more, "--out", str(here / how.replace(" ", ""))]
         yield f"recover --how {how}", False, words
-    layerwise = ["recover", *training, "--how", "layerwise", "--stream", "--out", str(here / "onebyone")]
-    yield "recover --how layerwise", True, layerwise
+    for streamed, flag in both:
+        layerwise = ["recover", *training, "--how", "layerwise", flag, "--out", str(here / f"layerwise{flag}")]
+        yield "recover --how layerwise", streamed, layerwise
 
 
 def page(results: Path) -> str:
