@@ -145,9 +145,9 @@ class OneByOne:
         self.places = sorted({place_in(self.prefix, name) for name in self.changed})  # the decoder layers that learn
         self.steps_done = 0
 
-    @property
+    @functools.cached_property
     def resumed_at(self) -> int:
-        """The steps of the layers that are kept."""
+        """The steps of the layers that an earlier run kept, up to the first one that it did not."""
         kept = itertools.takewhile(lambda index: self.kept.load(index) is not None, self.places)
         return self.options.steps * sum(1 for _ in kept)
 
@@ -202,7 +202,7 @@ class OneByOne:
     def _learn_layer(self, index: int, calls: list[LayerCall | None]) -> None:
         """Train a layer, or take what is kept of it."""
         mine = [(n, layer) for n, layer in self._moe_layers(self.model, index) if layer.shape.name in self.changed]
-        if mine and (tensors := self.kept.load(index)) is not None:
+        if mine and self.steps_done < self.resumed_at and (tensors := self.kept.load(index)) is not None:
             self._take(mine, tensors)
             self.steps_done += self.options.steps
         elif mine:
