@@ -156,8 +156,9 @@ def mesa(layer: LayerStatistics) -> Tensor:
               and others lose. The score itself could not be read; `man`, which leaves gates out, stands for it.
     """
     entropy = float(layer["router_entropy"] / layer["tokens"].clamp(min=1))
+    without_gates_E, with_gates_E = man(layer), reap(layer)
     undecided = entropy > UNDECIDED * math.log(max(layer.shape.num_experts, 2))
-    return man(layer) if undecided else reap(layer)
+    return without_gates_E if undecided else with_gates_E
 
 
 def _per_token(total_E: Tensor, count_E: Tensor) -> Tensor:

@@ -269,8 +269,12 @@ def check_rounds(rounds: int, chosen: Method, shape: ModelShape, few: FewBits | 
         )
     if chosen.reads_weights or isinstance(chosen, SearchingMethod):
         return
-    even = chosen.score_experts(even_statistics(shape, chosen.needs()), shape)
-    check_only_drops(rounds, make_plan(shape, chosen.plan(even, shape, 0.5), method=chosen.name))
+    try:
+        even = chosen.score_experts(even_statistics(shape, chosen.needs()), shape)
+        tried = make_plan(shape, chosen.plan(even, shape, 0.5), method=chosen.name)
+    except LocumError:  # it cannot plan from what says nothing; the first round tells
+        return
+    check_only_drops(rounds, tried)
 
 
 def _in_rounds(
