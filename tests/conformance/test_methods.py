@@ -12,7 +12,7 @@ import torch
 from locum.budgets.clusters import tree
 from locum.containers.layout import active_parameters
 from locum.criteria.criterion import CRITERIA
-from locum.errors import StatisticsError
+from locum.errors import PlanError, StatisticsError
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
 from locum.methods.d2_moe import D2MoE
@@ -37,6 +37,7 @@ READING = tuple(name for name in ALL if METHODS[name]().needs())  # the others p
 STORED = tuple(
     name for name in ALL if METHODS[name].saves == "stored"
 )  # the others remove nothing, whatever the amount
+REFUSE_GROUPS = ("groups",)  # a router with groups of its own gets no others
 AMOUNTS = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 SHAPE = toy_shape()
 PAPER = r"arXiv \d{4}\.\d{5} \([^()]+\)|no paper \([^()]+\)"
@@ -164,6 +165,10 @@ def test_statistics_without_any_token_still_give_a_valid_plan(name: str) -> None
 def test_group_limited_routers_get_plans_they_can_use(name: str) -> None:
     shape = toy_shape(layers=2, num_groups=4, min_per_group=2)
     statistics = make_statistics(shape)
+    if name in REFUSE_GROUPS:
+        with pytest.raises(PlanError, match=r"own 4 groups of experts already"):
+            plan_of(METHODS[name](), statistics, shape, 1.0)
+        return
     for amount in AMOUNTS:
         plan_of(METHODS[name](), statistics, shape, amount)
 

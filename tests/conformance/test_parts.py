@@ -26,7 +26,13 @@ from making.containers import KINDS, D, E, F, assert_near, drawn_experts, layer_
 
 # Fields without a default, and what else a kind needs to be used: the others are made from their defaults.
 FIELDS = {"shared_base": {"base": 0}, "low_rank": {"rank": 3, "start": "svd"}, "narrowed": {"width": 4}}
-POLICY_FIELDS = {"main_with_vectors": {"main": 1}}
+POLICY_FIELDS = {
+    "main_with_vectors": {"main": 1},
+    "top_p": {"p": 0.5},
+    "skip": {"threshold": 0.5},
+    "group_local": {"groups": (0, 1) * (E // 2)},
+    "in_turn": {"policies": ({"policy": "main_with_vectors", "main": 2}, {"policy": "skip", "threshold": 0.5})},
+}
 PLANNED = sorted(set(PARTS) - {"own_biases"})  # own biases are in no plan: they follow
 CHOSEN = sorted(POLICIES)
 
@@ -180,5 +186,6 @@ def test_a_policy_never_names_an_expert_that_there_is_not_and_both_ways_agree(na
     assert bool((routed.weight_TM[routed.index_TM < 0] == 0).all())
     assert routed.index_TM.shape[1] <= container.layout.routing.most(3)
     wide = copy.deepcopy(container).double()
+    assert 0 < container.layout.routing.average(3) <= container.layout.routing.most(3)
     with torch.no_grad():  # float32 goes all at once where it can, float64 cluster by cluster
         assert_near(container(x, index, weights).double(), wide(x.double(), index, weights.double()), 1e-5)

@@ -25,6 +25,7 @@ from locum.stats.events import (
 )
 from locum.stats.merging import SAMPLE_ROWS, merge_into, sample_of
 from locum.stats.origin import Origin
+from locum.stats.shares import BINS
 from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
 E, D, F, K, V = 5, 4, 3, 2, 7
@@ -201,7 +202,24 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             squares["gated_input_square"][expert][i] += (gate * value) ** 2
     together |= squares | {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
     together["input_sample"] = slow_sample(event)
-    return {**sums, **rows, **products, **columns, **together}
+    return {**sums, **rows, **products, **columns, **together, **slow_shares(pairs)}
+
+
+def slow_shares(pairs: list[tuple[int, int, float, list[float]]]) -> dict[str, list[float]]:
+    """Histograms of the gates of a token's lesser experts, one token after the other, and a sample of tokens' gates."""
+    found = {name: [0.0] * BINS for name in ("gate_ratio", "gate_share", "prefix_share", "prefix_gate")}
+    rows = []
+    for token in sorted({t for t, *_ in pairs}):
+        gates = sorted((g for t, _, g, _ in pairs if t == token), reverse=True)
+        rows.append([sum(g for t, e, g, _ in pairs if (t, e) == (token, expert)) for expert in range(E)])
+        for r in range(1, len(gates)):
+            before, total = sum(gates[:r]), sum(gates)
+            found["gate_ratio"][math.floor(gates[r] / gates[0] * BINS)] += 1
+            found["gate_share"][math.floor(gates[r] / total * BINS)] += 1
+            found["prefix_share"][math.ceil(before / total * BINS) - 1] += 1
+            found["prefix_gate"][min(math.ceil(before * BINS), BINS) - 1] += 1
+    rows = sorted(rows, key=slow_key, reverse=True)
+    return {**found, "gate_sample": [*rows, *[[0.0] * E] * (SAMPLE_ROWS - len(rows))]}
 
 
 def slow_sample(event: RoutedEvent) -> list[list[float]]:
@@ -284,7 +302,7 @@ def test_definition_equals_slow_loop(name: str) -> None:
     expected = {**slow_router(router), **slow_routed(routed), **slow_others(), **FOUND.found}[name]
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
-    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V, "U": SAMPLE_ROWS}
+    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V, "U": SAMPLE_ROWS, "H": BINS}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
     torch.testing.assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from ..containers.container import StandInExperts
 from ..errors import UnsupportedModel
 from ..experts.weights import ExpertWeights
 from ..files import NOTES, whole
+from ..models.choosing import check_choosing, choose_by
 from ..models.families import (
     EXPERT_COUNTS,
     MoeLayer,
@@ -72,6 +73,7 @@ def apply_plan(
     layers = {layer.shape.name: layer for layer in find_layers(model)}
     if any(isinstance(layer.experts, StandInExperts) for layer in layers.values()):
         raise UnsupportedModel("the model is compressed already; apply the plan to the original checkpoint")
+    check_choosing(layers.values(), plan)
     for layer_plan in plan.layers:
         check_statistics(layer_plan, _read_by(layer_plan, statistics))
     stock = plan.is_stock(shape)
@@ -139,6 +141,7 @@ def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Sta
     )
     container.post_expert_norm = getattr(experts, "post_expert_norm", None)
     model.set_submodule(plan.layer, container)
+    choose_by(layer, container.layout.routing)
     return container.layout
 
 

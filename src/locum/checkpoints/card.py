@@ -26,7 +26,10 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
     said = [f"{plan.removed(shape):.1%} of the routed experts' parameters removed"] if plan.removed(shape) > 0 else []
     if any(layer.routing for layer in plan.layers):
         share = 1 - active_parameters(shape, plan) / active_parameters(shape)
-        said.append(f"{share:.1%} fewer parameters active for a token")
+        words = dict.fromkeys(str(layer.routing).partition(",")[0] for layer in plan.layers if layer.routing)
+        said.append(
+            f"{share:.1%} fewer parameters active for a token" if share > 0 else f"routing changed ({'; '.join(words)})"
+        )
     if masked := sum(len(layer.rewritten) for layer in plan.layers):
         said.append(f"nothing removed, weights of {masked} experts set to zero where they lie")
     return ", ".join(said) or "nothing removed"
@@ -117,7 +120,7 @@ def model_card(
     rows = [
         ("parameters", f"{shape.parameters:,}", f"{size.parameters:,}"),
         ("expert parameters", f"{shape.expert_parameters:,}", f"{size.expert_parameters:,}"),
-        ("active parameters, at most", f"{active_parameters(shape):,}", f"{active_parameters(shape, plan):,}"),
+        ("active parameters of a token", f"{active_parameters(shape):,}", f"{active_parameters(shape, plan):,}"),
         ("tensor bytes", f"{shape.bytes:,}", f"{size.bytes:,}"),
     ]
     experts = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError, PlanError
+from ..models.choosing import choose_by
 from ..models.families import canonical_activation, find_layers, leave_router_logits, slice_router
 from ..shapes import LayerShape
 
@@ -99,6 +101,7 @@ def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
         container = StandInExperts(layout, canonical_activation(layer.experts), weight.dtype, weight.device)
         container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
         model.set_submodule(name, container)
+        choose_by(layer, layout.routing)
         layer.block._is_hf_initialized = True  # some families' blocks would initialise the stock experts' own tensors
         if layout.num_experts != layer.shape.num_experts:
             slice_router(layer, layout.num_experts)
@@ -140,6 +143,7 @@ def check_layout(name: str, layout: Layout, shape: LayerShape) -> None:
         )
     if layout.routing is not None:
         try:
-            layout.routing.check(f"config.json, {name}: its routing policy", shape)
+            left = replace(shape, num_experts=layout.num_experts)
+            layout.routing.check(f"config.json, {name}: its routing policy", left)
         except PlanError as error:
             raise CheckpointError(f"{error}; restore the config.json that was written with the weights") from error

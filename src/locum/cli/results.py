@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,8 @@ def _inspect_table(result: dict[str, Any]) -> None:
         f"routed experts {result['expert_parameters']:,} ({share:.1%})"
     )
     say(
-        f"active for a token, at most: {result['active_parameters']:,} parameters, {describe_size(result['active_bytes'])}"
+        f"active for a token{_fewer(result['experts_per_token'])}: {result['active_parameters']:,} parameters, "
+        f"{describe_size(result['active_bytes'])}"
     )
     table = Table("layers", "experts", "top-k", "width", "router", "groups", "shared", box=None)
     for alike, first in _alike(result["layers"]):
@@ -55,6 +57,12 @@ def _inspect_table(result: dict[str, Any]) -> None:
     if result["would_save"]:
         say(_saving(result["would_save"]))
     say(f"next, with your own text in place of text.txt:\n  {result['next']}")
+
+
+def _fewer(experts: list[float]) -> str:
+    """How many experts of a layer run, where a policy runs fewer than are selected."""
+    selected, run = experts
+    return f" ({run:.3g} of {selected:.3g} experts a layer run)" if run < selected else ", at most"
 
 
 def _saving(would: dict[str, Any]) -> str:
@@ -146,6 +154,11 @@ def show_summary(result: dict[str, Any], as_json: bool) -> None:
         for key in ("parameters", "expert_parameters", "active_parameters", "bytes"):
             before, after = d[key]
             say(f"{key.replace('_', ' '):>18}: {before:>16,} -> {after:>16,}  ({after / before - 1:+.1%})")
+        selected, run = d["experts_per_token"]
+        if d["routing"]:
+            say(f"{'experts per token':>18}: {run:.2f} of {selected:.2f} that are selected, mean over layers")
+            for words, count in Counter(d["routing"].values()).items():
+                say(f"{'routing':>18}: {words} ({count} layers)")
         say(f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}")
         say(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
         if d["super_experts"]:

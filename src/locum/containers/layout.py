@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import CheckpointError, OptionError
 from ..experts.parts.low_rank import LowRank
 from ..experts.parts.own_weights import OwnWeights
 from ..experts.parts.part import PARTS, Part, Sizes
-from ..experts.policies.policy import POLICIES, Policy
+from ..experts.policies.policy import Policy, read_policy
 from ..formats.rows import is_packed, stored_shape
 from ..plans.layer_plan import StackKey
 from ..plans.plan import LayerPlan, Plan
@@ -139,16 +139,20 @@ class Layout:
     def active_parameters(self, top_k: int) -> int:
         """The most parameters that one token uses: the largest experts that can run for it, and the policy's rows.
 
-        An expert counts with everything that it computes with, so a base that two of them share counts twice.
+        An expert counts with everything that it computes with, so a base that two of them share counts twice. Where it
+        was counted how many run for a token on average, it is so many of them.
         """
         sizes = [0] * self.num_experts
         for stack in self.stacks:
             one = stack.parameters(self)
             sizes = [size + (one if row >= 0 else 0) for size, row in zip(sizes, stack.rows, strict=True)]
-        most = top_k if self.routing is None else self.routing.most(top_k)
+        most, average = (
+            (top_k, top_k) if self.routing is None else (self.routing.most(top_k), self.routing.average(top_k))
+        )
         stored = self.routing.tensors(self).values() if self.routing else ()
         rows = self.routing.per_token(top_k) if self.routing else 0
-        return sum(sorted(sizes)[-most:]) + rows * sum(math.prod(shape[1:]) for shape in stored)
+        experts = round(sum(sorted(sizes)[-most:]) * average / most)
+        return experts + rows * sum(math.prod(shape[1:]) for shape in stored)
 
     @classmethod
     def of(cls, plan: LayerPlan, shape: LayerShape) -> Layout:
@@ -160,7 +164,8 @@ class Layout:
             rows = tuple(number[row_of[e]] if e in row_of else -1 for e in plan.survivors)
             stacks.append(StackLayout(kind.name, variant, rows, format))
         sizes = (shape.hidden_size, shape.expert_width, shape.has_gate, shape.has_bias, len(plan.survivors))
-        return cls(*sizes, tuple(stacks), plan.routing)
+        routing = None if plan.routing is None else plan.routing.among(plan.survivors)
+        return cls(*sizes, tuple(stacks), routing)
 
     def with_adapters(self, rows: tuple[int, ...], rank: int) -> Layout:
         """The layout for training in which these dense rows have an adapter of this rank, shared by all their users.
@@ -187,7 +192,7 @@ class Layout:
         fields = [dataclasses.asdict(stack) for stack in self.stacks]
         data["stacks"] = [{name: x for name, x in stack.items() if name != "format" or x} for stack in fields]
         if self.routing is not None:
-            data["policy"] = {"policy": self.routing.name, **dataclasses.asdict(self.routing)}
+            data["policy"] = self.routing.to_json()
         return data
 
     @classmethod
@@ -248,7 +253,7 @@ def _tuples(stack: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _policy(data: dict[str, Any]) -> Policy:
-    policy = POLICIES[data["policy"]](**{name: value for name, value in data.items() if name != "policy"})
+    policy = read_policy(data)
     policy.check("its routing policy", None)
     return policy
 
@@ -257,7 +262,8 @@ def active_parameters(shape: ModelShape, plan: Plan | None = None) -> int:
     """The most parameters that one token uses, of a stock model or of what a plan makes of it.
 
     Everything outside the routed experts counts, in each MoE layer the largest experts that can run, and what their
-    policy reads. Where experts differ in size it is an upper bound: a token may use smaller ones.
+    policy reads. Where experts differ in size it is an upper bound: a token may use smaller ones. Of policies by which tokens
+    differ in the number of their experts, it is the average that calibration counted.
     """
     shape = shape.model
     plans = {layer.layer: layer for layer in plan.layers} if plan else {}
@@ -267,3 +273,9 @@ def active_parameters(shape: ModelShape, plan: Plan | None = None) -> int:
         mine = plans.get(layer.name)
         total += Layout.of(mine, layer).active_parameters(layer.top_k) if mine else layer.top_k * layer.parameters()
     return total
+
+
+def experts_per_token(shape: ModelShape, routing: Mapping[str, Policy | None]) -> list[float]:
+    """Experts of a layer that the router selects for a token, and that run for it on average; means over layers."""
+    run = [policy.average(x.top_k) if (policy := routing.get(x.name)) else x.top_k for x in shape.layers]
+    return [sum(layer.top_k for layer in shape.layers) / len(run), sum(run) / len(run)]

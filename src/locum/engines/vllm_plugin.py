@@ -47,6 +47,7 @@ from ..checkpoints.skeleton import skeleton
 from ..checkpoints.weight_files import other_weights
 from ..containers.container import StandInExperts
 from ..errors import CheckpointError, UnsupportedModel
+from ..experts.policies.policy import Policy
 
 Numbers = tuple[int, ...]
 
@@ -273,6 +274,7 @@ def prepare_model(model: nn.Module, quantization: LocumQuantization, vllm_config
             container = runner.routed_experts.container
             containers[path_numbers(runner.layer_name)] = f"{name}.routed_experts.container", container
             fit_router(model.get_submodule(name.rpartition(".")[0]), runner, container.num_experts)
+            choose_by(runner, container.layout.routing)
             # vLLM's own opaque operator: on CPU it would let torch.compile trace into the experts instead, and a
             # container's products depend on what was routed.
             shared = runner.shared_experts is not None
@@ -320,6 +322,27 @@ def fit_router(block: nn.Module, runner: MoERunner, num_experts: int) -> None:
         linear.output_size = linear.output_size_per_partition = num_experts
         linear.allow_fp32_router_gemm = False  # a kernel for the stock number of experts only
     runner.router.global_num_experts = num_experts
+
+
+def choose_by(runner: MoERunner, policy: Policy | None) -> None:
+    """Let a policy choose in place of a layer's router, where it does, from the logits that vLLM hands to that."""
+    if policy is None or not policy.chooses:
+        return
+    router = runner.router
+    if getattr(router, "e_score_correction_bias", None) is not None:
+        raise UnsupportedModel(
+            f"{runner.layer_name}: the router adds a selection bias to its choice; a policy cannot choose in its place"
+        )
+    stock = router._compute_routing
+
+    def compute(
+        hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, **given: Any
+    ) -> tuple[Tensor, Tensor]:
+        weights, index = stock(hidden_states, router_logits, indices_type, **given)
+        chosen, mine = policy.choose(router_logits, index.long(), weights)
+        return mine, chosen.to(index.dtype)
+
+    router._compute_routing = compute
 
 
 def load_weights(

@@ -12,8 +12,8 @@ method has `score_experts` and `plan`, and may have more:
     explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
                      which `score_experts` then reads: one search serves any target
 
-A method `saves` "stored" parameters, so that --remove or --fit says how many, or "active" ones, or "products" with weights that
-are zero, which its own options say. One that needs no statistics plans from a checkpoint's shape alone.
+A method `saves` "stored" parameters, so that --remove or --fit says how many, or "active" ones, "products" with weights that are
+zero, or "devices" that a token touches, which its own options say. One that needs no statistics plans from a checkpoint's shape alone.
 
 What a plan's slots mean in weights is the same for all methods. Other packages offer methods under the entry-point
 group "locum.methods".
@@ -136,6 +136,7 @@ class Explorer(Protocol):
 
 SAVED = {
     "active": "active parameters",
+    "devices": "devices that a token touches",
     "products": "products with zeros",
 }  # what a method may save beside stored parameters
 METHODS: Registry[type[Method]] = Registry("method", "locum.methods")
@@ -150,7 +151,7 @@ def method(
 ) -> Callable[[type[Method]], type[Method]]:
     """Register a method under the name its paper gives it.
 
-    It `saves` "stored" or "active" parameters, or "products". One that `reads_weights` plans only where the checkpoint is at hand.
+    It `saves` "stored" or "active" parameters, "products" or "devices". One that `reads_weights` plans only where the checkpoint is at hand.
     Defaults of options are the best that is known; `published` are the paper's own values where those differ.
     """
 

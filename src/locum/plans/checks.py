@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import OptionError, PlanError, unknown
@@ -48,6 +49,9 @@ def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
     if plan.routing is not None:
         plan.routing.check(f"{where}, routing", shape)
     _check_survivors(where, plan, shape)
+    if plan.routing is not None and len(plan.survivors) < shape.num_experts:
+        left = replace(shape, num_experts=len(plan.survivors))
+        plan.routing.among(plan.survivors).check(f"{where}, routing among the experts that are left", left)
 
 
 def _check_survivors(where: str, plan: LayerPlan, shape: LayerShape) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..experts.policies.in_turn import InTurn
 from ..experts.policies.policy import Policy
 from ..shapes import ModelShape
 from .checks import check_layers
@@ -172,11 +173,12 @@ def with_provenance(plan: Plan, **provenance: Any) -> Plan:
 
 
 def with_routing(plan: Plan, routing: Mapping[str, Policy], shape: ModelShape) -> Plan:
-    """The plan with these layers' routing policies in place of what it had; layers that it left out come in whole.
+    """The plan with these layers' routing policies on top of what it had, in place of one of the same kind; layers that it
+    left out come in whole.
 
     Raises PlanError where the result does not fit `shape`.
     """
     kept = {s.name: LayerPlan(s.name, (KEPT,) * s.num_experts) for s in shape.layers if s.name in routing}
     layers = kept | {layer.layer: layer for layer in plan.layers}
-    made = [replace(layer, routing=routing.get(name, layer.routing)) for name, layer in layers.items()]
+    made = [replace(layer, routing=InTurn.of(layer.routing, routing.get(name))) for name, layer in layers.items()]
     return replace(plan, layers=tuple(made)).validate(shape)

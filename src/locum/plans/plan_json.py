@@ -61,7 +61,7 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any]:
         experts.append({"expert": e, "parts": parts} if slot.survives else {"expert": e, "dropped": True})
     policy = {}
     if plan.routing is not None:
-        policy = {"policy": {"policy": plan.routing.name, **dataclasses.asdict(plan.routing)}}
+        policy = {"policy": plan.routing.to_json()}
     return {"layer": plan.layer, **policy, "bases": bases, "experts": experts}
 
 
@@ -136,4 +136,9 @@ def _kind_from_json(data: Any, registry: Registry[Any], key: str, where: str) ->
     required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     names = sorted((f.name for f in fields), key=lambda name: name not in required)
     given = {name: value for name, value in data.items() if name != key}
-    return kind(**checked(given, {name: hints[name] for name in names}, len(required), f"{where} ({data[key]})"))
+    types = {name: list if typing.get_origin(hints[name]) is tuple else hints[name] for name in names}
+    fields_ = checked(given, types, len(required), f"{where} ({data[key]})")
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields_.items()})
+    except (OptionError, KeyError, TypeError) as error:  # of a policy inside of it
+        raise PlanError(f"{where} ({data[key]}) cannot be read: {error}") from error

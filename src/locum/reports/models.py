@@ -146,7 +146,7 @@ def _sentences(
         said.append(f"It keeps {after / before:.1%} of the bytes.")
     after, before = best.number("active_parameters"), original.number("active_parameters")
     if after and before and after < 0.99 * before:
-        said.append(f"A token uses {after / before:.1%} of the parameters at most.")
+        said.append(f"A token uses {after / before:.1%} of the parameters.")
     now, was = best.estimate(metric), original.estimate(metric)
     if now and was and was.value:
         change = now.value / was.value - 1

@@ -150,7 +150,7 @@ def _experts_figure(best: Model, original: Model | None) -> tuple[str, str] | No
     """What was saved most of: the parameters of routed experts, or those that a token uses."""
     kinds = {
         "expert_parameters": "of the routed experts' parameters",
-        "active_parameters": "of the parameters that a token uses at most",
+        "active_parameters": "of the parameters that a token uses",
     }
     both = {key: (original and original.number(key), best.number(key)) for key in kinds}
     saved = {key: 1 - after / before for key, (before, after) in both.items() if before and after}

@@ -21,6 +21,7 @@ from ..checkpoints.skeleton import check_loadable, open_source, shape_in
 from ..containers.build import check_statistics
 from ..errors import CheckpointError, PlanError, StatisticsError
 from ..files import check_output, fingerprint, provenance
+from ..models.choosing import check_choosing
 from ..models.families import opening_class
 from ..places import name_of, remember
 from ..plans.plan import Plan
@@ -95,6 +96,7 @@ def carry_out(
     along = side_files(model)  # all of them may
     check_openable(model, "apply the plan to the original checkpoint")
     decided.validate(shape)
+    check_choosing(source.layers, decided)
     beside = Path() if decided is plan else Path(plan).parent
     observed = statistics_for(decided, statistics, model, beside) if decided.needs else None
     tokenizer = load_tokenizer(model)

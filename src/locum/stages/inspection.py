@@ -26,6 +26,7 @@ from ..checkpoints.skeleton import (
     open_source,
     shape_in,
 )
+from ..containers.layout import experts_per_token
 from ..errors import PlanError
 from ..methods import METHODS
 from ..plans.plan import make_plan
@@ -48,8 +49,8 @@ def inspect(model: Path) -> dict[str, Any]:
     shape, config = shape_in(model, source), source.config
     experts, active = expert_parameters_in(model, shape), active_parameters_in(model, shape)
     layouts = layouts_of(model)
-    policies = {layer.name: layer.name in layouts and layouts[layer.name].routing for layer in shape.layers}
-    routing = {name: str(policy) if policy else None for name, policy in policies.items()}
+    policies = {name: layout.routing for name, layout in layouts.items()}
+    routing = {name: str(policy) for name, policy in policies.items() if policy}
     notes = read_notes(model)
     untouched = not notes and not is_compressed(config)
     return {
@@ -61,8 +62,9 @@ def inspect(model: Path) -> dict[str, Any]:
         "expert_parameters": experts,
         "active_parameters": active,
         "active_bytes": active_bytes_in(model, shape, source),
+        "experts_per_token": experts_per_token(shape, policies),
         "fingerprint": fingerprint_checkpoint(model),
-        "layers": [{**dataclasses.asdict(layer), "routing": routing[layer.name]} for layer in shape.layers],
+        "layers": [{**dataclasses.asdict(layer), "routing": routing.get(layer.name)} for layer in shape.layers],
         "notes": list(shape.notes),
         "would_save": would_save(shape) if untouched else None,
         "next": f"locum {_next(model, untouched, notes)}",

@@ -12,7 +12,7 @@ from ..checkpoints.convert import check_openable
 from ..checkpoints.experts_of import expert_readers, weights_events
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
-from ..containers.layout import active_parameters
+from ..containers.layout import active_parameters, experts_per_token
 from ..criteria.super_experts import NEEDS as SUPER_EXPERTS_NEED
 from ..criteria.super_experts import super_experts
 from ..data.tokens import fingerprint_tokenizer
@@ -67,7 +67,7 @@ def plan(
     few = None if bits is None else FewBits.of(bits, group, quantiser)
     target = check_target(remove, fit, method=chosen, few=few)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
-    if base is not None and chosen.saves != "active":
+    if base is not None and chosen.saves not in ("active", "devices"):
         raise OptionError(f"--onto adds a routing policy to a plan, and method {chosen.name} has none")
     if base is not None and few is not None:
         raise OptionError(
@@ -156,7 +156,7 @@ def _folder_of(files: Sequence[Path | Statistics], chosen: Method, model: Path |
 
 
 def _joined(base: Plan, policy: Plan, shape: ModelShape) -> Plan:
-    """The base plan with the policy's routing."""
+    """The base plan with the policy's routing on top of what it has."""
     joined = with_routing(base.validate(shape), {layer.layer: layer.routing for layer in policy.layers}, shape)
     joined = dataclasses.replace(joined, method=f"{base.method} + {policy.method}", options=policy.options)
     return with_provenance(joined, onto={"plan": base.id, "method": base.method, "options": base.options})
@@ -358,6 +358,8 @@ def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
         "parameters": [shape.parameters, size.parameters],
         "expert_parameters": [shape.expert_parameters, size.expert_parameters],
         "active_parameters": [active_parameters(shape), active_parameters(shape, decided)],
+        "experts_per_token": experts_per_token(shape, {layer.layer: layer.routing for layer in decided.layers}),
+        "routing": {layer.layer: str(layer.routing) for layer in decided.layers if layer.routing},
         "bytes": [shape.bytes, size.bytes],
         "stock_layout": decided.is_stock(shape),
         "replaced_per_layer": [len(layer.replaced) for layer in decided.layers],

@@ -29,13 +29,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import PlanError, unknown
 from ...shapes import LayerShape
-from .policy import Counts, Policy, Routed, modulate, policy
+from .policy import Counts, Policy, Routed, fraction, modulate, policy, wide
 
 VECTORS_NAME = "offsets_NV"  # their name in a container
 VECTORS = ("projections", "hidden", "static", "none")
@@ -45,6 +46,8 @@ VECTORS = ("projections", "hidden", "static", "none")
 @dataclass(frozen=True)
 class MainWithVectors(Policy):
     """The main experts of a token run; vectors stand for the others."""
+
+    reads_all: ClassVar[bool] = True
 
     main: int  # how many of the selected experts run
     vectors: str = "projections"  # one of VECTORS
@@ -83,7 +86,7 @@ class MainWithVectors(Policy):
         index_TK, weight_TK = index_TK.gather(1, order_TK), weight_TK.gather(1, order_TK)
         index_TM, weight_TM = index_TK[:, : self.main], weight_TK[:, : self.main]
         if self.renormalise:
-            weight_TM = weight_TM * _share(weight_TK.sum(1, keepdim=True), weight_TM.sum(1, keepdim=True))
+            weight_TM = weight_TM * fraction(weight_TK.sum(1, keepdim=True), weight_TM.sum(1, keepdim=True))
         theta_TV = _modulation(self, offsets_NV, index_TK[:, self.main :], weight_TK[:, self.main :], x_TD)
         if theta_TV is None:
             return Routed(index_TM, weight_TM, (x_TD,))
@@ -120,15 +123,9 @@ def _modulation(
         return offsets_NV.to(x_TD.dtype).expand(x_TD.shape[0], -1)
     if index_TX.shape[1] == 0:
         return None
-    wide_TX = weight_TX.to(torch.promote_types(weight_TX.dtype, torch.float32))
+    wide_TX = wide(weight_TX)
     total_T1 = wide_TX.sum(1, keepdim=True)
     # A token whose auxiliary weights are all zero has no preference among them.
-    share_TX = torch.where(total_T1 > 0, _share(wide_TX, total_T1), 1 / index_TX.shape[1])
+    share_TX = torch.where(total_T1 > 0, fraction(wide_TX, total_T1), 1 / index_TX.shape[1])
     share_TE = share_TX.new_zeros(x_TD.shape[0], offsets_NV.shape[0]).scatter_add(1, index_TX, share_TX)
     return (share_TE.to(offsets_NV.dtype) @ offsets_NV).to(x_TD.dtype)
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 1 where the whole is zero; never a NaN, in gradients either."""
-    zero = whole == 0
-    return torch.where(zero, 1.0, part / whole.masked_fill(zero, 1.0))

@@ -1,8 +1,9 @@
 """A routing policy: which of the selected experts run for a token, with what weights, on which inputs.
 
 A policy acts on the call. It gets what the router selected, `index [T, K]` and `weight [T, K]`, and the hidden states, and
-returns indices and weights of its own, -1 for "does not run". A kind is one frozen dataclass in one file: its fields are
-what the plan's file holds; tensors that it stores lie in the container under the names that `tensors` gives.
+returns indices and weights of its own, -1 for "does not run". One that `chooses` acts before, on the router: it gets the
+logits too, and selects in its place. A kind is one frozen dataclass in one file: its fields are what the plan's file holds;
+tensors that it stores lie in the container under the names that `tensors` gives.
 
 Letters: T tokens, K top-k, M experts that may run, E experts, D model width, F expert width.
 """
@@ -10,13 +11,15 @@ Letters: T tokens, K top-k, M experts that may run, E experts, D model width, F 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...errors import PlanError
 from ...registry import Registry
 from ...shapes import LayerShape
 
@@ -53,10 +56,54 @@ def modulate(x: Tensor, offset: Tensor) -> Tensor:
     return torch.addcmul(x, x, offset)
 
 
+def wide(weight: Tensor) -> Tensor:
+    """Float32 at least."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def size(weight: Tensor) -> Tensor:
+    """Weights as policies compare them and add them up: some routers scale them for each expert, below zero too."""
+    return wide(weight).abs()
+
+
+def fraction(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 1 where the whole is zero; never a NaN, in gradients either."""
+    zero = whole == 0
+    return torch.where(zero, 1.0, part / whole.masked_fill(zero, 1.0))
+
+
+def run_only(runs_TK: Tensor, index_TK: Tensor, weight_TK: Tensor, x_TD: Tensor, renormalise: bool) -> Routed:
+    """Some of the selected experts, in the places they had. With `renormalise` the sizes of their weights add up to what all
+    did."""
+    kept_TK = torch.where(runs_TK, weight_TK, 0)
+    if renormalise:
+        scale_T1 = fraction(size(weight_TK).sum(1, keepdim=True), size(kept_TK).sum(1, keepdim=True))
+        # A token that runs all of them keeps its weights to the bit.
+        scale_T1 = torch.where(runs_TK.all(dim=1, keepdim=True), 1, scale_T1)
+        kept_TK = (kept_TK * scale_T1).to(weight_TK.dtype)
+    return Routed(torch.where(runs_TK, index_TK, -1), kept_TK, (x_TD,))
+
+
+def check_number(where: str, name: str, value: Any, most: float) -> None:
+    """Refuse what is no number from 0 to the most."""
+    if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
+        bounds = f"numbers from 0 to {most:g}" if math.isfinite(most) else "numbers of 0 or more"
+        raise PlanError(f"{where} has {name} {value!r}; allowed: {bounds}")
+
+
+def check_average(where: str, mean: Any, shape: LayerShape | None) -> None:
+    """Refuse what is no mean number of experts of a token."""
+    check_number(where, "mean", mean, math.inf if shape is None else shape.top_k)
+
+
 class Policy(abc.ABC):
     """The base class of every kind of policy."""
 
     name: ClassVar[str]
+    chooses: ClassVar[bool] = False  # whether it selects in place of the router, from all of its logits
+    reads_all: ClassVar[bool] = (
+        False  # whether it must see every expert that the router selected, so that others follow it
+    )
 
     def check(self, where: str, shape: LayerShape | None) -> None:
         """Raise PlanError where the policy does not fit the layer; without a shape, where it can fit none."""
@@ -65,11 +112,23 @@ class Policy(abc.ABC):
     def most(self, top_k: int) -> int:
         """The most experts that run for a token."""
 
+    def average(self, top_k: int) -> float:
+        """How many experts run for a token, on the average of the text that it was calibrated on; the most where none was."""
+        return self.most(top_k)
+
+    def among(self, survivors: tuple[int, ...]) -> Policy:
+        """The policy for a layer in which these experts, by their original indices, are left."""
+        return self
+
     @abc.abstractmethod
     def route(
         self, counts: Counts, tensors: Mapping[str, Tensor], x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> Routed:
         """Apply the policy to what a router selected."""
+
+    def choose(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and weights in place of those that a router made of these logits, where the policy `chooses`."""
+        return index_TK, weight_TK
 
     def tensors(self, counts: Counts) -> dict[str, tuple[int, ...]]:
         """The shapes of what it stores in a container, by name. Stored tensors start at zero."""
@@ -82,6 +141,10 @@ class Policy(abc.ABC):
     def work(self, counts: Counts, index_TK: Tensor, routed: Routed) -> tuple[int, int]:
         """Numbers that it reads and operations that it makes, for what a router selected and it made of that."""
         return 0, 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What files hold; `read_policy` is the way back."""
+        return {"policy": self.name, **asdict(self)}
 
     @abc.abstractmethod
     def __str__(self) -> str:
@@ -101,3 +164,9 @@ def policy(name: str) -> Callable[[Kind], Kind]:
         return kind
 
     return register
+
+
+def read_policy(data: Mapping[str, Any]) -> Policy:
+    """A policy from what `to_json` gave. Raises OptionError, KeyError or TypeError for anything else; values `check` looks at."""
+    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name != "policy"}
+    return POLICIES[data["policy"]](**fields)
