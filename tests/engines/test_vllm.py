@@ -29,7 +29,12 @@ from locum.containers.container import StandInExperts
 from locum.engines.engines import ENGINES, ask_all
 from locum.errors import CheckpointError, UnsupportedModel
 from locum.experts.parts.part import PARTS
+from locum.experts.policies.group_local import GroupLocal
+from locum.experts.policies.in_turn import InTurn
+from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.experts.policies.policy import POLICIES
+from locum.experts.policies.skip import Skip
+from locum.experts.policies.top_p import TopP
 from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
 from locum.verification.verify import agreement
@@ -102,6 +107,25 @@ def test_the_engine_writes_what_transformers_writes(served, family, name):
     assert answer["tokens"] == answer["expected"]
     assert len({tuple(row) for row in answer["tokens"]}) > 1
     assert answer["bytes"] == pytest.approx(answer["promised"], rel=0.05)
+
+
+def test_policies_run_the_experts_that_they_run_in_transformers(tmp_path):
+    """One in each layer: fewer experts, skipped ones, experts of one of two groups, and vectors with top-p among the others."""
+    model = original("reference", torch.float32)
+    shape = shape_of(model)
+    policies = [
+        TopP(0.6),
+        Skip(0.4, renormalise=True),
+        GroupLocal((0, 1) * (shape.layers[2].num_experts // 2)),
+        InTurn((GroupLocal((0, 0, 1, 1) * (shape.layers[3].num_experts // 4)), MainWithVectors(3), TopP(0.7))),
+    ]
+    layers = zip(shape.layers, policies, strict=True)
+    plan = [LayerPlan(x.name, (KEPT,) * x.num_experts, routing=policy) for x, policy in layers]
+    apply_plan(model, make_plan(shape, plan)).save_pretrained(tmp_path / "out")
+    ids = prompts("reference")
+    expected, plain = greedy(model, ids), greedy(original("reference", torch.float32), ids)
+    (answer,) = serve(tmp_path / "out", [{"folder": str(tmp_path / "out"), "prompts": ids}])
+    assert answer.get("error") is None and answer["tokens"] == expected != plain
 
 
 @torch.no_grad()

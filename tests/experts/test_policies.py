@@ -247,7 +247,8 @@ def test_gradients_reach_the_gates_of_those_that_run():
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (TopP(-0.1), "p -0.1; allowed: numbers of 0 or more"),
+        (TopP(-0.1), "p -0.1; allowed: numbers from 0 to 1000"),
+        (TopP(10**400), "p 1000"),
         (TopP(math.nan), "p nan"),
         (TopP("x"), "p 'x'"),
         (TopP(0.5, "none"), "unknown share 'none'"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..experts.policies.top_p import SHARES, TopP
+from ..experts.policies.top_p import MOST, SHARES, TopP
 from ..options import option
 from ..plans.plan import KEPT, LayerPlan
 from ..shapes import ModelShape
@@ -35,7 +35,9 @@ class DynamicTopP:
               default weights are scaled where the model's own router makes them sum to one.
     """
 
-    p: float = option(None, "share that must be exceeded; default: chosen for --mean-experts", at_least=0, kind=float)
+    p: float = option(
+        None, "share that must be exceeded; default: chosen for --mean-experts", at_least=0, at_most=MOST, kind=float
+    )
     mean_experts: float = option(0.0, "experts of a token, on average; 0: halfway from one to all selected", at_least=0)
     of: str = option("selected", "p is a share of these experts' weights", choices=SHARES)
     renormalise: str = option("as-model", AS_MODEL, choices=RENORMALISE)

@@ -86,7 +86,7 @@ def run_only(runs_TK: Tensor, index_TK: Tensor, weight_TK: Tensor, x_TD: Tensor,
 
 def check_number(where: str, name: str, value: Any, most: float) -> None:
     """Refuse what is no number from 0 to the most."""
-    if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
+    if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
         bounds = f"numbers from 0 to {most:g}" if math.isfinite(most) else "numbers of 0 or more"
         raise PlanError(f"{where} has {name} {value!r}; allowed: {bounds}")
 
