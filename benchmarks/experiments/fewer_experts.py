@@ -43,7 +43,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "skipping": [{"beside": beside, "renormalise": x} for beside in ("heaviest", "selected") for x in EITHER],
 }
 METHODS = {"top-k": "compressed-experts", "top-p": "top-p", "skipping": "skip"}
-NUMBERS = {"top-k": (1, 2, 3), "top-p": (1.5, 2, 2.5, 3, 3.5), "skipping": (1.5, 2, 2.5, 3, 3.5)}
+NUMBERS = {"top-k": (1, 2, 3), "top-p": (1.5, 2, 3), "skipping": (1.5, 2, 3)}
 
 
 def file_of(split: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import locum
-from benchmarks.experiments import compressed_experts, equal_bytes, experiment, moe_i2, recovery
+from benchmarks.experiments import compressed_experts, equal_bytes, experiment, fewer_experts, moe_i2, recovery
 from locum.checkpoints.skeleton import read_shape
 from making.broken import change_weights
 from making.checkpoints import write_checkpoint, write_text
@@ -122,6 +122,29 @@ def test_methods_in_few_bits_have_equal_bytes(tiny, tmp_path, monkeypatch):
     equal_bytes.write(equal_bytes.file_of("test"), (0, 1), rows)
     (line,) = equal_bytes.table(0).splitlines()[2:]
     assert line.startswith("| 3.5 | pruned, REAP | 4 | 1 | ")
+
+
+@pytest.mark.journeys
+def test_experts_per_token_are_counted_where_the_loss_is_measured(tiny, tmp_path, monkeypatch, capsys):
+    for module in (fewer_experts, experiment):
+        monkeypatch.setattr(module, "MODEL", tiny[0])
+        monkeypatch.setattr(module, "reference_data", lambda: [f"words={tiny[1]}"])
+    for name, value in (("COUNTED", 1024), ("LENGTH", 64), ("MEASURED", {"validation": 512, "test": 512})):
+        monkeypatch.setattr(fewer_experts, name, value)
+    monkeypatch.setattr(experiment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fewer_experts, "file_of", lambda split: tmp_path / f"{split}.jsonl")
+    monkeypatch.setattr(fewer_experts, "NUMBERS", {"top-k": (1,), "top-p": (1.5,), "skipping": (1.5,)})
+    for split in ("validation", "test", "test"):  # nothing is measured twice
+        fewer_experts.run(split)
+    chosen, rows = experiment.read(tmp_path / "validation.jsonl"), experiment.read(tmp_path / "test.jsonl")
+    losses = [row for row in chosen if row["metric"] == "loss" and row["rule"] == "top-p"]
+    assert len(losses) == 4
+    best = min(losses, key=lambda row: row["value"])["options"]
+    mine = [row for row in rows if (row["rule"], row["metric"]) == ("top-p", "loss_delta")]
+    assert [row["seed"] for row in mine] == [0, 1, 2] and all(row["options"] == best for row in mine)
+    assert all(1.3 < row["counted"] < 1.7 for row in mine)
+    assert [row["counted"] for row in rows if row["rule"] == "top-k" and row["metric"] == "loss_delta"] == [1.0]
+    assert "| 1.5 |  | 1." in fewer_experts.table(rows) and "| 1 | 1.00: " in fewer_experts.table(rows)
 
 
 def test_bits_that_a_size_leaves_room_for():
