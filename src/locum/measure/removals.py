@@ -53,9 +53,7 @@ from ..stats.events import EveryExpertEvent
 from .merged_experts import merged_experts
 
 SAMPLE = 2048  # tokens
-PIECE = (
-    128  # tokens at most that the sample takes of one block of text: many short pieces say more than a few long ones
-)
+PIECE = 128  # tokens at most that the sample takes of one block: many short pieces say more than a few long ones
 TRIALS = 4  # removals on which a rule is compared with the real router
 CHUNK = 2**24  # numbers in a temporary
 CACHE_BYTES = 2**31
@@ -181,9 +179,7 @@ class ModelExplorer:
         """[C] the same where a candidate maps any layers of the model to weights [E, E]: expert e becomes sum_i weight[e, i] W_i,
         and goes where its row is zero."""
         if is_streamed(self.model):
-            raise UnsupportedModel(
-                "mixtures of experts are tried on the whole model, which a streamed one is not: give --no-stream"
-            )
+            raise UnsupportedModel("mixtures of experts are tried on the whole model alone: give --no-stream")
         self._losses([])  # the whole model's own loss, before anything is mixed
         return torch.cat([torch.zeros(0, dtype=torch.float64), *map(self._loss_of_mixtures, candidates)])
 
