@@ -39,7 +39,7 @@ from locum.models.routers import RouterRule
 from locum.models.sizes import shape_of
 from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, NOTHING, LayerPlan, make_plan, stand_in
-from locum.training.layer import close_layer, open_layer
+from locum.training.layer import close_layer, open_layer, open_rows
 from making.checkpoints import write_text, write_tokenizer
 from making.tiny_models import CONFIGS
 
@@ -297,6 +297,11 @@ def test_recovery_opens_and_closes_a_layer_and_nothing_changes(family):
         before, expected = {n: t.clone() for n, t in model.state_dict().items()}, case.logits_of(model)
         for layer in find_layers(model):
             opened = open_layer(model, layer, plan and plan.layer(layer.shape.name), 2, True, 0)
+            near(case.logits_of(model), expected, 2e-5)
+            close_layer(model, opened)
+            opened = open_rows(
+                model, next(x for x in find_layers(model) if x.shape.name == opened.name), opened.plan, {1, 2}
+            )
             near(case.logits_of(model), expected, 2e-5)
             close_layer(model, opened)
         after = model.state_dict()

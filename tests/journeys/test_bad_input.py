@@ -161,11 +161,11 @@ LINES = [
     (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: at least 1"),
     (
         f"{COMPRESS} {TARGET} --recover-rank 2",
-        "option '--recover-rank' comes with --recover annealed or kd or layerwise or lora",
+        "option '--recover-rank' comes with --recover annealed or kd or layerwise or lora or seer",
     ),
     (
         f"{COMPRESS} {TARGET} --recover lora --recover-end-fraction 0.5",
-        "way to recover lora has no option '--recover-end-fraction'|way to recover annealed has it",
+        "way to recover lora has no option '--recover-end-fraction'|way to recover annealed or seer has it",
     ),
     (f"{COMPRESS} {TARGET} --device cuda:7", "--device cuda:7 cannot be used"),
     (f"{RECOVER} --steps -3", "--steps is -3; allowed: at least 1"),
@@ -173,7 +173,7 @@ LINES = [
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
     (
         f"{RECOVER} --how vectors --rank 2",
-        "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora has it",
+        "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora or seer has it",
     ),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),
@@ -187,9 +187,13 @@ LINES = [
     # recovery and evaluation
     (
         "recover {pruned} --data {words} --length 64 --out {out} --how annealed",
-        "--how annealed fades out|the plan (prune) leaves none; use --how full or --how kd or --how layerwise or --how lora",
+        "--how annealed fades out|the plan (prune) leaves none; use --how esft or --how experts or --how full or --how kd or --how "
+        "layerwise or --how lora or --how router or --how router-kd",
     ),
-    (f"{RECOVER} --how lora --adapter-only", "--adapter-only keeps the base's weights|use --how vectors"),
+    (
+        f"{RECOVER} --how lora --adapter-only",
+        "--adapter-only keeps the base's weights|use --how esft or --how router or --how router-kd or --how vectors",
+    ),
     (f"{RECOVER} --original {{changed}}", "is not what {small} was made from, or has changed since|--original"),
     (f"{RECOVER} --original {{other_model}}", "is not what {small} was made from"),
     ("eval {pruned} --against {other_vocabulary} --data {words}", "vocabulary of 320|one of 352"),

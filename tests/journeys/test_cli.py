@@ -57,7 +57,6 @@ METHOD_OPTIONS = {
     "dek": "--alike --align --linkage --score",
     "diep": "--floor --mass --protect --steps",
     "eep": "--generations --mergings --most --population --seed",
-    "eep": "--generations --most --population --seed",
     "groups": "--groups --open",
     "hc-smoe": "--align --linkage --over --score",
     "hope": f"{RANKED} --solver",
@@ -83,8 +82,13 @@ WAY_OPTIONS = {
     "annealed": "--annealing --end-fraction --rank --steepness --train-bases",
     "kd": "--rank --share --temperature --train-bases",
     "layerwise": "--rank --routers --train-bases",
+    "esft": "--score --threshold",
+    "experts": "",
     "full": "",
     "lora": "--rank --train-bases",
+    "router": "",
+    "router-kd": "--share --temperature",
+    "seer": "--end-fraction --rank --train-bases",
     "vectors": "",
 }
 TARGET_OPTIONS = {
@@ -115,9 +119,9 @@ COMMANDS = {
     "plan": "STATISTICS... --bits --diff --fit --force --group --json --method --model --onto --out --preset --quantiser "
     "--remove",
     "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --checkpointing --clip --data "
-    "--device --dry-run --force --how --json --learning-rate --length --original --out --precision "
+    "--device --dry-run --entropy --force --how --json --learning-rate --length --original --out --patience --precision "
     "--restart --schedule --seed "
-    "--steps --stream --validate-every --validation-tokens --warmup-fraction --weight-decay",
+    "--statistics --steps --stream --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "
     "--split --stream --tokens",
@@ -370,7 +374,7 @@ def test_outputs_and_json_are_the_same_everywhere():
             force = options["force"]
             assert (force.is_flag, force.help) == (True, "replace an output that exists"), name
         paths = {o.name for o in options.values() if isinstance(o.type, click.Path)} - READ - {"out"}
-        if name in ("apply", "verify"):
+        if name in ("apply", "recover", "verify"):
             paths -= {"statistics"}  # which they read
         assert sorted(paths) == WRITTEN.get(name, []), name
 

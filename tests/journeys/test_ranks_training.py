@@ -45,6 +45,8 @@ def counted(folder):
         ("lora", 4, ("--accumulate", 2)),  # one rank has no block of a batch
         ("annealed", 2, ("--end-fraction", 0.5, "--clip", 0.1)),
         ("full", 3, ("--weight-decay", 0.1)),
+        ("esft", 2, ("--threshold", 0.5)),
+        ("router", 2, ("--patience", 1)),
     ],
 )
 def test_ranks_follow_the_losses_of_one(how, ranks, more, small, checkpoint, words, said, tmp_path):

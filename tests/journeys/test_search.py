@@ -328,7 +328,7 @@ def test_nothing_appears_when_recovery_fails(checkpoint, words, monkeypatch, tmp
         locum.compress(checkpoint, recover="magic", **asked)
     with pytest.raises(
         locum.OptionError,
-        match=r"\(prune\) leaves none; use --recover full or --recover kd or --recover layerwise or --recover lora",
+        match=r"\(prune\) leaves none; use --recover esft or --recover experts or --recover full or --recover kd",
     ):
         locum.compress(checkpoint, recover="annealed", **asked)
 

@@ -61,6 +61,7 @@ STAGES = {
         ),
         Stage("recover lora", f"recover {TRAINED} --how lora", "--seed 1"),
         Stage("recover annealed", f"recover {TRAINED} --how annealed", "--seed 1"),
+        Stage("recover esft", f"recover {TRAINED} --how esft", "--threshold 0.5"),
         Stage("recover layerwise", f"recover {TRAINED} --how layerwise", "--seed 1"),
         Stage("recover layerwise --stream", f"recover {TRAINED} --how layerwise --stream", "--seed 1"),
         Stage(

@@ -384,6 +384,8 @@ def test_plans_that_do_not_fit_are_refused(olmoe):
         run(compressed(olmoe, plan), None, how="lora")
     with pytest.raises(PlanError, match="was not made by this plan"):
         run(compressed(olmoe, plan), light(olmoe, rank=4), how="lora")
-    with pytest.raises(OptionError, match="a model without a plan has none; use --how full or --how kd or --how lora"):
+    with pytest.raises(
+        OptionError, match="a model without a plan has none; use --how esft or --how experts or --how full or"
+    ):
         run(copy.deepcopy(olmoe), None, how="annealed")
     assert not any(isinstance(m, StandInExperts) for m in olmoe.modules())

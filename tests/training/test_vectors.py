@@ -1,4 +1,4 @@
-"""Training vectors and routers, alone or with the rest, the load-balance loss, and adapters over an untouched base."""
+"""Training vectors and routers, alone or with the rest, and adapters over an untouched base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import locum
 from families.tiny_families import tiny
@@ -28,7 +27,6 @@ from locum.experts.policies.main_with_vectors import VECTORS, MainWithVectors
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
 from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
-from locum.training.balance import balanced, load_balance
 from locum.training.options import make_recovery
 from locum.training.recovery import count_trainable, recover_model
 from making.checkpoints import locum as command
@@ -154,86 +152,6 @@ def test_what_would_be_trained_is_counted_without_weights():
     original = tiny_model("olmoe", **TOP_4)
     model = apply_plan(original, policy_plan(original))
     assert count_trainable(model, policy_plan(original), make_recovery({"how": "vectors"})) == 2 * (8 * 80 + 8 * 32)
-
-
-# --- the load-balance loss --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_one_layer_has_the_loss_that_transformers_gives_it(padded):
-    logits_TE = torch.randn(24, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    mask = torch.ones(2, 12, dtype=torch.int64)
-    mask[1, 7:] = 0 if padded else 1
-    index = logits_TE.topk(3).indices
-    ours = load_balance(logits_TE, index, mask.flatten())
-    theirs = load_balancing_loss_func((logits_TE,), 8, 3, mask if padded else None)
-    torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (ours, theirs)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_even_use_gives_k_and_collapse_gives_more():
-    even = torch.arange(8).roll(0).repeat(2)[:, None].add(torch.arange(2)).remainder(8)
-    assert float(load_balance(torch.zeros(16, 8), even, torch.ones(16))) == pytest.approx(2)
-    collapsed = torch.zeros(16, 8)
-    collapsed[:, :2] = 20
-    index = torch.tensor([[0, 1]] * 16)
-    assert float(load_balance(collapsed, index, torch.ones(16))) == pytest.approx(8)
-    assert float(load_balance(collapsed, index, torch.ones(16), sigmoid=True)) == pytest.approx(16 / 5, rel=1e-3)
-
-
-def slow_balance(scores_TE, index_TK, keep_T):
-    """Switch Eq. 5 and 6 with counting."""
-    rows = [t for t in range(len(scores_TE)) if keep_T[t]]
-    experts, total = scores_TE.shape[1], 0.0
-    for e in range(experts):
-        f = sum(e in index_TK[t].tolist() for t in rows) / len(rows)
-        p = sum(float(scores_TE[t, e] / scores_TE[t].sum()) for t in rows) / len(rows)
-        total += experts * f * p
-    return total
-
-
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
-def test_on_a_model_it_is_that_of_what_its_own_routers_select(family):
-    """Sigmoid routers: their scores, normalised; and whatever biases and groups had a say in the selection."""
-    original = tiny_model(family)
-    model = apply_plan(original, policy_plan(original))
-    layers, seen = find_layers(model), {}
-    for layer in layers:
-        router = lambda _m, _i, out, name=layer.shape.name: seen.update({f"{name} logits": out[0]})  # noqa: E731
-        experts = lambda _m, given, name=layer.shape.name: seen.update({name: given[1]})  # noqa: E731
-        layer.router.register_forward_hook(router)
-        layer.experts.register_forward_pre_hook(experts)
-    mask = torch.ones(3, 24, dtype=torch.int64)
-    mask[0, 20:] = 0
-    with balanced(model) as balance:
-        model(input_ids=tiny_ids(), attention_mask=mask)
-        loss = balance.loss(mask)
-    expected = []
-    for layer in layers:
-        raw = seen[f"{layer.shape.name} logits"].reshape(-1, 8).detach()
-        scores = raw.sigmoid() if family == "deepseek_v3" else raw.softmax(-1)
-        expected.append(slow_balance(scores, seen[layer.shape.name], mask.flatten()))
-    assert float(loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    loss.backward()
-    assert all(bool(layer.router.weight.grad.any()) for layer in layers)
-
-
-def test_training_with_it_evens_the_routing_out(tmp_path):
-    original = tiny_model("olmoe", **TOP_4)
-    plan = policy_plan(original)
-    tokens, found = tiny_tokens(), {}
-    for balance in (0.0, 1.0):
-        model = apply_plan(copy.deepcopy(original), plan)
-        options = make_recovery({**QUICK, "how": "vectors", "balance": balance, "steps": 25, "learning_rate": 0.01})
-        log = tmp_path / f"{balance}.jsonl"
-        model, _ = recover_model(model, plan, tokens, None, options, log=log)
-        with balanced(model) as watched, torch.no_grad():
-            model(input_ids=tokens.ids_BS)
-            found[balance] = float(watched.loss(tokens.attention_BS))
-        steps = [json.loads(line) for line in log.read_text().splitlines()[1:]]
-        assert all(("balance_loss" in step) == (balance > 0) for step in steps)
-    assert 4 <= found[1.0] < found[0.0] - 0.02
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,15 @@ from test_vectors import changed, routed, state
 
 SRC = Path(locum.__file__).parent
 OURS = list(WAYS)
+ALIKE = (
+    "experts",
+    "router",
+    "router-kd",
+)  # full, vectors and kd go the same way: their long tests are among the journeys
 ways = pytest.mark.parametrize("name", OURS)
+long_ways = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.journeys if name in ALIKE else ()) for name in OURS]
+)
 
 
 @dataclasses.dataclass
@@ -70,7 +78,7 @@ def modules(model) -> dict[str, tuple]:
 # --- what every way must do -----------------------------------------------------------------------------------------
 
 
-@ways
+@long_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_layout_and_dtypes_are_left_as_they_were(name, dtype):
     case = Case(dtype)
@@ -80,7 +88,7 @@ def test_layout_and_dtypes_are_left_as_they_were(name, dtype):
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
-@ways
+@long_ways
 def test_an_interrupted_run_ends_in_the_same_bits(name, tmp_path, caplog):
     case = Case()
     given = {"how": name, "checkpoint_every": 2, "schedule": "cosine", "accumulate": 2}
@@ -120,12 +128,13 @@ def test_what_is_trained_is_what_requires_a_gradient(name, monkeypatch):
     assert moved <= said and len(moved) > len(said) / 2
     size = sum(seen[key][0].numel() for key in said)
     assert summary["trainable_parameters"] == size
-    assert count_trainable(copy.deepcopy(case.small), case.plan, make_recovery({**QUICK, "how": name})) == size
+    counted = count_trainable(copy.deepcopy(case.small), case.plan, make_recovery({**QUICK, "how": name}))
+    assert counted >= size if WAYS[name].reads_use else counted == size  # which experts text uses, no one knows before
     if not WAYS[name].changes_weights:
         assert changed(before, model) <= set(vectors_and_routers(model))
 
 
-@ways
+@long_ways
 def test_refusals_come_before_anything_is_changed(name):
     case = Case()
     chosen = make_recovery({**QUICK, "how": name}).way
@@ -201,7 +210,7 @@ def slow_loss(name: str, model, original, batch) -> float:
     for b, s in (batch.loss_mask_BS[:, 1:]).nonzero().tolist():
         own, best = logits[b, s], teacher[b, s]
         distilled = sum(float(q.exp() * (q - p)) for p, q in zip(own, best, strict=True))
-        total += distilled if name in ("distilled", "kd") else -float(own[batch.ids_BS[b, s + 1]])
+        total += distilled if name in ("distilled", "kd", "router-kd") else -float(own[batch.ids_BS[b, s + 1]])
     return total
 
 
@@ -265,12 +274,14 @@ def test_an_option_of_another_way_says_whose_it_is():
 
 
 def test_names_of_ways_stand_in_their_own_files_and_as_the_default():
-    found = {}
+    found, words = {}, {"experts", "router"}  # which mean other things too
+    names = [name for name in OURS if name not in words]
     for path in SRC.rglob("*.py"):
         text, place = path.read_text(encoding="utf-8"), path.relative_to(SRC).as_posix()
-        found[place] = re.findall(rf'"({"|".join(OURS)})"(?!:)|(\bhow\b\s*(?:==|!=|in\s*[(\[{{]))', text)
+        found[place] = re.findall(rf'"({"|".join(names)})"(?!:)|(\bhow\b\s*(?:==|!=|in\s*[(\[{{]))', text)
     found = {place: len(hits) for place, hits in found.items() if hits}
-    own = {f"training/ways/{name}.py": 1 for name in OURS}
+    own = {f"training/ways/{name.replace('-', '_')}.py": 1 for name in names}
+    assert all(f'@way("{name}"' in (SRC / "training" / "ways" / f"{name}.py").read_text() for name in words)
     assert DEFAULT_WAY in OURS and found == {**own, "training/options.py": 1, "demonstration.py": 1}
 
 

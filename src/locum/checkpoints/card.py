@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -35,7 +35,7 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
     return ", ".join(said) or "nothing removed"
 
 
-def _loading(name: str, opens: str, stock: bool, base: str | None) -> list[str]:
+def _loading(name: str, opens: str, stock: bool, over: Mapping[str, Any] | None) -> list[str]:
     """What it needs to load, and the call."""
     call = [f"from transformers import {opens}", f"model = {opens}.from_pretrained({json.dumps(name)})"]
     needs = (
@@ -44,9 +44,11 @@ def _loading(name: str, opens: str, stock: bool, base: str | None) -> list[str]:
         else "Its compressed layers need Locum to load: without `import locum` first, transformers only warns of an unknown "
         "quantization type and fills the experts at random."
     )
-    if base is not None:
-        needs = "It holds routers and the vectors of experts alone; all weights are those of its base."
-        call = ["import locum", f"model = locum.load_model({json.dumps(name)})  # over {json.dumps(base)}"]
+    if over is not None:
+        count = sum(map(len, over.get("experts", {}).values()))
+        what = f"{count} experts, routers and the vectors of experts" if count else "routers and the vectors of experts"
+        needs = f"It holds {what} alone; all {'other ' if count else ''}weights are those of its base."
+        call = ["import locum", f"model = locum.load_model({json.dumps(name)})  # over {json.dumps(over['base'])}"]
     elif not stock:
         call.insert(0, "import locum  # registers the loader for its layers")
     return [needs, "", "```python", *call, "```"]
@@ -106,6 +108,13 @@ def _trained(recovery: dict[str, Any]) -> list[str]:
     return [f"Trained on {on}: the loss on its validation text was {ends[0]:.4f} before and is {ends[1]:.4f}.", ""]
 
 
+def _told(provenance: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What the card says of it: long lists are in locum.json."""
+    over = provenance.get("adapter")
+    short = {} if over is None else {"adapter": {key: value for key, value in over.items() if key != "experts"}}
+    return [(key, value) for key, value in (provenance | short).items() if key != "original_shape"]
+
+
 def model_card(
     plan: Plan, shape: ModelShape, name: str, provenance: dict[str, Any], opens: str, data: ModelCardData
 ) -> str:
@@ -133,7 +142,7 @@ def model_card(
         "",
         *what_it_is_from(data, original if over is None else over["base"]),
         "",
-        *_loading(name, opens, plan.is_stock(shape), None if over is None else over["base"]),
+        *_loading(name, opens, plan.is_stock(shape), over),
         "",
         "| | original | this |",
         "|---|---|---|",
@@ -147,7 +156,7 @@ def model_card(
         "",
         "## Provenance",
         "",
-        *(f"- {plain(key)}: {plain(value)}" for key, value in provenance.items() if key != "original_shape"),
+        *(f"- {plain(key)}: {plain(value)}" for key, value in _told(provenance)),
         "",
     ]
     return "\n".join(lines)

@@ -1,8 +1,10 @@
-"""Adapters: vectors and routers in a small file of their own, over a base checkpoint whose weights stay as they are.
+"""Adapters: vectors, routers and a few experts in a small file of their own, over a base checkpoint whose weights stay as they are.
 
-    folder/vectors.safetensors    vectors of auxiliary experts and routers, under the names they have in the whole model
+    folder/vectors.safetensors    vectors of auxiliary experts and routers, under the names they have in the whole model; of experts
+                                  that were trained, the rows of stacks that are theirs alone, LAYER.dense.down_NDF.ROW
     folder/config.json            that of the whole model, routing policies included
-    folder/plan.json, locum.json  the plan, and the base: its name, its fingerprint, a hash of weights of the live model
+    folder/plan.json, locum.json  the plan, and the base: its name, its fingerprint, a hash of weights of the live model; and the
+                                  experts that were trained, by layer
 
 `locum.load_model`, and with it every command, takes such a folder for the checkpoint that base and adapter
 make together. Where the plan changes nothing but routing, the base is the original checkpoint.
@@ -10,7 +12,8 @@ make together. Where the plan changes nothing but routing, the base is the origi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,15 @@ from transformers import PreTrainedModel
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..errors import CheckpointError
-from ..experts.parts.own_weights import OwnWeights
+from ..experts.parts.own_weights import OwnWeights, rows_of
+from ..experts.parts.own_weights import weights_of as weights_of_row
 from ..files import fingerprint
 from ..formats.plain import FLOAT_ENTRIES
-from ..models.families import find_layers, read_expert
+from ..models.families import MoeLayer, find_layers, read_expert, write_expert
 from ..models.sizes import shape_of
 from ..models.stored import stored_tensors
 from ..places import name_of, remember
+from ..plans.plan import KEPT, LayerPlan
 from ..plans.plan_file import load_plan
 from .application import apply_plan
 from .convert import open_containers
@@ -38,27 +43,78 @@ from .skeleton import Source, layouts_of
 from .weight_files import ADAPTER, is_adapter
 
 SAMPLES = 64  # values of each tensor that tell one base from another
+Experts = Mapping[str, Sequence[int]]  # some of every layer's, by the name of the layer
 
 
-def write_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """The adapter's tensors, and the config of the whole model."""
-    own = vectors_and_routers(model)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items() if name in own}
-    save_file(tensors, folder / ADAPTER, {"format": "pt"})
+@dataclass(frozen=True)
+class Row:
+    """A row of a stack that is in an adapter, of a container or of the one that a stock layer would be."""
+
+    layer: str
+    prefix: str  # of the stack
+    leaf: str
+    row: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.prefix}{self.leaf}.{self.row}"
+
+
+def write_adapter(model: PreTrainedModel, folder: Path, experts: Experts | None = None) -> None:
+    """The adapter's tensors, those of these experts among them, and the config of the whole model."""
+    stored = stored_tensors(model)
+    tensors = {name: stored[name] for name in vectors_and_routers(model)}
+    layers = {layer.shape.name: layer for layer in find_layers(model)}
+    for row in rows_of_experts({name: _layout_of(layer) for name, layer in layers.items()}, experts or {}):
+        module = layers[row.layer].experts
+        if isinstance(module, StandInExperts):
+            tensors[row.name] = stored[f"{row.layer}.{row.prefix}{row.leaf}"][row.row]
+        else:
+            dtype = stored[f"{row.layer}.down_proj"].dtype
+            tensors[row.name] = rows_of(read_expert(module, row.row))[row.leaf].to(dtype)
+    ready = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_file(ready, folder / ADAPTER, {"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
 
 
-def adapter_notes(model: PreTrainedModel, base: Path) -> dict[str, Any]:
-    """What an adapter says of its base."""
+def rows_of_experts(layouts: Mapping[str, Layout], experts: Experts) -> Iterator[Row]:
+    """The rows that no other than these experts use."""
+    for name, chosen in experts.items():
+        layout, alone = layouts[name], layouts[name].rows_alone(chosen)
+        for prefix, stack in layout.prefixed():
+            for leaf, shape in stack.kind.tensors(stack.variant, layout).items():
+                yield from (Row(name, prefix, leaf, row, shape) for row in alone.get(prefix, ()))
+
+
+def adapter_notes(model: PreTrainedModel, base: Path, experts: Experts | None = None) -> dict[str, Any]:
+    """What an adapter says of its base, and which experts it brings."""
     mark = fingerprint_checkpoint(base)
     remember(mark, base)
-    return {"base": name_of(base), "base_fingerprint": mark, "weights_fingerprint": weights_of(model)}
+    experts = {name: list(chosen) for name, chosen in (experts or {}).items() if chosen}
+    about = {"base": name_of(base), "base_fingerprint": mark, "weights_fingerprint": weights_of(model, experts)}
+    return about | ({"experts": experts} if experts else {})
 
 
-def weights_of(model: nn.Module) -> str:
-    """A hash of samples of the weights that an adapter leaves alone, equal for a stock model and its container.
+def experts_in(folder: Path) -> dict[str, list[int]]:
+    """The experts that an adapter brings, as it says itself. Raises CheckpointError where it says no such thing."""
+    said = about_adapter(folder).get("experts", {})
+    is_right = isinstance(said, dict) and all(
+        isinstance(chosen, list) and all(type(e) is int for e in chosen) for chosen in said.values()
+    )
+    if not is_right:
+        raise CheckpointError(
+            f"{folder}: its notes name no experts by layer, but {said!r:.60}; restore what Locum wrote"
+        )
+    return said
+
+
+def weights_of(model: nn.Module, experts: Experts | None = None) -> str:
+    """A hash of samples of the weights that an adapter with these experts leaves alone, equal for a stock model and its container.
 
     Of bfloat16 values, so that the precision in which a base was loaded makes no difference.
     """
@@ -74,31 +130,39 @@ def weights_of(model: nn.Module) -> str:
         if tensor.is_floating_point() and name not in own and not name.startswith(apart):
             parts += [name, sample(tensor)]
     for layer in layers:
-        experts = layer.experts
-        if not isinstance(experts, StandInExperts):
-            parts.append(sample(read_expert(experts, 0).down_DF))
-        elif experts.layout.num_dense:
-            first = next(prefix for prefix, stack in experts.layout.prefixed() if stack.part == OwnWeights.name)
-            parts.append(sample(experts.get_parameter(f"{first}down_NDF")[0]))
+        module, layout = layer.experts, _layout_of(layer)
+        dense = next(((prefix, stack) for prefix, stack in layout.prefixed() if stack.part == OwnWeights.name), None)
+        if dense is None:
+            continue
+        changed = layout.rows_alone((experts or {}).get(layer.shape.name, ())).get(dense[0], ())
+        row = next((row for row in range(dense[1].num_rows) if row not in changed), None)
+        if row is None:
+            continue
+        if isinstance(module, StandInExperts):
+            parts.append(sample(module.get_parameter(f"{dense[0]}down_NDF")[row]))
+        else:
+            parts.append(sample(read_expert(module, row).down_DF))
     return fingerprint(*parts)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Put the routing policies, vectors and routers of an adapter folder into its base, in place.
+    """Put the routing policies, vectors, routers and experts of an adapter folder into its base, in place.
 
     `model` is the live base, stock or compressed, in any precision. Raises CheckpointError, before anything is changed,
     for another base, and for an adapter whose tensors are not those that its config asks for.
     """
     folder = Path(folder)
     about, layouts, plan = about_adapter(folder), layouts_of(folder), load_plan(folder / "plan.json")
+    brought = experts_in(folder)
     if plan.keeps_experts:
         plan.validate(shape_of(model))
-    if weights_of(model) != about.get("weights_fingerprint"):
+    if weights_of(model, _of_layers(brought, model)) != about.get("weights_fingerprint"):
         raise CheckpointError(
             f"{folder} is an adapter for other weights than these; load its base, {about.get('base')}, and attach it to that"
         )
     tensors = _read(folder / ADAPTER)
-    experts = {layer.shape.name: layer.experts for layer in find_layers(model)}
+    layers = find_layers(model)
+    experts = {layer.shape.name: layer.experts for layer in layers}
     expected = {name: tuple(p.shape) for name, p in vectors_and_routers(model).items()}
     for name, layout in layouts.items():
         if name not in experts or not (
@@ -107,15 +171,45 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
         stored = layout.routing.tensors(layout) if layout.routing else {}
         expected |= {f"{name}.{tensor}": size for tensor, size in stored.items()}
+    rows = _rows_in(folder, brought, {layer.shape.name: _layout_of(layer) for layer in layers} | layouts)
+    expected |= {row.name: row.shape for row in rows}
     _check_tensors(folder, expected, {name: _form(t.shape, t.is_floating_point()) for name, t in tensors.items()})
-    if all(_whole(module) for module in experts.values()):
+    if plan.keeps_experts and all(_whole(module) for module in experts.values()):
         if any(map(_layout, experts.values())):
             open_containers(model)
         apply_plan(model, plan)
     with torch.no_grad():
         for name, parameter in vectors_and_routers(model).items():
             parameter.copy_(tensors[name])
+        _put_rows(model, rows, tensors)
     return model
+
+
+def _put_rows(model: nn.Module, rows: Sequence[Row], tensors: Mapping[str, torch.Tensor]) -> None:
+    whole: dict[tuple[str, int], dict[str, torch.Tensor]] = {}  # of stock layers, by layer and expert
+    layers = {layer.shape.name: layer.experts for layer in find_layers(model)}
+    for row in rows:
+        module = layers[row.layer]
+        if isinstance(module, StandInExperts):
+            module.get_parameter(row.prefix + row.leaf)[row.row].copy_(tensors[row.name])
+        else:
+            whole.setdefault((row.layer, row.row), {})[row.leaf] = tensors[row.name]
+    for (layer, e), found in whole.items():
+        write_expert(layers[layer], e, weights_of_row(found, layers[layer].has_gate))
+
+
+def _rows_in(folder: Path, experts: Experts, layouts: Mapping[str, Layout]) -> list[Row]:
+    """The rows that an adapter has to bring. Raises CheckpointError where the model has no such experts."""
+    for name, chosen in experts.items():
+        if name not in layouts or not all(0 <= e < layouts[name].num_experts for e in chosen):
+            raise CheckpointError(f"{folder}: the model has no experts {chosen!s:.60} in {name}; load its base")
+    return list(rows_of_experts(layouts, experts))
+
+
+def _of_layers(experts: Experts, model: nn.Module) -> Experts:
+    """Those of layers that a model has: of others is said later what is wrong."""
+    names = {layer.shape.name for layer in find_layers(model)}
+    return {name: chosen for name, chosen in experts.items() if name in names}
 
 
 def check_adapter(folder: str | Path, source: Source) -> None:
@@ -123,6 +217,8 @@ def check_adapter(folder: str | Path, source: Source) -> None:
     if is_adapter(folder):
         header = source.files[Path(folder) / ADAPTER]
         expected = {name: tuple(p.shape) for name, p in vectors_and_routers(source.model).items()}
+        layouts = {layer.shape.name: _layout_of(layer) for layer in source.layers}
+        expected |= {row.name: row.shape for row in _rows_in(Path(folder), experts_in(Path(folder)), layouts)}
         found = {name: _form(entry["shape"], entry["dtype"] in FLOAT_ENTRIES) for name, entry in header.items()}
         _check_tensors(Path(folder), expected, found)
 
@@ -140,6 +236,12 @@ def _check_tensors(
         raise CheckpointError(
             f"{folder / ADAPTER} does not hold what its config.json describes (first: {first}); fetch it again"
         )
+
+
+def _layout_of(layer: MoeLayer) -> Layout:
+    """A layer's layout, or that of the container that would hold a stock one."""
+    kept = LayerPlan(layer.shape.name, (KEPT,) * layer.shape.num_experts)
+    return _layout(layer.experts) or Layout.of(kept, layer.shape)
 
 
 def _layout(experts: nn.Module) -> Layout | None:

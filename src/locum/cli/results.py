@@ -169,7 +169,12 @@ def show_summary(result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_recovery(result: dict[str, Any], as_json: bool) -> None:
-    emit(result, as_json, lambda d: say("\n".join(f"{key}: {value}" for key, value in d.items())))
+    def human(result: dict[str, Any]) -> None:
+        experts = {name: len(chosen) for name, chosen in result.get("trained_experts", {}).items()}
+        said = result | ({"trained_experts": experts} if experts else {})
+        say("\n".join(f"{key}: {value}" for key, value in said.items()))
+
+    emit(result, as_json, human)
 
 
 def show_rows(rows: list[Any], as_json: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,15 @@ class Layout:
     @property
     def num_dense(self) -> int:
         return max(self.dense_of, default=-1) + 1
+
+    def rows_alone(self, experts: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """The rows that no other than these experts use, by the prefix of their stack; stacks without such rows left out."""
+        found = {}
+        for prefix, stack in self.prefixed():
+            taken = {row for e, row in enumerate(stack.rows) if e not in experts}
+            rows = tuple(row for row in range(stack.num_rows) if row not in taken)
+            found |= {prefix: rows} if rows else {}
+        return found
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -59,9 +59,10 @@ class Retrained:
 def goes_by_layer(options: Recovery, stream: bool | None) -> bool:
     """Whether a training goes layer by layer. Raises OptionError for what does not go with that, or without it."""
     if isinstance(options.way, Layerwise):
-        if options.balance:
+        if options.balance or options.entropy or options.patience:
             raise OptionError(
-                f"--how {options.way.name} trains every layer by its own error, to which --balance adds nothing; leave it out"
+                f"--how {options.way.name} trains every layer by its own error and validates at both ends, to which --balance, "
+                f"--entropy and --patience add nothing; leave them out"
             )
         return True
     if stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from ..checkpoints.card import model_card
 from ..checkpoints.card_data import card_data, validated
 from ..checkpoints.load import load_model
 from ..checkpoints.notes import named_original, notes_for_another, original_of, plan_of
-from ..checkpoints.patch import adapter_notes, write_adapter
+from ..checkpoints.patch import adapter_notes, experts_in, write_adapter
 from ..checkpoints.read import base_of, fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import expert_parameters_in, is_compressed, open_source, read_shape
@@ -26,12 +26,14 @@ from ..data.documents import parse_sources
 from ..data.tokens import Tokens, load_tokens
 from ..errors import CheckpointError, OptionError
 from ..files import check_output, check_room, provenance
+from ..measure.use import Use
 from ..models.families import opening_class
 from ..models.stored import write_model
 from ..places import name_of
 from ..plans.plan import Plan, keep_all
 from ..runs import beside
 from ..shapes import ModelShape
+from ..stats.statistics_file import load_statistics
 from ..training.context import Original
 from ..training.from_files import original_experts
 from ..training.layer import old_bytes
@@ -45,6 +47,7 @@ from .estimate import Estimate
 from .layerwise import Retrained, goes_by_layer, train_by_layer
 from .opening import is_to_stream
 from .options import Data, Device, DryRun, Force, Help, Out, Progress, alone, check_number, device_of, needed, silent
+from .planning import check_statistics_of
 
 LOG = "recovery.jsonl"
 AROUND = 2**20  # bytes of what is written beside weights: headers, tokenizer, plan, card, log
@@ -66,8 +69,11 @@ def recover(
     force: Force = False,
     restart: Annotated[bool, Help("throw away what an interrupted run left instead of going on from it")] = False,
     adapter_only: Annotated[
-        bool, Help("write vectors and routers alone, over the base; for ways that train nothing else")
+        bool, Help("write what was trained alone, over the base; for ways that train routers, vectors or a few experts")
     ] = False,
+    statistics: Annotated[
+        Path | None, Help("what experts are chosen by, for --how esft; default: the first 131,072 tokens of training")
+    ] = None,
     validation_tokens: Annotated[int, Help("most tokens that a validation reads, shared over domains")] = 65536,
     dry_run: DryRun = False,
     progress: Progress = silent,
@@ -79,7 +85,7 @@ def recover(
     """
     model = Path(model)
     paths = [source.path for source in parse_sources(data)]
-    out = check_output(needed(out, "out"), force, "folder", inputs=[model, original, *paths])
+    out = check_output(needed(out, "out"), force, "folder", inputs=[model, original, statistics, *paths])
     chosen = make_recovery({"how": how, **options})
     check_across_ranks(chosen.way)
     if adapter_only:
@@ -98,9 +104,10 @@ def recover(
     notes = notes_for_another(model)
     before = read_shape(source) if source is not None else _original_shape(notes, shape)
     base = _base_of(model, decided, notes) if adapter_only else None
+    uses = None if statistics is None else _uses_in(Path(statistics), chosen.way, model)
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
-    trained = count_trainable(open_source(model).model, decided, chosen)
+    trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
     check_room(out, written)
     tokenizer = load_tokenizer(model)
@@ -124,7 +131,7 @@ def recover(
             how = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
             live, summary = train_by_layer(model, source, *training, **how, **where)
         else:
-            live, summary = _train(model, source if is_read else None, *training, **where)
+            live, summary = _train(model, source if is_read else None, *training, uses=uses, **where)
     except BaseException:
         if ranks.is_first() and not has_state(workdir):  # nothing to go on from
             forget(workdir)
@@ -147,11 +154,12 @@ def _train(
     device: str,
     workdir: Path,
     progress: Callable[[int, int, float], None],
+    uses: Mapping[str, Use] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The trained model, and the summary."""
     live = load_model(model, device=device)
     unchanged = None if original is None else _original(original, options.way, live)
-    shared = {"original": unchanged, "workdir": workdir, "log": workdir / LOG, "progress": progress}
+    shared = {"original": unchanged, "workdir": workdir, "log": workdir / LOG, "progress": progress, "uses": uses}
     return recover_model(live, plan, blocks, validation, options, **shared)
 
 
@@ -204,11 +212,27 @@ def _told(progress: Progress, options: Recovery) -> Callable[[int, int, float], 
 
 def _check_adapter(way: Way) -> None:
     """Refuse a way whose result no adapter holds."""
-    if way.changes_weights:
-        others = [f"--how {name}" for name, cls in WAYS.items() if not cls.changes_weights]
+    if not way.fits_adapter:
+        others = [f"--how {name}" for name, cls in WAYS.items() if cls.fits_adapter]
         raise OptionError(
             f"--adapter-only keeps the base's weights, and --how {way.name} trains them; use {' or '.join(others)}"
         )
+
+
+def _uses_in(statistics: Path, way: Way, model: Path) -> dict[str, Use]:
+    """How text uses the experts of a model, from statistics of it. Raises OptionError for a way that does not read it."""
+    if not way.reads_use:
+        others = [f"--how {name}" for name, cls in WAYS.items() if cls.reads_use]
+        raise OptionError(
+            f"--statistics says which experts to train, and --how {way.name} does not choose; use {' or '.join(others)}"
+        )
+    loaded = load_statistics(statistics)
+    check_statistics_of(loaded, model, statistics)
+    found = {}
+    for shape in loaded.shape.layers:
+        layer = loaded.layer(shape.name)
+        found[shape.name] = Use(loaded.tokens, shape.top_k, layer["count"].double(), layer["gate_sum"].double())
+    return found
 
 
 def check_across_ranks(way: Way, flag: str = "--how") -> None:
@@ -234,24 +258,40 @@ def _save(
 ) -> None:
     """Write a recovered checkpoint, or, given a base, the adapter over it. `before` is the original's shape."""
     notes.pop("adapter", None)  # of an adapter that was trained on
+    experts = {}
     if base is not None:
-        notes["adapter"] = adapter_notes(live, base)
+        experts = _with_those_before(model, notes["recovery"].get("trained_experts") or {})
+        notes["adapter"] = adapter_notes(live, base, experts)
+    notes["recovery"] = _counted(notes["recovery"])
     opens = opening_class(live.config)
     writer = live.write if isinstance(live, Retrained) else functools.partial(write_model, live)
     about = {"relation": "finetune", "over": base, "data": data, "name": out.name}
     data = card_data(model, opens, results=validated(notes["recovery"]), **about)
     card = model_card(plan, before, out.name, notes, opens, data)
-    write = writer if base is None else functools.partial(write_adapter, live)
-    kept = plan if plan_of(model) is not None else None
+    write = writer if base is None else functools.partial(write_adapter, live, experts=experts)
+    kept = plan if plan_of(model) is not None or base is not None else None
     save_checkpoint(write, tokenizer, out, kept, card, model, notes, extra=[log])
 
 
-def _base_of(model: Path, plan: Plan, notes: dict[str, Any]) -> Path:
+def _with_those_before(model: Path, experts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """What an adapter brings: the experts that were trained, and those of the adapter that they were trained in."""
+    before = experts_in(model) if is_adapter(model) else {}
+    return {name: sorted({*before.get(name, ()), *experts.get(name, ())}) for name in {**before, **experts}}
+
+
+def _counted(recovery: dict[str, Any]) -> dict[str, Any]:
+    """What is noted of a training, with the number of trained experts in each layer; which ones its log says."""
+    chosen = recovery.get("trained_experts")
+    return recovery if chosen is None else recovery | {"trained_experts": {n: len(e) for n, e in chosen.items()}}
+
+
+def _base_of(model: Path, plan: Plan | None, notes: dict[str, Any]) -> Path:
     """What an adapter trained on `model` goes over: the original where the plan changes nothing but routing, and no
     weight was trained since."""
     if is_adapter(model):
         return base_of(model)
-    found = named_original(model).place if plan.keeps_experts and "recovery" not in notes else None
+    only_routing = plan is not None and plan.keeps_experts and "recovery" not in notes
+    found = named_original(model).place if only_routing else None
     known = found is not None and fingerprint_checkpoint(found) == notes.get("original_fingerprint")
     return found if known else model
 

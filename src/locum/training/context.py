@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..containers.layout import Layout
 from ..errors import OptionError, PlanError
 from ..experts.weights import ExpertWeights
 from ..files import fingerprint
+from ..measure.use import Use
 from ..models.families import MoeLayer, find_layers, read_expert
 from ..plans.plan import LayerPlan, Plan
 from .layer import OpenLayer
@@ -53,6 +55,10 @@ class Context:
     original: Original | None = None
     workdir: Path | None = None  # beside it, what memory need not hold may lie on the disk
     layers: list[OpenLayer] = field(default_factory=list)  # what `prepare` opened and `finish` has to close
+    uses: Mapping[str, Use] | None = None  # of experts by text, by layer: for ways that read it
+    said: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the way has to say of the run, for its log and its summary
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """One layer in training: a container whose parts can be trained apart, the old weights that fade out, and the way back.
 
     open_layer    stock experts or container  ->  container in training: own rows frozen, bases apart, adapters on rows
+    open_rows     the same without new adapters: what chosen experts have for themselves apart
     keep_old      puts the original experts' weights beside their stand-ins;  set_beta  blends and finally drops them
     close_layer   merges what can be merged and gives the layer back in the layout that its plan asks for
 
@@ -17,7 +18,7 @@ Letters: E experts, D model width, F expert width, R rank, N stacked items.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class OpenLayer:
     stock: nn.Module | None  # the stock experts module, emptied, where the checkpoint has one
     dtype: torch.dtype  # of the checkpoint
     device: torch.device
+    top_k: int  # experts that the router selects
 
 
 def open_layer(
@@ -61,35 +63,74 @@ def open_layer(
     """Put the training container of one layer into the model; every parameter of it is frozen to begin with.
 
     Own rows of experts get an adapter each; so do shared bases that are not trained themselves and whose users have
-    none. A ~ N(0, 1 / columns) and B = 0, so nothing changes yet. A stock module gives its weights up to the container.
+    none. A ~ N(0, 1 / columns) and B = 0, so nothing changes yet.
     """
+    begun = _begin(layer, plan)
+    num_kept = sum(slot.is_kept for slot in begun.made_by.slots)
+    rows = rows_to_adapt(begun.layout, num_kept, train_bases)
+    training = begun.layout.with_adapters(rows, rank) if rows else begun.layout
+    adapters = _adapters(training, begun.tensors, begun.device, seed)
+    container = _contained(model, layer, training, begun, adapters)
+    container.split_bases(num_kept)
+    return begun.opened(rows, container)
+
+
+def open_rows(model: nn.Module, layer: MoeLayer, plan: LayerPlan | None, experts: Collection[int]) -> OpenLayer:
+    """Put the training container of one layer into the model, with the rows that no other than these experts use apart. Every
+    parameter of it is frozen to begin with, and nothing changes."""
+    begun = _begin(layer, plan)
+    container = _contained(model, layer, begun.layout, begun, {})
+    for prefix, rows in begun.layout.rows_alone(experts).items():
+        container.set_apart(prefix.removesuffix("."), rows)
+    return begun.opened((), container)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A layer before its training container is there."""
+
+    name: str
+    plan: LayerPlan
+    made_by: LayerPlan  # whose rows the layer has: of a stock one all are its own, whatever the plan merged
+    layout: Layout
+    tensors: dict[str, Tensor]
+    stock: nn.Module | None
+    dtype: torch.dtype
+    device: torch.device
+    top_k: int
+
+    def opened(self, rows: tuple[int, ...], container: TrainingExperts) -> OpenLayer:
+        of_layer = (self.stock, self.dtype, self.device, self.top_k)
+        return OpenLayer(self.name, self.plan, self.layout, rows, container, *of_layer)
+
+
+def _begin(layer: MoeLayer, plan: LayerPlan | None) -> _Begun:
     experts, shape = layer.experts, layer.shape
     kept = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
     plan = plan or kept
+    # A container of mere nothings has no parameter.
+    like = next(experts.parameters(), next(layer.router.parameters()))
+    of_layer = (like.dtype, like.device, shape.top_k)
     if isinstance(experts, StandInExperts):
-        stock, layout, made_by = None, experts.layout, plan
-        tensors = tensors_of(experts)
-    else:
-        stock, layout, made_by = experts, Layout.of(kept, shape), kept  # whatever the plan merged, its rows are its own
-        tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
-    activate = canonical_activation(experts)
-    like = next(experts.parameters(), next(layer.router.parameters()))  # a container of mere nothings has no parameter
-    num_kept = sum(slot.is_kept for slot in made_by.slots)
-    rows = rows_to_adapt(layout, num_kept, train_bases)
-    training = layout.with_adapters(rows, rank) if rows else layout
-    adapters = _adapters(training, tensors, like.device, seed)
-    container = TrainingExperts(training, activate, like.dtype, "meta")
-    container.load_state_dict(tensors | adapters, strict=True, assign=True)
-    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
+        return _Begun(shape.name, plan, plan, experts.layout, tensors_of(experts), None, *of_layer)
+    tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
+    return _Begun(shape.name, plan, kept, Layout.of(kept, shape), tensors, experts, *of_layer)
+
+
+def _contained(
+    model: nn.Module, layer: MoeLayer, layout: Layout, begun: _Begun, adapters: dict[str, Tensor]
+) -> TrainingExperts:
+    """The container, in the model, all of it frozen. A stock module gives its weights up to it."""
+    container = TrainingExperts(layout, canonical_activation(layer.experts), begun.dtype, "meta")
+    container.load_state_dict(begun.tensors | adapters, strict=True, assign=True)
+    container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
     container.requires_grad_(False)
-    container.split_bases(num_kept)
-    model.set_submodule(shape.name, container)
-    device = like.device
-    if stock is not None:
+    model.set_submodule(begun.name, container)
+    if begun.stock is not None:
         if container.post_expert_norm is not None:
-            stock.post_expert_norm = None  # it stays alive in the container, and comes back when that closes
-        stock.to("meta")
-    return OpenLayer(shape.name, plan, layout, rows, container, stock, like.dtype, device)
+            begun.stock.post_expert_norm = None  # it stays alive in the container, and comes back when that closes
+        begun.stock.to("meta")
+    return container
 
 
 def rows_to_adapt(layout: Layout, num_kept: int, train_bases: bool) -> tuple[int, ...]:
@@ -188,34 +229,33 @@ def set_beta(layer: OpenLayer, beta: float) -> None:
 
 def close_layer(model: nn.Module, layer: OpenLayer) -> None:
     """Merge the adapters that training added into their rows; give the layer its checkpoint's layout and dtype."""
-    dense, layout = _merged_dense(layer), layer.layout
+    made, layout = _merged(layer), layer.layout
     if layer.stock is not None:
         layer.stock.to_empty(device=layer.device)
         for e in range(layout.num_experts):
-            write_expert(layer.stock, e, row_weights(dense, e, layout))
+            write_expert(layer.stock, e, row_weights(made, e, layout))
         if layer.container.post_expert_norm is not None:
             layer.stock.post_expert_norm = layer.container.post_expert_norm
         model.set_submodule(layer.name, layer.stock)
         return
-    tensors = {}
-    for name, shape in layout.tensor_shapes().items():
-        tensor = dense[name] if name in dense else layer.container.get_parameter(name).detach()[: shape[0]]
-        tensors[name] = tensor.to(layer.dtype, copy=True)
+    shapes = layout.tensor_shapes().items()
+    tensors = {name: made[name][: shape[0]].to(layer.dtype, copy=True) for name, shape in shapes}
     container = StandInExperts(layout, layer.container.activate, layer.dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     container.post_expert_norm = layer.container.post_expert_norm
     model.set_submodule(layer.name, container)
 
 
-def _merged_dense(layer: OpenLayer) -> dict[str, Tensor]:
-    """The dense rows under the container's names, W + B A where training added an adapter to a row."""
+def _merged(layer: OpenLayer) -> dict[str, Tensor]:
+    """The container's tensors by their names, in dense rows W + B A where training added an adapter to a row."""
     container = layer.container
-    dense = {OwnWeights.prefix + name: tensor for name, tensor in container.dense_tensors().items()}
-    training = container.layout
+    made, training = container.whole_tensors(), container.layout
     prefixes = {prefix for prefix, stack in training.prefixed() if stack.part == LowRank.name}
+    if layer.rows:  # what the container holds stays what it is
+        made |= {name: made[name].clone() for name in ("dense.gate_up_NGD", "dense.down_NDF")}
     for row in layer.rows:
         rows = rows_of_expert(container, training.dense_of.index(row), but=OwnWeights)
         product = next(LowRank.whole(found, training) for prefix, found in rows.items() if prefix in prefixes)
         for name, change in (("dense.gate_up_NGD", product["gate_up_GD"]), ("dense.down_NDF", product["down_DF"])):
-            dense[name][row] = (dense[name][row].float() + change).to(dense[name].dtype)
-    return dense
+            made[name][row] = (made[name][row].float() + change).to(made[name].dtype)
+    return made

@@ -11,8 +11,8 @@ The log is a file of JSON lines. The `event` of a line says what it holds:
 
     start        options, provenance, trainable_parameters
     resume       the same, of a run that goes on, and resumed_at: the steps done before
-    step         step (how many are done), loss, learning_rate, seconds, tokens, balance_loss where there is one, and
-                 what the way to recover says of the step
+    step         step (how many are done), loss, learning_rate, seconds, tokens, balance_loss and entropy_loss where there
+                 are such, and what the way to recover says of the step
     validation   step, validation_loss; step 0 is the model as it came
     kept         kept_step and kept_loss: the step whose state the run ends with, and its validation loss
 
@@ -20,7 +20,8 @@ Ranks that have met share a run (sharding.py): each takes some blocks of every b
 tensors are whole. So any number of ranks goes on from them.
 
 Where there is validation text, a run ends with its best validated state, which may be the model as it came: training never
-makes a model worse there. A state counts if the model that runs is the one that the run would give (Way.is_result).
+makes a model worse there. A state counts if the model that runs is the one that the run would give (Way.is_result). With a
+`patience`, a run ends early, after so many validations in a row that were no better.
 
 Letters: B blocks of a batch, S tokens of a block, M positions with loss, V vocabulary.
 """
@@ -51,8 +52,8 @@ from ..files import write_text
 from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
-from .balance import Balance, balanced
 from .options import PRECISIONS, Recovery, learning_rate_at
+from .router_losses import RouterLosses, router_losses
 from .sharding import gather, like, shard, share_of, whole
 from .states import Best, State, save_state
 
@@ -80,10 +81,6 @@ def accelerated(precision: str, device: torch.device) -> Iterator[Accelerator]:
             AcceleratorState._reset_state(reset_partial_state=not had_partial)
 
 
-def _observing(model: nn.Module, options: Recovery) -> contextlib.AbstractContextManager[Balance | None]:
-    return balanced(model) if options.balance else contextlib.nullcontext()
-
-
 Loss = Callable[[Batch], tuple[Tensor, int]]  # of a batch: summed over its positions with loss, and their number
 
 
@@ -98,9 +95,10 @@ class Loop:
         options: Recovery,
         accelerator: Accelerator,
         objective: Loss,
-        balance: Balance | None = None,
+        of_routers: RouterLosses | None = None,
     ) -> None:
-        self.objective, self.balance, self.balance_loss = objective, balance, 0.0
+        self.objective, self.of_routers = objective, of_routers or RouterLosses({}, None)
+        self.router_losses = dict.fromkeys(self.of_routers.weights, 0.0)  # of the last step
         self.model = model.eval()
         self.tokens, self.validation_tokens, self.options, self.accelerator = tokens, validation, options, accelerator
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -153,7 +151,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         count = max(sum(int(part.loss_mask_BS[:, 1:].sum()) for part in parts), 1)
-        total = self.balance_loss = 0.0
+        total, added = 0.0, dict.fromkeys(self.of_routers.weights, 0.0)
         for part in parts:
             self.tokens_seen += int(part.attention_BS.sum())
             part = share_of(part)
@@ -161,12 +159,13 @@ class Loop:
                 summed, positions = self.objective(part)
             loss = summed / count
             total += float(loss.detach())
-            if self.balance is not None:
-                uneven = self.balance.loss(part.attention_BS.to(self.device)) * (positions / count)
-                self.balance_loss += float(uneven.detach())
-                loss = loss + self.options.balance * uneven
+            for name, more in self.of_routers.of(part.attention_BS.to(self.device)).items():
+                more = more * (positions / count)
+                added[name] += float(more.detach())
+                loss = loss + self.of_routers.weights[name] * more
             self.accelerator.backward(loss)
-        total, self.balance_loss = ranks.add_up(torch.tensor([total, self.balance_loss], dtype=torch.float64)).tolist()
+        total, *sums = ranks.add_up(torch.tensor([total, *added.values()], dtype=torch.float64)).tolist()
+        self.router_losses = dict(zip(added, sums, strict=True))
         if not math.isfinite(total):
             raise OptionError(
                 f"the loss is {total} at step {self.step + 1}; lower --learning-rate "
@@ -185,6 +184,14 @@ class Loop:
         if self.best is None or loss < self.best.loss:
             tensors = {name: whole(p).to("cpu", copy=True).contiguous() for name, p in self.trained.items()}
             self.best = Best(self.step, loss, tensors if ranks.is_first() else {})
+
+    def is_stale(self, is_result: Callable[[int], bool]) -> bool:
+        """Whether the last validations, as many as the patience, were no better than one before them. It follows from what a
+        state holds, so a run that goes on ends where one that was not interrupted does."""
+        if not self.options.patience or self.best is None:
+            return False
+        since = sum(step > self.best.step and is_result(step) for step, _ in self.validation)
+        return since >= self.options.patience
 
     @torch.no_grad()
     def take_best(self) -> None:
@@ -230,9 +237,9 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     settings = accelerated(options.precision, device)
-    with settings as accelerator, _observing(model, options) as balance, ranks.meeting():
+    with settings as accelerator, router_losses(model, options) as of_routers, ranks.meeting():
         shard(model)
-        loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, balance)
+        loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, of_routers)
         loop.resume(state)
         open_log(hooks.log, hooks.header, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
@@ -261,12 +268,11 @@ def _run(loop: Loop, hooks: Hooks) -> None:
         _record(loop, hooks, hooks.before)
     elif loop.step == 0:
         _validate(loop, hooks)
-    while loop.step < options.steps:
+    while loop.step < options.steps and not loop.is_stale(hooks.is_result):
         rate = learning_rate_at(loop.step, options)
         loop.one_step(list(islice(stream, options.accumulate)))
         done = {"event": "step", "step": loop.step, "loss": loop.loss, **said, "learning_rate": rate}
-        if loop.balance is not None:
-            done["balance_loss"] = loop.balance_loss
+        done |= {f"{name}_loss": value for name, value in loop.router_losses.items()}
         write_log(hooks.log, done | {"seconds": round(loop.seconds, 3), "tokens": loop.tokens_seen})
         if hooks.progress is not None:
             hooks.progress(loop.step, options.steps, loop.loss)
@@ -274,6 +280,7 @@ def _run(loop: Loop, hooks: Hooks) -> None:
         last = loop.step == options.steps
         if last or (options.validate_every and loop.step % options.validate_every == 0):
             _validate(loop, hooks)
+            last = last or loop.is_stale(hooks.is_result)
         # The last state stays until the caller has saved the result: a full disk then costs no training.
         if hooks.workdir and options.checkpoint_every and (last or loop.step % options.checkpoint_every == 0):
             loop.save(hooks.workdir, hooks.identity)

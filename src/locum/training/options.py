@@ -48,6 +48,9 @@ class Recovery:
     weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
     clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
     balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
+    entropy: float = option(
+        0.0, "weight of the routers' entropy (SEER-MoE), for fewer experts that run; 0 adds none", at_least=0
+    )
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
     checkpointing: str = option(
         "auto",
@@ -57,6 +60,7 @@ class Recovery:
     seed: int = option(0, "seed of what the way draws and of the order of the data", at_least=0)
     checkpoint_every: int = option(100, "steps between states to resume from; 0 keeps none", at_least=0)
     validate_every: int = option(50, "steps between validation losses; 0 validates at both ends only", at_least=0)
+    patience: int = option(0, "validations in a row without a lower loss that end a run; 0: none do", at_least=0)
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
@@ -105,6 +109,11 @@ def check_recovery(options: Recovery, prefix: str = "") -> None:
     """Everything that can be said about options without a model. Raises OptionError."""
     check_options(options, prefix)
     check_options(options.way, prefix)
+    if options.patience and not options.validate_every:
+        patience, every = (f"--{prefix}{name}".replace("_", "-") for name in ("patience", "validate_every"))
+        raise OptionError(
+            f"{patience} is {options.patience} and {every} 0, so there are no validations to end by; leave one of them out"
+        )
 
 
 def learning_rate_at(step: int, options: Recovery) -> float:

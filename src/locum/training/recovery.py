@@ -6,8 +6,10 @@ all of them: checks, states to resume from, precision, and that the model comes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ranks
-from ..data.tokens import Tokens
+from ..data.tokens import Tokens, batches, training_batches
 from ..errors import OptionError
 from ..files import fingerprint, provenance, versions
+from ..measure.use import Use, in_short, uses_of
 from ..plans.plan import Plan
 from .context import Context, Original, check_layers
 from .decoder import DecoderLayers
-from .loop import Hooks, accelerated, check_predicts, train, validation_loss
+from .loop import Hooks, accelerated, check_predicts, check_tokens, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .states import State, load_state, sample
 from .ways import WAYS, Way
+
+USE_TOKENS = 131_072  # of training text, by whose use a way chooses (ESFT, arXiv 2407.01906)
+ROUTING_TOKENS = 4096  # of validation text, that the use of experts is reported of
 
 
 def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
@@ -45,10 +51,13 @@ def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
         raise OptionError(f"{flag} {way.name} {objection}; use {' or '.join(others)}")
 
 
-def count_trainable(model: nn.Module, plan: Plan | None, options: Recovery) -> int:
-    """How many parameters recovery would train. `model` is used up; it may be on the meta device (skeleton)."""
+def count_trainable(
+    model: nn.Module, plan: Plan | None, options: Recovery, uses: Mapping[str, Use] | None = None
+) -> int:
+    """How many parameters recovery would train: for a way that chooses by use, without it, at most. `model` is used up; it may be on
+    the meta device (skeleton)."""
     check_recovery(options)
-    context = Context(model, plan, options.steps, options.seed)
+    context = Context(model, plan, options.steps, options.seed, uses=uses)
     check_layers(context)
     options.way.prepare(context, options.steps)  # the end of training, when no old weights are needed
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,13 +75,15 @@ def recover_model(
     progress: Callable[[int, int, float], None] | None = None,
     restart: bool = False,
     about: Mapping[str, Any] | None = None,
+    uses: Mapping[str, Use] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Train a live model back to strength, in place, on the device where it is.
 
     `plan` is the one the checkpoint was made by; None for a model that was never compressed. `original` is the model
     before, for ways that need it. With a `workdir`, an interrupted run goes on where its last state was when it is
     called again with the same arguments; the last state stays there until the caller, having saved the result, calls
-    `states.forget(workdir)`. `about` is added to the log's provenance.
+    `states.forget(workdir)`. `about` is added to the log's provenance. `uses`, for ways that read it, is how text uses the experts;
+    without it, the first 131,072 tokens of the training are looked at.
 
     Where there is validation text, the result is the best validated state, which may be the model as it came.
 
@@ -87,10 +98,14 @@ def recover_model(
     check_fits(way, plan)
     if original is None and way.needs_original(plan):
         raise OptionError(f"--how {way.name} needs the original model; give it with --original (original=...)")
+    check_tokens(model, tokens, options)
+    if way.reads_use:
+        context.uses = uses or _uses_in_training(model, tokens, options)
     way.check(context)
     identity = _identity(context, options, tokens, validation) | way.identity(context)
     state = _left_behind(workdir, identity, restart)
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+    routing = {"routing_before": _routing(model, validation, options)}
     before = None
     if validation is not None and state.step == 0 and not way.is_result(context, 0):
         before = _loss_before(model, validation, options)
@@ -98,7 +113,7 @@ def recover_model(
     decoder = DecoderLayers(model, options.precision, options.checkpointing)
     decoder.set_precision(model)
     made = provenance(data_fingerprint=tokens.fingerprint, identity=identity, **(about or {}))
-    header = {"options": options.to_json(), "provenance": made}
+    header = {"options": options.to_json(), "provenance": made, **context.said}
     hooks = Hooks(
         at_step=lambda step: way.at_step(context, step),
         is_result=lambda step: way.is_result(context, step),
@@ -113,6 +128,7 @@ def recover_model(
     with decoder:
         summary = train(model, tokens, validation, options, state, hooks)
     summary |= {"checkpointed": decoder.checkpoints, "layer_activation_bytes": decoder.kept_bytes}
+    summary |= context.said
     if not ranks.is_first():
         return model, summary
     if ranks.count() > 1:  # which share a model that no device may hold alone
@@ -122,7 +138,25 @@ def recover_model(
         tensor.data = tensor.data.to(dtypes[name])
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return model.eval(), summary
+    routing["routing"] = _routing(model, validation, options)
+    return model.eval(), summary | {name: said for name, said in routing.items() if said is not None}
+
+
+def _uses_in_training(model: PreTrainedModel, tokens: Tokens, options: Recovery) -> dict[str, Use]:
+    """How the first tokens of the training use the experts of the model as it came. Every rank looks at all of them."""
+    size = min(options.batch_size, len(tokens))
+    count = math.ceil(min(USE_TOKENS / options.length, len(tokens)) / size)
+    first = islice(training_batches(tokens, size, options.seed), count)
+    return uses_of(model.eval(), ((batch.ids_BS, batch.attention_BS) for batch in first))
+
+
+def _routing(model: PreTrainedModel, validation: Tokens | None, options: Recovery) -> dict[str, float] | None:
+    """How the first tokens of the validation use the experts, in short: training may let experts die. Not where ranks share it."""
+    if validation is None or ranks.count() > 1:
+        return None
+    count = math.ceil(ROUTING_TOKENS / (options.batch_size * options.length))
+    first = islice(batches(validation, options.batch_size), count)
+    return in_short(uses_of(model.eval(), ((batch.ids_BS, batch.attention_BS) for batch in first)))
 
 
 def _left_behind(workdir: Path | None, identity: dict[str, Any], restart: bool) -> State:

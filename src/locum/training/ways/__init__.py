@@ -33,13 +33,13 @@ class Way(Protocol):
     name: ClassVar[str]  # set by @way
     source: ClassVar[str]  # set by @way
     learning_rate: ClassVar[float]  # set by @way: the one to use where none is given
-    changes_weights: ClassVar[
-        bool
-    ]  # False: only routers and vectors change, so a small adapter file can hold the result
+    changes_weights: ClassVar[bool]  # False: only routers and vectors change
     across_ranks: ClassVar[
         bool
     ]  # whether several ranks can share a run: its loss comes from the model's output. Default: no
     experts_alone: ClassVar[bool]  # whether of the original its experts are enough, read one at a time; else False
+    fits_adapter: ClassVar[bool]  # whether a small adapter file can hold the result. Default: where no weights change
+    reads_use: ClassVar[bool]  # whether `context.uses` is read: how text uses the experts. Default: no
 
     def objection(self, plan: Plan | None) -> str | None:
         """Why this way cannot train what the plan made, as a sentence that begins with the way's name. None: it can."""
@@ -94,6 +94,8 @@ def way(name: str, source: str, learning_rate: float = 1e-3) -> Callable[[Class]
     def register(cls: Class) -> Class:
         cls.name, cls.source, cls.learning_rate = name, source, learning_rate
         cls.experts_alone = getattr(cls, "experts_alone", False)
+        cls.fits_adapter = getattr(cls, "fits_adapter", not getattr(cls, "changes_weights", True))
+        cls.reads_use = getattr(cls, "reads_use", False)
         return WAYS.add(name, cls)
 
     return register

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
 from ...data.tokens import Batch
-from ...errors import OptionError
-from ...models.next_token_loss import summed
-from ...options import option
 from ...plans.plan import Plan
 from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
-from ..context import Context, check_whole_original, mark_of
+from ..context import Context, mark_of
+from ..distillation import check_distillation, distillation, share_option, temperature_option
 from . import way
 
 
@@ -40,8 +37,8 @@ class Distillation:
     across_ranks: ClassVar[bool] = False  # every rank would hold the whole original
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
-    share: float = option(1.0, "of the loss that is distillation; the rest is next-token loss")
-    temperature: float = option(1.0, "by which both models' logits are divided")
+    share: float = share_option()
+    temperature: float = temperature_option()
 
     def objection(self, plan: Plan | None) -> str | None:
         return None
@@ -51,17 +48,7 @@ class Distillation:
 
     def check(self, context: Context) -> None:
         check_adapters(context, self.rank)
-        if not 0 <= self.share <= 1:
-            raise OptionError(f"--share is {self.share}; allowed: 0 to 1")
-        if not 0 < self.temperature < float("inf"):
-            raise OptionError(f"--temperature is {self.temperature}; allowed: numbers above 0")
-        original = check_whole_original(context, self.name)
-        sizes = [model.config.get_text_config().vocab_size for model in (context.model, original)]
-        if sizes[0] != sizes[1]:
-            raise OptionError(
-                f"the model has a vocabulary of {sizes[0]} and the original one of {sizes[1]}; give the model that this one "
-                f"was compressed from with --original"
-            )
+        check_distillation(context, self.name, self.share, self.temperature)
 
     def identity(self, context: Context) -> dict[str, str]:
         return {"original": mark_of(context.original)}
@@ -73,13 +60,7 @@ class Distillation:
         return {}
 
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return summed([context.model, context.original.model], batch, context.device, self._mixed)
-
-    def _mixed(self, ours_MV: Tensor, theirs_MV: Tensor, labels_M: Tensor) -> Tensor:
-        loss = (1 - self.share) * functional.cross_entropy(ours_MV, labels_M, reduction="sum")
-        logs = ((x / self.temperature).log_softmax(-1) for x in (ours_MV, theirs_MV))
-        divergence = functional.kl_div(*logs, reduction="sum", log_target=True)
-        return loss + self.share * self.temperature**2 * divergence
+        return distillation(context, batch, self.share, self.temperature)
 
     def is_result(self, context: Context, step: int) -> bool:
         return True

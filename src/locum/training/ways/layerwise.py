@@ -18,6 +18,7 @@ from ...options import option
 from ...plans.plan import Plan
 from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
 from ..context import Context, check_whole_original, mark_of
+from ..routers import router_parameters
 from . import way
 
 
@@ -76,9 +77,8 @@ class Layerwise:
     def prepare(self, context: Context, start: int) -> None:
         open_adapters(context, self.rank, self.train_bases)
         if self.routers:
-            for layer in find_layers(context.model):
-                for tensor in layer.router.parameters():
-                    tensor.requires_grad_(tensor.is_floating_point())
+            for tensor in router_parameters(context.model):
+                tensor.requires_grad_(True)
 
     def at_step(self, context: Context, step: int) -> dict[str, float]:
         return {}
