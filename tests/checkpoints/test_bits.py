@@ -131,7 +131,13 @@ def test_it_is_exported_as_numbers_and_refused_where_it_is_to_be_trained_or_comp
 def test_verify_finds_nothing_wrong(made):
     folder, model, *_, out = made
     checks = locum.verify(
-        out, engine="transformers", original=model, statistics=folder / "stats.safetensors", prompts=1, new_tokens=2
+        out,
+        engine="transformers",
+        original=model,
+        statistics=folder / "stats.safetensors",
+        prompts=1,
+        new_tokens=2,
+        long_tokens=2,
     )
     assert not [check for check in checks if check.result == "failed"], checks
 

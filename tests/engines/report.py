@@ -95,6 +95,7 @@ def run(case: Case) -> list[Check]:
             folder,
             precision=case.precision,
             new_tokens=NEW_TOKENS,
+            long_tokens=8 * NEW_TOKENS,
             prompts=PROMPTS,
             statistics=statistics_of(read_shape(folder.with_name("original"))) if case.kind == "constants" else None,
         )

@@ -46,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["pruned", "merged", "deepseek"])
 def test_the_engine_says_what_transformers_says(folders, name):
     """Logits within 1e-2, the same greedy tokens, the same cuts of text."""
-    checks = [c for c in locum.verify(folders[name], engine="llamacpp") if c.engine == "llamacpp"]
+    checks = [c for c in locum.verify(folders[name], engine="llamacpp", long_tokens=0) if c.engine == "llamacpp"]
     assert [c for c in checks if c.result == FAILED] == []
     assert {"logits", "greedy tokens", "tokenizer"} <= {c.check for c in checks if c.result == OK}
     tokens = next(c for c in checks if c.check == "greedy tokens")

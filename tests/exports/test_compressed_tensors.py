@@ -232,7 +232,7 @@ def test_bits_that_headers_do_not_tell_apart_are_refused():
 @pytest.mark.journeys
 def test_verify_takes_it(narrow, tmp_path):
     locum.export(narrow, to="compressed-tensors", rest="8", out=tmp_path / "out")
-    checks = locum.verify(tmp_path / "out", engine="transformers", prompts=2, new_tokens=4)
+    checks = locum.verify(tmp_path / "out", engine="transformers", prompts=2, new_tokens=4, long_tokens=16)
     assert not [check for check in checks if check.result == "failed"], checks
 
 

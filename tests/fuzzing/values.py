@@ -29,7 +29,7 @@ LINES = {
     "compress": f"compress model --data words.txt {SHORT} --remove 0.4 --rank 2 --out out --json",
     "recover": f"{RECOVER} --out out --json",
     "eval": "eval small --data words.txt --length 64 --tokens 512 --resamples 20 --out out.jsonl --json",
-    "verify": "verify small --engine transformers --prompts 1 --new-tokens 1 --json",
+    "verify": "verify small --engine transformers --prompts 1 --new-tokens 1 --long-tokens 1 --json",
     "compare": f"compare model --data words.txt {SHORT} --measured 128 --methods mone --remove 0.5 --seeds 1 --out out --json",
     "bench": "bench pruned --prompt 4 --new-tokens 2 --batch-sizes 1 --rounds 1 --out out.json --json",
     "report": "report results.jsonl --out out.html --json",

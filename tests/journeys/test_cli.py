@@ -126,7 +126,7 @@ COMMANDS = {
     "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "
     "--split --stream --tokens",
     "show": "NAME --json",
-    "verify": "MODEL --device --engine --json --new-tokens --original --precision --prompts --seed --statistics",
+    "verify": "MODEL --device --engine --json --long-tokens --new-tokens --original --precision --prompts --seed --statistics",
 }
 FUNCTIONS = {
     "apply": locum.apply,

@@ -299,7 +299,9 @@ def test_the_export_says_that_it_is_no_larger(checkpoint, made, tmp_path) -> Non
 
 @pytest.mark.journeys
 def test_engines_keep_the_promise(made) -> None:
-    verified = command("verify", made / "small", "--engine", "transformers", "--statistics", made / "stats")
+    verified = command(
+        "verify", made / "small", "--engine", "transformers", "--statistics", made / "stats", "--long-tokens", 64
+    )
     assert verified.exit_code == 0, verified.output
 
 

@@ -29,7 +29,7 @@ from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint, write_tokenizer
 from making.tiny_models import CONFIGS, tiny_model
 
-FEW = {"prompts": 2, "new_tokens": 6}
+FEW = {"prompts": 2, "new_tokens": 6, "long_tokens": 20}
 
 
 def failures(checks) -> list[tuple[str, str]]:
@@ -45,13 +45,13 @@ def verified(small):
 def test_a_good_checkpoint_passes(verified):
     assert failures(verified) == []
     said = {(check.check, check.engine): check.detail for check in verified if check.result == OK}
-    names = "original files config plan tensors size tokenizer loops"
+    names = "original files config plan tensors size tokenizer loops routing"
     assert {(name, "") for name in names.split()} <= set(said)
     assert "the original with the plan carried out again" in said["logits", "transformers"]
     assert "2 x 6 tokens are the same" in said["greedy tokens", "transformers"]
     assert "as the plan promised" in said["size", ""]
     assert "as the original's" in said["tokenizer", ""]
-    assert {check.check for check in verified if check.result == SKIPPED} <= {"chat template"}
+    assert {check.check for check in verified if check.result == SKIPPED} <= {"chat template", "tool calls"}
 
 
 NO_LOCUM = "raise ImportError('this checkpoint must do without Locum')\n"
@@ -79,7 +79,9 @@ def test_wrong_weights_do_not_keep_the_promise(small, tmp_path):
     name = next(n for n in tensors if n.endswith("dense.down_NDF"))
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    result = command("verify", folder, "--engine", "transformers", "--prompts", 2, "--new-tokens", 4, "--json")
+    result = command(
+        "verify", folder, "--engine", "transformers", "--prompts", 2, "--new-tokens", 4, "--long-tokens", 4, "--json"
+    )
     assert result.exit_code == 1
     checks = {(c["check"], c["engine"]): c for c in json.loads(result.stdout)}
     assert {key for key, c in checks.items() if c["result"] == FAILED} >= {("logits", "transformers")}
@@ -242,6 +244,7 @@ def test_wrong_arguments_are_one_line(small, tmp_path):
         ([small, "--engine", "vlm"], "did you mean 'vllm'"),
         ([small, "--precision", "int8"], "fp32, bf16, fp16"),
         ([small, "--prompts", "0"], "--prompts is 0"),
+        ([small, "--long-tokens", "-1"], "--long-tokens is -1"),
     ):
         result = command("verify", *arguments)
         assert (result.exit_code, result.stdout) == (2, "")
@@ -293,7 +296,9 @@ def test_what_an_engine_says_before_it_dies_is_told(tmp_path):
 
 
 def test_a_container_is_nothing_for_llamacpp(small):
-    result = command("verify", small, "--engine", "llamacpp", "--prompts", 1, "--new-tokens", 1, "--json")
+    result = command(
+        "verify", small, "--engine", "llamacpp", "--prompts", 1, "--new-tokens", 1, "--long-tokens", 0, "--json"
+    )
     *_, last = json.loads(result.stdout)
     assert (last["engine"], last["result"], result.exit_code) == ("llamacpp", FAILED, 1)
 

@@ -31,17 +31,15 @@ from ..errors import CheckpointError, EngineError, LocumError, OptionError
 from ..exports.target import TARGETS, Target, write_form
 from ..files import describe_size
 from ..formats.plain import COMPUTE_DTYPES
-from ..measure.repetition import loops, more_than_chance
 from ..models.families import opening_class
 from ..options import make_options
 from ..stages.application import statistics_for
 from ..stages.options import Device, Help, Progress, Seed, check_number, device_of, silent
 from ..stats.sums import Statistics
-from .folder import FAILED, OK, SKIPPED, Check, Folder, NotApplicable, check_files, run_check
+from .collapse import Questions
+from .folder import FAILED, OK, SKIPPED, Check, Folder, check_files, run_check
 
 PROMPT = 16  # tokens of a prompt
-SAMPLED, SAMPLES = 96, 4  # tokens and number of the generations that are looked at for loops, per prompt
-CHANCE = 0.01  # of calling a model loopy that loops no more than its original
 AGREE = 0.99  # of the positions, in 16 bits, have the same likeliest token
 MEMORY = 0.05  # of the bytes of a plan that the weights may differ by in an engine's memory
 
@@ -78,12 +76,16 @@ def verify(
     ] = "auto",
     prompts: Annotated[int, Help("prompts to compare on, from the bundled text")] = 8,
     new_tokens: Annotated[int, Help("greedy tokens to compare after each prompt")] = 32,
+    long_tokens: Annotated[
+        int, Help("greedy tokens after each prompt to look for loops in, as far as the context goes; 0: none")
+    ] = 2048,
     seed: Seed = 0,
     device: Device = "auto",
     progress: Progress = silent,
 ) -> list[Check]:
     """Open a checkpoint in every engine that is there and compare it with what was promised: tensors, sizes, plan,
-    tokenizer, logits, greedy tokens, and how often sampled text ends in a loop. Exit code 1 when anything fails."""
+    tokenizer, logits, greedy tokens; and with the original where it may have collapsed: text that ends in a loop, experts that nothing
+    is routed to, tool calls. Exit code 1 when anything fails."""
     model = Path(model)
     if not model.is_dir():
         raise CheckpointError(f"no such folder: {model}; give the path of a checkpoint folder")
@@ -91,6 +93,7 @@ def verify(
         raise OptionError(f"--precision is {precision!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
     for name, value in (("prompts", prompts), ("new-tokens", new_tokens)):
         check_number(name, value, 1)
+    check_number("long-tokens", long_tokens, 0)
     check_number("seed", seed, 0)
     chosen, device = chosen_engines(engine), device_of(device)
     source, checks = find_original(model, original)
@@ -102,8 +105,9 @@ def verify(
     progress("verify: promise", 1, 3)
     precision = folder.precision if precision == "auto" else precision
     ids_BS = prompt_ids(folder.tokenizer, prompts)
-    promise, checked = make_promise(folder, ids_BS, COMPUTE_DTYPES[precision], new_tokens, statistics, seed)
-    checks.append(checked)
+    questions = Questions.of(folder.tokenizer, ids_BS, long_tokens, seed)
+    promise, checked = make_promise(folder, questions, COMPUTE_DTYPES[precision], new_tokens, statistics)
+    checks += checked
     progress("verify: engines", 2, 3)
     for item in chosen.values():
         checks += check_engine(item, folder, promise, precision, new_tokens, named=engine is not None)
@@ -132,16 +136,15 @@ def prompt_ids(tokenizer: Any, count: int) -> Tensor:
 
 
 def make_promise(
-    folder: Folder, ids_BS: Tensor, dtype: torch.dtype, new_tokens: int, statistics: Path | None, seed: int
-) -> tuple[Promise, Check]:
-    """What the model should say, and a line about loops, which are counted while model and original are in memory."""
-    many_BS = ids_BS.repeat_interleave(SAMPLES, dim=0)
-    live, looping = folder.live, {}
-    looping["model"] = loops(live, many_BS, new_tokens=SAMPLED, seed=seed)
+    folder: Folder, questions: Questions, dtype: torch.dtype, new_tokens: int, statistics: Path | None
+) -> tuple[Promise, list[Check]]:
+    """What the model should say, and lines about collapse, which is looked for while model and original are in memory."""
+    live, theirs = folder.live, None
+    ours = questions.ask(live)
     of, why_not = "the original with the plan carried out again", not_repeatable(folder)
     if folder.original is not None:
         original = open_model(folder.original, device=folder.device)
-        looping["original"] = loops(original, many_BS, new_tokens=SAMPLED, seed=seed)
+        theirs = questions.ask(original)
         if not why_not:
             try:
                 observed = _statistics_for(folder, statistics) if folder.plan.needs else None
@@ -153,8 +156,8 @@ def make_promise(
     if folder.is_quantised:
         live = load_model(folder.path, dtype, folder.device)
     del folder.live  # the engines may need its memory
-    promise = ask_in_memory(live, of, ids_BS, dtype, new_tokens)
-    return promise, run_check("loops", "", lambda: compare_loops(looping, len(many_BS)))
+    promise = ask_in_memory(live, of, questions.ids_BS, dtype, new_tokens)
+    return promise, questions.checks(ours, theirs)
 
 
 def _statistics_for(folder: Folder, given: Path | None) -> Statistics:
@@ -170,17 +173,6 @@ def not_repeatable(folder: Folder) -> str:
     if folder.is_quantised:  # stand-ins were made from numbers in the dtype of the config
         return "its number formats are read at the precision asked for"
     return "it was trained since" if "recovery" in folder.notes else ""
-
-
-def compare_loops(looping: dict[str, int], count: int) -> str:
-    ours, theirs = looping["model"], looping.get("original")
-    said = f"{ours} of {count} sampled generations end in a loop"
-    if theirs is None:
-        raise NotApplicable(f"{said}; there is no original to compare with")
-    said += f", {theirs} of the original's"
-    if (chance := more_than_chance(ours, theirs, count)) < CHANCE:
-        raise CheckpointError(f"{said} (by chance: p = {chance:.2g}); recover the model, or remove less")
-    return said
 
 
 def agreement(logits_BSV: Tensor, token_BS: Tensor, dtype: torch.dtype) -> float:
