@@ -61,6 +61,7 @@ def main() -> None:
     about |= {"steps": options.steps, "tokens": 512}
     data = [word for source in reference_data()[:2] for word in ("--data", source)]
     shared = ["--length", 256, "--batch-size", 2, "--steps", options.steps, "--validation-tokens", 512, "--rank", 16]
+    shared += ["--checkpoint-every", 0]  # a state is 4 GB, written as it lies in memory
     for run in RUNS if options.only is None else [options.only]:
         shutil.rmtree(out, ignore_errors=True)
         fading = ["--end-fraction", 1] if run.startswith("annealed") else []

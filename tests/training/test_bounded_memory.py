@@ -95,6 +95,13 @@ def test_weights_of_layers_are_wide_only_while_their_layer_runs(olmoe):
     assert all(p.grad is not None for layer in layers.layers for p in layer.parameters() if p.requires_grad)
 
 
+def test_bases_that_are_trained_are_in_memory_once(olmoe):
+    model = compressed(olmoe.to(torch.bfloat16), plan := light(olmoe))
+    context, _ = in_training(model, plan)
+    for layer in context.layers:
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in layer.container.parameters())
+
+
 def test_after_an_error_a_layer_is_as_it_was(olmoe):
     model = compressed(olmoe.to(torch.bfloat16), plan := light(olmoe))
     _, layers = in_training(model, plan)
@@ -293,12 +300,15 @@ def test_a_training_reads_and_writes_what_was_said(small, checkpoint, words, tmp
         else:
             with pytest.raises(OutputError, match="no space left"):
                 locum.recover(small, dry_run=True, force=True, **asked)
+            (tmp_path / ".out.recover").mkdir()
+            (tmp_path / ".out.recover" / STATE_FILE).write_bytes(b"1")  # what is there already is not to come
+            locum.recover(small, dry_run=True, force=True, **asked)
 
 
-def test_what_was_freed_goes_back_once_before_moments_come(monkeypatch):
+def test_what_is_free_goes_back_before_training_and_before_moments_come(monkeypatch):
     given = []
     monkeypatch.setattr(loop, "give_back", lambda: given.append(1))
-    assert Case().recover(how="lora")[1]["steps"] > 1 and given == [1]
+    assert Case().recover(how="lora")[1]["steps"] > 1 and given == [1, 1]
 
 
 def test_a_resumed_run_holds_its_state_once(tmp_path):

@@ -109,18 +109,20 @@ def recover(
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
-    check_room(out, written)
+    workdir = beside(out, "recover")
+    begun = sum(file.stat().st_size for file in workdir.glob("*"))
+    check_room(out, written, begun)
     tokenizer = load_tokenizer(model)
     blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
     validation = load_tokens(
         data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
     )
     if by_layer:
-        check_room(out, written := written + waiting_bytes(shape, blocks, validation, chosen))
+        check_room(out, written := written + waiting_bytes(shape, blocks, validation, chosen), begun)
     if dry_run:
         training = Training(decided, chosen, trained, source if is_read else None, by_layer, streamed)
         return of_recovery(model, training, blocks, validation, device, written, out)
-    workdir, told = beside(out, "recover"), _told(progress, chosen)
+    told = _told(progress, chosen)
     if restart and ranks.is_first():
         forget(workdir)
     ranks.wait()

@@ -65,9 +65,8 @@ class TrainingExperts(StandInExperts):
         rest = [row for row in range(stack.num_rows) if row not in set(rows)]
         self.add_module(_name_apart(path), Stack.holding({leaf: x[list(rows)] for leaf, x in tensors.items()}))
         for leaf, tensor in tensors.items():
-            left = tensor[: len(rest)] if rest == list(range(len(rest))) else tensor[rest]  # the first ones: no copy
-            module.register_parameter(leaf, nn.Parameter(left, requires_grad=False))
-        self.apart[path] = tuple(rows)
+            # A copy, for a view would keep the memory of all rows, which training may have a second time in float32.
+            module.register_parameter(leaf, nn.Parameter(tensor[rest], requires_grad=False))
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Everything by the names of the layout, the rows that lie apart in their places again."""

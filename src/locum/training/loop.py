@@ -173,7 +173,7 @@ class Loop:
             )
         if self.options.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip)
-        if not self.optimizer.state:  # moments come to stay: not beside what the first activations have left
+        if not self.optimizer.state:  # moments come to stay: not beside what was free before them
             give_back()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -241,6 +241,7 @@ def train(
         shard(model)
         loop = Loop(model, tokens, validation, options, accelerator, hooks.loss, of_routers)
         loop.resume(state)
+        give_back()  # narrow copies of what is trained in float32
         open_log(hooks.log, hooks.header, state.step, sum(p.numel() for p in loop.trained.values()))
         _run(loop, hooks)
         gather(model)
