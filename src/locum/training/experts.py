@@ -67,6 +67,7 @@ class TrainingExperts(StandInExperts):
         for leaf, tensor in tensors.items():
             # A copy, for a view would keep the memory of all rows, which training may have a second time in float32.
             module.register_parameter(leaf, nn.Parameter(tensor[rest], requires_grad=False))
+        self.apart[path] = tuple(rows)
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Everything by the names of the layout, the rows that lie apart in their places again."""
