@@ -17,6 +17,7 @@ from locum.shapes import LayerShape
 from making.containers import KINDS, assert_near, routing
 
 D, E, F = 36, 6, 20  # groups do not divide them
+NEAR = 2e-4  # what whole numbers of 16 bits leave of x; the bound is in a test of its own
 READ = ("int4-g32", "int4-g64-z", "int4-g128", "int8-g32", "int8-g64-z")
 needs_library = pytest.mark.skipif(few_bits.library() is None, reason="no C++ compiler or no AVX2")
 
@@ -45,7 +46,7 @@ def test_products_equal_float64(format, rows, items, outputs, inputs, pairs, dty
     numbers = weight.numbers(torch.float64)[item] * (item >= 0)[:, None, None]
     x = torch.randn(rows, inputs + 3, generator=generator).to(dtype)[:, :inputs]
     wide = torch.randn(pairs, outputs + 2, generator=generator).to(dtype)
-    before, relative = wide.clone(), {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    before, relative = wide.clone(), {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: NEAR}[dtype]
     few_bits.add_(wide[:, 1:-1], x, weight, item, token)
     exact = before[:, 1:-1].double() + torch.einsum("poi,pi->po", numbers, x[token].double())
     assert_near(wide[:, 1:-1].double(), exact, relative)
@@ -53,7 +54,7 @@ def test_products_equal_float64(format, rows, items, outputs, inputs, pairs, dty
     hidden, total = torch.randn(pairs, inputs, generator=generator).to(dtype), torch.ones(rows, outputs)
     few_bits.scatter_(total, hidden, weight, item, token)
     exact = torch.einsum("poi,pi->po", numbers, hidden.double())
-    assert_near(total.double(), torch.ones(rows, outputs).double().index_add(0, token, exact), 1e-5)
+    assert_near(total.double(), torch.ones(rows, outputs).double().index_add(0, token, exact), NEAR)
 
 
 @needs_library
@@ -63,8 +64,52 @@ def test_zero_tiny_and_huge_weights(format, size):
     weight, y = stack(format, 2, 9, 64, size), torch.zeros(1, 9)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     few_bits.add_(y, x, weight, torch.tensor([0]), torch.tensor([0]))
-    assert_near(y.double(), x.double() @ weight.numbers(torch.float64)[0].T, 1e-5)
+    assert_near(y.double(), x.double() @ weight.numbers(torch.float64)[0].T, NEAR)
     assert bool(y.any()) == (size > 0)
+
+
+def product(format, x, items=1, outputs=24):
+    """The products of one matrix with rows of x, and the numbers that its bytes stand for."""
+    weight, y = stack(format, items + 1, outputs, x.shape[1]), torch.zeros(len(x), outputs)
+    few_bits.add_(y, x, weight, torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x)))
+    return y.double(), weight.numbers(torch.float64)[0]
+
+
+@needs_library
+@pytest.mark.parametrize("format", READ)
+@pytest.mark.parametrize("columns", [32, 200, 263])
+def test_a_product_is_off_by_no_more_than_is_said(format, columns):
+    """Of each weight by 2^-15 of the largest x of its group, whatever the sizes of x; beside that is what float32 rounds."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(6, columns, generator=generator) * torch.logspace(-30, 30, 6)[:, None]
+    x[:, ::7] *= 1000  # one is far above the others
+    x[5, :32] = 0
+    y, numbers_OI = product(format, x)
+    group = row_format(format).group
+    most = torch.cat([g.abs().amax(1, keepdim=True).expand_as(g) for g in x.double().split(group, 1)], 1)
+    bound = 2**-15 * most @ numbers_OI.abs().T + 1e-5 * x.double().abs() @ numbers_OI.abs().T
+    assert bool(((y - x.double() @ numbers_OI.T).abs() <= bound).all())
+
+
+@needs_library
+@pytest.mark.parametrize("format", READ)
+def test_bfloat16_above_a_128th_of_the_largest_is_exact(format):
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(5, 256, generator=generator) * 0.9 + 0.1) * torch.randint(0, 2, (5, 256), generator=generator).mul(
+        2
+    ).sub(1)
+    x = x.bfloat16()
+    y, numbers_OI = product(format, x.float())
+    assert_near(y, x.double() @ numbers_OI.T, 1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_lost(wrong):
+    x = torch.ones(2, 64)
+    x[1, 40] = wrong
+    y, _ = product("int4-g32", x)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
 def container_of(kind, slots):
@@ -101,7 +146,7 @@ def test_a_container_equals_rows_made_numbers(kind):
     for container.way in (choice.LOOP, "few bits"):
         with torch.no_grad():
             found[container.way] = container(x, index, gates)
-    assert_near(found["few bits"], found[choice.LOOP], 1e-5)
+    assert_near(found["few bits"], found[choice.LOOP], NEAR)
 
 
 def test_few_tokens_without_gradients_are_served(monkeypatch):

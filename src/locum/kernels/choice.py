@@ -31,14 +31,13 @@ NATIVE_ROWS = 64  # the most rows per expert, on average
 # Low-rank experts make twice as many products, of half the size or less: with mean rank 512, 256 rows per expert took 600
 # ms against 881 in the loop, 768 rows 2294 against 1740.
 LOW_RANK_ROWS = 384
-# Matrices in few bits, read as they are (few_bits.cpp) or made numbers one by one (loop): milliseconds of the core's time on an EPYC
-# with AVX2 alone, shared with other work, fastest of three; 16 experts of 2048 x 1024, top-4, in bfloat16. Numbers are ahead of both.
-#   tokens              1     4    16    64
-#   int4-g32, read     16    45   137   337
-#   int4-g32, loop    130   593   905  1284
-#   int8-g32, read     21    73   173   429
-#   int8-g32, loop     89   531   659  1249
-#   bfloat16, loop      9    32   114   382
+# Matrices in few bits, read as they are (few_bits.cpp): milliseconds of the core's time for one layer of OLMoE's shape, 64 experts of
+# 2048 x 1024, top-8 (benchmarks/speed/cpu_bits.py), on one core of an EPYC with AVX2 alone, shared with other work, fastest of 21.
+#   tokens              1     4    16
+#   int4-g32, read    6.3    17    41
+#   int8-g32, read    9.9    27    58
+#   bfloat16, loop     22    74   228
+# Made numbers one by one (loop), 16 such experts, top-4: int4-g32 took 130, 593 and 905, where bfloat16 took 9, 32 and 114.
 FEW_BITS_ROWS = 16  # more were not measured
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
 GATHERED_PAIRS = 64

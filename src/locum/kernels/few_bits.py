@@ -1,6 +1,8 @@
 """The products of `few_bits.cpp`: matrices in few bits, read from their bytes by the processor.
 
-Compiled and kept as native.py does, for any processor with AVX2. x becomes float32, sums are float32.
+Compiled and kept as native.py does, for any processor with AVX2. x becomes whole numbers of 16 bits with a scale for each group of its
+columns, so a product is off by at most 2^-15 of the group's largest x for each weight, and x of bfloat16 above a 128th of that are
+exact; sums of groups are exact, and added in float32.
 
 Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs, I inputs, Y bytes of an item.
 """
