@@ -34,9 +34,9 @@ LOW_RANK_ROWS = 384
 # Matrices in few bits, read as they are (few_bits.cpp): milliseconds of the core's time for one layer of OLMoE's shape, 64 experts of
 # 2048 x 1024, top-8 (benchmarks/speed/cpu_bits.py), on one core of an EPYC with AVX2 alone, shared with other work, fastest of 21.
 #   tokens              1     4    16
-#   int4-g32, read    6.3    17    41
-#   int8-g32, read    9.9    27    58
-#   bfloat16, loop     22    74   228
+#   int4-g32, read    6.2    17    43
+#   int8-g32, read    9.1    26    55
+#   bfloat16, loop     21    73   242
 # Made numbers one by one (loop), 16 such experts, top-4: int4-g32 took 130, 593 and 905, where bfloat16 took 9, 32 and 114.
 FEW_BITS_ROWS = 16  # more were not measured
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
