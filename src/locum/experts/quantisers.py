@@ -12,7 +12,7 @@ and of each row of the matrix, whose errors do not mix, the better of gptq and n
 Experts that saw few tokens borrow: `shrunk` adds to their Gram matrix that of BORROWED tokens for each input of the matrix, such as
 the layer gave its experts on average.
 
-Letters: O outputs, I inputs, E experts, D model width, F expert width.
+Letters: O outputs, I inputs, J inputs of a group, E experts, D model width, F expert width.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..formats.format import Format
-from ..formats.int_groups import IntGroups
+from ..formats.int_groups import Grid, IntGroups
 from ..formats.rows import pack, row_format
 
 DAMPING = 0.01  # of the mean diagonal of a Gram matrix, added to its diagonal: the value of the paper
@@ -65,15 +66,30 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, format: IntGroups) -> dict[str, Ten
         end = min(begin + format.group, columns)
         price = (price_I[begin:end] / price_I.max()).float()
         grid = format.grid(rest_OI[:, begin:end].float(), price)
-        lost = torch.zeros_like(rest_OI[:, begin:end])
-        for c in range(begin, end):
-            code = format.codes(rest_OI[:, c : c + 1].float(), grid)
-            lost[:, c - begin] = (rest_OI[:, c] - format.numbers(code, grid)[:, 0]) / upper_II[c, c]
-            rest_OI[:, c + 1 : end] -= lost[:, c - begin, None] * upper_II[c, c + 1 : end]
-            codes.append(code)
+        code, lost = _in_order(rest_OI[:, begin:end], upper_II[begin:end, begin:end], format, grid)
         rest_OI[:, end:] -= lost @ upper_II[begin:end, end:]
+        codes.append(code)
         grids.append(grid)
     return format.packed(torch.cat(codes, 1), format.joined(grids))
+
+
+def _in_order(rest_OJ: Tensor, upper_JJ: Tensor, format: IntGroups, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The codes of a group's columns, one column after the other, and what each of them lost.
+
+    `IntGroups.codes` and `numbers` in numpy, to the same bits: single columns are so small that calling torch would take most of the time.
+    """
+    rest_JO, upper_JJ = rest_OJ.T.cpu().numpy().copy(), upper_JJ.cpu().numpy()
+    scale_O, low_O = (None if x is None else x[:, 0].cpu().numpy() for x in grid)
+    half, divisor_O = np.float32(2 ** (format.bits - 1)), np.where(scale_O == 0, np.float32(1), scale_O)
+    code_JO, lost_JO = np.empty(rest_JO.shape, np.float32), np.empty_like(rest_JO)
+    for j, column_O in enumerate(rest_JO):
+        wide_O = column_O.astype(np.float32)
+        code_O = wide_O / divisor_O + half if low_O is None else (wide_O - low_O) / divisor_O
+        code_O = np.where(scale_O == 0, half, np.rint(code_O).clip(0, 2 * half - 1))
+        number_O = (code_O - half) * scale_O if low_O is None else code_O * scale_O + low_O
+        code_JO[j], lost_JO[j] = code_O, (column_O - number_O) / upper_JJ[j, j]
+        rest_JO[j + 1 :] -= upper_JJ[j, j + 1 :, None] * lost_JO[j]
+    return tuple(torch.from_numpy(x).T.to(rest_OJ.device) for x in (code_JO, lost_JO))
 
 
 def errors(weight_OI: Tensor, numbers_OI: Tensor, gram_II: Tensor) -> Tensor:

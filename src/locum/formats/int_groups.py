@@ -7,14 +7,14 @@ Eight codes lie in as many bytes as they have bits, the first in the lowest; a r
 a row, the last may be shorter. Scales and minimums are bfloat16, which holds them for tiny and for huge weights, and codes are
 chosen for the scales as they are stored.
 
-Letters: O outputs (rows), I inputs (columns), H groups of a row, J numbers of a group.
+Letters: O outputs (rows), I inputs (columns), H groups of a row, J numbers of a group, Y ranges.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +28,7 @@ BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128)
 NAME = re.compile(rf"int({'|'.join(map(str, BITS))})-g({'|'.join(map(str, GROUPS))})(-z)?")
 EIGHT = 8
 STEP = 0.05  # of the range of a group, by which it is clipped more and more while a scale is searched
+ROOM = 2**20  # numbers that are tried at a time, over all ranges
 CLIPS = {8: 1, 4: 7, 3: 9, 2: 13}  # how many ranges are tried: few bits gain from clipping, many do not
 
 
@@ -99,21 +100,20 @@ class IntGroups:
     def grid(self, x: Tensor, cost: Tensor) -> Grid:
         """The levels of each group [..., J], among some ranges the one with the least sum of cost times squared error.
 
-        Ties go to the wider range.
+        Ties go to the wider range. A few rows at a time, each in all ranges.
         """
-        best, least = None, None
-        most = x.abs().amax(-1, keepdim=True)
+        room = ROOM // (2 * CLIPS[self.bits] * max(1, math.prod(x.shape[1:])))
+        grids = [self._grid(rows, cost) for rows in x.split(max(1, room))]
+        minimums = [grid.minimum for grid in grids if grid.minimum is not None]
+        return Grid(torch.cat([grid.scale for grid in grids]), torch.cat(minimums) if minimums else None)
+
+    def _grid(self, x: Tensor, cost: Tensor) -> Grid:
+        tried, most = self._ranges(x), x.abs().amax(-1, keepdim=True)
         unit = torch.where(most > 0, most, 1.0)  # squares of huge or tiny numbers would be none
-        for tried in self._ranges(x):
-            off = (self.numbers(self.codes(x, tried), tried) - x) / unit
-            error = (off.square() * cost).sum(-1, keepdim=True)
-            if best is None or least is None:
-                best, least = tried, error
-                continue
-            better, least = error < least, torch.minimum(error, least)
-            minimum = None if best.minimum is None else torch.where(better, tried.minimum, best.minimum)
-            best = Grid(torch.where(better, tried.scale, best.scale), minimum)
-        return best
+        off = (self.numbers(self.codes(x, tried), tried) - x) / unit
+        error = (off.square() * cost).sum(-1, keepdim=True)
+        best = torch.where(error.isnan(), torch.inf, error).argmin(0, keepdim=True)
+        return Grid(*(None if part is None else part.gather(0, best)[0] for part in tried))
 
     def codes(self, x: Tensor, grid: Grid) -> Tensor:
         """The codes of the nearest levels, in float32. Halves go to the even code."""
@@ -137,21 +137,19 @@ class IntGroups:
         minimums = [grid.minimum for grid in grids if grid.minimum is not None]
         return Grid(torch.stack([grid.scale for grid in grids], 1), torch.stack(minimums, 1) if minimums else None)
 
-    def _ranges(self, x: Tensor) -> Iterator[Grid]:
-        """Levels over less and less of the range of each group. Symmetric ones reach further on one side than on the other,
+    def _ranges(self, x: Tensor) -> Grid:
+        """[Y, ..., 1] levels over less and less of the range of each group. Symmetric ones reach further on one side than on the other,
         so that side may be either, or neither: where the range of the codes is cut by one."""
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        shares = torch.tensor([1 - step * STEP for step in range(CLIPS[self.bits])], device=x.device)
+        share, half = shares.view(-1, *(1,) * x.dim()), 2 ** (self.bits - 1)
+        if self.zero_points:
+            middle, reach = low / 2 + high / 2, (high / 2 - low / 2) * share
+            minimum = _rounded(middle - reach)
+            return Grid(_rounded((middle + reach - minimum) / (2 * half - 1)), minimum)
         most = torch.where(high > -low, high, low)
-        half = 2 ** (self.bits - 1)
-        for step in range(CLIPS[self.bits]):
-            share = 1 - step * STEP
-            if self.zero_points:
-                middle, reach = low / 2 + high / 2, (high / 2 - low / 2) * share
-                minimum = _rounded(middle - reach)
-                yield Grid(_rounded((middle + reach - minimum) / (2 * half - 1)), minimum)
-            else:
-                yield Grid(_rounded(most / -half * share), None)
-                yield Grid(_rounded(most.abs() / (half - 1) * share), None)
+        either, neither = most / -half * share, most.abs() / (half - 1) * share
+        return Grid(_rounded(torch.stack([either, neither], 1).flatten(0, 1)), None)
 
 
 def _rounded(x: Tensor) -> Tensor:
