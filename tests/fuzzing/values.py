@@ -12,7 +12,7 @@ import click
 
 from locum.cli import cli
 from locum.cli.parameters import Choice
-from locum.methods import SearchingMethod
+from locum.methods import TARGETED, SearchingMethod
 
 from .world import CALIBRATE, RECOVER, SEARCH, SHORT
 
@@ -121,7 +121,7 @@ def _with(line: str, choice: Choice, thing: str) -> str:
     if choice.option == "recover":
         return f"{line} --recover {thing} --recover-steps 2 --recover-length 64"
     if choice.option == "method":
-        if cls.saves != "stored":
+        if cls.saves not in TARGETED:
             line = line.replace(" --remove 0.4", "")
         if line.startswith("plan"):
             searches = isinstance(cls(), SearchingMethod)

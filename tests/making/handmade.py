@@ -22,6 +22,7 @@ from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
 from locum.stats.events import EveryExpertEvent, RoutedEvent, RouterEvent, WeightsEvent
 from locum.stats.origin import Origin
+from locum.stats.stand_ins import CANDIDATES
 from locum.stats.sums import Statistics, Sums
 
 SAMPLES = (20, 30, 14)
@@ -121,6 +122,10 @@ def with_search(statistics: Statistics) -> Statistics:
         most, groups = layer.num_experts - layer.fewest_experts, layer.num_groups
         sets = [lowest(worth_E, min(x, most) // groups * groups, groups) for x in range(1, layer.num_experts + 1)]
         found |= {"best_sets": removed_mask(sets, layer.num_experts).double()}
+        share_C = torch.linspace(
+            0, 1, CANDIDATES, dtype=torch.float64
+        )  # of its worth, for what stands in for an expert
+        found |= {"candidate_error": worth_E[:, None] * share_C, "error_price": torch.tensor(0.5, dtype=torch.float64)}
         in_first = {name: torch.zeros(len(statistics.domains), *x.shape, dtype=x.dtype) for name, x in found.items()}
         for name, value in found.items():
             in_first[name][0] = value

@@ -47,6 +47,10 @@ class Target:
         """Bytes that have to go: of the routed experts for `remove`, of the whole checkpoint for `fit`."""
         return max(0, shape.bytes - self.fit) if self.fit is not None else self.remove * shape.bytes_of_experts
 
+    def in_bytes(self, shape: ModelShape) -> Target:
+        """The same as a size of the whole checkpoint: the fraction to remove is then one of the experts' bytes."""
+        return self if self.fit is not None else Target(fit=shape.bytes - int(self.saving(shape)))
+
     def excess(self, plan: Plan, shape: ModelShape) -> float:
         """What a plan leaves too much: bytes for `fit`, a fraction for `remove`. Below 0 where it does more than asked."""
         return plan.size(shape).bytes - self.fit if self.fit is not None else self.remove - plan.removed(shape)

@@ -5,6 +5,8 @@
     loss_without    the same without experts of many layers at once
     loss_merged     the same where experts are also mixtures of each other (`merged_experts.py`)
     block_error     the hidden state after a stretch of decoder layers
+    stand_in_error  one layer's experts, where something else stands in for them
+    noise_price     the whole model, where there is noise in one layer's output
     prune           for good, in place
 
 All of it is on one sample of the tokens given. For a layer, every expert runs once on every token of the sample; what is
@@ -49,8 +51,10 @@ from ..models.sizes import shape_of
 from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
-from ..stats.events import EveryExpertEvent
+from ..stats.events import EveryExpertEvent, RoutedEvent
+from ..stats.sums import Statistics
 from .merged_experts import merged_experts
+from .stand_ins import noise_prices, stand_in_errors
 
 SAMPLE = 2048  # tokens
 PIECE = 128  # tokens at most that the sample takes of one block: many short pieces say more than a few long ones
@@ -97,7 +101,8 @@ class LayerCache:
 class ModelExplorer:
     """A live stock model on which removals can be tried; between questions it is as it was, but for `prune`.
 
-    `tokens` are drawn from by `seed`: `sample` of them, `batch_size` pieces at a time. Masks [E] are True for removed
+    `tokens` are drawn from by `seed`: `sample` of them, `batch_size` pieces at a time. `statistics` are what stand-ins are
+    built from. Masks [E] are True for removed
     experts, in the numbering of the original model (`shape`). Answers are float64 on the CPU.
 
     Raises UnsupportedModel for a model that cannot be observed or whose experts cannot be dropped, and OptionError for a
@@ -105,7 +110,14 @@ class ModelExplorer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokens: Tokens, *, sample: int = SAMPLE, batch_size: int = 8, seed: int = 0
+        self,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        *,
+        sample: int = SAMPLE,
+        batch_size: int = 8,
+        seed: int = 0,
+        statistics: Statistics | None = None,
     ) -> None:
         for name, value in (("sample", sample), ("batch_size", batch_size)):
             if value < 1:
@@ -120,7 +132,7 @@ class ModelExplorer:
         parts = torch.arange(len(drawn.ids_BS)).split(batch_size)
         self.batches = tuple(take(drawn, index_B) for index_B in parts)
         self.alive = {name: torch.arange(layer.shape.num_experts) for name, layer in self.layers.items()}
-        self.seed = seed
+        self.seed, self.statistics = seed, statistics
 
     def _find(self) -> None:
         """Look at the model afresh; what was recorded and cached before is let go."""
@@ -128,6 +140,7 @@ class ModelExplorer:
         self._see()
         self._recording: Recording | None = None
         self._caches: dict[str, LayerCache] = {}
+        self._pairs: tuple[str, RoutedEvent, Tensor] | None = None
         self._loss: float | None = None
         self._whole: tuple[tuple[int, int], list[Tensor]] | None = None
 
@@ -191,15 +204,38 @@ class ModelExplorer:
             return self.loss_without([{name: ~weight_EE.any(dim=1) for name, weight_EE in weights.items()}])
 
     def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        if self.model.get_output_embeddings() is None:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} does not predict tokens, so it has no loss to increase"
-            )
+        self._check_predicts()
         with self._quiet():
             if self._loss is None:
                 (self._loss,) = self._mean_losses([{}])
             losses = [loss - self._loss for loss in self._mean_losses(candidates)]
         return torch.tensor(losses, dtype=torch.float64)
+
+    def _check_predicts(self) -> None:
+        if self.model.get_output_embeddings() is None:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} does not predict tokens, so it has no loss to increase"
+            )
+
+    def stand_in_error(self, plan: LayerPlan) -> Tensor:
+        """[E] of each expert of a layer sum g^2 |f(x) - f'(x)|^2 over its pairs of the sample, f' what the plan makes of it."""
+        pairs, layer = self._routed(plan.layer)[0], self.layers[plan.layer]
+        with self._quiet():
+            return stand_in_errors(layer, plan, pairs, self.statistics, self.seed)
+
+    def output_square(self, layer: str) -> Tensor:
+        """The sum over the sample of |y|^2, y the routed output of a layer."""
+        return self._routed(layer)[1].double().square().sum().cpu()
+
+    def noise_price(self, size: float) -> Tensor:
+        """[L] what noise of this share of a layer's output costs the whole model (stand_ins.py)."""
+        if is_streamed(self.model):
+            raise UnsupportedModel(
+                "noise is tried on the whole model, which a streamed one is not: give --no-stream, or --price output"
+            )
+        self._check_predicts()
+        with self._quiet():
+            return noise_prices(self.model, list(self.layers.values()), self.batches, size, self.seed)
 
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] ||hidden state after the block's last decoder layer, original minus pruned||_F, from the original input.
@@ -307,13 +343,30 @@ class ModelExplorer:
             self._caches[name] = self._make_cache(name)
         return self._caches[name]
 
-    def _make_cache(self, name: str) -> LayerCache:
-        layer, recording = self.layers[name], self._record()
+    def _routed(self, name: str) -> tuple[RoutedEvent, Tensor]:
+        """The pairs of a layer's sample with what went in and came out, and the layer's outputs. Those of one layer are kept."""
+        self._check_known(name)
+        self._hold([name])
+        if self._pairs is None or self._pairs[0] != name:
+            with self._quiet():
+                watch, keep_T = self._watched(name)
+                routed = (x[keep_T] for x in (watch.x_TD, watch.index_TK, watch.gate_TK))
+                y_TD, pairs = run_experts(self.layers[name].experts, *routed, inside=True)
+                self._pairs = name, pairs, y_TD
+        return self._pairs[1:]
+
+    def _watched(self, name: str) -> tuple[_Watch, Tensor]:
+        """What a layer gets and gives in the sample, and which tokens of it are text."""
+        recording = self._record()
         position = recording.position[name]
-        with _Watch(layer) as watch:
+        with _Watch(self.layers[name]) as watch:
             for b in range(len(self.batches)):
                 recording.run(position, position, b)
-        keep_T = self._keep().to(watch.index_TK.device)
+        return watch, self._keep().to(watch.index_TK.device)
+
+    def _make_cache(self, name: str) -> LayerCache:
+        layer = self.layers[name]
+        watch, keep_T = self._watched(name)
         index_TK, gate_TK, x_TD, logits_TE = (
             x[keep_T] for x in (watch.index_TK, watch.gate_TK, watch.x_TD, watch.logits_TE)
         )

@@ -9,11 +9,13 @@ method has `score_experts` and `plan`, and may have more:
     reads_weights    `score_experts` gets a reader of the experts' weights, one layer at a time (least squares, clustering)
     plan_for         a `TargetMethod` plans for a target itself: an integer program, a dynamic programme over bytes
     check            a `CheckedMethod` says of a model that it cannot do, before any work
+    explain          an `ExplainingMethod` says why its plan is what it is, for the plan's provenance
     explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
                      which `score_experts` then reads: one search serves any target
 
-A method `saves` "stored" parameters, so that --remove or --fit says how many, or "active" ones, "products" with weights that are
-zero, or "devices" that a token touches, which its own options say. One that needs no statistics plans from a checkpoint's shape alone.
+A method `saves` "stored" parameters, so that --remove or --fit says how many, or "bytes", where it puts parts into few bits itself
+and both say how many bytes; or "active" parameters, "products" with weights that are zero, or "devices" that a token touches, which its
+own options say. One that needs no statistics plans from a checkpoint's shape alone.
 
 What a plan's slots mean in weights is the same for all methods. Other packages offer methods under the entry-point
 group "locum.methods".
@@ -97,11 +99,21 @@ class CheckedMethod(Method[Scored], Protocol[Scored]):
         ...
 
 
+@runtime_checkable
+class ExplainingMethod(Method[Scored], Protocol[Scored]):
+    """A method whose plan says why."""
+
+    def explain(self, scored: Scored, layers: Sequence[LayerPlan]) -> dict[str, Any]:
+        """What becomes an entry of the plan's provenance under the method's name, in JSON."""
+        ...
+
+
 class Explorer(Protocol):
-    """A live model on which removals can be tried; measure/removals.py has the real one. Letters: C candidates, E
-    experts."""
+    """A live model on which removals and stand-ins can be tried; measure/removals.py has the real one. Letters: C candidates,
+    E experts, L layers."""
 
     shape: ModelShape  # of the original model
+    statistics: Statistics | None  # of the calibration before the search: what stand-ins are built from
 
     def output_error(self, layer: str, removed_CE: Tensor) -> Tensor:
         """[C] float64: ||F(X) - F_without(X)||_F over the cached tokens of that layer, the router re-run without the
@@ -128,17 +140,32 @@ class Explorer(Protocol):
         the original input."""
         ...
 
+    def stand_in_error(self, plan: LayerPlan) -> Tensor:
+        """[E] float64: of each expert sum g^2 |f(x) - f'(x)|^2 over the cached tokens that are routed to it, g its gate, f' what
+        becomes of it by the layer's plan."""
+        ...
+
+    def output_square(self, layer: str) -> Tensor:
+        """A float64: the sum over the cached tokens of |y|^2, y what the layer's experts give together."""
+        ...
+
+    def noise_price(self, size: float) -> Tensor:
+        """[L] float64: KL(model || model with noise in one layer's output), the mean over the cached tokens, divided by the sum of
+        the noise's squares. The noise is normal and has this share of the output's size."""
+        ...
+
     def prune(self, removed: Mapping[str, Tensor]) -> None:
         """Removes these experts from the live model for good and caches afresh; masks stay in the original numbering
         and from now on what was pruned counts as removed on both sides of every comparison."""
         ...
 
 
+TARGETED = ("stored", "bytes")  # what a method may save that --remove and --fit ask for
 SAVED = {
     "active": "active parameters",
     "devices": "devices that a token touches",
     "products": "products with zeros",
-}  # what a method may save beside stored parameters
+}  # and what its own options say
 METHODS: Registry[type[Method]] = Registry("method", "locum.methods")
 
 
@@ -151,7 +178,8 @@ def method(
 ) -> Callable[[type[Method]], type[Method]]:
     """Register a method under the name its paper gives it.
 
-    It `saves` "stored" or "active" parameters, "products" or "devices". One that `reads_weights` plans only where the checkpoint is at hand.
+    It `saves` "stored" or "active" parameters, "bytes", "products" or "devices". One that `reads_weights` plans only where the checkpoint
+    is at hand.
     Defaults of options are the best that is known; `published` are the paper's own values where those differ.
     """
 

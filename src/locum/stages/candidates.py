@@ -13,18 +13,18 @@ from typing import Any
 
 from ..criteria.criterion import CRITERIA
 from ..errors import OptionError
-from ..methods import METHODS, SAVED, Method, SearchingMethod
+from ..methods import METHODS, SAVED, TARGETED, Method, SearchingMethod
 from ..options import KINDS, option_fields
 from ..plans.bits import FewBits
 from ..stats.definitions import STATISTICS
 from ..stats.events import Event, EveryExpertEvent, HiddenGradientEvent, SearchEvent, WeightGradientEvent
-from .planning import chosen_method
+from .planning import chosen_method, few_bits
 
 RANDOM = "prune:score=random"  # the row that every choice has to beat, also in the same bits
 # A backward pass, or all experts on all tokens: what takes these is compared where it is named.
 COSTLY = (HiddenGradientEvent, WeightGradientEvent, EveryExpertEvent)
 GROUPS = {
-    "all": lambda: [n for n in METHODS if METHODS[n].saves == "stored" and not _need(METHODS[n]().needs(), *COSTLY)],
+    "all": lambda: [n for n in METHODS if METHODS[n].saves in TARGETED and not _need(METHODS[n]().needs(), *COSTLY)],
     "criteria": lambda: [f"prune:score={n}" for n in CRITERIA if not _need(CRITERIA[n].needs, SearchEvent, *COSTLY)],
 }
 OF_BITS = {"bits": str, "group": int, "quantiser": str}
@@ -58,7 +58,7 @@ def candidates_of(methods: str, bits: str | None, recover: str | None) -> tuple[
         raise OptionError("--methods names nothing; give all, criteria, or names such as lightmoe,prune:score=ean")
     names = [*named, RANDOM]
     for few in filter(None, (bits or "").split(",")):
-        names += [f"{name}:bits={few.strip()}" for name in named if not _of_bits(name)]
+        names += [f"{name}:bits={few.strip()}" for name in named if not _of_bits(name) and not _chooses_bits(name)]
     names += [chance_of(name) for name in names]
     found = tuple(_candidate(name) for name in dict.fromkeys(names))
     if recover is not None and (low := next((c.name for c in found if c.few is not None), None)):
@@ -75,6 +75,10 @@ def _of_bits(name: str) -> list[str]:
     return [word for word in name.split(":")[1:] if word.partition("=")[0] in OF_BITS]
 
 
+def _chooses_bits(name: str) -> bool:
+    return METHODS[name.partition(":")[0]].saves == "bytes"
+
+
 def _candidate(name: str) -> Candidate:
     method, *words = name.split(":")
     kinds = {field.name: field.metadata["kind"] for field in option_fields(METHODS[method])} | OF_BITS
@@ -85,7 +89,7 @@ def _candidate(name: str) -> Candidate:
         given[key] = _typed(value, kinds.get(key, str), f"--methods {name}: {word}")
     of_bits = {key: given.pop(key) for key in OF_BITS if key in given}
     chosen = chosen_method(method, given, "best")
-    if chosen.saves != "stored":
+    if chosen.saves not in TARGETED:
         raise OptionError(f"--methods {name}: it saves {SAVED[chosen.saves]}, not bytes, so there are no equal bytes")
     return Candidate(name, chosen, given, _few(name, chosen, of_bits))
 
@@ -95,7 +99,7 @@ def _few(name: str, chosen: Method, given: dict[str, Any]) -> FewBits | None:
         return None
     if "bits" not in given:
         raise OptionError(f"--methods {name}: {' and '.join(given)} without bits; give bits=4 too, or leave it out")
-    few = FewBits.of(given["bits"], given.get("group", 32), given.get("quantiser", "gptq"))
+    few = few_bits(given["bits"], given.get("group", 32), given.get("quantiser", "gptq"), chosen)
     if few.needs and isinstance(chosen, SearchingMethod):
         if "quantiser" in given:
             raise OptionError(

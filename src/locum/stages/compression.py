@@ -59,7 +59,7 @@ from .options import (
     needed,
     silent,
 )
-from .planning import check_statistics_of, check_target, chosen_method, decide, plan, reads_text
+from .planning import check_statistics_of, check_target, chosen_method, decide, few_bits, plan, reads_text
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .rounds import Rounds, check_only_drops
@@ -118,7 +118,7 @@ def compress(
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0)
     recovery = recovery_of(recover, of_training, seed)
-    few = None if bits is None else FewBits.of(bits, group, quantiser)
+    few = few_bits(bits, group, quantiser, chosen)
     also, shape = _read_besides(few, chosen, recover), read_shape(model)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few)
     check_rounds(rounds, chosen, shape, few)

@@ -39,7 +39,7 @@ from ..models.families import find_layers
 from ..models.layer_major import HELD, held_bytes
 from ..plans.plan import Plan
 from ..shapes import ModelShape
-from ..stats.sums import is_pooled, nbytes
+from ..stats.sums import Statistics, is_pooled, nbytes
 from ..training.context import Original
 from ..training.from_files import original_experts
 from ..training.layer import old_bytes
@@ -98,10 +98,12 @@ def of_search(
     chosen: SearchingMethod,
     sample: int,
     how: Running,
+    statistics: Statistics,
 ) -> Estimate:
-    """A search after its calibration."""
+    """A search after its calibration, which would give statistics such as these."""
     begun = begin_model(model, how.device, how.dtype)
-    real = ModelExplorer(begun.model, blocks, sample=sample, batch_size=how.batch_size, seed=chosen.seed)
+    given = {"sample": sample, "batch_size": how.batch_size, "seed": chosen.seed}
+    real = ModelExplorer(begun.model, blocks, **given, statistics=statistics)
     explorer = _Timed(real)
     phases: set[str] = set()
     with ForwardTimes(begun.model, begun.layers) as times:
@@ -288,6 +290,8 @@ class _Timed:
         self._explorer, self.shape, self.whole_seconds, self.once_seconds = explorer, explorer.shape, 0.0, 0.0
         self.asked_of_layer: list[int] = []
         self.asked_of_all: list[int] = []
+        self.statistics, self.stand_in_error = explorer.statistics, explorer.stand_in_error
+        self.output_square = explorer.output_square
         self.output_error, self.block_error, self.prune = explorer.output_error, explorer.block_error, explorer.prune
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
@@ -295,6 +299,13 @@ class _Timed:
         self.asked_of_layer.append(len(removed_CE))
         try:
             return self._explorer.loss_increase(layer, removed_CE)
+        finally:
+            self.whole_seconds += time.perf_counter() - begin
+
+    def noise_price(self, size: float) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            return self._explorer.noise_price(size)
         finally:
             self.whole_seconds += time.perf_counter() - begin
 

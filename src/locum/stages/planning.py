@@ -18,7 +18,7 @@ from ..criteria.super_experts import super_experts
 from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import check_output, provenance
-from ..methods import METHODS, SAVED, Method, SearchingMethod, TargetMethod, Weights
+from ..methods import METHODS, SAVED, TARGETED, ExplainingMethod, Method, SearchingMethod, TargetMethod, Weights
 from ..options import make_options
 from ..places import find, name_of, remember
 from ..plans.bits import FewBits
@@ -64,7 +64,7 @@ def plan(
     files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
     out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
     chosen = chosen_method(method, options, preset)
-    few = None if bits is None else FewBits.of(bits, group, quantiser)
+    few = few_bits(bits, group, quantiser, chosen)
     target = check_target(remove, fit, method=chosen, few=few)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
     if base is not None and chosen.saves not in ("active", "devices"):
@@ -115,15 +115,18 @@ def decide(
     """
     scored = chosen.score_experts(statistics, shape, weights)
     made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
+    if target is not None and chosen.saves == "bytes":
+        target = target.in_bytes(shape)
 
     def planned(layers: list[LayerPlan]) -> Plan:
-        return make_plan(shape, layers if few is None else few.applied(layers, shape), **made)
+        said = {chosen.name: chosen.explain(scored, layers)} if isinstance(chosen, ExplainingMethod) else {}
+        return make_plan(shape, layers if few is None else few.applied(layers, shape), **made, provenance=said)
 
     def build(amount: float) -> Plan:
         return planned(chosen.plan(scored, shape, amount))
 
     if target is None:
-        return build(0.0 if chosen.saves == "stored" else 1.0)
+        return build(0.0 if chosen.saves in TARGETED else 1.0)
     if isinstance(chosen, TargetMethod):
         return check_met(planned(chosen.plan_for(scored, shape, target)), shape, target)
     return meet_target(build, shape, target)
@@ -293,6 +296,13 @@ def chosen_method(method: str, options: Mapping[str, Any], preset: str) -> Metho
     return chosen
 
 
+def few_bits(bits: str | None, group: int, quantiser: str, chosen: Method) -> FewBits | None:
+    """The bits that were asked for, if any. A method that chooses them itself refuses them."""
+    if bits is not None and chosen.saves == "bytes":
+        raise OptionError(f"method {chosen.name} chooses the bits of every expert itself; leave --bits out")
+    return None if bits is None else FewBits.of(bits, group, quantiser)
+
+
 def check_target(
     remove: float | None,
     fit: str | None,
@@ -305,7 +315,7 @@ def check_target(
 
     One that can never be met fails before an hour of calibration, not after.
     """
-    if method.saves != "stored":
+    if method.saves not in TARGETED:
         if (remove, fit) != (None, None):
             raise OptionError(
                 f"method {method.name} saves {SAVED[method.saves]}, not stored ones: every expert stays in the checkpoint, so "

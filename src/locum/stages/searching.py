@@ -28,6 +28,7 @@ from ..stats.sums import Statistics
 from . import dry_run as dry_runs
 from .calibration import finished, keep, observe, prepare, read_text, room_for, with_defaults
 from .estimate import Estimate
+from .inspection import even_statistics
 from .opening import Stream, check_stock, is_to_stream
 from .options import (
     BatchSize,
@@ -106,7 +107,8 @@ def search(
         how = dry_runs.Running(device, None, streamed, batch_size)
         blocks, _ = read_text(model, shape, data, **cut)
         calibrated = dry_runs.of_calibration(model, shape, blocks, needs, how, out, scratch is not None)
-        return dry_runs.of_search(calibrated, model, shape, blocks, chosen, sample, how)
+        even = even_statistics(shape, to_collect(chosen))
+        return dry_runs.of_search(calibrated, model, shape, blocks, chosen, sample, how, even)
     subject = prepare(model, shape, data, device=device, streamed=streamed, **cut)
     asked = question_of(chosen, batch_size=batch_size, sample=sample)
     calibrated = beside(out, "calibrated")
@@ -117,7 +119,8 @@ def search(
             save_statistics(statistics, calibrated)
         ranks.wait()
         clear(beside_for_rank(calibrated, "partial"))
-    explorer = ModelExplorer(subject.live, subject.blocks, sample=sample, batch_size=batch_size, seed=seed)
+    given = {"sample": sample, "batch_size": batch_size, "seed": seed, "statistics": statistics}
+    explorer = ModelExplorer(subject.live, subject.blocks, **given)
     question_now = {**subject.origin.words(), **asked, "versions": versions()}
     answers = RememberedAnswers(explorer, beside_for_rank(out, "answers"), question_now)
     try:

@@ -37,6 +37,7 @@ from .merging import SAMPLE_ROWS, merge_into, merge_of, over_domains
 from .on_disk import Stack
 from .origin import Origin, SearchedBy
 from .shares import BINS
+from .stand_ins import CANDIDATES
 
 SAMPLES = 64  # values of each sum that tell some statistics from others
 
@@ -251,9 +252,9 @@ def nbytes(shape: ModelShape, names: Sequence[str], domains: int = 1) -> int:
 
 def axis_sizes(layer: LayerShape, axes: str, vocab_size: int = 0) -> tuple[int, ...]:
     """The shape of a statistic of one layer and domain, from the letters of its axes (X: numbers of experts that go,
-    U: rows of a sample, H: bins of a histogram)."""
+    U: rows of a sample, H: bins of a histogram, C: candidates)."""
     sizes = {"E": layer.num_experts, "D": layer.hidden_size, "F": layer.expert_width, "G": layer.gate_width}
-    sizes |= {"V": vocab_size, "X": layer.num_experts, "U": SAMPLE_ROWS, "H": BINS}
+    sizes |= {"V": vocab_size, "X": layer.num_experts, "U": SAMPLE_ROWS, "H": BINS, "C": CANDIDATES}
     return tuple(sizes[axis] for axis in axes)
 
 

@@ -1,0 +1,171 @@
+"""One candidate for every expert, so that costs are least within a budget of bytes: a knapsack with a choice in each place.
+
+A price for a byte makes experts independent: each takes the candidate with the least cost + price * bytes. The price is searched
+for which the whole fits (Lagrange), then what room is left is filled by what gains most for a byte. The sum for a price, less the
+price of the budget, is never above the best cost that there is: so it is known how far the choice may be from that (`bound`).
+
+Some candidates share something, a base, that is paid once a layer; a layer has one such thing at most. And only so many experts of
+a layer may go. For a price, the best choice of a layer under both rules is exact too.
+
+Letters: L layers, E experts, C candidates, S shared things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NEAR = 1e-9  # how near to one another two prices are that are taken for one
+STEEPEST = 1e9  # price of all bytes, in units of all costs: fewest bytes, whatever it costs
+SURE = 1e5  # up to which costs are not lost in rounding beside prices
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What the experts of a layer can become."""
+
+    cost_EC: np.ndarray  # infinite where a candidate is not allowed
+    bytes_C: np.ndarray  # of one expert, without what it shares; may be below 0
+    shared_C: np.ndarray  # which shared thing it needs, -1 for none
+    bytes_S: np.ndarray  # of the shared things
+    gone_C: np.ndarray  # whether the expert leaves the layer
+    most_gone: int  # how many may
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A candidate for every expert of a layer."""
+
+    candidate_E: np.ndarray
+    shared: int  # -1 for none
+    cost: float
+    bytes: float
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A choice for every layer. No choice within the budget costs less than `bound`."""
+
+    layers: list[Choice]
+    bound: float
+
+    @property
+    def cost(self) -> float:
+        return sum(choice.cost for choice in self.layers)
+
+    @property
+    def bytes(self) -> float:
+        return sum(choice.bytes for choice in self.layers)
+
+
+def choose(layers: Sequence[Choices], budget: float) -> Chosen:
+    """The choice for a budget of bytes. Where nothing fits, the one with the fewest bytes."""
+    of_cost = sum(np.where(np.isfinite(x.cost_EC), x.cost_EC, 0).max(1).sum() for x in layers) or 1.0
+    of_bytes = sum(np.abs(x.bytes_C).max() * len(x.cost_EC) for x in layers) or 1.0
+    unit = of_cost / of_bytes
+
+    def priced(price: float) -> list[Choice]:
+        return [best_for(x, price * unit) for x in layers]
+
+    def dual(choices: list[Choice], price: float) -> float:
+        return sum(c.cost for c in choices) + price * unit * (sum(c.bytes for c in choices) - budget)
+
+    def fits(choices: list[Choice]) -> bool:
+        return sum(c.bytes for c in choices) <= budget
+
+    free, smallest = priced(0.0), priced(STEEPEST)
+    if fits(free):
+        return Chosen(free, sum(c.cost for c in free))
+    if not fits(smallest):
+        return Chosen(smallest, float("inf"))
+    low, high, over, under = 0.0, STEEPEST, free, smallest
+    bound = dual(free, 0.0)
+    while high > (low or high / 2) * (1 + NEAR) and high > 1e-30:
+        price = (low * high) ** 0.5 if low else high / 1e3
+        choices = priced(price)
+        if price < SURE:
+            bound = max(bound, dual(choices, price))
+        if fits(choices):
+            high, under = price, choices
+        else:
+            low, over = price, choices
+    return Chosen(_filled(layers, under, over, budget), bound)
+
+
+def best_for(layer: Choices, price: float) -> Choice:
+    """The choice of one layer with the least cost + price * bytes. Of equals the first shared thing, and the first candidate."""
+    value_EC = layer.cost_EC + price * layer.bytes_C
+    best, least = None, np.inf
+    for shared in range(-1, len(layer.bytes_S)):
+        allowed_C = (layer.shared_C == -1) | (layer.shared_C == shared)
+        candidate_E = _with_few_gone(layer, np.where(allowed_C, value_EC, np.inf))
+        used = bool((layer.shared_C[candidate_E] == shared).any()) and shared >= 0
+        value = value_EC[np.arange(len(candidate_E)), candidate_E].sum() + (
+            price * layer.bytes_S[shared] if used else 0.0
+        )
+        if value < least:
+            best, least = _choice(layer, candidate_E, shared if used else -1), value
+    if best is None:
+        raise ValueError("an expert has no candidate that is allowed")
+    return best
+
+
+def _with_few_gone(layer: Choices, value_EC: np.ndarray) -> np.ndarray:
+    """[E] the best candidate of every expert, where no more than `most_gone` go: those that gain most by it."""
+    stay_EC, gone_EC = (np.where(mask_C, value_EC, np.inf) for mask_C in (~layer.gone_C, layer.gone_C))
+    candidate_E, value_E = stay_EC.argmin(1), stay_EC.min(1)
+    if layer.gone_C.any() and layer.most_gone:
+        less_E = gone_EC.min(1) - value_E
+        first_E = np.argsort(less_E, kind="stable")[: layer.most_gone]
+        first_E = first_E[less_E[first_E] < 0]
+        candidate_E[first_E] = gone_EC[first_E].argmin(1)
+    return candidate_E
+
+
+def _choice(layer: Choices, candidate_E: np.ndarray, shared: int) -> Choice:
+    cost = float(layer.cost_EC[np.arange(len(candidate_E)), candidate_E].sum())
+    of_shared = float(layer.bytes_S[shared]) if shared >= 0 else 0.0
+    return Choice(candidate_E, shared, cost, float(layer.bytes_C[candidate_E].sum()) + of_shared)
+
+
+def _filled(layers: Sequence[Choices], under: list[Choice], over: list[Choice], budget: float) -> list[Choice]:
+    """What fits, with whole layers of what does not and then single experts put in, as far as there is room: what gains most for a
+    byte goes first."""
+    made, room = list(under), budget - sum(c.bytes for c in under)
+    gains = [
+        (_rate(new.cost - old.cost, new.bytes - old.bytes), i)
+        for i, (old, new) in enumerate(zip(under, over, strict=True))
+    ]
+    for rate, i in sorted(gains):
+        if rate < 0 and over[i].bytes - made[i].bytes <= room:
+            room -= over[i].bytes - made[i].bytes
+            made[i] = over[i]
+    while True:
+        rate, i, e, c = min(_best_change(x, made[i], room, i) for i, x in enumerate(layers))
+        if not rate < 0:
+            return made
+        candidate_E = made[i].candidate_E.copy()
+        candidate_E[e] = c
+        changed = _choice(layers[i], candidate_E, made[i].shared)
+        room -= changed.bytes - made[i].bytes
+        made[i] = changed
+
+
+def _rate(cost: float, more: float) -> float:
+    """Cost for a byte; what lowers cost and bytes goes before all else."""
+    return cost / more if more > 0 else cost * STEEPEST
+
+
+def _best_change(layer: Choices, choice: Choice, room: float, index: int) -> tuple[float, int, int, int]:
+    """The change of one expert that lowers cost most for a byte: its rate, the layer, the expert and the candidate."""
+    here = np.arange(len(choice.candidate_E)), choice.candidate_E
+    cost_EC = layer.cost_EC - layer.cost_EC[here][:, None]
+    more_EC = layer.bytes_C[None, :] - layer.bytes_C[choice.candidate_E][:, None]
+    usable_C = ((layer.shared_C == -1) | (layer.shared_C == choice.shared)) & ~layer.gone_C
+    usable_EC = usable_C & (cost_EC < 0) & (more_EC <= room)
+    rate_EC = np.where(more_EC > 0, cost_EC / np.where(more_EC > 0, more_EC, 1), cost_EC * STEEPEST)
+    rate_EC = np.where(usable_EC, rate_EC, 0.0)
+    e, c = np.unravel_index(rate_EC.argmin(), rate_EC.shape)
+    return float(rate_EC[e, c]), index, int(e), int(c)

@@ -1,0 +1,261 @@
+"""Auto: every expert becomes what costs the model least, all operations under one budget of bytes.
+
+Ranks that have met share the layers.
+
+Letters: L layers, E experts, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ranks
+from ..budgets.candidates import KINDS, Candidate, candidates
+from ..budgets.choosing import Choices, Chosen, choose
+from ..budgets.counts import spare
+from ..budgets.sets import removed_mask
+from ..budgets.target import Target
+from ..criteria import super_experts
+from ..errors import OptionError, StatisticsError, unknown
+from ..experts.parts.shared_base import SharedBase
+from ..options import option
+from ..plans.layer_plan import LayerPlan, Slot
+from ..shapes import LayerShape, ModelShape
+from ..stats.stand_ins import CANDIDATES
+from ..stats.sums import Statistics
+from . import Explorer, Weights, method
+
+COSTS = ("measured", "shuffled", "random")
+PROTECTED_BITS = ("", "int8-g32", "int4-g32")  # in which the weights of a Super Expert may be
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's candidates, what they cost in nats per token, and their bytes."""
+
+    candidates: Sequence[Candidate]
+    choices: Choices
+
+
+@method("auto", paper="no paper (all operations under one budget)", saves="bytes")
+@dataclass(frozen=True)
+class Auto:
+    """Give every expert of every layer what costs the model least: its weights in 8 to 2 bits, fewer columns, low rank or a base with an
+    adapter in 4 bits, a constant, nothing, or no place at all, so that all of them together fit the bytes.
+
+    min over choices c_e of sum_l p_l sum_e cost(e, c_e)  with  sum_l sum_e bytes(c_e) + bases <= budget
+
+    1. Sweep: every candidate of every expert is built from the Gram matrices, as a plan would have it, and run on the sample:
+       cost(e, c) = sum over tokens routed to e of g^2 |f_e(x) - f'_e(x)|^2; of a dropped expert what the layer's output loses when the
+       router chooses others (`candidate_error`).
+    2. Prices: noise of a known size in one layer's output says what its errors cost the model, in nats (`error_price`).
+    3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). The base of a layer is the rows of its
+       most used expert or the mean of all, in 4 bits, and counts once.
+    Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
+    what the next smaller and larger candidates would have.
+
+    Needs:    candidate_error and error_price, from a search; what its candidates are built from: input_gram, hidden_gram, count,
+              output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
+    Edges:    never below top-k; nothing is dropped from group-limited routers, or where it is refused. Super Experts keep own weights, in
+              4 bits at least. `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
+    Source:   not from a paper. What the choice of each expert does to others is not seen: costs add up.
+    """
+
+    searched_with: ClassVar = ("price", "noise", "seed")
+
+    price: str = option("noise", "what says how much a layer's errors cost", choices=("noise", "output"))
+    noise: float = option(0.1, "size of the noise, as a share of the layer's output", above=0, at_most=1)
+    seed: int = option(0, "seed of the search: the sample, and the noise", at_least=0)
+    only: str = option(
+        "all", f"kinds to choose from, separated by commas, of {', '.join(KINDS)}; a search tries these alone"
+    )
+    protect: bool = option(True, "keep the weights of Super Experts, which make massive activations")
+    costs: str = option("measured", "for comparison: costs of other experts, or of chance", choices=COSTS)
+    draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
+
+    def needs(self) -> tuple[str, ...]:
+        built_from = ("input_gram", "hidden_gram", "count", "output_sum")
+        columns = ("gated_hidden_square", "gated_hidden_peak", "down_column_square")
+        protecting = super_experts.NEEDS if self.protect else ()
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise OptionError(unknown("kind for --only", kind, KINDS))
+        return ("candidate_error", "error_price", *built_from, *columns, *protecting)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return KINDS if self.only == "all" else tuple(word.strip() for word in self.only.split(","))
+
+    # --- the search
+
+    def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:
+        """`candidate_error` and `error_price` of every layer. The model stays as it is."""
+        layers = explorer.shape.layers
+
+        def of_layer(index: int) -> Tensor:
+            error_EC = _errors(explorer, layers[index], self.kinds)
+            progress("candidates", index + 1, len(layers))
+            return error_EC
+
+        error_L = ranks.divide(range(len(layers)), of_layer)
+        if self.price == "noise":
+            price_L = explorer.noise_price(self.noise)
+        else:
+            square_L = torch.stack([explorer.output_square(layer.name) for layer in layers])
+            price_L = torch.where(square_L > 0, 1 / square_L, 0.0)
+        progress("prices", len(layers), len(layers))
+        found = zip(layers, error_L, price_L, strict=True)
+        return {layer.name: {"candidate_error": error, "error_price": price} for layer, error, price in found}
+
+    # --- the plan
+
+    def score_experts(
+        self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
+    ) -> tuple[Layer, ...]:
+        found = [statistics.layer(layer.name) for layer in shape.layers]
+        cost_L = [float(x["error_price"]) * x["candidate_error"].numpy() for x in found]
+        cost_L = self._compared(shape, cost_L)
+        kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
+        layers = zip(shape.layers, found, cost_L, kept, strict=True)
+        return tuple(self._layer(layer, shape, x["count"], *rest) for layer, x, *rest in layers)
+
+    def _layer(
+        self, layer: LayerShape, shape: ModelShape, count_E: Tensor, cost_EC: np.ndarray, protected: set[int]
+    ) -> Layer:
+        found = candidates(layer, count_E)
+        cost_EC = cost_EC[:, : len(found)].copy()
+        for c, candidate in enumerate(found):
+            if candidate.plan is None or candidate.kind not in self.kinds:
+                cost_EC[:, c] = np.inf
+            elif not _keeps_weights(candidate.plan.slots[0]):
+                cost_EC[sorted(protected), c] = np.inf
+        gone_C = np.array([candidate.kind == "drop" for candidate in found])
+        if not np.isfinite(cost_EC[:, ~gone_C]).any(1).all():
+            raise OptionError(
+                f"--only {self.only} leaves an expert of {layer.name} nothing that it can become, or that was searched; name keep too"
+            )
+        bases = list(dict.fromkeys(c.plan.bases for c in found if c.plan is not None and c.plan.bases))
+        shared = [-1 if c.plan is None or not c.plan.bases else bases.index(c.plan.bases) for c in found]
+        of_base = {
+            c.plan.bases: _base_bytes(c.plan, layer, shape) for c in found if c.plan is not None and c.plan.bases
+        }
+        choices = Choices(
+            cost_EC,
+            np.array([0.0 if c.plan is None else _bytes(c.plan, layer, shape) for c in found]),
+            np.array(shared),
+            np.array([of_base[each] for each in bases]),
+            gone_C,
+            spare(layer) if layer.num_groups == 1 else 0,
+        )
+        return Layer(found, choices)
+
+    def _compared(self, shape: ModelShape, cost_L: list[np.ndarray]) -> list[np.ndarray]:
+        """The costs, or for comparison those of other experts, or of chance; experts of layers of one size change places."""
+        if self.costs == "measured":
+            return cost_L
+        draw, made = np.random.default_rng(self.draw), list(cost_L)
+        if self.costs == "random":
+            return [np.where(np.isfinite(cost_EC), draw.random(cost_EC.shape), np.inf) for cost_EC in cost_L]
+        sizes = [(layer.hidden_size, layer.expert_width, layer.num_experts) for layer in shape.layers]
+        for size in dict.fromkeys(sizes):
+            places = [i for i, other in enumerate(sizes) if other == size]
+            mixed = draw.permutation(np.concatenate([cost_L[i] for i in places]))
+            for i, part_EC in zip(places, np.split(mixed, len(places)), strict=True):
+                made[i] = part_EC
+        return made
+
+    def plan(self, scored: tuple[Layer, ...], shape: ModelShape, amount: float) -> list[LayerPlan]:
+        """`amount` goes from the bytes of all experts to the fewest that there can be."""
+        least = choose([layer.choices for layer in scored], -float("inf")).bytes
+        most = max(float(shape.bytes_of_experts), least)
+        return self._plans(scored, shape, choose([layer.choices for layer in scored], most + amount * (least - most)))
+
+    def plan_for(self, scored: tuple[Layer, ...], shape: ModelShape, target: Target) -> list[LayerPlan]:
+        budget = shape.bytes_of_experts - target.saving(shape)
+        return self._plans(scored, shape, choose([layer.choices for layer in scored], budget))
+
+    def _plans(self, scored: tuple[Layer, ...], shape: ModelShape, chosen: Chosen) -> list[LayerPlan]:
+        plans = []
+        for layer, scores, choice in zip(shape.layers, scored, chosen.layers, strict=True):
+            found = [scores.candidates[c].plan for c in choice.candidate_E]
+            slots = tuple(plan.slots[e] for e, plan in enumerate(found))
+            bases = next((plan.bases for plan in found if plan.bases), ())
+            plans.append(LayerPlan(layer.name, slots, bases))
+        return plans
+
+    def explain(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> dict[str, Any]:
+        """For a plan's provenance: what it is to cost, and of every expert what it became and what was next to it."""
+        said, total = {}, 0.0
+        for scores, plan in zip(scored, layers, strict=True):
+            lines = []
+            for e, slot in enumerate(plan.slots):
+                c = next(c for c, x in enumerate(scores.candidates) if _is_of(x, e, slot, plan))
+                total += float(scores.choices.cost_EC[e, c])
+                lines.append(_reasons(scores, e, c))
+            said[plan.layer] = lines
+        return {"predicted_kl": total, "experts": said}
+
+
+def _errors(explorer: Explorer, layer: LayerShape, kinds: Sequence[str]) -> Tensor:
+    """[E, C] of one layer; infinite for what is not of these kinds."""
+    count_E = explorer.statistics.layer(layer.name)["count"]
+    error_EC = torch.full((layer.num_experts, CANDIDATES), torch.inf, dtype=torch.float64)
+    for c, candidate in enumerate(candidates(layer, count_E)):
+        if candidate.plan is None or candidate.kind not in kinds:
+            continue
+        if candidate.kind == "keep":
+            error_EC[:, c] = 0
+        elif candidate.kind != "drop":
+            error_EC[:, c] = explorer.stand_in_error(candidate.plan)
+        elif spare(layer):
+            alone_CE = removed_mask([(e,) for e in range(layer.num_experts)], layer.num_experts)
+            error_EC[:, c] = explorer.output_error(layer.name, alone_CE).square()
+    if bool(error_EC.isnan().any()):
+        raise StatisticsError(
+            f"the outputs of layer {layer.name} are not finite numbers; search in bfloat16 or float32 instead of float16"
+        )
+    return error_EC
+
+
+def _keeps_weights(slot: Slot) -> bool:
+    return slot.is_kept and all(part.format in PROTECTED_BITS for part in slot.parts)
+
+
+def _bytes(plan: LayerPlan, layer: LayerShape, shape: ModelShape) -> int:
+    """Of one expert, without its base; of a dropped one what its router row gives back."""
+    slot = plan.slots[0]
+    if not slot.survives:
+        return -layer.router_bytes
+    one = LayerPlan(layer.name, (slot,), plan.bases)
+    return one.bytes(layer, shape) - (_base_bytes(plan, layer, shape) if plan.bases else 0)
+
+
+def _base_bytes(plan: LayerPlan, layer: LayerShape, shape: ModelShape) -> int:
+    base = next(part for part in plan.slots[0].parts if isinstance(part, SharedBase))
+    return LayerPlan(layer.name, (Slot((base,)),), plan.bases).bytes(layer, shape)
+
+
+def _is_of(candidate: Candidate, e: int, slot: Slot, plan: LayerPlan) -> bool:
+    found = candidate.plan
+    return found is not None and found.slots[e] == slot and found.bases in ((), plan.bases)
+
+
+def _reasons(scores: Layer, e: int, chosen: int) -> str:
+    """What an expert became, and the next smaller and larger candidates that cost more and less."""
+    cost_C, bytes_C = scores.choices.cost_EC[e], scores.choices.bytes_C
+    smaller = [c for c in range(len(cost_C)) if bytes_C[c] < bytes_C[chosen] and np.isfinite(cost_C[c])]
+    larger = [c for c in range(len(cost_C)) if bytes_C[c] > bytes_C[chosen] and cost_C[c] < cost_C[chosen]]
+
+    def words(c: int) -> str:
+        return f"{scores.candidates[c].plan.slots[e]}: {cost_C[c]:.2e} nats, {bytes_C[c]:,.0f} bytes"
+
+    said = [words(chosen)]
+    said += [f"smaller {words(min(smaller, key=lambda c: cost_C[c]))}"] if smaller else []
+    said += [f"larger {words(min(larger, key=lambda c: bytes_C[c]))}"] if larger else []
+    return "; ".join(said)

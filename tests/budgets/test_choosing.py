@@ -1,0 +1,80 @@
+"""One candidate for every expert within a budget, against every choice that there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from locum.budgets.choosing import Choices, choose
+
+EXPERTS, CANDIDATES = 3, 5
+
+
+def some_layers(seed: int, layers: int = 2, experts: int = EXPERTS) -> list[Choices]:
+    """Candidate 0 is whole and costs nothing; of the last two, one needs a shared thing and one leaves the layer."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(layers):
+        cost_EC = draw.exponential(size=(experts, CANDIDATES)) * np.array([0, 1, 2, 1, 3])
+        cost_EC[draw.integers(experts), 1] = np.inf
+        size_C = np.array([16.0, *draw.integers(4, 12, 2), 2, -1])
+        shared_C, gone_C = np.array([-1, -1, -1, 0, -1]), np.array([False] * 4 + [True])
+        found.append(Choices(cost_EC, size_C, shared_C, np.array([6.0]), gone_C, 1))
+    return found
+
+
+def every_choice(layers: list[Choices]) -> list[tuple[float, float]]:
+    """Cost and bytes of every choice that is allowed, by loops alone."""
+    of_layers = []
+    for layer in layers:
+        experts, count = layer.cost_EC.shape
+        found = []
+        for picks in itertools.product(range(count), repeat=experts):
+            if sum(bool(layer.gone_C[c]) for c in picks) > layer.most_gone:
+                continue
+            shared = {int(layer.shared_C[c]) for c in picks} - {-1}
+            cost = sum(float(layer.cost_EC[e, c]) for e, c in enumerate(picks))
+            size = sum(float(layer.bytes_C[c]) for c in picks) + sum(float(layer.bytes_S[s]) for s in shared)
+            if len(shared) <= 1 and cost < np.inf:
+                found.append((cost, size))
+        of_layers.append(found)
+    return [tuple(map(sum, zip(*pair, strict=True))) for pair in itertools.product(*of_layers)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_of_all_or_as_near_as_it_says(seed: int) -> None:
+    layers = some_layers(seed)
+    every = every_choice(layers)
+    exact = 0
+    budgets = np.linspace(min(size for _, size in every), 90, 9)
+    for budget in budgets:
+        best = min(cost for cost, size in every if size <= budget)
+        chosen = choose(layers, float(budget))
+        assert chosen.bytes <= budget and (round(chosen.cost, 9), chosen.bytes) in {(round(c, 9), s) for c, s in every}
+        assert chosen.bound <= best + 1e-9 <= chosen.cost + 2e-9
+        exact += chosen.cost <= best + 1e-9
+    assert exact >= 5  # the others are within what the bound says
+
+
+def test_of_many_experts_the_choice_is_near_the_bound() -> None:
+    layers = some_layers(7, layers=4, experts=64)
+    for budget in (1000.0, 2500.0):
+        chosen = choose(layers, budget)
+        assert budget - 16 < chosen.bytes <= budget
+        assert chosen.bound <= chosen.cost <= 1.005 * chosen.bound + 1e-9
+
+
+def test_room_for_all_keeps_all_and_no_room_gives_the_smallest() -> None:
+    layers = some_layers(1)
+    whole = choose(layers, 16.0 * EXPERTS * 2)
+    assert whole.cost == 0 and all((choice.candidate_E == 0).all() for choice in whole.layers)
+    smallest = choose(layers, -100.0)
+    assert smallest.bytes == min(size for _, size in every_choice(layers)) and smallest.bound == np.inf
+    assert all((choice.candidate_E == CANDIDATES - 1).sum() <= 1 for choice in smallest.layers)
+
+
+def test_costs_that_are_all_nothing_are_no_trouble() -> None:
+    layers = [Choices(np.zeros((4, 2)), np.array([8.0, 2.0]), np.array([-1, -1]), np.zeros(0), np.zeros(2, bool), 0)]
+    assert choose(layers, 20.0).bytes <= 20 and choose(layers, 32.0).bytes == 32

@@ -1,0 +1,136 @@
+"""What stand-ins lose on a live model, and what noise costs it, against slow loops; answers are remembered.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from locum.errors import UnsupportedModel
+from locum.experts.parts.constant import Constant
+from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.shared_base import SharedBase
+from locum.measure.calibration import calibrate
+from locum.measure.remembered import RememberedAnswers
+from locum.measure.removals import ModelExplorer
+from locum.models.families import find_layers, read_expert
+from locum.models.next_token_loss import predictions
+from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot
+from locum.stats.sums import mean_output
+from making.handmade import tokens_of
+from making.tiny_models import tiny_ids, tiny_model
+
+IDS = tiny_ids(3, 16)
+NEEDS = ("count", "output_sum")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("olmoe")
+
+
+@pytest.fixture(scope="module")
+def explorer(model):
+    tokens = tokens_of(IDS)
+    return ModelExplorer(model, tokens, sample=48, seed=5, statistics=calibrate(model, tokens, needs=NEEDS))
+
+
+def plan_of(layer: str) -> LayerPlan:
+    """One of each: kept, two on the base of a third, low rank, a constant, nothing."""
+    low, constant, on_base = Slot((LowRank(4, "svd"),)), Slot((Constant(),)), Slot((SharedBase(0),))
+    slots = (KEPT, on_base, on_base, low, constant, NOTHING, KEPT, low)
+    return LayerPlan(layer, slots, (Base((6,), (1.0,)),))
+
+
+def slow_errors(model, explorer, plan: LayerPlan) -> list[float]:
+    """Token by token and expert by expert, with whole matrices."""
+    layer = next(layer for layer in find_layers(model) if layer.shape.name == plan.layer)
+    seen = {}
+    hook = layer.experts.register_forward_pre_hook(lambda _, given: seen.update(zip("xig", given, strict=True)))
+    with torch.no_grad():
+        model(explorer.batches[0].ids_BS)
+    hook.remove()
+    mean_ED = mean_output(explorer.statistics.layer(plan.layer)).float()
+
+    def gives(e: int, x, whole=None):
+        expert = read_expert(layer.experts, e if whole is None else whole)
+        return expert.down_DF @ (silu(expert.gate_FD @ x) * (expert.up_FD @ x))
+
+    def of_rank(matrix):
+        u, s, v = torch.linalg.svd(matrix)
+        return u[:, :4] @ torch.diag(s[:4]) @ v[:4]
+
+    def becomes(e: int, x):
+        if e in (1, 2):
+            return gives(e, x, 6)
+        if e in (3, 7):
+            old = read_expert(layer.experts, e)
+            hidden = silu(of_rank(old.gate_FD) @ x) * (of_rank(old.up_FD) @ x)
+            return of_rank(old.down_DF) @ hidden
+        return {4: mean_ED[4], 5: torch.zeros_like(x)}.get(e, gives(e, x))
+
+    errors = [0.0] * 8
+    with torch.no_grad():
+        for x, chosen, gates in zip(seen["x"], seen["i"].tolist(), seen["g"].tolist(), strict=True):
+            for e, gate in zip(chosen, gates, strict=True):
+                errors[e] += gate**2 * float((gives(e, x) - becomes(e, x)).square().sum())
+    return errors
+
+
+def test_errors_of_stand_ins_are_those_of_a_slow_loop(model, explorer):
+    for layer in explorer.shape.layers:
+        plan = plan_of(layer.name)
+        found_E = explorer.stand_in_error(plan)
+        assert found_E[0] == found_E[6] == 0
+        is_used_E = explorer.statistics.layer(layer.name)["count"] > 0
+        assert torch.equal(found_E > 0, is_used_E & torch.tensor([e not in (0, 6) for e in range(8)]))
+        assert found_E.tolist() == pytest.approx(slow_errors(model, explorer, plan), rel=1e-3)
+    nothing_E = explorer.stand_in_error(LayerPlan(layer.name, (NOTHING,) * 8))
+    assert 0 < float(explorer.output_square(layer.name)) < 4 * float(nothing_E.sum())  # outputs of top-2 add up
+
+
+def test_the_price_of_noise_is_what_it_costs_the_model(model, explorer):
+    price_L = explorer.noise_price(0.1)
+    (batch,) = explorer.batches
+    with torch.no_grad():
+        whole_MV = predictions(model, batch, model.device)[0].log_softmax(-1)
+    for index, layer in enumerate(find_layers(model)):
+        drawn = torch.Generator().manual_seed((5 * 1_000_003 + index) * 1_000_003)
+        squares = []
+
+        def add(_experts, _given, output, drawn=drawn, squares=squares):
+            noise = torch.randn(output.shape, generator=drawn) * 0.1 * output.square().mean().sqrt()
+            squares.append(float(noise.square().sum()))
+            return output + noise
+
+        hook = layer.experts.register_forward_hook(add)
+        with torch.no_grad():
+            noisy_MV = predictions(model, batch, model.device)[0].log_softmax(-1)
+        hook.remove()
+        kl = float((whole_MV.exp() * (whole_MV - noisy_MV)).sum(-1).mean())
+        assert float(price_L[index]) == pytest.approx(kl / squares[0], rel=1e-3) and kl > 0
+    halved = explorer.noise_price(0.05)
+    assert bool((halved / price_L - 1).abs().max() < 0.5)  # small noise costs its square
+
+
+def test_answers_are_remembered(model, explorer, monkeypatch, tmp_path):
+    name = explorer.shape.layers[0].name
+    first = RememberedAnswers(explorer, tmp_path / "answers", {"model": "tiny"})
+    asked = [first.stand_in_error(plan_of(name)), first.noise_price(0.1), first.output_square(name)]
+    first.save()
+    again = RememberedAnswers(explorer, tmp_path / "answers", {"model": "tiny"})
+    for question in ("stand_in_error", "noise_price", "output_square"):
+        monkeypatch.setattr(ModelExplorer, question, None)
+    assert torch.equal(again.stand_in_error(plan_of(name)), asked[0])
+    assert torch.equal(again.noise_price(0.1), asked[1]) and again.output_square(name) == asked[2]
+    with pytest.raises(TypeError):
+        again.stand_in_error(LayerPlan(name, (NOTHING,) * 8))  # which nobody asked before
+
+
+def test_a_model_that_predicts_nothing_has_no_price(explorer, monkeypatch):
+    monkeypatch.setattr(type(explorer.model), "get_output_embeddings", lambda _: None)
+    with pytest.raises(UnsupportedModel, match="does not predict tokens"):
+        explorer.noise_price(0.1)

@@ -1,0 +1,189 @@
+"""Auto: planted truth on a real model, the bytes that were asked for, what it says of its choice, and what it refuses.
+
+Letters: E experts, C candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import locum
+from locum.budgets.candidates import KINDS, candidates
+from locum.budgets.target import Target
+from locum.errors import OptionError, PlanError
+from locum.experts.factors import svd_factors
+from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.own_weights import OwnWeights
+from locum.experts.parts.shared_base import SharedBase
+from locum.measure.calibration import calibrate
+from locum.measure.removals import ModelExplorer
+from locum.methods.auto import Auto
+from locum.models.families import find_layers, write_expert
+from locum.models.sizes import shape_of
+from locum.plans.plan import KEPT, Plan
+from locum.stages.candidates import candidates_of
+from locum.stages.planning import decide
+from locum.stages.searching import to_collect, with_found
+from locum.stats.stand_ins import CANDIDATES
+from making.handmade import make_statistics, tokens_of, toy_shape
+from making.planted import copy_of
+from making.tiny_models import tiny_ids, tiny_model
+
+SHAPE = toy_shape(layers=2, experts=8)
+IDS = tiny_ids(6, 32)
+
+
+# --- planted truth ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """One layer: 0 is of rank 8, 1 to 4 are nearly one expert and most used, 5 is never selected, 6 and 7 are of their own. With its plan at
+    a third of the bytes."""
+    model = tiny_model("olmoe", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    (layer,) = find_layers(model)
+    drawn = torch.Generator().manual_seed(3)
+    copies = copy_of(layer, 1)
+    with torch.no_grad():
+        for e in (2, 3, 4):
+            write_expert(layer.experts, e, copies.map(lambda _, t: t + 1e-3 * torch.randn(t.shape, generator=drawn)))
+
+        def of_rank(_name, matrix):
+            a, b = svd_factors(matrix, 8)
+            return b @ a
+
+        write_expert(layer.experts, 0, copy_of(layer, 0).map(of_rank))
+        layer.router.weight[1] *= 1.3
+        layer.router.weight[5] = layer.router.weight[[0, 1, 2, 3, 4, 6, 7]].mean(0)  # never among the first two
+    method = Auto(only="keep,bits,low-rank,base,nothing,drop", protect=False)
+    tokens = tokens_of(IDS)
+    statistics = calibrate(model, tokens, needs=to_collect(method))
+    explorer = ModelExplorer(model, tokens, sample=192, statistics=statistics)
+    statistics = with_found(statistics, method.explore(explorer, lambda *_: None))
+    return model, method, statistics
+
+
+def kinds_of(plan: Plan) -> list[set[str]]:
+    return [{part.name for part in slot.parts} for slot in plan.layers[0].slots]
+
+
+def test_what_is_planted_is_found(planted):
+    model, method, statistics = planted
+    shape = shape_of(model)
+    assert float(statistics.layer(shape.layers[0].name)["count"][5]) <= 2
+    plan = decide(method, statistics, shape, Target(remove=0.8))
+    slots, kinds = plan.layers[0].slots, kinds_of(plan)
+    assert kinds[0] == {"low_rank"} and slots[0].parts[0].rank == 8
+    assert all("shared_base" in kinds[e] for e in (1, 2, 3, 4)) and len(plan.layers[0].bases) == 1
+    assert not slots[5].parts
+    assert all(kinds[e] == {"own_weights"} for e in (6, 7))
+
+
+def test_costs_that_belong_to_others_cost_more(planted):
+    """By the true costs, a plan from shuffled or random ones is worse at the same bytes."""
+    model, method, statistics = planted
+    shape = shape_of(model)
+    scored = method.score_experts(statistics, shape)
+
+    def true_cost(**options: object) -> float:
+        plan = decide(dataclasses.replace(method, **options), statistics, shape, Target(remove=0.8))
+        assert plan.size(shape).bytes <= shape.bytes - 0.8 * shape.bytes_of_experts
+        return method.explain(scored, plan.layers)["predicted_kl"]
+
+    best = true_cost()
+    assert all(true_cost(costs=costs, draw=draw) > 2 * best for costs in ("shuffled", "random") for draw in (0, 1))
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7, 0.85, 0.95])
+def test_a_plan_has_the_bytes_that_were_asked_for(share: float) -> None:
+    statistics, limit = make_statistics(SHAPE), SHAPE.bytes - share * SHAPE.bytes_of_experts
+    plan = locum.plan([statistics], method="auto", remove=share)
+    size = plan.size(SHAPE).bytes
+    assert limit - SHAPE.bytes_of_expert(SHAPE.layers[0]) < size <= limit
+    assert plan.layers == locum.plan([statistics], method="auto", fit=str(int(limit))).layers
+    bytes_of = sum(layer.bytes(SHAPE.layer(layer.layer), SHAPE) for layer in plan.layers)
+    chosen = Auto().plan_for(Auto().score_experts(statistics, SHAPE), SHAPE, Target(remove=share))
+    assert bytes_of == sum(layer.bytes(SHAPE.layer(layer.layer), SHAPE) for layer in chosen)
+
+
+def test_a_plan_says_of_every_expert_what_it_became_and_what_was_next_to_it() -> None:
+    plan = locum.plan([make_statistics(SHAPE)], method="auto", remove=0.7)
+    said = json.loads(plan.dumps())["provenance"]["auto"]
+    for layer in plan.layers:
+        for slot, line in zip(layer.slots, said["experts"][layer.layer], strict=True):
+            assert line.startswith(f"{slot}: ") and line.count(" nats, ") == line.count(" bytes") >= 2
+    assert said["predicted_kl"] > 0
+
+
+def test_out_of_reach_is_said() -> None:
+    with pytest.raises(PlanError, match="out of reach"):
+        locum.plan([make_statistics(SHAPE)], method="auto", fit="100")
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_as_many_for_every_layer_and_fit_it() -> None:
+    for layer in (SHAPE.layers[0], toy_shape(d=32, f=16).layers[0], toy_shape(num_groups=4).layers[0]):
+        found = candidates(layer, torch.arange(layer.num_experts))
+        assert len(found) == len(candidates(SHAPE.layers[0], torch.arange(8))) <= CANDIDATES
+        assert {c.kind for c in found} == set(KINDS)
+        assert all(c.plan is None or len(c.plan.slots) == layer.num_experts for c in found)
+        plans = [c.plan for c in found if c.plan is not None]
+        assert len(plans) == len(set(plans))
+    assert next(c for c in found if c.kind == "drop").plan is None  # of a group-limited router
+    quantised = dataclasses.replace(SHAPE.layers[0], expert_bytes=1000)
+    left = [c.kind for c in candidates(quantised, torch.arange(8)) if c.plan is not None]
+    assert left == ["keep", "constant", "nothing", "drop"]
+
+
+def test_super_experts_keep_their_weights_and_no_more_go_than_may() -> None:
+    statistics = make_statistics(SHAPE)
+    peak = statistics.layers[SHAPE.layers[0].name]["output_peak"].clone()
+    peak[:, 3] = 1e6
+    statistics.layers[SHAPE.layers[0].name]["output_peak"] = peak
+    first, second = (
+        locum.plan([statistics], method="auto", remove=0.97, protect=protect).layers[0].slots[3]
+        for protect in (True, False)
+    )
+    assert first.is_kept and first.parts[0].format in ("", "int8-g32", "int4-g32") and second != first
+    dropping = locum.plan([statistics], method="auto", remove=0.7, only="keep,drop", protect=False)
+    assert all(len(layer.survivors) >= 2 for layer in dropping.layers)
+    assert {str(slot) for layer in dropping.layers for slot in layer.slots} == {"kept", "dropped"}
+
+
+@pytest.mark.parametrize(
+    ("only", "parts"), [("keep,bits", {OwnWeights, LowRank}), ("low-rank,keep", {OwnWeights, LowRank})]
+)
+def test_only_what_is_named_is_chosen(only: str, parts: set[type]) -> None:
+    plan = locum.plan([make_statistics(SHAPE)], method="auto", remove=0.7, only=only)
+    assert {type(part) for layer in plan.layers for part in layer.parts} <= parts
+    assert not any(isinstance(part, SharedBase) for layer in plan.layers for part in layer.parts)
+    assert ("bits" in only) or {slot for slot in plan.layers[0].slots if slot.is_kept} <= {KEPT}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": "bitz"}, "unknown kind for --only 'bitz': did you mean 'bits'"),
+        ({"only": "drop"}, "leaves an expert of .* nothing that it can become"),
+        ({"bits": "4"}, "method auto chooses the bits of every expert itself; leave --bits out"),
+    ],
+)
+def test_what_it_refuses(options: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        locum.plan([make_statistics(SHAPE)], method="auto", remove=0.5, **options)
+
+
+def test_comparisons_take_it_as_it_is() -> None:
+    names = [c.name for c in candidates_of("auto,mone", "4", None)]
+    assert "auto" in names and "mone:bits=4" in names and "auto:bits=4" not in names
+    with pytest.raises(OptionError, match="chooses the bits"):
+        candidates_of("auto:bits=4", None, None)
