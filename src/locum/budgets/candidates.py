@@ -32,7 +32,7 @@ KINDS = ("keep", "bits", "low-rank", "narrow", "base", "constant", "nothing", "d
 GROUP = 32  # numbers that share a scale
 MULTIPLE = 8  # of ranks: codes fill whole bytes
 WIDTHS = (0.75, 0.5, 0.25)  # of an expert's columns
-LOW_RANK = (0.06, 0.12, 0.25, 0.4)  # numbers of the factors, as shares of an expert's
+LOW_RANK = (0.06, 0.12, 0.25, 0.4, 0.55, 0.7)  # numbers of the factors, as shares of an expert's
 OVER_BASE = (0.0, 0.06, 0.25)
 CORRECTING = 0.12
 
