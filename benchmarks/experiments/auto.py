@@ -62,7 +62,7 @@ def plan_of(arm: str, bits: float, statistics: locum.Statistics) -> Plan:
     return locum.plan([statistics], fit=str(fit), **options)
 
 
-def test(sizes: list[float], seed: int, tokens: int, sample: int, searched: Path | None) -> None:
+def test(sizes: list[float], arms: list[str], seed: int, tokens: int, sample: int, searched: Path | None) -> None:
     file = searched or made_once("searched-auto", locum.search, method="auto", tokens=tokens, sample=sample, seed=seed)
     statistics, tokenizer, shape = locum.load_statistics(file), load_tokenizer(MODEL), read_shape(MODEL)
     blocks = load_tokens(
@@ -70,7 +70,7 @@ def test(sizes: list[float], seed: int, tokens: int, sample: int, searched: Path
     )
     original = load_model(MODEL, dtype=torch.float32)
     done = {(row["arm"], row["size"], row["seed"], row["tokens"]) for row in read(FILE)}
-    for bits, arm in ((bits, arm) for bits in sizes for arm in ARMS):
+    for bits, arm in ((bits, arm) for bits in sizes for arm in arms):
         if (arm, bits, seed, tokens) in done:
             continue
         try:
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=2048, help="tokens that candidates are tried on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bits", default="4.5,3.5,2.5,2.0", help="sizes, in bits for each weight of the experts")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--searched", type=Path, help="what a search with these options has written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def main() -> None:
         print(table(read(FILE)))
         return
     sizes = [float(word) for word in arguments.bits.split(",")]
-    test(sizes, arguments.seed, arguments.tokens, arguments.sample, arguments.searched)
+    test(sizes, arguments.arms, arguments.seed, arguments.tokens, arguments.sample, arguments.searched)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ..options import option
 from ..plans.layer_plan import LayerPlan, Slot
 from ..shapes import LayerShape, ModelShape
 from ..stats.stand_ins import CANDIDATES
-from ..stats.sums import Statistics
+from ..stats.sums import LayerStatistics, Statistics
 from . import Explorer, Weights, method
 
 COSTS = ("measured", "shuffled", "random")
@@ -52,15 +52,16 @@ class Auto:
     min over choices c_e of sum_l p_l sum_e cost(e, c_e)  with  sum_l sum_e bytes(c_e) + bases <= budget
 
     1. Sweep: every candidate of every expert is built from the Gram matrices, as a plan would have it, and run on the sample:
-       cost(e, c) = sum over tokens routed to e of g^2 |f_e(x) - f'_e(x)|^2; of a dropped expert what the layer's output loses when the
-       router chooses others (`candidate_error`).
+       error(e, c) = sum over tokens routed to e of g^2 |f_e(x) - f'_e(x)|^2; of a dropped expert what the layer's output loses when the
+       router chooses others (`candidate_error`). As a share of what the expert gives in the sample, sum g^2 |f_e(x)|^2, it is known
+       well; what the expert gives is taken from all of calibration, or chance would choose.
     2. Prices: noise of a known size in one layer's output says what its errors cost the model, in nats (`error_price`).
     3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). The base of a layer is the rows of its
        most used expert or the mean of all, in 4 bits, and counts once.
     Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
-    Needs:    candidate_error and error_price, from a search; what its candidates are built from: input_gram, hidden_gram, count,
+    Needs:    candidate_error and error_price, from a search; gated_norm_product; what its candidates are built from: input_gram, hidden_gram, count,
               output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
     Edges:    never below top-k; nothing is dropped from group-limited routers, or where it is refused. Super Experts keep own weights, in
               4 bits at least. `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
@@ -80,7 +81,7 @@ class Auto:
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
 
     def needs(self) -> tuple[str, ...]:
-        built_from = ("input_gram", "hidden_gram", "count", "output_sum")
+        built_from = ("gated_norm_product", "input_gram", "hidden_gram", "count", "output_sum")
         columns = ("gated_hidden_square", "gated_hidden_peak", "down_column_square")
         protecting = super_experts.NEEDS if self.protect else ()
         for kind in self.kinds:
@@ -119,8 +120,7 @@ class Auto:
         self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
     ) -> tuple[Layer, ...]:
         found = [statistics.layer(layer.name) for layer in shape.layers]
-        cost_L = [float(x["error_price"]) * x["candidate_error"].numpy() for x in found]
-        cost_L = self._compared(shape, cost_L)
+        cost_L = self._compared(shape, [_costs(layer, x) for layer, x in zip(shape.layers, found, strict=True)])
         kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
         layers = zip(shape.layers, found, cost_L, kept, strict=True)
         return tuple(self._layer(layer, shape, x["count"], *rest) for layer, x, *rest in layers)
@@ -202,12 +202,28 @@ class Auto:
         return {"predicted_kl": total, "experts": said}
 
 
+def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
+    """[E, C] in nats per token: the price of each error, where an expert gives what it gave in all of calibration.
+
+    One that the sample never selects loses the share that the layer's experts lose on average.
+    """
+    error_EC = found["candidate_error"].numpy()
+    kinds = [candidate.kind for candidate in candidates(layer, found["count"])]
+    sample_E = error_EC[:, kinds.index("nothing")]
+    given_E = found["gated_norm_product"].diagonal().numpy()
+    whole = max(float(sample_E.sum()), 1e-300)
+    mean_C = error_EC.sum(0) / whole
+    lost_EC = np.where((sample_E > 0)[:, None], error_EC / np.where(sample_E > 0, sample_E, 1)[:, None], mean_C)
+    scale_E = float(found["error_price"]) * whole * given_E / max(float(given_E.sum()), 1e-300)
+    return np.where(np.isfinite(lost_EC), np.where(np.isfinite(lost_EC), lost_EC, 0) * scale_E[:, None], np.inf)
+
+
 def _errors(explorer: Explorer, layer: LayerShape, kinds: Sequence[str]) -> Tensor:
-    """[E, C] of one layer; infinite for what is not of these kinds."""
+    """[E, C] of one layer; infinite for what is not of these kinds, or nothing."""
     count_E = explorer.statistics.layer(layer.name)["count"]
     error_EC = torch.full((layer.num_experts, CANDIDATES), torch.inf, dtype=torch.float64)
     for c, candidate in enumerate(candidates(layer, count_E)):
-        if candidate.plan is None or candidate.kind not in kinds:
+        if candidate.plan is None or candidate.kind not in (*kinds, "nothing"):  # that one says what an expert gives
             continue
         if candidate.kind == "keep":
             error_EC[:, c] = 0
