@@ -36,7 +36,7 @@ def every_choice(layers: list[Choices]) -> list[tuple[float, float]]:
                 continue
             shared = {int(layer.shared_C[c]) for c in picks} - {-1}
             cost = sum(float(layer.cost_EC[e, c]) for e, c in enumerate(picks))
-            size = sum(float(layer.bytes_C[c]) for c in picks) + sum(float(layer.bytes_S[s]) for s in shared)
+            size = sum(float(layer.bytes_C[c]) for c in picks) + sum(float(layer.bytes_H[s]) for s in shared)
             if len(shared) <= 1 and cost < np.inf:
                 found.append((cost, size))
         of_layers.append(found)

@@ -7,7 +7,7 @@ price of the budget, is never above the best cost that there is: so it is known 
 Some candidates share something, a base, that is paid once a layer; a layer has one such thing at most. And only so many experts of
 a layer may go. For a price, the best choice of a layer under both rules is exact too.
 
-Letters: L layers, E experts, C candidates, S shared things.
+Letters: L layers, E experts, C candidates, H shared things.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Choices:
     cost_EC: np.ndarray  # infinite where a candidate is not allowed
     bytes_C: np.ndarray  # of one expert, without what it shares; may be below 0
     shared_C: np.ndarray  # which shared thing it needs, -1 for none
-    bytes_S: np.ndarray  # of the shared things
+    bytes_H: np.ndarray  # of the shared things
     gone_C: np.ndarray  # whether the expert leaves the layer
     most_gone: int  # how many may
 
@@ -98,12 +98,12 @@ def best_for(layer: Choices, price: float) -> Choice:
     """The choice of one layer with the least cost + price * bytes. Of equals the first shared thing, and the first candidate."""
     value_EC = layer.cost_EC + price * layer.bytes_C
     best, least = None, np.inf
-    for shared in range(-1, len(layer.bytes_S)):
+    for shared in range(-1, len(layer.bytes_H)):
         allowed_C = (layer.shared_C == -1) | (layer.shared_C == shared)
         candidate_E = _with_few_gone(layer, np.where(allowed_C, value_EC, np.inf))
         used = bool((layer.shared_C[candidate_E] == shared).any()) and shared >= 0
         value = value_EC[np.arange(len(candidate_E)), candidate_E].sum() + (
-            price * layer.bytes_S[shared] if used else 0.0
+            price * layer.bytes_H[shared] if used else 0.0
         )
         if value < least:
             best, least = _choice(layer, candidate_E, shared if used else -1), value
@@ -126,7 +126,7 @@ def _with_few_gone(layer: Choices, value_EC: np.ndarray) -> np.ndarray:
 
 def _choice(layer: Choices, candidate_E: np.ndarray, shared: int) -> Choice:
     cost = float(layer.cost_EC[np.arange(len(candidate_E)), candidate_E].sum())
-    of_shared = float(layer.bytes_S[shared]) if shared >= 0 else 0.0
+    of_shared = float(layer.bytes_H[shared]) if shared >= 0 else 0.0
     return Choice(candidate_E, shared, cost, float(layer.bytes_C[candidate_E].sum()) + of_shared)
 
 

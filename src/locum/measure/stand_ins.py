@@ -1,6 +1,6 @@
 """What stand-ins do to a layer's output, and what errors in a layer's output do to the model.
 
-Letters: B blocks, S tokens of a block, T tokens, P pairs (token, expert) sorted by expert, Q some of them, E experts, L layers,
+Letters: B blocks, S tokens of a block, T tokens, P pairs (token, expert) sorted by expert, Q pairs of some experts, E experts, L layers,
 D model width, M tokens that have loss, V vocabulary.
 """
 
