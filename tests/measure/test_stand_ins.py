@@ -17,7 +17,6 @@ from locum.measure.calibration import calibrate
 from locum.measure.remembered import RememberedAnswers
 from locum.measure.removals import ModelExplorer
 from locum.models.families import find_layers, read_expert
-from locum.models.next_token_loss import predictions
 from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot
 from locum.stats.sums import mean_output
 from making.handmade import tokens_of
@@ -96,7 +95,7 @@ def test_the_price_of_noise_is_what_it_costs_the_model(model, explorer):
     price_L = explorer.noise_price(0.1)
     (batch,) = explorer.batches
     with torch.no_grad():
-        whole_MV = predictions(model, batch, model.device)[0].log_softmax(-1)
+        whole_MV = model(batch.ids_BS).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     for index, layer in enumerate(find_layers(model)):
         drawn = torch.Generator().manual_seed((5 * 1_000_003 + index) * 1_000_003)
         squares = []
@@ -108,7 +107,7 @@ def test_the_price_of_noise_is_what_it_costs_the_model(model, explorer):
 
         hook = layer.experts.register_forward_hook(add)
         with torch.no_grad():
-            noisy_MV = predictions(model, batch, model.device)[0].log_softmax(-1)
+            noisy_MV = model(batch.ids_BS).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         hook.remove()
         kl = float((whole_MV.exp() * (whole_MV - noisy_MV)).sum(-1).mean())
         assert float(price_L[index]) == pytest.approx(kl / squares[0], rel=1e-3) and kl > 0

@@ -46,13 +46,13 @@ from ..models.masking import MaskedRouters
 from ..models.next_token_loss import loss_sum
 from ..models.replay import Call, Recording
 from ..models.router_rules import GateRule, find_rule, same_gates, spread_gates
-from ..models.routers import router_logits
 from ..models.sizes import shape_of
 from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
 from ..stats.events import EveryExpertEvent, RoutedEvent
 from ..stats.sums import Statistics
+from .layer_watch import LayerWatch, UpToExperts
 from .merged_experts import merged_experts
 from .stand_ins import noise_prices, stand_in_errors
 
@@ -355,11 +355,11 @@ class ModelExplorer:
                 self._pairs = name, pairs, y_TD
         return self._pairs[1:]
 
-    def _watched(self, name: str) -> tuple[_Watch, Tensor]:
+    def _watched(self, name: str) -> tuple[LayerWatch, Tensor]:
         """What a layer gets and gives in the sample, and which tokens of it are text."""
         recording = self._record()
         position = recording.position[name]
-        with _Watch(self.layers[name]) as watch:
+        with LayerWatch(self.layers[name]) as watch:
             for b in range(len(self.batches)):
                 recording.run(position, position, b)
         return watch, self._keep().to(watch.index_TK.device)
@@ -399,7 +399,7 @@ class ModelExplorer:
         """[T, E] gates of the layer's own router and block without the removed experts."""
         layer = self.layers[name]
         found = []
-        with MaskedRouters([(layer, removed_E)]), _Stop(layer.experts) as stop:
+        with MaskedRouters([(layer, removed_E)]), UpToExperts(layer.experts) as stop:
             for call in cache.calls:
                 found.append(stop.run(layer.block, call))
         index_TK, gate_TK = (torch.cat(parts)[self._keep().to(parts[0].device)] for parts in zip(*found, strict=True))
@@ -488,65 +488,3 @@ def _biases(layer: MoeLayer) -> tuple[Tensor, ...]:
     """What may be added to scores when experts are chosen."""
     parts = (p for p in layer.per_expert if p.leaf != "bias" and "bias" in p.leaf)
     return tuple(p.tensor.detach().flatten() for p in parts)
-
-
-class _Watch:
-    """The calls of a layer's block, and what its router and experts get and give, while it is entered."""
-
-    def __init__(self, layer: MoeLayer) -> None:
-        self.layer = layer
-        self.seen: dict[str, list[Any]] = {name: [] for name in ("calls", "logits_TE", "x_TD", "index_TK", "gate_TK")}
-
-    def __enter__(self) -> _Watch:
-        layer, seen = self.layer, self.seen
-
-        def block(_block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            seen["calls"].append(Call(args, kwargs, {}))
-
-        def router(_router: nn.Module, _inputs: Any, output: Any) -> None:
-            seen["logits_TE"].append(router_logits(output, layer.family.router).reshape(-1, layer.shape.num_experts))
-
-        def experts(_experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            for name, value in zip(("x_TD", "index_TK", "gate_TK"), arguments, strict=True):
-                seen[name].append(value)
-
-        self.hooks = [
-            layer.block.register_forward_pre_hook(block, with_kwargs=True),
-            layer.router.register_forward_hook(router),
-            layer.experts.register_forward_pre_hook(experts),
-        ]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.calls = tuple(self.seen.pop("calls"))
-        for name, parts in self.seen.items():
-            setattr(self, name, torch.cat(parts) if parts else torch.zeros(0))
-
-
-class _Reached(BaseException):
-    """The experts are called: nothing after that is needed."""
-
-
-class _Stop:
-    """While it is entered, a block runs up to its experts and no further."""
-
-    def __init__(self, experts: nn.Module) -> None:
-        self.experts = experts
-
-    def __enter__(self) -> _Stop:
-        self.hook = self.experts.register_forward_pre_hook(self._stop)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.hook.remove()
-
-    def _stop(self, _experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.routed = arguments[1:]
-        raise _Reached
-
-    def run(self, block: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-        with contextlib.suppress(_Reached):
-            block(*call.args, **call.kwargs)
-        return self.routed

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..checkpoints.application import make_container
 from ..data.tokens import Batch
 from ..models.families import MoeLayer, canonical_activation, read_expert
-from ..models.next_token_loss import predictions
 from ..plans.layer_plan import LayerPlan
 from ..stats.events import RoutedEvent
 from ..stats.sums import Statistics
@@ -61,16 +60,23 @@ def noise_prices(
     lost_L, square_L = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(2))
     count = 0
     for b, batch in enumerate(batches):
-        whole_MV = predictions(model, batch, model.device)[0].log_softmax(dim=-1)
+        whole_MV = _predicted(model, batch)
         count += len(whole_MV)
         for index, layer in enumerate(layers):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_000_003 + b)
             with _noise(layer.experts, size, generator, batch.attention_BS) as squares:
-                noisy_MV = predictions(model, batch, model.device)[0].log_softmax(dim=-1)
+                noisy_MV = _predicted(model, batch)
             lost_L[index] += float((whole_MV.exp() * (whole_MV - noisy_MV)).sum(dtype=torch.float64))
             square_L[index] += sum(squares)
     mean_L = lost_L.clamp(min=0) / max(1, count)
     return torch.where(square_L > 0, mean_L / torch.where(square_L > 0, square_L, 1.0), 0.0)
+
+
+def _predicted(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[M, V] float32 logarithms of what the model says of the tokens that have loss."""
+    ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
+    logits_BSV = model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False).logits
+    return logits_BSV[:, :-1][batch.loss_mask_BS[:, 1:].to(model.device)].float().log_softmax(dim=-1)
 
 
 @contextmanager
