@@ -137,7 +137,8 @@ def check_method_help(name, chosen):
         shown = field.default
         if isinstance(shown, bool):
             shown = field.name if shown else f"no-{field.name}"
-        assert words(f"{field.metadata['help']} [default: {shown}]") in words(section)
+        told = "" if shown is None else f" [default: {shown}]"
+        assert words(f"{field.metadata['help']}{told}") in words(section)
     return section
 
 
