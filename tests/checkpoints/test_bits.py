@@ -108,10 +108,11 @@ def test_saved_again_it_is_the_same(made, tmp_path):
 
 @pytest.mark.journeys
 @only_olmoe
-def test_it_is_exported_as_numbers_and_refused_where_it_is_to_be_trained_or_compressed_again(made):
+def test_it_is_exported_as_numbers_and_refused_where_all_is_to_be_trained_or_compressed_again(made):
     folder, *_, out = made
-    said = command("recover", out, "--data", folder / "a.jsonl", "--steps", 1, "--out", folder / "recovered")
-    assert said.exit_code == 2 and "trains no weights in few bits (int4-g32, int3-g32)" in said.output, said.output
+    full = ("--how", "full", "--steps", 1, "--out", folder / "recovered")
+    said = command("recover", out, "--data", folder / "a.jsonl", *full)
+    assert said.exit_code == 2 and "those in few bits (int4-g32, int3-g32) stay as they are" in said.output, said.output
     said = command("export", out, "--to", "vllm", "--out", folder / "vllm")
     assert said.exit_code == 2 and "weights in few bits" in said.output, said.output
     said = command("calibrate", out, "--data", folder / "a.jsonl", "--out", folder / "again")
@@ -212,21 +213,6 @@ def test_gram_matrices_are_asked_for_where_they_are_missing(made):
 @only_olmoe
 def test_compress_does_all_of_it(made):
     folder, model, *_ = made
-    said = command(
-        "compress",
-        model,
-        "--bits",
-        4,
-        "--recover",
-        "lora",
-        "--data",
-        folder / "a.jsonl",
-        "--remove",
-        0.3,
-        "--out",
-        folder / "no",
-    )
-    assert said.exit_code == 2 and "leave --bits out, or --recover" in said.output, said.output
     given = ("--data", folder / "a.jsonl", "--tokens", 256, "--length", 32, "--remove", 0.3, "--rank", 2, "--bits", 4)
     said = command("compress", model, *given, "--out", folder / "small")
     assert said.exit_code == 0, said.output
@@ -236,4 +222,9 @@ def test_compress_does_all_of_it(made):
     config = json.loads((folder / "small" / "config.json").read_text())["quantization_config"]
     assert all(
         s["format"] == "int4-g32" for x in config["layers"].values() for s in x["stacks"] if s["part"] != "own_biases"
+    )
+    training = ("--recover", "lora", "--recover-steps", 1, "--recover-length", 32, "--recover-batch-size", 1)
+    said = command("compress", model, *given, *training, "--recover-keep-size", "--out", folder / "trained")
+    assert said.exit_code == 0 and read_shape(folder / "trained").bytes == plan.size(read_shape(model)).bytes, (
+        said.output
     )

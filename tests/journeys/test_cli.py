@@ -80,16 +80,16 @@ METHOD_OPTIONS = {
     "replace": "--alpha --clip --rank --score --selection --shared --start",
 }
 WAY_OPTIONS = {
-    "annealed": "--annealing --end-fraction --rank --steepness --train-bases",
-    "kd": "--rank --share --temperature --train-bases",
-    "layerwise": "--rank --routers --train-bases",
+    "annealed": "--annealing --end-fraction --keep-size --rank --steepness --train-bases",
+    "kd": "--keep-size --rank --share --temperature --train-bases",
+    "layerwise": "--keep-size --rank --routers --train-bases",
     "esft": "--score --threshold",
     "experts": "",
     "full": "",
-    "lora": "--rank --train-bases",
+    "lora": "--keep-size --rank --train-bases",
     "router": "",
     "router-kd": "--share --temperature",
-    "seer": "--end-fraction --rank --train-bases",
+    "seer": "--end-fraction --keep-size --rank --train-bases",
     "vectors": "",
 }
 TARGET_OPTIONS = {

@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import locum
+from locum.checkpoints.skeleton import read_shape
+from locum.plans.bits import FewBits
+from locum.plans.plan import make_plan
+from locum.plans.plan_file import load_plan
 from making.checkpoints import tree
 from making.ranks import Ranks, killed, on_ranks, stops_in
 
@@ -65,6 +69,21 @@ def test_ranks_follow_the_losses_of_one(how, ranks, more, small, checkpoint, wor
     assert moved > 0 and distance < 1e-2 * moved
     assert set(tree(tmp_path / "more")) == set(tree(tmp_path / "one"))
     assert {path.name for path in tmp_path.iterdir()} == {"one", "more"}
+
+
+def test_ranks_leave_the_bytes_of_what_is_in_few_bits(checkpoint, plan_file, statistics_file, words, said, tmp_path):
+    plan, shape = load_plan(plan_file), read_shape(checkpoint)
+    layers = FewBits("int4-g32", "nearest").applied(plan.layers, shape)
+    few = locum.apply(checkpoint, plan=make_plan(shape, layers), statistics=statistics_file, out=said / "few")
+    asked = ("recover", few, "--data", words, "--how", "lora", *TRAINED)
+    on_ranks(1, said, *asked, "--out", tmp_path / "one")
+    on_ranks(2, said, *asked, "--out", tmp_path / "more")
+    assert counted(tmp_path / "more") == counted(tmp_path / "one")
+    one, more = (torch.tensor(losses(tmp_path / name)) for name in ("one", "more"))
+    torch.testing.assert_close(more, one, rtol=1e-3, atol=1e-3)  # a code at half a step may be rounded either way
+    came, now = (load_file(folder / "model.safetensors") for folder in (few, tmp_path / "more"))
+    rows = [name for name in came if ".dense_int4" in name]
+    assert rows and all(torch.equal(came[name], now[name]) for name in rows)
 
 
 def test_each_rank_holds_its_part(small, words, said, tmp_path):

@@ -88,6 +88,14 @@ def containers_of(model: nn.Module) -> list[tuple[str, StandInExperts]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, StandInExperts)]
 
 
+def note_layouts(model: PreTrainedModel) -> None:
+    """Let a model's config say the layouts that its containers have."""
+    said = getattr(model.config, "quantization_config", None)
+    if isinstance(said, LocumConfig):
+        found = {name: container.layout.to_json() for name, container in containers_of(model)}
+        said.layers = {name: found.get(name, layout) for name, layout in said.layers.items()}
+
+
 def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     """Swap the experts modules named in `layers` for empty containers, and make room in their routers."""
     found = {layer.shape.name: layer for layer in find_layers(model)}

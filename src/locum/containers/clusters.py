@@ -25,7 +25,7 @@ from ..kernels import native
 from ..kernels.choice import NATIVE
 from ..kernels.products import Products
 from .layout import Layout, StackLayout
-from .stack import Matrices, Row, as_numbers
+from .stack import Matrices, Row, as_numbers, keeping_bytes
 
 Rows = Mapping[str, Matrices | tuple[Tensor, ...]]  # of every tensor of a stack
 
@@ -60,10 +60,12 @@ class Term(NamedTuple):
     scale: float = 1.0
 
     def first(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        return self._scaled(self.kind.first(self.row, inputs))
+        with keeping_bytes(self.row):
+            return self._scaled(self.kind.first(self.row, inputs))
 
     def second(self, hidden_QF: Tensor, weight_Q1: Tensor) -> Tensor | None:
-        return self._scaled(self.kind.second(self.row, hidden_QF, weight_Q1))
+        with keeping_bytes(self.row):
+            return self._scaled(self.kind.second(self.row, hidden_QF, weight_Q1))
 
     def _scaled(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.scale == 1 else x * self.scale
@@ -97,7 +99,12 @@ class Terms:
         self.container, self.layout, self.held = container, container.layout, container.held()
         same = all(container.stack(path).dtype == x_TD.dtype for path, _ in self._beside_dense())
         self.way: Products | None = NATIVE if same and native.serves(x_TD) else None
-        self.rows = [(stack, self._rows_of(path, stack, x_TD.dtype)) for path, stack in container.paths]
+        cast, device = x_TD.dtype, x_TD.device.type
+        if torch.is_autocast_enabled(
+            device
+        ):  # numbers are made as they are multiplied with, so that autograd keeps no cast ones
+            cast = torch.get_autocast_dtype(device)
+        self.rows = [(stack, self._rows_of(path, stack, cast)) for path, stack in container.paths]
         self.rows.sort(key=lambda pair: not pair[0].kind.fades_in)
 
     def _rows_of(self, path: str, stack: StackLayout, dtype: torch.dtype) -> Rows:

@@ -111,6 +111,11 @@ class Layout:
         return found
 
     @property
+    def num_whole_numbers(self) -> int:
+        """The dense rows that are numbers: they come before those in few bits."""
+        return sum(stack.num_rows for stack in self.stacks_of(OwnWeights) if not stack.format)
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Those of stacks in few bits."""
         return tuple(dict.fromkeys(stack.format for stack in self.stacks if stack.format))
@@ -182,7 +187,7 @@ class Layout:
         It is the layout it was with rows and stacks added at the end of their kind, so whatever was there keeps its
         number. Such an adapter can be merged into its row; the users of these rows must have no adapter yet.
         """
-        there = next((s for s in self.stacks_of(LowRank) if s.variant == (rank,)), None)
+        there = next((s for s in self.stacks_of(LowRank) if s.variant == (rank,) and not s.format), None)
         first = there.num_rows if there else 0
         given = [first + rows.index(row) if row in rows else -1 for row in self.dense_of]
         if there:

@@ -5,12 +5,16 @@ Letters: N stacked items.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..formats.rows import is_packed, unpack
 
@@ -84,6 +88,18 @@ class Row(Mapping[str, Tensor]):
             self._read[leaf] = self._rows[leaf][self._row]
         return self._read[leaf]
 
+    @property
+    def is_packed(self) -> bool:
+        return any(isinstance(rows, Matrices) for rows in self._rows.values())
+
+    def keep(self, saved: Tensor) -> Any:
+        """What autograd keeps in place of a tensor."""
+        for leaf, numbers in self._read.items():
+            rows = self._rows[leaf]
+            if isinstance(rows, Matrices) and _place(saved) == _place(numbers):
+                return _Again(rows, self._row, saved.shape, saved.stride(), saved.storage_offset())
+        return saved
+
     def __contains__(self, leaf: object) -> bool:
         return leaf in self._rows
 
@@ -92,3 +108,35 @@ class Row(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+class _Again(NamedTuple):
+    """How a tensor that was numbers of a row, or some of them, is made again of the row's bytes."""
+
+    rows: Matrices
+    row: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def keeping_bytes(row: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[object]:
+    """While it is entered, autograd keeps a row's bytes in place of numbers that were made of them: backward makes these again.
+
+    A frozen matrix is kept for the gradient of its inputs. All of a layer's as numbers would take what packing saves.
+    """
+    grows = torch.is_grad_enabled() and isinstance(row, Row) and row.is_packed
+    if not grows or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    known = weakref.ref(row)  # autograd holds on to the function, and so would to the numbers
+    return saved_tensors_hooks(lambda saved: known().keep(saved), _numbers)
+
+
+def _numbers(kept: Any) -> Tensor:
+    if not isinstance(kept, _Again):
+        return kept
+    return kept.rows[kept.row].as_strided(kept.shape, kept.stride, kept.offset)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -3,6 +3,8 @@
 So a stack of such matrices is one tensor [N, bytes], whatever the format: what loads, casts, shards or copies it needs no word of
 formats. A vector, such as a bias, stays as it is. Formats are those that are registered and can hold a matrix (format.py), and
 whole numbers in groups by their names (int_groups.py). No format, "", is the dtype of the checkpoint.
+
+Letters: N stacked items, O outputs (rows) and I inputs (columns) of an item, Y bytes of an item.
 """
 
 from __future__ import annotations
@@ -69,6 +71,27 @@ def unpack(format: str, packed: Tensor, shape: Shape, dtype: torch.dtype) -> Ten
         data = packed[begin:end]
         parts[part] = (data if kind.itemsize == 1 else data.clone()).view(kind).reshape(size)  # wider ones are aligned
     return row_format(format).read(parts)[:, : shape[1]].to(dtype)
+
+
+def pack_stack(format: str, weight_NOI: Tensor) -> Tensor:
+    """The bytes of matrices side by side [N, bytes], each in its nearest levels."""
+    item = row_format(format)
+    if not isinstance(item, IntGroups):
+        return torch.stack([pack(format, item.write(weight_OI)) for weight_OI in weight_NOI])
+    parts = item.write(weight_NOI.flatten(0, 1))  # whose rows know nothing of one another
+    rows = (parts[part].contiguous().view(torch.uint8) for part in item.parts if part in parts)
+    return torch.cat([row.reshape(len(weight_NOI), -1) for row in rows], dim=1)
+
+
+def unpack_stack(format: str, packed_NY: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The same back [N, *shape]."""
+    item = row_format(format)
+    if not isinstance(item, IntGroups):
+        return torch.stack([unpack(format, packed, shape, dtype) for packed in packed_NY])
+    parts = {}
+    for part, kind, size, begin, end in fields(format, shape):
+        parts[part] = packed_NY[:, begin:end].contiguous().view(kind).reshape(-1, *size)
+    return item.read(parts)[..., : shape[1]].to(dtype)
 
 
 @functools.lru_cache(maxsize=512)

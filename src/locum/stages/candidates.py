@@ -52,7 +52,7 @@ class Candidate:
 
 def candidates_of(methods: str, bits: str | None, recover: str | None) -> tuple[Candidate, ...]:
     """The methods that are named, in these bits too, and random pruning in every bits that there are. Raises OptionError for what is
-    no method, no option of it or no bits, and for a training of weights in few bits."""
+    no method, no option of it or no bits, and for a training beside weights in few bits."""
     named = [n for word in methods.split(",") if word for n in (GROUPS[word]() if word in GROUPS else [word.strip()])]
     if not named:
         raise OptionError("--methods names nothing; give all, criteria, or names such as lightmoe,prune:score=ean")
@@ -62,7 +62,10 @@ def candidates_of(methods: str, bits: str | None, recover: str | None) -> tuple[
     names += [chance_of(name) for name in names]
     found = tuple(_candidate(name) for name in dict.fromkeys(names))
     if recover is not None and (low := next((c.name for c in found if c.few is not None), None)):
-        raise OptionError(f"--recover {recover} trains no weights in few bits, as {low} has; leave one of the two out")
+        raise OptionError(
+            f"--recover {recover} adds to the bytes of weights in few bits, as {low} has, and bytes are to be equal; leave one of the "
+            f"two out"
+        )
     return found
 
 

@@ -119,7 +119,7 @@ def compress(
     check_number("seed", seed, 0)
     recovery = recovery_of(recover, of_training, seed)
     few = few_bits(bits, group, quantiser, chosen)
-    also, shape = _read_besides(few, chosen, recover), read_shape(model)
+    also, shape = _read_besides(few, chosen), read_shape(model)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few)
     check_rounds(rounds, chosen, shape, few)
     copies = (1 if recovery is None else 2) + (rounds > 1)
@@ -134,7 +134,8 @@ def compress(
         is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
         before = [] if is_known else [_observe(model, chosen, how, also, out=keep, dry_run=True, **observed)]
         return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few)] * rounds)
-    shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress}
+    most = None if target is None else target.fit
+    shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress, "most": most}
     if not reads_text(chosen):
         return _finish(model, plan([model], **asked), None, out, recovery, **shared)
     if statistics is None:
@@ -194,12 +195,10 @@ def _making(model: Path, chosen: Method, target: Target | None, out: Path, few: 
         return of_application(Rewriting(source, shape, decided), decided, shape, out, side_files(model))
 
 
-def _read_besides(few: FewBits | None, chosen: Method, recover: str | None) -> tuple[str, ...]:
+def _read_besides(few: FewBits | None, chosen: Method) -> tuple[str, ...]:
     """The statistics that quantising reads besides those of the method. What cannot be is refused before anything runs."""
     if few is None:
         return ()
-    if recover is not None:
-        raise OptionError(f"--recover {recover} trains no weights in few bits; leave --bits out, or --recover")
     more = tuple(name for name in few.needs if name not in chosen.needs() and STATISTICS[name].on_demand)
     if more and isinstance(chosen, SearchingMethod):
         raise OptionError(
@@ -335,15 +334,17 @@ def _finish(
     seed: int,
     force: bool,
     progress: Progress,
+    most: int | None,
     of: Whole | None = None,
 ) -> Path:
-    """Apply a plan and train the result if asked to; `out` appears when both are done."""
+    """Apply a plan and train the result if asked to; `out` appears when both are done. It has at most `most` bytes."""
     asked = {"plan": decided, "statistics": statistics, "seed": seed, "progress": progress}
     if recovery is None:
         return apply(model, out=out, force=force, **asked)
     draft, original = beside(out, "unrecovered"), model if of is None else of.model
     try:
         check_fits(recovery.way, decided, "--recover")
+        _check_size(recovery, decided, read_shape(model), most)
         carry_out(model, out=draft, force=True, again=of is not None, of=of, **asked)
         training = {"data": data, "original": original, "device": device, "progress": progress, **recovery.to_json()}
         recover_stage(draft, out=out, force=force, **training)
@@ -352,3 +353,13 @@ def _finish(
         if ranks.is_first():
             clear(draft)
         raise
+
+
+def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, most: int | None) -> None:
+    """Refuse a training that leaves more than --fit allows."""
+    size = recovery.way.becomes(decided, shape.layers).size(shape).bytes
+    if most is not None and size > most:
+        raise OptionError(
+            f"adapters that --recover {recovery.way.name} adds to weights in few bits stay, and make {size:,} bytes of them, more "
+            f"than --fit allows ({most:,}); give --recover-keep-size, or a smaller --fit"
+        )

@@ -107,8 +107,15 @@ def recover(
     uses = None if statistics is None else _uses_in(Path(statistics), chosen.way, model)
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
+    after = chosen.way.becomes(decided, shape.layers)
+    if by_layer and after is not decided:
+        raise OptionError(
+            f"--how {how} writes into the files that are there, so no adapters stay beside weights in few bits "
+            f"({', '.join(decided.formats)}); give --keep-size, or use --how kd or --how lora"
+        )
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
+    written += 0 if after is decided else after.size(before).bytes - decided.size(before).bytes
     workdir = beside(out, "recover")
     begun = sum(file.stat().st_size for file in workdir.glob("*"))
     check_room(out, written, begun)
@@ -140,7 +147,9 @@ def recover(
         raise
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
-        _save(live, tokenizer, out, decided or keep_all(before), before, model, notes, workdir / LOG, base, paths)
+        if after is not decided:
+            notes["plan"] = after.id
+        _save(live, tokenizer, out, after or keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
 

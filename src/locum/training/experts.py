@@ -1,4 +1,5 @@
-"""A container in training: rows set apart to be trained, and old weights that fade out. A served container knows of neither.
+"""A container in training: rows set apart to be trained, old weights that fade out, adapters that are rounded. A served container
+knows of none. Rows in few bits are frozen, and stay bytes.
 
 LightMoE (arXiv 2603.12645, Eq. 6): a replaced expert's weights are beta W_old + (1 - beta) W_base + B A.
 
@@ -8,6 +9,8 @@ Letters: N stacked items, D model width, Q pairs of one expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +20,17 @@ from ..containers.container import StandInExperts
 from ..containers.layout import Layout, StackLayout
 from ..containers.stack import Stack
 from ..experts.parts.own_weights import OwnWeights
+from .rounding import Rounding
 
 DENSE = OwnWeights.prefix.removesuffix(".")
 
 
 class TrainingExperts(StandInExperts):
     """Some rows of a stack may lie apart, in a stack of their own, so that they train while the others are frozen: shared bases, or
-    what chosen experts have for themselves.
+    what chosen experts have for themselves. Only numbers do.
 
-    `old`, with `old_of`, a row per expert or -1, holds the old weights, and `beta` is their share.
+    `old`, with `old_of`, a row per expert or -1, holds the old weights, and `beta` is their share. `rounding` has the adapters that
+    the checkpoint has in few bits, by the path of their stack and the tensor; their layout here names no format.
     """
 
     def __init__(
@@ -36,6 +41,13 @@ class TrainingExperts(StandInExperts):
         self.old: Stack | None = None
         self.old_of: tuple[int, ...] = (-1,) * layout.num_experts
         self.beta = 0.0
+        self.rounding: dict[str, dict[str, Rounding]] = {}
+
+    def held(self) -> dict[str, Any]:
+        found = super().held()
+        for path, of in self.rounding.items():
+            found[path] = SimpleNamespace(**{leaf: rounded(getattr(found[path], leaf)) for leaf, rounded in of.items()})
+        return found
 
     def may_group(self, x_TD: Tensor) -> bool:
         return not self.apart and self.old is None and super().may_group(x_TD)
@@ -53,12 +65,12 @@ class TrainingExperts(StandInExperts):
         return self.stack_apart(DENSE) if DENSE in self.apart else None
 
     def split_bases(self, num_own: int) -> None:
-        """Set the dense rows from `num_own` on apart: the experts' own need no optimizer state then."""
-        if self.layout.num_dense > num_own:
-            self.set_apart(DENSE, range(num_own, self.layout.num_dense))
+        """Set the dense rows of numbers from `num_own` on apart: the experts' own need no optimizer state then."""
+        if self.layout.num_whole_numbers > num_own:
+            self.set_apart(DENSE, range(num_own, self.layout.num_whole_numbers))
 
     def set_apart(self, path: str, rows: Sequence[int]) -> None:
-        """Move these rows of a stack, at least one, to one of their own. All of them are frozen."""
+        """Move these rows of a stack of numbers, at least one, to one of their own. All of them are frozen."""
         stack, module = next(stack for there, stack in self.paths if there == path), self.stack(path)
         leaves = stack.kind.tensors(stack.variant, self.layout)
         tensors = {leaf: getattr(module, leaf).detach() for leaf in leaves}
@@ -70,7 +82,7 @@ class TrainingExperts(StandInExperts):
         self.apart[path] = tuple(rows)
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """Everything by the names of the layout, the rows that lie apart in their places again."""
+        """Everything by the names of the layout, the rows that lie apart in their places again, bytes as they are."""
         found: dict[str, Tensor] = {}
         for prefix, stack in self.layout.prefixed():
             path = prefix.removesuffix(".")
@@ -88,7 +100,8 @@ class TrainingExperts(StandInExperts):
         for path, stack in self.paths:
             leaves = stack.kind.tensors(stack.variant, self.layout)
             if stack.kind.trains == "always" or (with_bases and stack.kind.trains == "with bases"):
-                yield from (getattr(self.stack(path), leaf) for leaf in leaves)
+                found = (getattr(self.stack(path), leaf) for leaf in leaves)
+                yield from (tensor for tensor in found if tensor.is_floating_point())
         if with_bases and self.shared is not None:
             yield from self.shared.parameters()
         yield from (self.get_parameter(name) for name in self.policy_tensors)

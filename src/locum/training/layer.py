@@ -1,7 +1,8 @@
 """One layer in training: a container whose parts can be trained apart, the old weights that fade out, and the way back.
 
     open_layer    stock experts or container  ->  container in training: own rows frozen, bases apart, adapters on rows
-    open_rows     the same without new adapters: what chosen experts have for themselves apart
+                  that can be merged again; beside rows in few bits, which cannot, those that a new plan says
+    open_rows     the same without new adapters: what chosen experts have for themselves apart, where it is numbers
     keep_old      puts the original experts' weights beside their stand-ins;  set_beta  blends and finally drops them
     close_layer   merges what can be merged and gives the layer back in the layout that its plan asks for
 
@@ -19,17 +20,18 @@ Letters: E experts, D model width, F expert width, R rank, N stacked items.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..containers.build import old_weights, stack_dense
 from ..containers.container import StandInExperts
-from ..containers.layout import Layout
+from ..containers.layout import Layout, StackLayout
 from ..containers.rows import row_weights, rows_of_expert, tensors_of
-from ..containers.stack import Stack
+from ..containers.stack import Stack, as_numbers
 from ..errors import OptionError
 from ..experts.parts.low_rank import LowRank, adapter_product
 from ..experts.parts.own_weights import OwnWeights, rows_of
@@ -40,6 +42,7 @@ from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape
 from ..stats.on_disk import on_disk
 from .experts import TrainingExperts
+from .rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class OpenLayer:
 
     name: str
     plan: LayerPlan
-    layout: Layout  # of the checkpoint: what the layer goes back to
+    layout: Layout  # what the layer goes back to: that of the checkpoint, with the adapters that stay
     rows: tuple[int, ...]  # dense rows that were given an adapter for training, to be merged into them
     container: TrainingExperts
     stock: nn.Module | None  # the stock experts module, emptied, where the checkpoint has one
@@ -58,31 +61,43 @@ class OpenLayer:
 
 
 def open_layer(
-    model: nn.Module, layer: MoeLayer, plan: LayerPlan | None, rank: int, train_bases: bool, seed: int
+    model: nn.Module,
+    layer: MoeLayer,
+    plan: LayerPlan | None,
+    rank: int,
+    train_bases: bool,
+    seed: int,
+    becomes: LayerPlan | None = None,
 ) -> OpenLayer:
     """Put the training container of one layer into the model; every parameter of it is frozen to begin with.
 
     Own rows of experts get an adapter each; so do shared bases that are not trained themselves and whose users have
-    none. A ~ N(0, 1 / columns) and B = 0, so nothing changes yet.
+    none. A ~ N(0, 1 / columns) and B = 0, so nothing changes yet. To rows in few bits nothing can be added: experts that
+    have such get the adapters that `becomes` has more than the plan.
     """
-    begun = _begin(layer, plan)
-    num_kept = sum(slot.is_kept for slot in begun.made_by.slots)
-    rows = rows_to_adapt(begun.layout, num_kept, train_bases)
-    training = begun.layout.with_adapters(rows, rank) if rows else begun.layout
-    adapters = _adapters(training, begun.tensors, begun.device, seed)
-    container = _contained(model, layer, training, begun, adapters)
-    container.split_bases(num_kept)
-    return begun.opened(rows, container)
+    begun = _begin(model, layer, plan)
+    layout = begun.layout if becomes is None or begun.stock is not None else Layout.of(becomes, layer.shape)
+    num_own = sum(slot.is_untouched for slot in begun.made_by.slots)
+    rows = rows_to_adapt(layout, num_own, train_bases)
+    training = layout.with_adapters(rows, rank) if rows else layout
+    adapters = _adapters(begun.layout, training, begun.tensors, begun.device, seed)
+    tensors = _but_adapters(begun.layout, begun.tensors) | adapters
+    container = _contained(model, layer, _in_numbers(training), begun, tensors)
+    container.rounding = _rounding(begun.layout, training, begun.tensors)
+    container.split_bases(num_own)
+    return begun.opened(layout, rows, container)
 
 
 def open_rows(model: nn.Module, layer: MoeLayer, plan: LayerPlan | None, experts: Collection[int]) -> OpenLayer:
     """Put the training container of one layer into the model, with the rows that no other than these experts use apart. Every
     parameter of it is frozen to begin with, and nothing changes."""
-    begun = _begin(layer, plan)
-    container = _contained(model, layer, begun.layout, begun, {})
-    for prefix, rows in begun.layout.rows_alone(experts).items():
-        container.set_apart(prefix.removesuffix("."), rows)
-    return begun.opened((), container)
+    begun = _begin(model, layer, plan)
+    container = _contained(model, layer, begun.layout, begun, begun.tensors)
+    alone = begun.layout.rows_alone(experts)
+    for prefix, stack in begun.layout.prefixed():
+        if prefix in alone and not stack.format:
+            container.set_apart(prefix.removesuffix("."), alone[prefix])
+    return begun.opened(begun.layout, (), container)
 
 
 @dataclass(frozen=True)
@@ -95,22 +110,22 @@ class _Begun:
     layout: Layout
     tensors: dict[str, Tensor]
     stock: nn.Module | None
-    dtype: torch.dtype
+    dtype: torch.dtype  # of what is in no format
     device: torch.device
     top_k: int
 
-    def opened(self, rows: tuple[int, ...], container: TrainingExperts) -> OpenLayer:
+    def opened(self, layout: Layout, rows: tuple[int, ...], container: TrainingExperts) -> OpenLayer:
         of_layer = (self.stock, self.dtype, self.device, self.top_k)
-        return OpenLayer(self.name, self.plan, self.layout, rows, container, *of_layer)
+        return OpenLayer(self.name, self.plan, layout, rows, container, *of_layer)
 
 
-def _begin(layer: MoeLayer, plan: LayerPlan | None) -> _Begun:
+def _begin(model: nn.Module, layer: MoeLayer, plan: LayerPlan | None) -> _Begun:
     experts, shape = layer.experts, layer.shape
     kept = LayerPlan(shape.name, (KEPT,) * shape.num_experts)
     plan = plan or kept
-    # A container of mere nothings has no parameter.
-    like = next(experts.parameters(), next(layer.router.parameters()))
-    of_layer = (like.dtype, like.device, shape.top_k)
+    like = next(experts.parameters(), next(layer.router.parameters()))  # a container of mere nothings has no parameter
+    floats = (tensor.dtype for tensor in (*experts.parameters(), *model.parameters()) if tensor.is_floating_point())
+    of_layer = (next(floats), like.device, shape.top_k)  # the dtype of what is in no format, where experts have any
     if isinstance(experts, StandInExperts):
         return _Begun(shape.name, plan, plan, experts.layout, tensors_of(experts), None, *of_layer)
     tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
@@ -118,11 +133,11 @@ def _begin(layer: MoeLayer, plan: LayerPlan | None) -> _Begun:
 
 
 def _contained(
-    model: nn.Module, layer: MoeLayer, layout: Layout, begun: _Begun, adapters: dict[str, Tensor]
+    model: nn.Module, layer: MoeLayer, layout: Layout, begun: _Begun, tensors: dict[str, Tensor]
 ) -> TrainingExperts:
     """The container, in the model, all of it frozen. A stock module gives its weights up to it."""
     container = TrainingExperts(layout, canonical_activation(layer.experts), begun.dtype, "meta")
-    container.load_state_dict(begun.tensors | adapters, strict=True, assign=True)
+    container.load_state_dict(tensors, strict=True, assign=True)
     container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
     container.requires_grad_(False)
     model.set_submodule(begun.name, container)
@@ -133,30 +148,63 @@ def _contained(
     return container
 
 
-def rows_to_adapt(layout: Layout, num_kept: int, train_bases: bool) -> tuple[int, ...]:
-    """Dense rows that stay frozen themselves and none of whose users has an adapter."""
+def rows_to_adapt(layout: Layout, num_own: int, train_bases: bool) -> tuple[int, ...]:
+    """Dense rows of numbers, the first so many experts' own, that stay frozen themselves and none of whose users has an adapter."""
     adapted = [any(stack.rows[e] >= 0 for stack in layout.stacks_of(LowRank)) for e in range(layout.num_experts)]
     served = {row for row, has_one in zip(layout.dense_of, adapted, strict=True) if has_one}
-    frozen = num_kept if train_bases else layout.num_dense
+    frozen = num_own if train_bases else layout.num_whole_numbers
     return tuple(row for row in range(frozen) if row not in served)
 
 
-def _adapters(training: Layout, tensors: dict[str, Tensor], device: torch.device, seed: int) -> dict[str, Tensor]:
-    """All adapters in float32: those that are there, then the new ones."""
-    generator = torch.Generator().manual_seed(seed)
-    result = {}
-    prefixes = tuple(prefix for prefix, stack in training.prefixed() if stack.part == LowRank.name)
-    for name, shape in training.tensor_shapes().items():
-        if name.startswith(prefixes):
-            there = [tensors[name].float()] if name in tensors else []
-            count = shape[0] - (there[0].shape[0] if there else 0)
-            new = torch.zeros(count, *shape[1:], device="meta" if device.type == "meta" else "cpu")
+def _in_numbers(layout: Layout) -> Layout:
+    """The layout in which no adapter is in few bits."""
+    stacks = (replace(stack, format="") if stack.part == LowRank.name else stack for stack in layout.stacks)
+    return replace(layout, stacks=tuple(stacks))
+
+
+def _but_adapters(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    adapters = tuple(prefix for prefix, stack in layout.prefixed() if stack.part == LowRank.name)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(adapters)}
+
+
+def _stacks_there(layout: Layout) -> dict[tuple[Any, ...], tuple[str, StackLayout]]:
+    """The stacks of adapters with their prefixes, by what tells them from one another."""
+    return {(s.variant, s.format): (prefix, s) for prefix, s in layout.prefixed() if s.part == LowRank.name}
+
+
+def _adapters(
+    came: Layout, training: Layout, tensors: dict[str, Tensor], device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """All adapters in float32: those that are there, and the new ones."""
+    generator, there, result = torch.Generator().manual_seed(seed), _stacks_there(came), {}
+    for key, (prefix, stack) in _stacks_there(training).items():
+        old, found = there.get(key, ("", None))
+        of_row = [-1 if found is None else found.rows[stack.rows.index(row)] for row in range(stack.num_rows)]
+        for leaf, shape in LowRank.tensors(stack.variant, training).items():
             if device.type == "meta":  # numbers of a model without weights
-                new = new.to(device)
-            elif "_A" in name:
+                result[prefix + leaf] = torch.empty(stack.num_rows, *shape, device=device)
+                continue
+            new = torch.zeros(of_row.count(-1), *shape)
+            if "_A" in leaf:
                 new = torch.randn(new.shape, generator=generator) / shape[-1] ** 0.5
-            result[name] = torch.cat([*there, new.to(device)])
+            before = () if found is None else as_numbers(tensors[old + leaf], stack.format, shape, torch.float32)
+            drawn = iter(new.to(device))
+            rows = [next(drawn) if row < 0 else before[row].float() for row in of_row]
+            result[prefix + leaf] = torch.stack(rows)
     return result
+
+
+def _rounding(came: Layout, training: Layout, tensors: dict[str, Tensor]) -> dict[str, dict[str, Rounding]]:
+    """Of the stacks of adapters in few bits, to which none are added: they are in both layouts."""
+    there = _stacks_there(came)
+    return {
+        prefix.removesuffix("."): {
+            leaf: Rounding(tensors[there[key][0] + leaf], stack.format, shape)
+            for leaf, shape in LowRank.tensors(stack.variant, training).items()
+        }
+        for key, (prefix, stack) in _stacks_there(training).items()
+        if stack.format
+    }
 
 
 def keep_old(layer: OpenLayer, read: Callable[[int], ExpertWeights], workdir: Path | None = None) -> None:
@@ -238,8 +286,11 @@ def close_layer(model: nn.Module, layer: OpenLayer) -> None:
             layer.stock.post_expert_norm = layer.container.post_expert_norm
         model.set_submodule(layer.name, layer.stock)
         return
-    shapes = layout.tensor_shapes().items()
-    tensors = {name: made[name][: shape[0]].to(layer.dtype, copy=True) for name, shape in shapes}
+    rounded = {f"{p}.{leaf}": of for p, leaves in layer.container.rounding.items() for leaf, of in leaves.items()}
+    tensors, packed = {}, layout.packed_tensors
+    for name, shape in layout.tensor_shapes().items():
+        tensor = rounded[name].bytes(made[name]) if name in rounded else made[name][: shape[0]]
+        tensors[name] = tensor if name in packed else tensor.to(layer.dtype, copy=True)
     container = StandInExperts(layout, layer.container.activate, layer.dtype, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     container.post_expert_norm = layer.container.post_expert_norm

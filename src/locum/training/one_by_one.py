@@ -135,7 +135,7 @@ class OneByOne:
         self.way: Layerwise = options.way
         check_predicts(model)
         self.context = Context(model, plan, options.steps, options.seed)
-        check_adapters(self.context, self.way.rank)
+        check_adapters(self.context, self.way)
         check_tokens(model, tokens, options)
         self.changed, self.progress, self.log = changed_layers(plan), progress, log
         self.layers: Layers = layers_of(model)
@@ -224,7 +224,7 @@ class OneByOne:
         teachers = {layer.shape.name: layer.block for _, layer in self._moe_layers(self.original, index)}
         module.requires_grad_(False)
         for number, layer in mine:
-            open_adapter(self.context, number, layer, self.way.rank, self.way.train_bases)
+            open_adapter(self.context, number, layer, self.way)
         routers = (
             {n: p for _, layer in mine for n, p in _named(layer.shape.router, layer.router)} if self.way.routers else {}
         )
@@ -241,7 +241,8 @@ class OneByOne:
         closed = [layer for _, layer in self._moe_layers(self.model, index) if layer.shape.name in names]
         made = {n: t for layer in closed for n, t in _named(layer.shape.name, layer.experts)}
         for tensor in made.values():
-            tensor.data = tensor.data.to(self.dtype)
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(self.dtype)
         self.kept.save(index, made | routers, loss)
 
     def _steps(

@@ -36,11 +36,6 @@ ROUTING_TOKENS = 4096  # of validation text, that the use of experts is reported
 
 def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
     """Refuse a plan that this way cannot train; say which ways can. Raises OptionError."""
-    if plan is not None and plan.formats:
-        raise OptionError(
-            f"{flag} {way.name} trains no weights in few bits ({', '.join(plan.formats)}); train what the same plan makes without "
-            f"--bits"
-        )
     if plan is not None and any(layer.rewritten for layer in plan.layers):
         raise OptionError(
             f"{flag} {way.name} trains no masked experts, whose zeros would not stay; train before, and mask the result"
@@ -135,7 +130,7 @@ def recover_model(
         context.layers = [replace(layer, device=torch.device("cpu")) for layer in context.layers]
     way.finish(context)
     for name, tensor in _floats(model):
-        tensor.data = tensor.data.to(dtypes[name])
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))  # adapters that stay are in that of the checkpoint
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     routing["routing"] = _routing(model, validation, options)

@@ -16,7 +16,7 @@ A way holds no state. Opened layers are kept in the context. Other packages offe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from ...data.tokens import Batch
 from ...plans.plan import Plan
 from ...registry import Registry, import_modules
+from ...shapes import LayerShape
 from ..context import Context
 
 
@@ -47,6 +48,10 @@ class Way(Protocol):
 
     def needs_original(self, plan: Plan | None) -> bool:
         """Whether the original model is needed. If so, `context.original` is there in all methods below."""
+        ...
+
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        """The plan of the result, where parts are added that stay. Default: the plan as it is. `layers` are those of the model."""
         ...
 
     def check(self, context: Context) -> None:
@@ -85,6 +90,10 @@ WAYS: Registry[type[Way]] = Registry("way to recover", entry_points="locum.ways"
 Class = TypeVar("Class", bound=type)
 
 
+def _as_it_is(way: Way, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+    return plan
+
+
 def way(name: str, source: str, learning_rate: float = 1e-3) -> Callable[[Class], Class]:
     """Register the class below as a way to recover. `source` says where it is from: an arXiv id, or a word.
 
@@ -96,6 +105,7 @@ def way(name: str, source: str, learning_rate: float = 1e-3) -> Callable[[Class]
         cls.experts_alone = getattr(cls, "experts_alone", False)
         cls.fits_adapter = getattr(cls, "fits_adapter", not getattr(cls, "changes_weights", True))
         cls.reads_use = getattr(cls, "reads_use", False)
+        cls.becomes = getattr(cls, "becomes", _as_it_is)
         return WAYS.add(name, cls)
 
     return register

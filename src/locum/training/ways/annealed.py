@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,16 @@ from ...files import fingerprint
 from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
-from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ...shapes import LayerShape
+from ..adapters import (
+    check_adapters,
+    close_adapters,
+    keep_size_option,
+    open_adapters,
+    rank_option,
+    train_bases_option,
+    with_adapters,
+)
 from ..context import Context
 from ..layer import keep_old, set_beta
 from ..states import sample
@@ -66,6 +75,7 @@ class Annealed:
     experts_alone: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
+    keep_size: bool = keep_size_option()
     end_fraction: float = option(
         0.2, "fraction of the steps after which the old weights are gone; 0 needs no original", at_least=0, at_most=1
     )
@@ -81,8 +91,11 @@ class Annealed:
     def needs_original(self, plan: Plan | None) -> bool:
         return self.end_fraction > 0
 
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        return with_adapters(plan, layers, self)
+
     def check(self, context: Context) -> None:
-        check_adapters(context, self.rank)
+        check_adapters(context, self)
         if not self.needs_original(context.plan):
             return
         missing = [name for name in _replaced(context.plan) if name not in context.original.read]
@@ -102,7 +115,7 @@ class Annealed:
         return {"original": fingerprint(*parts)}
 
     def prepare(self, context: Context, start: int) -> None:
-        open_adapters(context, self.rank, self.train_bases)
+        open_adapters(context, self)
         if self._beta(context, start) > 0:
             for layer in context.layers:
                 if layer.plan.fading:

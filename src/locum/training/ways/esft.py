@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...containers.container import StandInExperts
 from ...data.tokens import Batch
 from ...errors import OptionError
 from ...files import fingerprint
 from ...measure.use import Use
-from ...models.families import find_layers
+from ...models.families import MoeLayer, find_layers
 from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
@@ -67,7 +68,7 @@ class SpecialisedTuning:
     Needs:    counts and gates: of `--statistics`, else of the first 131,072 tokens of the training text.
     Edges:    at p = 1 every expert that was selected is trained, one that never was at no p. The result is its base with a
               few other experts, so `--adapter-only` can write these alone.
-    Raises:   OptionError where no expert was selected.
+    Raises:   OptionError where no expert was selected, and where one in E_s has anything in few bits, which stays as it is.
     Source:   ESFT, arXiv 2407.01906, whose p is 0.2 for token and 0.1 for gate. Differs: scores are means over all tokens, not
               of means over samples (its samples have one length); gates that sum to more than 1 are divided by their sum.
     """
@@ -82,7 +83,10 @@ class SpecialisedTuning:
     threshold: float = option(0.2, "sum of scores up to which a layer's experts are trained (p)", above=0, at_most=1)
 
     def objection(self, plan: Plan | None) -> str | None:
-        return None
+        slots = [slot for layer in (plan.layers if plan else ()) for slot in layer.slots if slot.survives]
+        if not slots or not all(any(part.format for part in slot.parts) for slot in slots):
+            return None
+        return f"trains whole experts, and all are in few bits ({', '.join(plan.formats)}), which stay as they are"
 
     def needs_original(self, plan: Plan | None) -> bool:
         return False
@@ -91,6 +95,8 @@ class SpecialisedTuning:
         check_layers(context)
         if not any(self._chosen(context).values()):
             raise OptionError("--how esft trains the experts that text selects, and it selected none; give more text")
+        for layer in find_layers(context.model):
+            _check_numbers(layer, self._chosen(context)[layer.shape.name])
 
     def identity(self, context: Context) -> dict[str, str]:
         return {"experts": fingerprint(json.dumps(self._chosen(context)))}
@@ -129,3 +135,14 @@ class SpecialisedTuning:
     def _chosen(self, context: Context) -> dict[str, tuple[int, ...]]:
         shapes = [layer.shape for layer in find_layers(context.model)]
         return self.choose(context.uses, {shape.name: shape.num_experts for shape in shapes})
+
+
+def _check_numbers(layer: MoeLayer, chosen: tuple[int, ...]) -> None:
+    """Refuse chosen experts that have anything in few bits. Raises OptionError."""
+    stacks = layer.experts.layout.stacks if isinstance(layer.experts, StandInExperts) else ()
+    packed = [e for e in chosen if any(stack.format and stack.rows[e] >= 0 for stack in stacks)]
+    if packed:
+        raise OptionError(
+            f"--how esft trains whole experts, and of the {len(chosen)} that it chose in {layer.shape.name} {len(packed)} are in few "
+            f"bits (first: {packed[0]}), which stay as they are; use --how lora or --how router"
+        )

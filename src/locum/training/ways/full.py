@@ -29,7 +29,9 @@ class Full:
     across_ranks: ClassVar[bool] = True
 
     def objection(self, plan: Plan | None) -> str | None:
-        return None
+        if plan is None or not plan.formats:
+            return None
+        return f"trains every weight, and those in few bits ({', '.join(plan.formats)}) stay as they are"
 
     def needs_original(self, plan: Plan | None) -> bool:
         return False

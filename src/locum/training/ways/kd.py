@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from ...data.tokens import Batch
 from ...plans.plan import Plan
-from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ...shapes import LayerShape
+from ..adapters import (
+    check_adapters,
+    close_adapters,
+    keep_size_option,
+    open_adapters,
+    rank_option,
+    train_bases_option,
+    with_adapters,
+)
 from ..context import Context, mark_of
 from ..distillation import check_distillation, distillation, share_option, temperature_option
 from . import way
@@ -37,6 +47,7 @@ class Distillation:
     across_ranks: ClassVar[bool] = False  # every rank would hold the whole original
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
+    keep_size: bool = keep_size_option()
     share: float = share_option()
     temperature: float = temperature_option()
 
@@ -46,15 +57,18 @@ class Distillation:
     def needs_original(self, plan: Plan | None) -> bool:
         return True
 
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        return with_adapters(plan, layers, self)
+
     def check(self, context: Context) -> None:
-        check_adapters(context, self.rank)
+        check_adapters(context, self)
         check_distillation(context, self.name, self.share, self.temperature)
 
     def identity(self, context: Context) -> dict[str, str]:
         return {"original": mark_of(context.original)}
 
     def prepare(self, context: Context, start: int) -> None:
-        open_adapters(context, self.rank, self.train_bases)
+        open_adapters(context, self)
 
     def at_step(self, context: Context, step: int) -> dict[str, float]:
         return {}

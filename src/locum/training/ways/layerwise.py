@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,16 @@ from ...errors import OptionError
 from ...models.families import find_layers
 from ...options import option
 from ...plans.plan import Plan
-from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ...shapes import LayerShape
+from ..adapters import (
+    check_adapters,
+    close_adapters,
+    keep_size_option,
+    open_adapters,
+    rank_option,
+    train_bases_option,
+    with_adapters,
+)
 from ..context import Context, check_whole_original, mark_of
 from ..routers import router_parameters
 from . import way
@@ -50,6 +59,7 @@ class Layerwise:
     )
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
+    keep_size: bool = keep_size_option()
     routers: bool = option(False, "train the routers of the layers too")
 
     def objection(self, plan: Plan | None) -> str | None:
@@ -61,8 +71,11 @@ class Layerwise:
     def needs_original(self, plan: Plan | None) -> bool:
         return True
 
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        return with_adapters(plan, layers, self)
+
     def check(self, context: Context) -> None:
-        check_adapters(context, self.rank)
+        check_adapters(context, self)
         known = {layer.shape.name for layer in find_layers(check_whole_original(context, self.name))}
         missing = [layer.shape.name for layer in find_layers(context.model) if layer.shape.name not in known]
         if missing:
@@ -75,7 +88,7 @@ class Layerwise:
         return {"original": mark_of(context.original)}
 
     def prepare(self, context: Context, start: int) -> None:
-        open_adapters(context, self.rank, self.train_bases)
+        open_adapters(context, self)
         if self.routers:
             for tensor in router_parameters(context.model):
                 tensor.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,16 @@ from torch import Tensor
 from ...data.tokens import Batch
 from ...models.next_token_loss import loss_sum
 from ...plans.plan import Plan
-from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ...shapes import LayerShape
+from ..adapters import (
+    check_adapters,
+    close_adapters,
+    keep_size_option,
+    open_adapters,
+    rank_option,
+    train_bases_option,
+    with_adapters,
+)
 from ..context import Context
 from . import way
 
@@ -25,15 +35,19 @@ class Lora:
     Trained:  the adapters of the plan's stand-ins, a new one on every other expert, a policy's vectors, and with
               `train_bases` shared bases and constants. Kept experts, routers and all else are frozen.
     Loss:     cross entropy of the next token.
-    Edges:    a kept expert's adapter is merged into its weights at the end; a stock model stays stock.
+    Edges:    a kept expert's adapter is merged into its weights at the end; a stock model stays stock. Weights in few bits keep
+              their bytes: adapters on them stay, in the dtype of the checkpoint, and the plan says so; with `keep_size` they get
+              none. Adapters that the plan has in few bits are trained as they are written, rounded to the nearest levels.
     Raises:   OptionError for a rank above the smaller side of a layer's experts.
-    Source:   LoRA, arXiv 2106.09685. Differs: adapters sit on experts only, and their product is not scaled (alpha = r).
+    Source:   LoRA, arXiv 2106.09685; over weights in few bits QLoRA, arXiv 2305.14314. Differs: adapters sit on experts only, and
+              their product is not scaled (alpha = r).
     """
 
     changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
+    keep_size: bool = keep_size_option()
 
     def objection(self, plan: Plan | None) -> str | None:
         return None
@@ -41,14 +55,17 @@ class Lora:
     def needs_original(self, plan: Plan | None) -> bool:
         return False
 
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        return with_adapters(plan, layers, self)
+
     def check(self, context: Context) -> None:
-        check_adapters(context, self.rank)
+        check_adapters(context, self)
 
     def identity(self, context: Context) -> dict[str, str]:
         return {}
 
     def prepare(self, context: Context, start: int) -> None:
-        open_adapters(context, self.rank, self.train_bases)
+        open_adapters(context, self)
 
     def at_step(self, context: Context, step: int) -> dict[str, float]:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +15,16 @@ from ...experts.policies.policy import Policy
 from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
-from ..adapters import check_adapters, close_adapters, open_adapters, rank_option, train_bases_option
+from ...shapes import LayerShape
+from ..adapters import (
+    check_adapters,
+    close_adapters,
+    keep_size_option,
+    open_adapters,
+    rank_option,
+    train_bases_option,
+    with_adapters,
+)
 from ..context import Context
 from ..routers import router_parameters
 from . import way
@@ -48,6 +58,7 @@ class Seer:
     across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
+    keep_size: bool = keep_size_option()
     end_fraction: float = option(
         0.5, "fraction of the steps after which no more experts run than the policy says", at_least=0, at_most=1
     )
@@ -63,14 +74,17 @@ class Seer:
     def needs_original(self, plan: Plan | None) -> bool:
         return False
 
+    def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
+        return with_adapters(plan, layers, self)
+
     def check(self, context: Context) -> None:
-        check_adapters(context, self.rank)
+        check_adapters(context, self)
 
     def identity(self, context: Context) -> dict[str, str]:
         return {}
 
     def prepare(self, context: Context, start: int) -> None:
-        open_adapters(context, self.rank, self.train_bases)
+        open_adapters(context, self)
         for tensor in router_parameters(context.model):
             tensor.requires_grad_(True)
 
