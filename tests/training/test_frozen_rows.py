@@ -34,6 +34,7 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, Base, LayerPlan, Plan, Slot, make_plan
 from locum.plans.plan_file import load_plan
 from locum.training.context import Context, Original
+from locum.training.one_by_one import OneByOne
 from locum.training.options import make_recovery
 from locum.training.recovery import count_trainable, recover_model
 from locum.training.rounding import Rounding
@@ -473,6 +474,18 @@ def test_layer_by_layer_files_get_no_new_adapters(few, words, tmp_path):
     given = ("recover", few, "--data", words, "--how", "layerwise", "--stream", *SHORT)
     said = command(*given, "--out", tmp_path / "no")
     assert said.exit_code == 2 and "give --keep-size, or --no-stream" in " ".join(said.output.split()), said.output
+
+
+def test_layer_by_layer_what_is_there_is_trained(few, words, tmp_path, monkeypatch):
+    real, losses = OneByOne._losses, iter((2.0, 1.0))  # as if it had become better, so that it is taken
+    monkeypatch.setattr(OneByOne, "_losses", lambda *given: (real(*given), next(losses))[1])
+    given = ("--how", "layerwise", "--stream", "--keep-size", "--learning-rate", 1e-2, *SHORT)
+    said = command("recover", few, "--data", words, *given, "--out", tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    here, there = load_file(few / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name in here if not torch.equal(here[name], there[name])}
+    assert here.keys() == there.keys() and {t.shape for t in here.values()} == {t.shape for t in there.values()}
+    assert changed and all(".experts.adapters." in name or ".experts.dense." in name for name in changed), changed
 
 
 def test_compress_holds_what_fit_promised(checkpoint, words, tmp_path):
