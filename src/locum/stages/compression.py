@@ -357,8 +357,8 @@ def _finish(
 
 def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, most: int | None) -> None:
     """Refuse a training that leaves more than --fit allows."""
-    size = recovery.way.becomes(decided, shape.layers).size(shape).bytes
-    if most is not None and size > most:
+    after = recovery.way.becomes(decided, shape.layers)
+    if most is not None and after is not decided and (size := after.size(shape).bytes) > most:
         raise OptionError(
             f"adapters that --recover {recovery.way.name} adds to weights in few bits stay, and make {size:,} bytes of them, more "
             f"than --fit allows ({most:,}); give --recover-keep-size, or a smaller --fit"

@@ -70,7 +70,7 @@ def check_adapters(context: Context, way: Adapting) -> None:
 def _has_trainable(layer: MoeLayer, train_bases: bool) -> bool:
     """Whether anything of a layer is trained without adapters that stay."""
     layout = getattr(layer.experts, "layout", None)
-    if layout is None or layout.routing is not None:
+    if layout is None or (layout.routing is not None and layout.routing.tensors(layout)):
         return True
     trained = ("always", "with bases") if train_bases else ("always",)
     own = any(stack.part == OwnWeights.name and not stack.format for stack in layout.stacks)

@@ -253,7 +253,7 @@ class OneByOne:
         trained = [p for p in module.parameters() if p.requires_grad]
         if not trained:  # all of the layer is in few bits, and stays as large as it is
             self.steps_done += options.steps
-            return
+            return 0.0
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
         total = options.steps * len(self.changed)
         for step in range(options.steps):
