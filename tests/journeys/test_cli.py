@@ -203,6 +203,7 @@ def python_calls():
     }
 
 
+@pytest.mark.journeys
 def test_every_documented_line_works(journey):
     folder, _, said, _ = journey
     for line, result in zip(LINES.strip().splitlines(), said, strict=True):

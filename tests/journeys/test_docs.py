@@ -113,6 +113,7 @@ def test_list_names_everything():
         assert all(option["help"] for option in about["options"].values())
 
 
+@pytest.mark.journeys
 def test_the_examples_of_the_readme_work(tmp_path, monkeypatch):
     """Its command lines and its Python, as they stand but for the number of steps."""
     monkeypatch.chdir(tmp_path)

@@ -88,6 +88,7 @@ assert "vllm" not in sys.modules
 """
 
 
+@pytest.mark.journeys
 def test_importing_takes_no_network():
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", NO_NETWORK], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -47,6 +47,7 @@ INSPECTED = {"expert_parameters": 1, "parameters": 2, "model_type": ODD, "compre
 INSPECTED |= {
     "active_parameters": 1,
     "active_bytes": 1,
+    "experts_per_token": [2.0, 1.5],
     "layers": [LAYER],
     "notes": [RAW],
     "would_save": None,

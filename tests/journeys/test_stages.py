@@ -380,6 +380,7 @@ def locum_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+@pytest.mark.journeys
 def test_a_recovered_checkpoint_loads_in_a_fresh_process(recovered, small, tmp_path):
     assert torch.equal(fresh_logits(recovered, True, tmp_path), live_logits(recovered))
     assert not torch.equal(live_logits(recovered), live_logits(small))

@@ -19,7 +19,7 @@ from making.checkpoints import locum as command
 from making.slots import part_of
 
 GRAMS = STARTS["whitened"].needs
-WHITENED_IN_THE_PAPER = ("d2-moe", "lor-experts")
+WHITENED_IN_THE_PAPER = ("auto", "d2-moe", "lor-experts")  # auto has no paper, and always reads Gram matrices
 STARTING = [name for name in METHODS if hasattr(METHODS[name](), "start")]
 
 

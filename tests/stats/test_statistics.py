@@ -26,6 +26,7 @@ from locum.stats.events import (
 from locum.stats.merging import SAMPLE_ROWS, merge_into, sample_of
 from locum.stats.origin import Origin
 from locum.stats.shares import BINS
+from locum.stats.stand_ins import CANDIDATES
 from locum.stats.sums import Statistics, Sums, check_needs, mean_output, output_variance
 
 E, D, F, K, V = 5, 4, 3, 2, 7
@@ -91,6 +92,8 @@ FOUND = SearchEvent(
         "removal_loss": torch.tensor([0.5, -1, 2, 3, 0], dtype=torch.float64),
         "loss_curve": torch.tensor([-1, 0.5, 2, 2, 2], dtype=torch.float64),
         "best_sets": torch.tensor([[0, 1, 0, 0, 0], *[[0, 1, 0, 0, 1]] * 4], dtype=torch.float64),
+        "candidate_error": torch.arange(5 * CANDIDATES, dtype=torch.float64).view(5, CANDIDATES),
+        "error_price": torch.tensor(0.25, dtype=torch.float64),
         "merge_weights": torch.eye(5, dtype=torch.float64).repeat(5, 1, 1),
     }
 )

@@ -72,6 +72,7 @@ def test_streamed_models_are_trained_to_the_bits_of_whole_ones(
     assert not [p for layer in layers for p in layer.parameters() if p.device.type != "meta"]
 
 
+@pytest.mark.journeys
 def test_a_command_gives_the_same_files_whole_or_streamed_at_once_or_interrupted(checkpoint, small, words, tmp_path):
     asked = {"data": [str(words)], "length": 32, "validation_tokens": 256, **SHORT}
     first = locum.recover(small, out=tmp_path / "once", stream=False, **asked)

@@ -57,6 +57,7 @@ def test_a_good_checkpoint_passes(verified):
 NO_LOCUM = "raise ImportError('this checkpoint must do without Locum')\n"
 
 
+@pytest.mark.journeys
 @pytest.mark.parametrize("name", ["pruned", "small"])
 def test_a_stock_checkpoint_is_opened_without_locum(name, request, tmp_path, monkeypatch):
     (tmp_path / "locum").mkdir()
@@ -111,6 +112,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.journeys
 @pytest.mark.parametrize(("name", "precision"), EVERY)
 def test_what_was_recovered_passes(name, precision, trained):
     checks = locum.verify(trained / name, engine="transformers", precision=precision, **FEW)

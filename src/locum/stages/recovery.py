@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,12 +108,7 @@ def recover(
     uses = None if statistics is None else _uses_in(Path(statistics), chosen.way, model)
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
-    after = chosen.way.becomes(decided, shape.layers)
-    if by_layer and after is not decided:
-        raise OptionError(
-            f"--how {how} writes into the files that are there, so no adapters stay beside weights in few bits "
-            f"({', '.join(decided.formats)}); give --keep-size, or use --how kd or --how lora"
-        )
+    after = _becomes(decided, chosen.way, shape, by_layer)
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
     written += 0 if after is decided else after.size(before).bytes - decided.size(before).bytes
@@ -135,16 +131,12 @@ def recover(
     ranks.wait()
     training = (decided or keep_all(shape), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": told}
-    try:
+    with _forgotten_unless_begun(workdir):
         if by_layer:
-            how = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
-            live, summary = train_by_layer(model, source, *training, **how, **where)
+            shared = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
+            live, summary = train_by_layer(model, source, *training, **shared, **where)
         else:
             live, summary = _train(model, source if is_read else None, *training, uses=uses, **where)
-    except BaseException:
-        if ranks.is_first() and not has_state(workdir):  # nothing to go on from
-            forget(workdir)
-        raise
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         if after is not decided:
@@ -152,6 +144,28 @@ def recover(
         _save(live, tokenizer, out, after or keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
+
+
+def _becomes(plan: Plan | None, way: Way, shape: ModelShape, by_layer: bool) -> Plan | None:
+    """The plan of the result. Raises OptionError where a training by layer, which rewrites files, cannot make it."""
+    after = way.becomes(plan, shape.layers)
+    if by_layer and after is not plan:
+        raise OptionError(
+            f"--how {way.name} writes into the files that are there, so no adapters stay beside weights in few bits "
+            f"({', '.join(plan.formats)}); give --keep-size, or use --how kd or --how lora"
+        )
+    return after
+
+
+@contextlib.contextmanager
+def _forgotten_unless_begun(workdir: Path) -> Iterator[None]:
+    """The folder of a training that ends before there is a state to go on from is removed."""
+    try:
+        yield
+    except BaseException:
+        if ranks.is_first() and not has_state(workdir):
+            forget(workdir)
+        raise
 
 
 def _train(

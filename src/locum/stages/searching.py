@@ -85,8 +85,8 @@ def search(
     chosen = chosen_method(method, options, preset)
     if not isinstance(chosen, SearchingMethod):
         raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
-    paths = [source.path for source in parse_sources(data)]
-    out = check_output(needed(out, "out"), force, inputs=[model, *paths])
+    sources = parse_sources(data)
+    out = check_output(needed(out, "out"), force, inputs=[model, *(source.path for source in sources)])
     for name, value in (("batch-size", batch_size), ("sample", sample)):
         check_number(name, value, 1)
     check_number("seed", seed, 0)
@@ -96,9 +96,8 @@ def search(
     _check_droppable(model, shape)
     if isinstance(chosen, CheckedMethod):
         chosen.check(shape)
-    domains = len({source.domain for source in parse_sources(data)})
     needs = with_defaults(to_collect(chosen))
-    scratch = room_for(shape, needs, domains, out)
+    scratch = room_for(shape, needs, len({source.domain for source in sources}), out)
     streamed = is_to_stream([model], stream, device)
     if streamed:
         check_stock(model)

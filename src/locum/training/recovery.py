@@ -126,6 +126,13 @@ def recover_model(
     summary |= context.said
     if not ranks.is_first():
         return model, summary
+    _close(model, context, way, dtypes)
+    routing["routing"] = _routing(model, validation, options)
+    return model.eval(), summary | {name: said for name, said in routing.items() if said is not None}
+
+
+def _close(model: PreTrainedModel, context: Context, way: Way, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Back to the layout and the dtypes that the model came with."""
     if ranks.count() > 1:  # which share a model that no device may hold alone
         context.layers = [replace(layer, device=torch.device("cpu")) for layer in context.layers]
     way.finish(context)
@@ -133,8 +140,6 @@ def recover_model(
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))  # adapters that stay are in that of the checkpoint
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    routing["routing"] = _routing(model, validation, options)
-    return model.eval(), summary | {name: said for name, said in routing.items() if said is not None}
 
 
 def _uses_in_training(model: PreTrainedModel, tokens: Tokens, options: Recovery) -> dict[str, Use]:
