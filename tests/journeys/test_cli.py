@@ -203,7 +203,6 @@ def python_calls():
     }
 
 
-@pytest.mark.journeys
 def test_every_documented_line_works(journey):
     folder, _, said, _ = journey
     for line, result in zip(LINES.strip().splitlines(), said, strict=True):

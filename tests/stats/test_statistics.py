@@ -305,7 +305,7 @@ def test_definition_equals_slow_loop(name: str) -> None:
     expected = {**slow_router(router), **slow_routed(routed), **slow_others(), **FOUND.found}[name]
     definition = STATISTICS[name]
     value = whole(definition.increment(event_for(name, router, routed)))
-    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V, "U": SAMPLE_ROWS, "H": BINS}
+    sizes = {"E": E, "D": D, "F": F, "G": 2 * F, "X": E, "V": V, "U": SAMPLE_ROWS, "H": BINS, "C": CANDIDATES}
     assert value.dtype == torch.float64
     assert tuple(value.shape) == tuple(sizes[letter] for letter in definition.axes)
     torch.testing.assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)

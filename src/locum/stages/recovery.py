@@ -115,11 +115,7 @@ def recover(
     workdir = beside(out, "recover")
     begun = sum(file.stat().st_size for file in workdir.glob("*"))
     check_room(out, written, begun)
-    tokenizer = load_tokenizer(model)
-    blocks = load_tokens(data, tokenizer, split="train", length=chosen.length, seed=chosen.seed)
-    validation = load_tokens(
-        data, tokenizer, split="validation", length=chosen.length, tokens=validation_tokens, keep_partial=True
-    )
+    tokenizer, blocks, validation = _read_text(model, data, chosen, validation_tokens)
     if by_layer:
         check_room(out, written := written + waiting_bytes(shape, blocks, validation, chosen), begun)
     if dry_run:
@@ -144,6 +140,14 @@ def recover(
         _save(live, tokenizer, out, after or keep_all(before), before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
+
+
+def _read_text(model: Path, data: Data, options: Recovery, most: int) -> tuple[Any, Tokens, Tokens]:
+    """The tokenizer, what is trained on, and what is validated on."""
+    tokenizer, length = load_tokenizer(model), options.length
+    blocks = load_tokens(data, tokenizer, split="train", length=length, seed=options.seed)
+    validation = load_tokens(data, tokenizer, split="validation", length=length, tokens=most, keep_partial=True)
+    return tokenizer, blocks, validation
 
 
 def _becomes(plan: Plan | None, way: Way, shape: ModelShape, by_layer: bool) -> Plan | None:
