@@ -92,6 +92,13 @@ class Container(Protocol):
     def is_compiled_activation(self) -> bool: ...
 
 
+def _dtype_of_products(x_TD: Tensor) -> torch.dtype:
+    """In which inputs are multiplied: numbers that are made of bytes are made so, that autograd keeps no cast ones beside them."""
+    device = x_TD.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    return torch.get_autocast_dtype(device) if is_cast else x_TD.dtype
+
+
 class Terms:
     """The terms of a container's rows and experts. `way`: how parts over a dense row are made, if all at once."""
 
@@ -99,12 +106,8 @@ class Terms:
         self.container, self.layout, self.held = container, container.layout, container.held()
         same = all(container.stack(path).dtype == x_TD.dtype for path, _ in self._beside_dense())
         self.way: Products | None = NATIVE if same and native.serves(x_TD) else None
-        cast, device = x_TD.dtype, x_TD.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # numbers are made as they are multiplied with, so that autograd keeps no cast ones
-            cast = torch.get_autocast_dtype(device)
-        self.rows = [(stack, self._rows_of(path, stack, cast)) for path, stack in container.paths]
+        dtype = _dtype_of_products(x_TD)
+        self.rows = [(stack, self._rows_of(path, stack, dtype)) for path, stack in container.paths]
         self.rows.sort(key=lambda pair: not pair[0].kind.fades_in)
 
     def _rows_of(self, path: str, stack: StackLayout, dtype: torch.dtype) -> Rows:
