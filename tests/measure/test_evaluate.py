@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from families.tiny_families import tiny
 from locum.data.tokens import Tokens
-from locum.errors import DataError, LocumError, OptionError
+from locum.errors import DataError, LocumError, OptionError, UnsupportedModel
 from locum.measure.loss import evaluate, resample
 from locum.measure.rows import Row, read_rows, write_rows
 from making.tiny_models import tiny_model
@@ -272,3 +273,9 @@ def test_bad_rows(tmp_path, line, words):
     assert all(word in str(error.value) for word in words), error.value
     with pytest.raises(DataError, match="cannot read results"):
         read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_model_that_predicts_no_tokens_is_refused():
+    """The logits of a token classifier are of labels: cross entropy would take them for tokens."""
+    with pytest.raises(UnsupportedModel, match="does not predict tokens"):
+        evaluate(tiny("openai_privacy_filter"), make_tokens())

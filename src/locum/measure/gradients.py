@@ -19,6 +19,7 @@ from ..errors import UnsupportedModel
 from ..models.families import MoeLayer, read_expert
 from ..models.layer_major import is_streamed
 from ..models.next_token_loss import loss_sum
+from ..models.output_head import check_predicts
 from ..stats.events import Event, HiddenGradientEvent, RoutedEvent, WeightGradientEvent
 
 Add = Callable[[str, Event], None]
@@ -37,8 +38,7 @@ class Gradients:
             raise UnsupportedModel(
                 "gradients need the whole model in memory; give --no-stream, or leave out what asks for them"
             )
-        if model.get_output_embeddings() is None:
-            raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so it has no loss to go back from")
+        check_predicts(model, "it has no loss to go back from")
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:

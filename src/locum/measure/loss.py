@@ -27,7 +27,7 @@ from .. import ranks
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary
 from ..errors import LocumError, OptionError
 from ..models.layer_major import is_streamed, passes, together
-from ..models.output_head import run_body, run_head, vocabulary
+from ..models.output_head import check_predicts, run_body, run_head, vocabulary
 from .memory import peak_bytes
 from .rows import Row
 
@@ -166,6 +166,7 @@ def _settings(tokens: Tokens, batch_size: int, resamples: int) -> dict[str, Any]
 def _check(model: Any, against: Any, tokens: Tokens, batch_size: int) -> None:
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_predicts(model, "it has no loss to evaluate")
     size = vocabulary(model)
     check_vocabulary(tokens, size)
     if against is not None and vocabulary(against) != size:

@@ -44,6 +44,7 @@ from ..models.families import MoeLayer, slice_experts, slice_router
 from ..models.layer_major import Resident, is_streamed, passes, together
 from ..models.masking import MaskedRouters
 from ..models.next_token_loss import loss_sum
+from ..models.output_head import check_predicts
 from ..models.replay import Call, Recording
 from ..models.router_rules import GateRule, find_rule, same_gates, spread_gates
 from ..models.sizes import shape_of
@@ -204,18 +205,12 @@ class ModelExplorer:
             return self.loss_without([{name: ~weight_EE.any(dim=1) for name, weight_EE in weights.items()}])
 
     def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        self._check_predicts()
+        check_predicts(self.model, "it has no loss to increase")
         with self._quiet():
             if self._loss is None:
                 (self._loss,) = self._mean_losses([{}])
             losses = [loss - self._loss for loss in self._mean_losses(candidates)]
         return torch.tensor(losses, dtype=torch.float64)
-
-    def _check_predicts(self) -> None:
-        if self.model.get_output_embeddings() is None:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} does not predict tokens, so it has no loss to increase"
-            )
 
     def stand_in_error(self, plan: LayerPlan) -> Tensor:
         """[E] of each expert of a layer sum g^2 |f(x) - f'(x)|^2 over its pairs of the sample, f' what the plan makes of it."""
@@ -233,7 +228,7 @@ class ModelExplorer:
             raise UnsupportedModel(
                 "noise is tried on the whole model, which a streamed one is not: give --no-stream, or --price output"
             )
-        self._check_predicts()
+        check_predicts(self.model, "it has no loss to increase")
         with self._quiet():
             return noise_prices(self.model, list(self.layers.values()), self.batches, size, self.seed)
 

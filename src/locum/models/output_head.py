@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 
 
+def check_predicts(model: Any, so: str) -> None:
+    """Raises UnsupportedModel for a model that gives no probabilities of tokens; `so` says what it can therefore not do."""
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{type(model).__name__} does not predict tokens, so {so}")
+
+
 def run_body(model: Any, ids_BS: Tensor, attention_BS: Tensor) -> tuple[Any, Any]:
     """The model inside any adapters, and its body's output on a batch."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model

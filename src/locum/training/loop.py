@@ -42,16 +42,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .. import ranks
 from ..checkpoints.streamed import give_back
 from ..data.tokens import Batch, Tokens, batches, check_vocabulary, training_batches
-from ..errors import DataError, OptionError, UnsupportedModel
+from ..errors import DataError, OptionError
 from ..files import write_text
 from ..json_text import parse_json
 from ..measure.memory import peak_bytes
 from ..models.next_token_loss import loss_sum
+from ..models.output_head import check_predicts
 from .options import PRECISIONS, Recovery, learning_rate_at
 from .router_losses import RouterLosses, router_losses
 from .sharding import gather, like, shard, share_of, whole
@@ -331,14 +331,8 @@ def write_log(log: Path | None, entry: dict[str, Any]) -> None:
             stream.write(json.dumps(entry) + "\n")
 
 
-def check_predicts(model: PreTrainedModel) -> None:
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not predict tokens, so next-token recovery cannot train it"
-        )
-
-
 def check_tokens(model: nn.Module, tokens: Tokens, options: Recovery) -> None:
+    check_predicts(model, "next-token recovery cannot train it")
     check_vocabulary(tokens, model.get_input_embeddings().weight.shape[0])
     if not bool(tokens.loss_mask_BS[:, 1:].any()):
         raise DataError("no token of the training data has loss; give text, or prompts with completions")

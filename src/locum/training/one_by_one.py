@@ -48,7 +48,7 @@ from ..runs import differences, set_aside
 from ..shapes import ModelShape
 from .adapters import check_adapters, close_adapters, open_adapter
 from .context import Context
-from .loop import check_predicts, check_tokens
+from .loop import check_tokens
 from .options import Recovery, learning_rate_at
 from .states import LAYER_FILES, STATE_FILE
 from .ways.layerwise import Layerwise, changed_layers, learning
@@ -133,7 +133,6 @@ class OneByOne:
     ) -> None:
         self.model, self.original, self.options, self.kept, self.dtype = model, original, options, kept, dtype
         self.way: Layerwise = options.way
-        check_predicts(model)
         self.context = Context(model, plan, options.steps, options.seed)
         check_adapters(self.context, self.way)
         check_tokens(model, tokens, options)

@@ -25,7 +25,7 @@ from ..measure.use import Use, in_short, uses_of
 from ..plans.plan import Plan
 from .context import Context, Original, check_layers
 from .decoder import DecoderLayers
-from .loop import Hooks, accelerated, check_predicts, check_tokens, train, validation_loss
+from .loop import Hooks, accelerated, check_tokens, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .states import State, load_state, sample
 from .ways import WAYS, Way
@@ -88,7 +88,6 @@ def recover_model(
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
     check_recovery(options)
-    check_predicts(model)
     way, context = options.way, Context(model, plan, options.steps, options.seed, original, workdir)
     check_fits(way, plan)
     if original is None and way.needs_original(plan):
