@@ -6,8 +6,8 @@ The checkpoint has the config of Qwen1.5-MoE-A2.7B (28.6 GB in bfloat16 with all
 calibrated, planned and compressed to half by pruning and by LightMoE (adapters from plain SVDs: so few tokens give no whole
 Gram), and both are evaluated against it. Every stage is a process of its own, and its peak is the operating system's. The
 floor is the bytes that a stage must read and write over the disk's bandwidth, measured by the same loop right before, plus the
-operations of the experts and matrices that its tokens pass over the rate of a float32 product. What is there already
-is not made again.
+operations of the experts and matrices that its tokens pass, and of the products that find adapters, over the rate of a float32
+product. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ import torch
 from benchmarks.speed.timing import publish
 from locum.bundled import reference_data
 from locum.checkpoints.skeleton import active_parameters_in, read_shape
+from locum.experts.factors import SPARE, STEPS
+from locum.experts.parts.low_rank import LowRank
+from locum.plans.plan import Plan
+from locum.plans.plan_file import load_plan
+from locum.shapes import ModelShape
 
 from .apply import child, disk_seconds
 from .checkpoint import random_checkpoint
@@ -52,6 +57,15 @@ def rate() -> float:
     return 2 * 2048**3 / min(seconds)
 
 
+def adapter_operations(plan: Plan, shape: ModelShape) -> int:
+    """Of the products by which block Krylov iteration finds every adapter of a plan (experts/factors.py)."""
+    total = 0
+    for layer, planned in zip(shape.layers, plan.layers, strict=True):
+        ranks = [part.rank for slot in planned.slots for part in slot.parts if isinstance(part, LowRank)]
+        total += sum(2 * layer.parameters() * ((rank + SPARE) * (2 * STEPS + 1) + rank) for rank in ranks)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("workdir", type=Path)
@@ -71,9 +85,11 @@ def main() -> None:
     run = ["--stream", "--precision", options.precision]
     statistics, small = here / "statistics.safetensors", {name: here / name for name in options.methods.split(",")}
 
-    def stage(name: str, *words: Any, read: int = 0, written: int = 0, tokens: int = 0, passes: int = 1) -> None:
+    def stage(
+        name: str, *words: Any, read: int = 0, written: int = 0, tokens: int = 0, passes: int = 1, operations: int = 0
+    ) -> None:
         floor = disk_seconds(original, written, here / "scratch", limit=read)
-        operations = 2 * active_parameters_in(original, shape) * tokens * passes
+        operations += 2 * active_parameters_in(original, shape) * tokens * passes
         measured = child(["-m", "locum", *map(str, words)])
         about = {"stage": name, "layers": options.layers, "checkpoint_bytes": shape.bytes, "tokens": tokens}
         parts = {"disk_seconds": floor, "operations": operations, "operations_per_second": speed}
@@ -91,7 +107,9 @@ def main() -> None:
             stage(f"plan {name}", "plan", statistics, "--method", name, *how, "--remove", 0.5, "--out", plan)
         if not out.exists():
             half = shape.bytes - shape.expert_parameters * shape.expert_itemsize // 2
-            stage(f"apply {name}", "apply", original, "--plan", plan, "--out", out, read=shape.bytes, written=half)
+            sums = adapter_operations(load_plan(plan), shape)
+            words = ["apply", original, "--plan", plan, "--out", out]
+            stage(f"apply {name}", *words, read=shape.bytes, written=half, operations=sums)
         asked = ["eval", out, *data, "--tokens", options.measured, "--against", original, *run]
         stage(f"eval {name}", *asked, read=shape.bytes + read_shape(out).bytes, tokens=options.measured, passes=2)
         shutil.rmtree(out)

@@ -107,23 +107,27 @@ def _in_steps(matrix_MI: Tensor, gram_II: Tensor | None, rank: int) -> Tensor:
         jitter, unit = _jitter(gram_II), max(float(gram_II.diagonal().mean()), _jitter(gram_II))
         gram_II, jitter = (gram_II / unit).to(matrix_MI), jitter / unit
 
-    def spread(block_MC: Tensor) -> Tensor:  # S X
-        block_IC = matrix_MI.T @ block_MC
-        if gram_II is not None:
-            block_IC = (gram_II @ block_IC).add_(block_IC, alpha=jitter)
-        return matrix_MI @ block_IC
+    def weighed(block_IC: Tensor) -> Tensor:  # G W^T X of W^T X
+        return block_IC if gram_II is None else (gram_II @ block_IC).add_(block_IC, alpha=jitter)
 
     start = torch.randn(len(matrix_MI), rank + SPARE, generator=torch.Generator().manual_seed(0))
-    blocks = [torch.linalg.qr(start.to(matrix_MI.device)).Q]
+    blocks, turned = [torch.linalg.qr(start.to(matrix_MI.device)).Q], []  # X and W^T X
     for _ in range(STEPS):
-        before_MC, block_MC = torch.cat(blocks, dim=1), spread(blocks[-1])
+        turned.append((blocks[-1].T @ matrix_MI).T)  # faster than matrix_MI.T @ blocks[-1]
+        before_MC, block_MC = torch.cat(blocks, dim=1), matrix_MI @ weighed(turned[-1])
         blocks.append(torch.linalg.qr(block_MC - before_MC @ (before_MC.T @ block_MC)).Q)
-    # Blocks of a matrix of low rank are hardly orthogonal to each other; Householder's QR makes any columns so.
-    basis_MC = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
-    within_CC = (basis_MC.T @ spread(basis_MC)).double()
+    basis_MC, turned_IC = torch.cat(blocks, dim=1), torch.cat([*turned, matrix_MI.T @ blocks[-1]], dim=1)
+    if not _orthonormal(basis_MC):  # blocks of a matrix of low rank; Householder's QR makes any columns so
+        basis_MC = torch.linalg.qr(basis_MC).Q
+        turned_IC = matrix_MI.T @ basis_MC
+    within_CC = (turned_IC.T @ weighed(turned_IC)).double()
     if not within_CC.isfinite().all():
         raise torch.linalg.LinAlgError("numbers that are not finite have no leading directions")
     return basis_MC @ torch.linalg.eigh(within_CC).eigenvectors[:, -rank:].flip(1).to(basis_MC)
+
+
+def _orthonormal(basis_MC: Tensor) -> bool:
+    return bool((basis_MC.T @ basis_MC - torch.eye(basis_MC.shape[1]).to(basis_MC)).abs().max() < 1e-4)
 
 
 def _leading(spread_MM: Tensor, rank: int) -> Tensor:
