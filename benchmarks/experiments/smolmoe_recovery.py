@@ -1,4 +1,4 @@
-"""SmolMoE compressed and trained back with Locum's own commands: size, loss, time and memory of LightMoE and REAP.
+"""SmolMoE compressed and trained back with Locum's own commands: size, loss, time and memory, by method and way of recovery.
 
     python -m benchmarks.experiments.smolmoe_recovery select [--quick]    learning rates, on the validation split
     python -m benchmarks.experiments.smolmoe_recovery run [--quick]       the best of them, on test
@@ -6,7 +6,7 @@
     python -m benchmarks.experiments.smolmoe_recovery table
 
 Calibration, training and measuring are on text that SmolMoE was not trained on, split by Locum into train, validation
-and test. Every command is a process of its own, and what is told of memory is its greatest resident size. Both methods
+and test. Every command is a process of its own, and what is told of memory is its greatest resident size. All methods
 are given the same rates to choose from, at half of the experts, with seed 0. A job that is in the results is not run again.
 """
 
@@ -33,9 +33,12 @@ from benchmarks.smolmoe.text import write_files
 
 RESULTS = Path(__file__).parents[1] / "results" / "smolmoe_recovery.jsonl"
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+LIGHTMOE = ["--method", "lightmoe", "--rank", "16"]
 METHODS = {
-    "LightMoE": (["--method", "lightmoe", "--rank", "16"], "annealed"),
+    "LightMoE": (LIGHTMOE, "annealed"),
     "REAP + LoRA": (["--method", "prune", "--score", "reap"], "lora"),
+    "LightMoE + LoRA": (LIGHTMOE, "lora"),
+    "LightMoE, layer by layer": (LIGHTMOE, "layerwise"),
 }
 FRACTIONS = (0.25, 0.5)
 CALIBRATED = 16_384  # tokens
