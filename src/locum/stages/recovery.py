@@ -266,8 +266,8 @@ def _uses_in(statistics: Path, way: Way, model: Path) -> dict[str, Use]:
 
 def check_across_ranks(way: Way, flag: str = "--how") -> None:
     """Refuse a way that several ranks cannot share. Raises OptionError."""
-    if ranks.count() > 1 and not getattr(way, "across_ranks", False):
-        shared = " or ".join(f"{flag} {name}" for name, cls in WAYS.items() if getattr(cls, "across_ranks", False))
+    if ranks.count() > 1 and not way.across_ranks:
+        shared = " or ".join(f"{flag} {name}" for name, cls in WAYS.items() if cls.across_ranks)
         raise OptionError(
             f"{flag} {way.name} trains in one process, these are {ranks.count()}; start one, or use {shared}"
         )

@@ -7,18 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ...data.tokens import Batch
 from ...errors import OptionError
 from ...files import fingerprint
-from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
 from ...shapes import LayerShape
 from ..adapters import (
     check_adapters,
-    close_adapters,
     keep_size_option,
     open_adapters,
     rank_option,
@@ -28,7 +23,7 @@ from ..adapters import (
 from ..context import Context
 from ..layer import keep_old, set_beta
 from ..states import sample
-from . import way
+from . import Way, way
 
 EXHAUSTED = 1e-9  # a beta that only rounding keeps above zero
 
@@ -56,7 +51,7 @@ def beta_at(step: int, steps: int, end_fraction: float, annealing: str = "linear
 
 @way("annealed", source="arXiv 2603.12645 (LightMoE), section 3.3")
 @dataclass(frozen=True)
-class Annealed:
+class Annealed(Way):
     """Train adapters, shared bases and constants while the old weights of replaced experts fade out.
 
         W(beta) = beta W_old + (1 - beta) W_base + B A,   beta from 1 to 0 in the first `end_fraction` of the steps
@@ -70,7 +65,6 @@ class Annealed:
               their first product taken off W_old (training/layer.py).
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
     experts_alone: ClassVar[bool] = True
     rank: int = rank_option()
@@ -127,14 +121,8 @@ class Annealed:
             set_beta(layer, beta)
         return {"beta": beta}
 
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
     def is_result(self, context: Context, step: int) -> bool:
         return self._beta(context, step) == 0
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)
 
     def _beta(self, context: Context, step: int) -> float:
         return beta_at(step, context.steps, self.end_fraction, self.annealing, self.steepness)

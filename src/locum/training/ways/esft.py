@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from ...containers.container import StandInExperts
-from ...data.tokens import Batch
 from ...errors import OptionError
 from ...files import fingerprint
 from ...measure.use import Use
 from ...models.families import MoeLayer, find_layers
-from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
-from ..adapters import close_adapters
 from ..context import Context, check_layers
 from ..layer import open_rows
-from . import way
+from . import Way, way
 
 
 def token_ratio(use: Use) -> Tensor:
@@ -54,7 +51,7 @@ def relevant(score_E: Tensor, threshold: float) -> tuple[int, ...]:
 
 @way("esft", source="arXiv 2407.01906 (ESFT)", learning_rate=3e-4)
 @dataclass(frozen=True)
-class SpecialisedTuning:
+class SpecialisedTuning(Way):
     """Train the few experts of every layer that the text uses most; all else is frozen.
 
         R_e   = n_e / (K T) (token), or  1/T sum_t g_t,e (gate)
@@ -73,7 +70,6 @@ class SpecialisedTuning:
               of means over samples (its samples have one length); gates that sum to more than 1 are divided by their sum.
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
     fits_adapter: ClassVar[bool] = True
     reads_use: ClassVar[bool] = True
@@ -87,9 +83,6 @@ class SpecialisedTuning:
         if not slots or not all(any(part.format for part in slot.parts) for slot in slots):
             return None
         return f"trains whole experts, and all are in few bits ({', '.join(plan.formats)}), which stay as they are"
-
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
 
     def check(self, context: Context) -> None:
         check_layers(context)
@@ -111,18 +104,6 @@ class SpecialisedTuning:
             for path in opened.container.apart:
                 opened.container.stack_apart(path).requires_grad_(True)
             context.layers.append(opened)
-
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)
 
     def choose(self, uses: Mapping[str, Use] | None, num_experts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The experts of every layer by how text uses them; where that is not known, as many as there can be."""

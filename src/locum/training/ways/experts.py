@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ...data.tokens import Batch
 from ...models.families import find_layers
-from ...models.next_token_loss import loss_sum
 from ...plans.plan import Plan
-from ..context import Context, check_layers
-from . import way
+from ..context import Context
+from . import Way, way
 
 
 @way("experts", source="arXiv 2407.01906 (ESFT), all experts", learning_rate=3e-4)
 @dataclass(frozen=True)
-class Experts:
+class Experts(Way):
     """Train every weight of every routed expert; nothing is added.
 
     Trained:  whole experts and all parts of stand-ins, shared bases and a policy's vectors among them. Routers, shared experts,
@@ -27,7 +23,6 @@ class Experts:
     Source:   ESFT, arXiv 2407.01906, with all experts in place of those that the text uses most (`esft`).
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
 
     def objection(self, plan: Plan | None) -> str | None:
@@ -35,29 +30,8 @@ class Experts:
             return None
         return f"trains every weight of experts, and those in few bits ({', '.join(plan.formats)}) stay as they are"
 
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
-
-    def check(self, context: Context) -> None:
-        check_layers(context)
-
-    def identity(self, context: Context) -> dict[str, str]:
-        return {}
-
     def prepare(self, context: Context, start: int) -> None:
         context.model.requires_grad_(False)
         for layer in find_layers(context.model):
             for tensor in layer.experts.parameters():
                 tensor.requires_grad_(tensor.is_floating_point())
-
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        pass

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ...data.tokens import Batch
-from ...models.next_token_loss import loss_sum
 from ...plans.plan import Plan
 from ..context import Context
-from . import way
+from . import Way, way
 
 
 @way("full", source="arXiv 2503.00634 (Compressed Experts), section 4", learning_rate=3e-4)
 @dataclass(frozen=True)
-class Full:
+class Full(Way):
     """Train every parameter of the model; nothing is added.
 
     Trained:  all parameters, routers, attention and embeddings included.
@@ -25,7 +21,6 @@ class Full:
     Source:   Compressed Experts, arXiv 2503.00634, which fine-tunes the whole model.
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
 
     def objection(self, plan: Plan | None) -> str | None:
@@ -33,27 +28,6 @@ class Full:
             return None
         return f"trains every weight, and those in few bits ({', '.join(plan.formats)}) stay as they are"
 
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
-
-    def check(self, context: Context) -> None:
-        pass
-
-    def identity(self, context: Context) -> dict[str, str]:
-        return {}
-
     def prepare(self, context: Context, start: int) -> None:
         for parameter in context.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        pass

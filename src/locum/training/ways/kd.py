@@ -13,7 +13,6 @@ from ...plans.plan import Plan
 from ...shapes import LayerShape
 from ..adapters import (
     check_adapters,
-    close_adapters,
     keep_size_option,
     open_adapters,
     rank_option,
@@ -22,12 +21,12 @@ from ..adapters import (
 )
 from ..context import Context, mark_of
 from ..distillation import check_distillation, distillation, share_option, temperature_option
-from . import way
+from . import Way, way
 
 
 @way("kd", source="arXiv 1503.02531 (distillation), on every expert")
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Way):
     """Train as `lora` does, to predict what the original predicts.
 
         loss = share T^2 KL(softmax(z* / T) || softmax(z / T)) + (1 - share) CE(z, next token)
@@ -43,16 +42,12 @@ class Distillation:
     Source:   Hinton et al., arXiv 1503.02531.
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = False  # every rank would hold the whole original
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     keep_size: bool = keep_size_option()
     share: float = share_option()
     temperature: float = temperature_option()
-
-    def objection(self, plan: Plan | None) -> str | None:
-        return None
 
     def needs_original(self, plan: Plan | None) -> bool:
         return True
@@ -70,14 +65,5 @@ class Distillation:
     def prepare(self, context: Context, start: int) -> None:
         open_adapters(context, self)
 
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         return distillation(context, batch, self.share, self.temperature)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)

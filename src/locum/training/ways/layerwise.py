@@ -19,7 +19,6 @@ from ...plans.plan import Plan
 from ...shapes import LayerShape
 from ..adapters import (
     check_adapters,
-    close_adapters,
     keep_size_option,
     open_adapters,
     rank_option,
@@ -28,12 +27,12 @@ from ..adapters import (
 )
 from ..context import Context, check_whole_original, mark_of
 from ..routers import router_parameters
-from . import way
+from . import Way, way
 
 
 @way("layerwise", source="arXiv 2411.19146 (Puzzle), its blockwise local distillation")
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Way):
     """Train adapters, shared bases and constants so that every MoE layer gives what the original's gives.
 
         loss = sum_l sum_t |y_l(h_t) - y*_l(h_t)|^2 / mean_t |y*_l(h_t)|^2
@@ -53,7 +52,6 @@ class Layerwise:
               trained apart, on the original's. A live model given to `recover_model` learns in all layers at once.
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = (
         False  # gradients do not come through the model's outputs, where weights are gathered
     )
@@ -93,9 +91,6 @@ class Layerwise:
             for tensor in router_parameters(context.model):
                 tensor.requires_grad_(True)
 
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(context.device)
         losses: list[Tensor] = []
@@ -107,12 +102,6 @@ class Layerwise:
             ids_BS, attention_BS = batch.ids_BS.to(context.device), batch.attention_BS.to(context.device)
             context.model.base_model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False)
         return torch.stack(losses).sum(), int(mask_BS.sum())
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)
 
 
 def changed_layers(plan: Plan | None) -> set[str]:

@@ -6,15 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ...data.tokens import Batch
-from ...models.next_token_loss import loss_sum
 from ...plans.plan import Plan
 from ...shapes import LayerShape
 from ..adapters import (
     check_adapters,
-    close_adapters,
     keep_size_option,
     open_adapters,
     rank_option,
@@ -22,12 +17,12 @@ from ..adapters import (
     with_adapters,
 )
 from ..context import Context
-from . import way
+from . import Way, way
 
 
 @way("lora", source="arXiv 2106.09685 (LoRA), on every expert")
 @dataclass(frozen=True)
-class Lora:
+class Lora(Way):
     """Train a low-rank adapter on every expert, shared bases and constants.
 
         W = W_0 + B A,   A ~ N(0, 1 / columns), B = 0 at the start, both trained; W_0 of a kept expert is frozen
@@ -43,17 +38,10 @@ class Lora:
               their product is not scaled (alpha = r).
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     keep_size: bool = keep_size_option()
-
-    def objection(self, plan: Plan | None) -> str | None:
-        return None
-
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
 
     def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
         return with_adapters(plan, layers, self)
@@ -61,20 +49,5 @@ class Lora:
     def check(self, context: Context) -> None:
         check_adapters(context, self)
 
-    def identity(self, context: Context) -> dict[str, str]:
-        return {}
-
     def prepare(self, context: Context, start: int) -> None:
         open_adapters(context, self)
-
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)

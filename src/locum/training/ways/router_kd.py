@@ -12,12 +12,12 @@ from ...plans.plan import Plan
 from ..context import Context, check_layers, mark_of
 from ..distillation import check_distillation, distillation, share_option, temperature_option
 from ..routers import train_routers
-from . import way
+from . import Way, way
 
 
 @way("router-kd", source="arXiv 2603.02217 (Router KD)", learning_rate=5e-5)
 @dataclass(frozen=True)
-class RouterDistillation:
+class RouterDistillation(Way):
     """Train the routers of all MoE layers to predict what the original predicts; every other weight stays as it is.
 
         loss = share T^2 KL(softmax(z* / T) || softmax(z / T)) + (1 - share) CE(z, next token)
@@ -38,9 +38,6 @@ class RouterDistillation:
     share: float = share_option()
     temperature: float = temperature_option()
 
-    def objection(self, plan: Plan | None) -> str | None:
-        return None
-
     def needs_original(self, plan: Plan | None) -> bool:
         return True
 
@@ -54,14 +51,5 @@ class RouterDistillation:
     def prepare(self, context: Context, start: int) -> None:
         train_routers(context.model)
 
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
     def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
         return distillation(context, batch, self.share, self.temperature)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        pass

@@ -7,18 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from ...data.tokens import Batch
 from ...experts.policies.main_with_vectors import MainWithVectors
 from ...experts.policies.policy import Policy
-from ...models.next_token_loss import loss_sum
 from ...options import option
 from ...plans.plan import Plan
 from ...shapes import LayerShape
 from ..adapters import (
     check_adapters,
-    close_adapters,
     keep_size_option,
     open_adapters,
     rank_option,
@@ -27,7 +22,7 @@ from ..adapters import (
 )
 from ..context import Context
 from ..routers import router_parameters
-from . import way
+from . import Way, way
 
 
 def running_at(step: int, steps: int, end_fraction: float, top_k: int, least: int) -> int:
@@ -38,7 +33,7 @@ def running_at(step: int, steps: int, end_fraction: float, top_k: int, least: in
 
 @way("seer", source="arXiv 2404.05089 (SEER-MoE), its second stage")
 @dataclass(frozen=True)
-class Seer:
+class Seer(Way):
     """Train adapters and routers while the number of experts that run falls from the router's top-k to what the policy says.
 
         K(t) = K - floor((K - M) t / (f T))   up to step f T of T, then M;   loss = CE + lambda H
@@ -54,7 +49,6 @@ class Seer:
               not known here, so that there is none unless it is given.
     """
 
-    changes_weights: ClassVar[bool] = True
     across_ranks: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
@@ -71,17 +65,11 @@ class Seer:
             "(--method compressed-experts --vectors none gives them one)"
         )
 
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
-
     def becomes(self, plan: Plan | None, layers: Iterable[LayerShape]) -> Plan | None:
         return with_adapters(plan, layers, self)
 
     def check(self, context: Context) -> None:
         check_adapters(context, self)
-
-    def identity(self, context: Context) -> dict[str, str]:
-        return {}
 
     def prepare(self, context: Context, start: int) -> None:
         open_adapters(context, self)
@@ -100,14 +88,8 @@ class Seer:
                 most = max(most, running)
         return {"experts": most}
 
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
     def is_result(self, context: Context, step: int) -> bool:
         return step >= self.end_fraction * context.steps
-
-    def finish(self, context: Context) -> None:
-        close_adapters(context)
 
 
 def _first(policy: Policy, running: int) -> MainWithVectors:

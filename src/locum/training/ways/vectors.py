@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ...checkpoints.patch import vectors_and_routers
-from ...data.tokens import Batch
-from ...models.next_token_loss import loss_sum
 from ...plans.plan import Plan
-from ..context import Context, check_layers
-from . import way
+from ..context import Context
+from . import Way, way
 
 
 @way("vectors", source="arXiv 2205.05638 (IA3), on routers and auxiliary experts", learning_rate=1e-4)
 @dataclass(frozen=True)
-class Vectors:
+class Vectors(Way):
     """Train the routers and the vectors that auxiliary experts leave behind; every weight stays as it is.
 
     Trained:  the routers of all MoE layers and the vectors of layers with a routing policy (experts/policies/).
@@ -39,28 +35,7 @@ class Vectors:
             "(--method compressed-experts gives them one)"
         )
 
-    def needs_original(self, plan: Plan | None) -> bool:
-        return False
-
-    def check(self, context: Context) -> None:
-        check_layers(context)
-
-    def identity(self, context: Context) -> dict[str, str]:
-        return {}
-
     def prepare(self, context: Context, start: int) -> None:
         context.model.requires_grad_(False)
         for tensor in vectors_and_routers(context.model).values():
             tensor.requires_grad_(True)
-
-    def at_step(self, context: Context, step: int) -> dict[str, float]:
-        return {}
-
-    def loss(self, context: Context, batch: Batch) -> tuple[Tensor, int]:
-        return loss_sum(context.model, batch, context.device)
-
-    def is_result(self, context: Context, step: int) -> bool:
-        return True
-
-    def finish(self, context: Context) -> None:
-        pass
