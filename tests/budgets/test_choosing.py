@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from locum.budgets.choosing import Choices, choose
+from locum.budgets.choosing import Choices, choose, choose_alike
 
 EXPERTS, CANDIDATES = 3, 5
 
@@ -78,3 +78,29 @@ def test_room_for_all_keeps_all_and_no_room_gives_the_smallest() -> None:
 def test_costs_that_are_all_nothing_are_no_trouble() -> None:
     layers = [Choices(np.zeros((4, 2)), np.array([8.0, 2.0]), np.array([-1, -1]), np.zeros(0), np.zeros(2, bool), 0)]
     assert choose(layers, 20.0).bytes <= 20 and choose(layers, 32.0).bytes == 32
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_alike_in_all_layers_the_choice_is_the_best_of_all(seed: int) -> None:
+    """By loops: one candidate for all that stay, equally many gone of every layer."""
+    layers, beside = some_layers(seed, experts=4), (2.0, 0.5)
+    every = []
+    for stay in range(3):  # of the last two one needs a shared thing, one leaves
+        for count in range(3):
+            cost, size = 0.0, -(beside[0] + count * beside[1] if count else 0.0)
+            for layer in layers:
+                experts = range(len(layer.cost_EC))
+                cost += min(
+                    sum(float(layer.cost_EC[e, 4 if e in gone else stay]) for e in experts)
+                    for gone in itertools.combinations(experts, count)
+                )
+                size += (len(experts) - count) * layer.bytes_C[stay] + count * layer.bytes_C[4]
+            every.append((cost, size))
+    for budget in np.linspace(min(size for _, size in every), 130, 12):
+        chosen = choose_alike(layers, float(budget), 2, beside)
+        best = min(cost for cost, size in every if size <= budget and np.isfinite(cost))
+        assert chosen.cost == pytest.approx(best) and chosen.bound == chosen.cost
+        counts = {int((choice.candidate_E == 4).sum()) for choice in chosen.layers}
+        assert len(counts) == 1 and len({c for x in chosen.layers for c in x.candidate_E.tolist()} - {4}) == 1
+    smallest = choose_alike(layers, -100.0, 2, beside)
+    assert smallest.bound == np.inf and smallest.bytes < 130

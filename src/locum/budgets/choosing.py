@@ -94,6 +94,42 @@ def choose(layers: Sequence[Choices], budget: float) -> Chosen:
     return Chosen(_filled(layers, under, over, budget), bound)
 
 
+def choose_alike(
+    layers: Sequence[Choices], budget: float, most: int, beside: tuple[float, float] = (0.0, 0.0)
+) -> Chosen:
+    """The choice for a budget of bytes where all experts that stay become one candidate, and equally many leave every layer, at most
+    `most`. Where nothing fits, the one with the fewest bytes.
+
+    `beside` are bytes that go besides: where any expert leaves, and for each that leaves every layer. All pairs of a candidate and
+    a number are tried, so the choice is the best that there is.
+    """
+    found: list[tuple[float, float, list[Choice]]] = []
+    for stay in np.flatnonzero(~layers[0].gone_C & (layers[0].shared_C == -1)):
+        for count in range(most + 1):
+            made = [_with_so_many_gone(layer, int(stay), count) for layer in layers]
+            besides = beside[0] + count * beside[1] if count else 0.0
+            cost, size = sum(choice.cost for choice in made), sum(choice.bytes for choice in made)
+            if np.isfinite(cost):
+                found.append((cost, size - besides, made))
+    fitting = [one for one in found if one[1] <= budget]
+    if not fitting:
+        return Chosen(min(found, key=lambda one: one[1])[2], float("inf"))
+    cost, _, made = min(fitting, key=lambda one: one[:2])
+    return Chosen(made, cost)
+
+
+def _with_so_many_gone(layer: Choices, stay: int, count: int) -> Choice:
+    """All experts become one candidate, but for those that cost least when they go."""
+    candidate_E = np.full(len(layer.cost_EC), stay)
+    if count:
+        gone = int(layer.gone_C.argmax())
+        of_gone_E, of_stay_E = layer.cost_EC[:, gone], layer.cost_EC[:, stay]
+        stays_E = np.isfinite(of_stay_E)  # one that cannot has to go
+        less_E = np.where(stays_E, of_gone_E - np.where(stays_E, of_stay_E, 0), -np.inf)
+        candidate_E[np.argsort(less_E, kind="stable")[:count]] = gone
+    return _choice(layer, candidate_E, -1)
+
+
 def best_for(layer: Choices, price: float) -> Choice:
     """The choice of one layer with the least cost + price * bytes. Of equals the first shared thing, and the first candidate."""
     value_EC = layer.cost_EC + price * layer.bytes_C

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import ranks
 from ..budgets.candidates import KINDS, Candidate, candidates
-from ..budgets.choosing import Choices, Chosen, choose
+from ..budgets.choosing import Choices, Chosen, choose, choose_alike
 from ..budgets.counts import spare
+from ..budgets.serving import SERVES, Serving, most_alike
 from ..budgets.sets import removed_mask
 from ..budgets.target import Target
 from ..criteria import super_experts
@@ -58,6 +59,7 @@ class Auto:
     2. Prices: noise of a known size in one layer's output says what its errors cost the model, in nats (`error_price`).
     3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). The base of a layer is the rows of its
        most used expert or the mean of all, in 4 bits, and counts once.
+       What runs without Locum (`--serves any`, `llamacpp`) has equally many whole experts in every layer: each number is tried.
     Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
@@ -76,6 +78,12 @@ class Auto:
     only: str = option(
         "all", f"kinds to choose from, separated by commas, of {', '.join(KINDS)}; a search tries these alone"
     )
+    serves: str = option(
+        "transformers",
+        "engine that is to run the result, which says what experts can become: transformers or vllm with Locum beside it, llamacpp "
+        "(whole experts in 16, 8 or 4 bits, one number of them for all layers), any engine without Locum (the same in 16 bits)",
+        choices=tuple(SERVES),
+    )
     protect: bool = option(True, "keep the weights of Super Experts, which make massive activations")
     costs: str = option("measured", "for comparison: costs of other experts, or of chance", choices=COSTS)
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
@@ -93,6 +101,13 @@ class Auto:
     def kinds(self) -> tuple[str, ...]:
         return KINDS if self.only == "all" else tuple(word.strip() for word in self.only.split(","))
 
+    @property
+    def _serving(self) -> Serving:
+        return SERVES[self.serves]
+
+    def _tried(self, candidate: Candidate) -> bool:
+        return candidate.kind in self.kinds and self._serving.allows(candidate.kind, candidate.plan.slots[0])
+
     # --- the search
 
     def explore(self, explorer: Explorer, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Tensor]]:
@@ -100,7 +115,7 @@ class Auto:
         layers = explorer.shape.layers
 
         def of_layer(index: int) -> Tensor:
-            error_EC = _errors(explorer, layers[index], self.kinds)
+            error_EC = _errors(explorer, layers[index], self._tried)
             progress("candidates", index + 1, len(layers))
             return error_EC
 
@@ -131,14 +146,15 @@ class Auto:
         found = candidates(layer, count_E)
         cost_EC = cost_EC[:, : len(found)].copy()
         for c, candidate in enumerate(found):
-            if candidate.plan is None or candidate.kind not in self.kinds:
+            if candidate.plan is None or not self._tried(candidate):
                 cost_EC[:, c] = np.inf
             elif not _keeps_weights(candidate.plan.slots[0]):
                 cost_EC[sorted(protected), c] = np.inf
         gone_C = np.array([candidate.kind == "drop" for candidate in found])
         if not np.isfinite(cost_EC[:, ~gone_C]).any(1).all():
             raise OptionError(
-                f"--only {self.only} leaves an expert of {layer.name} nothing that it can become, or that was searched; name keep too"
+                f"--only {self.only} with --serves {self.serves} leaves an expert of {layer.name} nothing that it can become, or "
+                f"that was searched; name keep too"
             )
         bases = list(dict.fromkeys(c.plan.bases for c in found if c.plan is not None and c.plan.bases))
         shared = [-1 if c.plan is None or not c.plan.bases else bases.index(c.plan.bases) for c in found]
@@ -172,13 +188,20 @@ class Auto:
 
     def plan(self, scored: tuple[Layer, ...], shape: ModelShape, amount: float) -> list[LayerPlan]:
         """`amount` goes from the bytes of all experts to the fewest that there can be."""
-        least = choose([layer.choices for layer in scored], -float("inf")).bytes
+        least = self._choose(scored, shape, -float("inf")).bytes
         most = max(float(shape.bytes_of_experts), least)
-        return self._plans(scored, shape, choose([layer.choices for layer in scored], most + amount * (least - most)))
+        return self._plans(scored, shape, self._choose(scored, shape, most + amount * (least - most)))
 
     def plan_for(self, scored: tuple[Layer, ...], shape: ModelShape, target: Target) -> list[LayerPlan]:
         budget = shape.bytes_of_experts - target.saving(shape)
-        return self._plans(scored, shape, choose([layer.choices for layer in scored], budget))
+        return self._plans(scored, shape, self._choose(scored, shape, budget))
+
+    def _choose(self, scored: tuple[Layer, ...], shape: ModelShape, budget: float) -> Chosen:
+        layers = [layer.choices for layer in scored]
+        if not self._serving.is_alike:
+            return choose(layers, budget)
+        beside = shape.aside.left_bytes, shape.aside.expert_bytes
+        return choose_alike(layers, budget, most_alike(shape), beside if self.serves == "any" else (0.0, 0.0))
 
     def _plans(self, scored: tuple[Layer, ...], shape: ModelShape, chosen: Chosen) -> list[LayerPlan]:
         plans = []
@@ -218,12 +241,12 @@ def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
     return np.where(np.isfinite(lost_EC), np.where(np.isfinite(lost_EC), lost_EC, 0) * scale_E[:, None], np.inf)
 
 
-def _errors(explorer: Explorer, layer: LayerShape, kinds: Sequence[str]) -> Tensor:
-    """[E, C] of one layer; infinite for what is not of these kinds, or nothing."""
+def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate], bool]) -> Tensor:
+    """[E, C] of one layer; infinite for what is not tried."""
     count_E = explorer.statistics.layer(layer.name)["count"]
     error_EC = torch.full((layer.num_experts, CANDIDATES), torch.inf, dtype=torch.float64)
     for c, candidate in enumerate(candidates(layer, count_E)):
-        if candidate.plan is None or candidate.kind not in (*kinds, "nothing"):  # that one says what an expert gives
+        if candidate.plan is None or not (is_tried(candidate) or candidate.kind == "nothing"):  # what an expert gives
             continue
         if candidate.kind == "keep":
             error_EC[:, c] = 0
