@@ -399,6 +399,28 @@ def ego(layer: Layer) -> list[float]:
 
 
 @oracle
+def eao(layer: Layer) -> list[float]:
+    scores = []
+    for e in range(E):
+        flat = [v for row in layer.outputs(e)[1] for v in row]
+        low, high = mean(flat) - 3 * std(flat), mean(flat) + 3 * std(flat)
+        far = 0.0
+        for begin, end in map(bin_of, flat):
+            if not begin <= mean(flat) < end:
+                far += min(1.0, (max(0.0, end - high) + max(0.0, low - begin)) / (end - begin))
+        scores.append(far)
+    return scores
+
+
+def bin_of(value: float) -> tuple[float, float]:
+    """A sixteenth of the octave in which a number lies; of a very small one all that is between it and 0."""
+    octave = math.floor(math.log2(abs(value))) if value else -99
+    begin = 2.0**octave * (1 + math.floor((abs(value) / 2.0**octave - 1) * 16) / 16)
+    begin, end = (begin, begin + 2.0**octave / 16) if octave >= -20 and begin > 2.0**-20 else (0.0, 2.0**-20 * 17 / 16)
+    return (begin, end) if value >= 0 else (-end, -begin)
+
+
+@oracle
 def removal_loss(layer: Layer) -> list[float]:
     return layer.found["removal_loss"].tolist()
 
@@ -417,7 +439,13 @@ def spread(layer: Layer) -> list[float]:  # of tests/making/foreign
     return [max(norm([row[d] for row in out]) for d in range(D)) if out else 0.0 for out in outs]
 
 
-for name, reverse in {"frequency": "euf_max", "ean_dims": "ean_dims_max", "evtc": "evtc_max", "eae": "eae_max"}.items():
+for name, reverse in {
+    "frequency": "euf_max",
+    "ean_dims": "ean_dims_max",
+    "evtc": "evtc_max",
+    "eae": "eae_max",
+    "eao": "eao_max",
+}.items():
     ORACLES[reverse] = lambda layer, name=name: turned_round(ORACLES[name](layer))
 for name in ("eas", "ewn", "ews", "rwn", "wsr", "egn", "egs", "ege", "ego"):
     ORACLES[f"{name}_max"] = lambda layer, name=name: turned_round(ORACLES[name](layer))

@@ -70,6 +70,15 @@ def extreme(layer: Layer) -> list[tuple[Tensor, ...]]:
     return gradients
 
 
+def extreme_outputs(layer: Layer) -> Tensor:
+    """Expert 2 has outputs that stand out, expert 3 has none; the others have one."""
+    out_TKD = layer.out_TKD.sign()
+    for e, many in ((0, 1), (1, 1), (2, 4), (4, 1)):
+        for pair in layer.pairs(e)[:many]:
+            out_TKD[pair][0] = -90.0
+    return out_TKD
+
+
 PLANTED: dict[str, Callable[[], Layer]] = {
     "aimer": planted(weights=concentrated),
     "wsr": planted(weights=spread_out),
@@ -77,6 +86,7 @@ PLANTED: dict[str, Callable[[], Layer]] = {
     "egs": planted(weights_back=alike("weights_back")),
     "eas": planted(every_TED=alike_outputs),
     "ego": planted(weights_back=extreme),
+    "eao": planted(out_TKD=extreme_outputs),
     "removal_loss": planted(found=lambda layer: {**layer.found, "removal_loss": FOUND}),
     "evtc": planted(id_T=lambda layer: torch.arange(T) % V, index_TK=lambda layer: few_tokens()),
     **dict.fromkeys(("frequency", "gate", "gate_softmax"), lambda: Layer(3, prefer_E=POPULAR)),
@@ -117,6 +127,7 @@ PLANTED_ELSEWHERE = {
     "ean_dims_max",
     "evtc_max",
     "eae_max",
+    "eao_max",
     "eas_max",
 }
 PLANTED_ELSEWHERE |= {"euf_max"} | {f"{name}_max" for name in ("ewn", "ews", "rwn", "wsr", "egn", "egs", "ege", "ego")}

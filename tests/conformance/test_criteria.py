@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
 import pytest
 import torch
 
-from criterion_cases import NEVER, ORACLES, SHAPE, E, Layer, T, usual
+from criterion_cases import NEVER, ORACLES, SHAPE, D, E, Layer, T, usual
 from criterion_planted import LOUD, PLANTED, PLANTED_ELSEWHERE, POPULAR
 from locum.criteria.criterion import CRITERIA, criterion
 from locum.errors import OptionError, StatisticsError
@@ -90,6 +91,24 @@ def test_mesa_leaves_gates_out_where_the_router_is_undecided(sharpness: float, l
     share = float(statistics["router_entropy"]) / T / math.log(E)
     assert (share > 0.85) == (like == "man") and abs(share - 0.85) > 0.05
     torch.testing.assert_close(CRITERIA["mesa"](statistics), CRITERIA[like](statistics))
+
+
+def test_outliers_are_counted_to_a_few_in_a_hundred_and_none_where_all_outputs_are_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.01, 1.0, 30.0]).repeat_interleave(20_000)[:, None]
+    out_PD = torch.randn(60_000, D, generator=generator) * scale
+    out_PD += torch.tensor([0.005, -2.0, 0.0]).repeat_interleave(20_000)[:, None]
+    counts, expert_P = (20_000,) * 3, torch.arange(3).repeat_interleave(20_000)
+    event = RoutedEvent(expert_P, torch.ones(60_000), out_PD, counts)
+    shape = dataclasses.replace(SHAPE, num_experts=3)
+    names = CRITERIA["eao"].needs
+    layer = LayerStatistics(shape, {name: STATISTICS[name].increment(event) for name in names})
+    expected = [float(((x - x.mean()).abs() > 3 * x.std()).sum()) for x in out_PD.double().chunk(3)]
+    assert all(150 < count < 300 for count in expected)  # 0.27% of 80,000
+    assert CRITERIA["eao"](layer).tolist() == pytest.approx(expected, rel=0.05)
+    still = RoutedEvent(expert_P, torch.ones(60_000), torch.full_like(out_PD, 0.1), counts)
+    layer = LayerStatistics(shape, {name: STATISTICS[name].increment(still) for name in names})
+    assert CRITERIA["eao"](layer).tolist() == [0.0] * 3
 
 
 def test_random_is_uniform_whatever_experts_are_worth_and_other_text_draws_anew() -> None:

@@ -205,7 +205,19 @@ def slow_routed(event: RoutedEvent) -> dict[str, object]:
             squares["gated_input_square"][expert][i] += (gate * value) ** 2
     together |= squares | {"token_count": tokens, "turned_output_norm": turned, "turn_sum": sum(turns)}
     together["input_sample"] = slow_sample(event)
+    together["output_histogram"] = slow_histogram(event)
     return {**sums, **rows, **products, **columns, **together, **slow_shares(pairs)}
+
+
+def slow_histogram(event: RoutedEvent) -> list[list[float]]:
+    """By sign, octave and sixteenth of an octave, from -2^12 to 2^12; what is below 2^-20 lies in the middle."""
+    found = [[0.0] * BINS for _ in range(E)]
+    for expert, out in zip(event.expert_P.tolist(), event.out_PD.tolist(), strict=True):
+        for value in out:
+            mantissa, exponent = math.frexp(abs(value))  # mantissa from 0.5 to 1
+            at = min(max((exponent + 19) * 16 + math.floor((2 * mantissa - 1) * 16), 0), 511)
+            found[expert][511 - at if value < 0 else 512 + at] += 1
+    return found
 
 
 def slow_shares(pairs: list[tuple[int, int, float, list[float]]]) -> dict[str, list[float]]:

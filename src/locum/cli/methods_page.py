@@ -45,7 +45,7 @@ MC_SUITE = (
     ("routing", "ETS, shared tokens", "ets_min", "ets_max"),
     ("activations", "EAS, similarity of outputs", "eas", "eas_max"),
     ("activations", "EAE, entropy of outputs", "eae", "eae_max"),
-    ("activations", "EAO, outliers of outputs", "", ""),
+    ("activations", "EAO, outliers of outputs", "eao", "eao_max"),
     ("activations", "EAN, norm of outputs", "ean_dims", "ean_dims_max"),
     ("gradients", "EGS, similarity of gradients", "egs", "egs_max"),
     ("gradients", "EGE, entropy of gradients", "ege", "ege_max"),
@@ -53,8 +53,7 @@ MC_SUITE = (
     ("gradients", "EGN, norm of gradients", "egn", "egn_max"),
 )
 LEFT_OUT = """
-Not there: EAO, which counts outputs beyond three standard deviations (these are known when all tokens were seen, so it takes
-a second pass), and MESA's rule for routers of high entropy (arXiv 2609.04453), whose formula could not be read.
+Not there: the score of MESA (arXiv 2609.04453), whose formula could not be read; `mesa` has its rule for routers of high entropy.
 """
 KEPT = (
     "`prune` and `mone` keep them unless `--no-protect` is given; `locum plan` says of any plan what it does to them."

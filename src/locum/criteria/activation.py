@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..stats.outliers import outside
 from ..stats.sums import LayerStatistics
 from .criterion import criterion
 
+FAR = 3  # standard deviations from the mean (MC-Suite)
 UNDECIDED = 0.85  # share of the largest entropy above which a router says little (MESA)
 
 
@@ -55,6 +57,31 @@ def eas(layer: LayerStatistics) -> Tensor:
     cosine_EE = layer["output_cosine"] / layer["tokens"].clamp(min=1)
     others_E = (cosine_EE.sum(dim=1) - cosine_EE.diagonal()) / max(1, len(cosine_EE) - 1)
     return torch.where(cosine_EE.diagonal() != 0, (1 + others_E).clamp(min=0), cosine_EE.diagonal())
+
+
+@criterion(
+    "eao",
+    paper="arXiv 2504.05586 (MC-Suite)",
+    needs=("count", "output_histogram", "output_square", "output_sum"),
+    reverse="eao_max",
+)
+def eao(layer: LayerStatistics) -> Tensor:
+    """Expert activation outliers: experts with few extreme outputs go first.
+
+    S_e = number of f_e(x_t)_d, t in T_e and all d, outside of mean +- 3 std of them all, std unbiased
+
+    Units:    numbers of outputs; it grows with n_e.
+    Edges:    ties are common where tokens are few.
+    Cost:     1024 numbers more per expert and layer; one more pass over outputs.
+    Differs:  the paper does not say whether mean and std are of all outputs or of every dimension; here, as in `ego`, of all. They are
+              exact, but outputs are counted in bins of 6% of their size: those of the two bins that are cut lie evenly in them.
+    """
+    numbers_E = layer["count"] * layer.shape.hidden_size
+    mean_E = layer["output_sum"].sum(dim=1) / numbers_E.clamp(min=1)
+    spread_E = (layer["output_square"].sum(dim=1) - numbers_E * mean_E.square()).clamp(min=0)
+    far_E = FAR * (spread_E / (numbers_E - 1).clamp(min=1)).sqrt()
+    found_E = outside(layer["output_histogram"], mean_E - far_E, mean_E + far_E)
+    return torch.where(far_E.isnan(), far_E, found_E)
 
 
 @criterion("man", paper="arXiv 2606.15716 (unified scoring)", needs=("count", "output_norm"))
