@@ -3,7 +3,7 @@
 Numbers go by sign and size into the bins of a histogram. Of every octave there are 16 bins, over 32 octaves; smaller numbers are in
 the bins beside 0, larger ones in the last.
 
-Letters: Q pairs of one expert, E experts, D model width, H bins of a histogram, B edges of bins.
+Letters: Q pairs of one expert, E experts, D model width, H bins of a histogram.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _bin(value: Tensor) -> Tensor:
 
 
 def edges() -> Tensor:
-    """[B] float64: where bins begin and end, from the lowest number to the highest; B = H + 1."""
+    """[H + 1] float64: where bins begin and end, from the lowest number to the highest."""
     at = torch.arange(1, SIZES + 1, dtype=torch.float64)
     octave = torch.div(at, 2**MANTISSA, rounding_mode="floor")
     size = torch.ldexp(1 + (at - octave * 2**MANTISSA) / 2**MANTISSA, octave + LEAST)
