@@ -13,6 +13,8 @@ from locum.budgets.clusters import tree
 from locum.containers.layout import active_parameters
 from locum.criteria.criterion import CRITERIA
 from locum.errors import PlanError, StatisticsError
+from locum.experts.parts.left_factors import LeftFactors
+from locum.experts.parts.part import Part
 from locum.measure.calibration import calibrate
 from locum.methods import METHODS
 from locum.methods.d2_moe import D2MoE
@@ -40,7 +42,7 @@ STORED = tuple(
 REFUSE_GROUPS = ("groups",)  # a router with groups of its own gets no others
 AMOUNTS = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 SHAPE = toy_shape()
-PAPER = r"arXiv \d{4}\.\d{5} \([^()]+\)|no paper \([^()]+\)"
+PAPER = r"arXiv \d{4}\.\d{5} \([^()]+\)|OpenReview \w+ \([^()]+\)|no paper \([^()]+\)"
 
 
 def plan_of(method: object, statistics: Statistics, shape: ModelShape, amount: float) -> Plan:
@@ -113,12 +115,19 @@ def test_every_layer_is_smaller_or_whole(name: str) -> None:
             assert not (layer.is_identity and layer.bases)
 
 
+def named(part: Part, label: list[int]) -> Part:
+    """The same part, where it names experts under the labels given."""
+    if not isinstance(part, LeftFactors):
+        return part
+    return dataclasses.replace(part, right=label[part.right], of=tuple(label[e] for e in part.of))
+
+
 def meaning(plan: LayerPlan, label: list[int]) -> dict[int, object]:
     """What becomes of every expert, bases written out, under the labels given."""
     bases = [{label[e]: round(w, 9) for e, w in zip(b.experts, b.weights, strict=True)} for b in plan.bases]
     return {
         label[e]: (
-            [part for part in slot.parts if part.name != "shared_base"],
+            [named(part, label) for part in slot.parts if part.name != "shared_base"],
             None if base_of(slot) is None else bases[base_of(slot)],
         )
         for e, slot in enumerate(plan.slots)

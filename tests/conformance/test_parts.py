@@ -25,7 +25,12 @@ from locum.stats.sums import LayerStatistics
 from making.containers import KINDS, D, E, F, assert_near, drawn_experts, layer_of, routing
 
 # Fields without a default, and what else a kind needs to be used: the others are made from their defaults.
-FIELDS = {"shared_base": {"base": 0}, "low_rank": {"rank": 3, "start": "svd"}, "narrowed": {"width": 4}}
+FIELDS = {
+    "shared_base": {"base": 0},
+    "low_rank": {"rank": 3, "start": "svd"},
+    "narrowed": {"width": 4},
+    "left_factors": {"rank": 3, "right": 6, "of": (4, 5)},
+}
 POLICY_FIELDS = {
     "main_with_vectors": {"main": 1},
     "top_p": {"p": 0.5},
@@ -33,7 +38,7 @@ POLICY_FIELDS = {
     "group_local": {"groups": (0, 1) * (E // 2)},
     "in_turn": {"policies": ({"policy": "main_with_vectors", "main": 2}, {"policy": "skip", "threshold": 0.5})},
 }
-PLANNED = sorted(set(PARTS) - {"own_biases"})  # own biases are in no plan: they follow
+PLANNED = sorted(name for name, kind in PARTS.items() if not kind.follows)
 CHOSEN = sorted(POLICIES)
 
 
@@ -44,7 +49,7 @@ def part_of(name):
 def slot_of(name):
     """A slot with this part: over a base, if it can lie over one and is no adapter that stands alone."""
     part = part_of(name)
-    if part.is_whole or part.is_narrow or not part.changes_weights:
+    if part.is_whole or part.stands_alone or not part.changes_weights:
         return Slot((part,))
     return Slot((part_of("shared_base"), part))
 

@@ -1,4 +1,4 @@
-"""Every family with experts of its own that were narrowed, in containers, and masked, in stock files: the size that was promised,
+"""Every family with experts of its own that were narrowed or share factors, in containers, and masked, in stock files: the size that was promised,
 the files of the live model, its logits when they are loaded again, and what whole experts with zeros compute."""
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from locum.containers.container import StandInExperts
 from locum.errors import LocumError
 from locum.experts.columns import COLUMNS, highest
 from locum.experts.masks import MASKS
+from locum.experts.parts.constant import Constant
+from locum.experts.parts.left_factors import LeftFactors
 from locum.experts.parts.masked import Masked
 from locum.experts.parts.narrowed import Narrowed
 from locum.measure.calibration import calibrate
@@ -32,7 +34,7 @@ from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 
 pytestmark = pytest.mark.families
-NEEDED = (*COLUMNS["camera"].needs, *MASKS["sparsegpt"].needs)
+NEEDED = (*COLUMNS["camera"].needs, *MASKS["sparsegpt"].needs, "output_sum")
 
 
 def narrowed(shape: ModelShape) -> Plan:
@@ -45,6 +47,18 @@ def narrowed(shape: ModelShape) -> Plan:
 
     layers = [LayerPlan(x.name, tuple(slot(e, x.expert_width) for e in range(x.num_experts))) for x in shape.layers]
     return make_plan(shape, [dataclasses.replace(x, slots=_without_masks(x)) for x in layers[:1]] + layers[1:])
+
+
+def shared(shape: ModelShape) -> Plan:
+    """Factors on one expert's, whole experts beside them."""
+    slots = (
+        Slot((LeftFactors(3, 0, (0,)),)),
+        Slot((LeftFactors(2, 1, (1,)),)),
+        Slot((LeftFactors(2, 1, (1, 2), "svd"), Constant())),
+        KEPT,
+    )
+    layers = [LayerPlan(x.name, tuple(slots[e % 4] for e in range(x.num_experts))) for x in shape.layers]
+    return make_plan(shape, layers)
 
 
 def _without_masks(layer: LayerPlan) -> tuple[Slot, ...]:
@@ -86,7 +100,7 @@ def test_family(family: str) -> None:
             pytest.skip(str(error))
         shape, live = shape_in(original, source), load_model(original)
         seen = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2, needs=(*NEEDED, *MASKS["wanda"].needs))
-        for plan in (narrowed(shape), masked(shape)):
+        for plan in (narrowed(shape), masked(shape), shared(shape)):
             out, saved = Path(folder) / plan.id, Path(folder) / f"{plan.id}-saved"
             out.mkdir()
             Rewriting(source, shape, plan, seen, seed=3).write(out)

@@ -69,6 +69,7 @@ def _made(shape: ModelShape, seed: int, never: tuple[int, ...], domains: int) ->
 
     of_text = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
     summed = (*of_text, "output_cosine", "output_hsic", "every_output_sum", "weight_product", "router_product")
+    summed += ("stable_rank",)
     domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size

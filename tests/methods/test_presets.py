@@ -19,12 +19,17 @@ from making.checkpoints import locum as command
 from making.slots import part_of
 
 GRAMS = STARTS["whitened"].needs
-WHITENED_IN_THE_PAPER = ("auto", "d2-moe", "lor-experts")  # auto has no paper, and always reads Gram matrices
+WHITENED_IN_THE_PAPER = (
+    "auto",
+    "d2-moe",
+    "lor-experts",
+    "moe-svd",
+)  # auto has no paper, and always reads Gram matrices
 STARTING = [name for name in METHODS if hasattr(METHODS[name](), "start")]
 
 
 def test_every_method_with_adapters_starts_whitened():
-    assert STARTING == ["d2-moe", "decompose", "lightmoe", "lor-experts", "moe-i2", "replace"]
+    assert STARTING == ["d2-moe", "decompose", "lightmoe", "lor-experts", "moe-i2", "moe-svd", "replace"]
     for name in STARTING:
         assert METHODS[name]().start == "whitened" and set(GRAMS) <= set(METHODS[name]().needs())
 

@@ -10,7 +10,8 @@ Letters: E experts, D model width, F expert width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class BuildSite:
         self.generator = torch.Generator().manual_seed(seed)
         self._bases: dict[int, ExpertWeights] = {}
         self._stored: dict[Part, tuple[int, dict[str, Tensor]]] = {}
+        self._once: dict[Hashable, Any] = {}
 
     def read(self, e: int) -> ExpertWeights:
         """An expert as it is. Raises CheckpointError for numbers that nothing can be made of."""
@@ -135,7 +137,7 @@ class BuildSite:
     def _seen_by(self, part: Part, e: int) -> dict[str, Tensor]:
         """The mean Gram matrices of the inputs of a part's whole weights; a base sees what all experts see that use it."""
         if isinstance(part, SharedBase):
-            return self.seen(*(x for x in self.plan.survivors if part in self.plan.slots[x].parts))
+            return self.seen(*self.members(part))
         return self.seen(e)
 
     def seen(self, *experts: int) -> dict[str, Tensor]:
@@ -143,6 +145,14 @@ class BuildSite:
         grams = [self.input_grams(x) for x in experts]
         sums = {name: torch.stack([gram[name] for gram in grams]).sum(0) for name in ("up_FD", "down_DF")}
         return seen_by(sums, float(self.statistics["count"][list(experts)].sum()), *self._means)
+
+    def members(self, part: Part) -> tuple[int, ...]:
+        return tuple(e for e in self.plan.survivors if part in self.plan.slots[e].all_parts(has_bias=False))
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
     @functools.cached_property
     def _means(self) -> tuple[Tensor, float]:

@@ -109,6 +109,8 @@ class Terms:
         dtype = _dtype_of_products(x_TD)
         self.rows = [(stack, self._rows_of(path, stack, dtype)) for path, stack in container.paths]
         self.rows.sort(key=lambda pair: not pair[0].kind.fades_in)
+        self._shared = {id(stack): self.layout.shared_by(stack) for stack, _ in self.rows if stack.kind.shares}
+        self._rows_by = {id(stack): rows for stack, rows in self.rows}
 
     def _rows_of(self, path: str, stack: StackLayout, dtype: torch.dtype) -> Rows:
         shapes = stack.kind.tensors(stack.variant, self.layout)
@@ -174,7 +176,9 @@ class Terms:
             kind, row = stack.kind, stack.rows[e]
             if row < 0 or stack.part == OwnWeights.name or (grouped and kind.at_once and self._is_beside(stack)):
                 continue
-            terms.append(Term(kind, Row(rows, row), self.fade(e) if kind.fades_in else 1.0))
+            shared = self._shared.get(id(stack))
+            beside = None if shared is None else Row(self._rows_by[id(shared)], shared.rows[e])
+            terms.append(Term(kind, Row(rows, row, beside), self.fade(e) if kind.fades_in else 1.0))
         return terms
 
     def is_compiled(self, base: Term | None, e: int, routed: Routed) -> bool:

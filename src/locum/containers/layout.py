@@ -87,6 +87,11 @@ class Layout:
     def stacks_of(self, kind: type[Part]) -> list[StackLayout]:
         return [stack for stack in self.stacks if stack.part == kind.name]
 
+    def shared_by(self, stack: StackLayout) -> StackLayout | None:
+        """The stack whose rows this one's products read too, if any."""
+        wanted = (stack.kind.shares, stack.variant, stack.format)
+        return next((s for s in self.stacks if (s.part, s.variant, s.format) == wanted), None)
+
     @property
     def dense_of(self) -> tuple[int, ...]:
         """Per expert, the row of its whole weights (its own, or a base that it shares), or -1. Rows of several stacks are
@@ -240,6 +245,8 @@ class Layout:
                 return f"{name} are those of {len(stack.rows)} experts, not {self.num_experts}"
             if reason := stack.kind.variant_fault(stack.variant, self) or _format_fault(stack, self):
                 return reason
+            if stack.kind.shares and not self._has_shared(stack):
+                return f"{name} have no {stack.kind.shares} beside them"
             used = set(stack.rows) - {-1}
             if not used or min(used) < 0 or len(used) != stack.num_rows:  # no set of rows: a file may name any number
                 return f"{name} lie below -1, or leave some out"
@@ -247,6 +254,12 @@ class Layout:
         if len(set(keys)) < len(keys):
             return f"two stacks are alike: {keys}"
         return ""
+
+    def _has_shared(self, stack: StackLayout) -> bool:
+        shared = self.shared_by(stack)
+        return shared is not None and all(
+            there >= 0 for row, there in zip(stack.rows, shared.rows, strict=True) if row >= 0
+        )
 
 
 def _place(item: tuple[StackKey, Any]) -> tuple[Any, ...]:

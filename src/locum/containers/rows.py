@@ -31,17 +31,21 @@ def tensors_of(container: StandInExperts) -> dict[str, Tensor]:
 
 
 def rows_of_expert(container: StandInExperts, e: int, but: type[Part] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The rows that one expert uses, by the prefix of their stack; stacks of the kind `but` left out. What is in few bits
-    comes as the numbers that it stands for, in float32."""
-    found = {}
-    for prefix, stack in container.layout.prefixed():
+    """The rows that one expert uses, by the prefix of their stack, with what their products read of others; stacks of the kind
+    `but` left out. What is in few bits comes as the numbers that it stands for, in float32."""
+    found, layout = {}, container.layout
+    for prefix, stack in layout.prefixed():
         if stack.rows[e] >= 0 and stack.kind is not but:
             module = container.stack(prefix.removesuffix("."))
-            shapes = stack.kind.tensors(stack.variant, container.layout)
+            shapes = stack.kind.tensors(stack.variant, layout)
             found[prefix] = {
                 leaf: as_numbers(getattr(module, leaf).detach(), stack.format, shape, torch.float32)[stack.rows[e]]
                 for leaf, shape in shapes.items()
             }
+    prefixes = {stack: prefix for prefix, stack in layout.prefixed()}
+    for stack, prefix in prefixes.items():
+        if prefix in found and (shared := layout.shared_by(stack)) is not None:
+            found[prefix] |= found[prefixes[shared]]
     return found
 
 

@@ -79,18 +79,21 @@ def as_numbers(stacked: Tensor, format: str, shape: tuple[int, ...], dtype: torc
 class Row(Mapping[str, Tensor]):
     """One row of every tensor of a stack; what is in few bits is read once, when it is asked for."""
 
-    def __init__(self, rows: Mapping[str, Matrices | tuple[Tensor, ...]], row: int) -> None:
-        self._rows, self._row = rows, row
+    def __init__(self, rows: Mapping[str, Matrices | tuple[Tensor, ...]], row: int, shared: Row | None = None) -> None:
+        self._rows, self._row, self._shared = rows, row, shared  # `shared`: what its products read of another stack
         self._read: dict[str, Tensor] = {}
 
     def __getitem__(self, leaf: str) -> Tensor:
+        if self._shared is not None and leaf not in self._rows:
+            return self._shared[leaf]
         if leaf not in self._read:
             self._read[leaf] = self._rows[leaf][self._row]
         return self._read[leaf]
 
     @property
     def is_packed(self) -> bool:
-        return any(isinstance(rows, Matrices) for rows in self._rows.values())
+        own = any(isinstance(rows, Matrices) for rows in self._rows.values())
+        return own or (self._shared is not None and self._shared.is_packed)
 
     def keep(self, saved: Tensor) -> Any:
         """What autograd keeps in place of a tensor."""
@@ -98,16 +101,17 @@ class Row(Mapping[str, Tensor]):
             rows = self._rows[leaf]
             if isinstance(rows, Matrices) and _place(saved) == _place(numbers):
                 return _Again(rows, self._row, saved.shape, saved.stride(), saved.storage_offset())
-        return saved
+        return saved if self._shared is None else self._shared.keep(saved)
 
     def __contains__(self, leaf: object) -> bool:
-        return leaf in self._rows
+        return leaf in self._rows or (self._shared is not None and leaf in self._shared)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        yield from self._rows
+        yield from self._shared or ()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + len(self._shared or ())
 
 
 class _Again(NamedTuple):

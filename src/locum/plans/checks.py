@@ -92,6 +92,8 @@ def _check_slot(where: str, slot: Slot, plan: LayerPlan, shape: LayerShape) -> N
             f"{where} has two parts of the kind {twice[0].name!r}; an expert has one part of a kind at most"
         )
     for part in slot.parts:
+        if part.follows:
+            raise PlanError(f"{where} has the part {part.name!r}, which comes by itself with other parts; leave it out")
         part.check(Place(where, slot.parts, len(plan.bases), shape))
         _check_format(where, part, shape)
 

@@ -59,10 +59,11 @@ class Slot:
         return "dropped" if not self.survives else "kept" if self.is_kept else "stand_in" if self.parts else "nothing"
 
     def all_parts(self, has_bias: bool) -> tuple[Part, ...]:
-        """The parts with what no plan names: the own biases of an expert none of whose parts has them."""
+        """The parts with what no plan names: what comes with them, and the own biases of an expert none of whose parts has them."""
         weights = [part for part in self.parts if part.changes_weights]
         own = has_bias and weights and not any(part.has_biases for part in weights)
-        return (*self.parts, OwnBiases()) if own else self.parts
+        more = tuple(more for part in self.parts for more in part.beside())
+        return (*self.parts, *more, *([OwnBiases()] if own else []))
 
     def __str__(self) -> str:
         words = " + ".join(part.words() for part in self.parts)

@@ -49,6 +49,7 @@ class Narrowed(Part):
     prefix = "narrowed.{}."
     has_biases = True
     is_narrow = True
+    stands_alone = True
     trains = "with bases"
     at_once = True
     has_products = True

@@ -22,6 +22,7 @@ class OwnBiases(Part):
     legend = "own biases"
     plural = "own biases"
     prefix = "biases."
+    follows = True
     trains = "never"
     at_once = True
 

@@ -16,7 +16,7 @@ columns first) and F without, R rank.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -71,6 +71,12 @@ class Site(Protocol):
     def seen(self, e: int) -> dict[str, Tensor]:
         """The mean of x x^T over each weight's inputs, with what an expert that saw few tokens borrows (quantisers.py)."""
 
+    def members(self, part: Part) -> tuple[int, ...]:
+        """The experts of the layer that have this very part, or with which it comes."""
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once a layer: what several experts share is found together."""
+
 
 @dataclass(frozen=True)
 class Part(abc.ABC):
@@ -94,6 +100,11 @@ class Part(abc.ABC):
     is_narrow: ClassVar[bool] = (
         False  # its hidden units are fewer than a whole expert's, so other weights do not add to it
     )
+    stands_alone: ClassVar[bool] = False  # it is all of an expert's weights, so other weights do not add to it
+    # No plan names it: it comes with other parts.
+    follows: ClassVar[bool] = False
+    # The kind of what it shares with other experts, whose row of the expert its products read beside its own; their variants are one.
+    shares: ClassVar[str] = ""
     changes_weights: ClassVar[bool] = True  # False: it adds to the output alone
     as_weights: ClassVar[bool] = True  # whether whole weights can say it (`whole`)
     fades_in: ClassVar[bool] = True  # annealing lets it come in as the old weights fade out (training/layer.py)
@@ -114,6 +125,10 @@ class Part(abc.ABC):
     def reads(self) -> tuple[str, ...]:
         """All statistics that building reads."""
         return (*self.needs(), *(QUANTISERS[self.quantiser].needs if self.format else ()))
+
+    def beside(self) -> tuple[Part, ...]:
+        """The parts that come with it, which no plan names."""
+        return ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields that a plan's file holds."""
