@@ -29,6 +29,7 @@ FIELDS = {
     "shared_base": {"base": 0},
     "low_rank": {"rank": 3, "start": "svd"},
     "narrowed": {"width": 4},
+    "basis_mixture": {"bases": 2, "rank": 3},
     "left_factors": {"rank": 3, "right": 6, "of": (4, 5)},
 }
 POLICY_FIELDS = {

@@ -23,6 +23,7 @@ from locum.containers.container import StandInExperts
 from locum.errors import LocumError
 from locum.experts.columns import COLUMNS, highest
 from locum.experts.masks import MASKS
+from locum.experts.parts.basis_mixture import BasisMixture
 from locum.experts.parts.constant import Constant
 from locum.experts.parts.left_factors import LeftFactors
 from locum.experts.parts.masked import Masked
@@ -50,9 +51,9 @@ def narrowed(shape: ModelShape) -> Plan:
 
 
 def shared(shape: ModelShape) -> Plan:
-    """Factors on one expert's, whole experts beside them."""
+    """Mixtures of bases and factors on one expert's, whole experts beside them."""
     slots = (
-        Slot((LeftFactors(3, 0, (0,)),)),
+        Slot((BasisMixture(2, 3),)),
         Slot((LeftFactors(2, 1, (1,)),)),
         Slot((LeftFactors(2, 1, (1, 2), "svd"), Constant())),
         KEPT,

@@ -66,6 +66,7 @@ METHOD_OPTIONS = {
     "m-smoe": "--align --budget --score",
     "merge-moe": "--align --fit --score",
     "moe-i2": f"{SEARCH} --seed",
+    "mobe": "--bases --multiple",
     "moe-svd": "--layers --multiple --start --trim",
     "mone": RANKED,
     "narrow": "--budget --columns --minimum --multiple",
