@@ -60,10 +60,24 @@ def test_plans_equal_a_slow_loop(trim):
             own = {0: count, 1: 1, 2: 3}[trim]  # two, and their mean
             assert layer.parameters(shape) == rank * (own * (2 * f + d) + 2 * d + f)
             even = count * 3 * d * f / (own * (2 * f + d) + 2 * d + f)
-            assert rank == max(1, int((1 - amount) * min(even, d, f)))
+            assert rank == max(1, min(int((1 - amount) * even), d, f))
             for e, slot in enumerate(layer.slots):
                 of = (e,) if not trim or e in order[:trim] else tuple(order[:trim])
                 assert slot == Slot((LeftFactors(rank, order[0], of),))
+
+
+def test_where_little_goes_the_least_sensitive_layers_go_first_at_full_rank():
+    statistics = make_statistics(SHAPE, 2)
+    found = [sensitivity(statistics.layer(layer.name)) for layer in SHAPE.layers]
+    order, counts = sorted(range(len(found)), key=found.__getitem__), []
+    for amount in [0.02 * n for n in range(1, 20)]:
+        layers = layers_of(MoESVD(layers=1), statistics, SHAPE, amount)
+        changed = [i for i, layer in enumerate(layers) if not layer.is_identity]
+        assert sorted(order[: len(changed)]) == changed
+        counts.append(len(changed))
+        ranks = {slot.parts[0].rank for i in changed for slot in layers[i].slots}
+        assert len(ranks) == 1 and (len(changed) == len(found) or ranks == {128})
+    assert counts == sorted(counts) and set(counts) == set(range(1, len(found) + 1))
 
 
 @pytest.mark.parametrize(("start", "rank", "exact"), [("svd", 3, True), ("whitened", 3, True), ("svd", 2, False)])

@@ -21,7 +21,7 @@ class MoBE:
     W_e = A_e sum_j mix_e,j B_j for gate and for up, A_e [F, R], B_j [R, D]; fitted to the weights by least squares, A, B and mix in
     turn. Down stays as it is.
 
-    Reads no data. One rank for all; `amount` lowers it from the rank that saves nothing to the smallest.
+    Reads no data. As `amount` grows, matrices of full rank have fewer and fewer bases, down to `bases`; then the rank falls, one for all.
 
     Needs:    nothing but the checkpoint.
     Edges:    a layer that would not get smaller stays whole; at most gate and up are saved. With one basis it is the truncated SVD of
@@ -29,10 +29,10 @@ class MoBE:
     Cost:     8 bytes for every weight of a layer's gate or up, and some 30 products of their size times the rank, when it is built.
     Source:   MoBE, arXiv 2508.05257, from a note on it. Differs: the mixture is linear, where the paper puts SiLU or tanh around it and
               lets mixing weights be positive and sum to one; least squares, where it runs Adam; matrices are not scaled to unit
-              variance first. The rank follows the size asked for, where the paper's is F and the number of bases follows.
+              variance first. Below what F as the rank gives, where the paper ends, the rank falls.
     """
 
-    bases: int = option(4, "bases that the experts of a layer share", at_least=1)
+    bases: int = option(4, "fewest bases that the experts of a layer share", at_least=1)
     multiple: int = option(4, "what the rank is a multiple of; halved for small weights", at_least=1)
 
     def needs(self) -> tuple[str, ...]:
@@ -49,8 +49,13 @@ class MoBE:
         if amount <= 0:
             return whole
         count, d, f = layer.num_experts, layer.hidden_size, layer.expert_width
+        left, full = (1 - amount) * count * d * f, min(d, f)  # numbers of one of the two
         bases, step = min(self.bases, count), rank_step(layer, self.multiple)
-        even = min(count * (d * f - bases) / (count * f + bases * d), d, f)  # above it nothing is saved
-        rank = max(step, int((1 - amount) * even / step + 1e-9) * step)
+        more = int((left - count * f * full) / (full * d + count) + 1e-9)
+        if more > bases:
+            bases, rank = min(more, count), full
+        else:
+            rank = min(int((left - count * bases) / (count * f + bases * d) / step + 1e-9) * step, full)
+            rank = max(step, rank)
         plan = LayerPlan(layer.name, (Slot((BasisMixture(bases, rank),)),) * count)
         return plan if plan.parameters(layer) < whole.parameters(layer) else whole

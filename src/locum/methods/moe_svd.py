@@ -31,8 +31,8 @@ class MoESVD:
     A layer's sensitivity is S = sum_e f_e p_e a_e, f_e how often e is selected, p_e the stable rank of its matrices, a_e the share of
     its outputs beyond three standard deviations.
 
-    With `trim` = k experts share U too: the k most used ones have their own, and every other has the mean of these. All decomposed
-    layers have one rank; `amount` lowers it from the rank that saves nothing to the smallest. The router is untouched.
+    With `trim` = k experts share U too: the k most used ones have their own, and every other has the mean of these. As `amount` grows,
+    layers are decomposed at full rank one after the other; then their rank, one for all, falls. The router is untouched.
 
     Needs:    count, stable_rank and what `eao` reads; input_gram and hidden_gram for whitened factors.
     Edges:    a layer that would not get smaller stays whole. A never-routed expert's U is fitted to weights alone. Equal sensitivities
@@ -61,20 +61,24 @@ class MoESVD:
 
     def plan(self, scored: Scored, shape: ModelShape, amount: float) -> list[LayerPlan]:
         least = sorted(range(len(shape.layers)), key=scored.sensitivity.__getitem__)
-        chosen = set(least[: max(1, round(self.layers * len(least)))]) if amount > 0 else set()
+        chosen = least[: max(1, round(self.layers * len(least)))] if amount > 0 else []
+        place = {i: n / len(chosen) for n, i in enumerate(chosen)}
         return [
-            self._layer(layer, scored.orders[i], amount) if i in chosen else _whole(layer)
+            self._layer(layer, scored.orders[i], amount, place[i]) if i in place else _whole(layer)
             for i, layer in enumerate(shape.layers)
         ]
 
-    def _layer(self, layer: LayerShape, order: tuple[int, ...], amount: float) -> LayerPlan:
+    def _layer(self, layer: LayerShape, order: tuple[int, ...], amount: float, place: float) -> LayerPlan:
+        """A layer before which this share of those that are decomposed is less sensitive."""
         d, f, step = layer.hidden_size, layer.expert_width, rank_step(layer, self.multiple)
         matrices, trimmed = (3 if layer.has_gate else 2), self.trim + (self.trim > 1)  # those, and their mean
         own = min(trimmed, layer.num_experts) or layer.num_experts
         first = matrices - 1
         of_rank = own * (first * f + d) + first * d + f  # numbers for each step of the rank
-        even = min(layer.num_experts * matrices * d * f / of_rank, d, f)
-        rank = max(step, int((1 - amount) * even / step + 1e-9) * step)
+        even, full = layer.num_experts * matrices * d * f / of_rank, min(d, f)
+        if (1 - amount) * even > full and place >= amount / (1 - full / even):
+            return _whole(layer)
+        rank = max(step, min(int((1 - amount) * even / step + 1e-9) * step, full))
         slots = [Slot((LeftFactors(rank, order[0], self._of(e, order), self.start),)) for e in range(layer.num_experts)]
         plan, whole = LayerPlan(layer.name, tuple(slots)), _whole(layer)
         return plan if plan.parameters(layer) < whole.parameters(layer) else whole
