@@ -3,7 +3,7 @@
 
 The bases are a part that no plan names: they come with the mixtures, one bank for all experts of the same rank and number of bases.
 
-Letters: Q pairs of one expert, D model width, F expert width, R rank, M bases, C rows of all bases.
+Letters: Q pairs of one expert, D model width, F expert width, R rank, M bases, J rows of all bases.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class BasisBank(Part):
     @classmethod
     def tensors(cls, variant: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[int, ...]]:
         bases, rank = variant
-        names = ("gate_bases_CD", "up_bases_CD") if sizes.has_gate else ("up_bases_CD",)
+        names = ("gate_bases_JD", "up_bases_JD") if sizes.has_gate else ("up_bases_JD",)
         return dict.fromkeys(names, (bases * rank, sizes.hidden_size))
 
     @classmethod
@@ -61,7 +61,7 @@ class BasisBank(Part):
     def build(self, e: int, site: Site) -> dict[str, Tensor]:
         dtype = site.original(e).up_FD.dtype
         found = _fitted(self, site)
-        return {f"{name}_bases_CD": mixture.bases_MRI.flatten(0, 1).to(dtype) for name, mixture in found.items()}
+        return {f"{name}_bases_JD": mixture.bases_MRI.flatten(0, 1).to(dtype) for name, mixture in found.items()}
 
     def __str__(self) -> str:
         return f"{self.bases} bases of rank {self.rank}"
@@ -156,8 +156,8 @@ def _names(row: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def _mixed(row: Mapping[str, Tensor], name: str) -> Tensor:
     """[R, D] what the expert's mixture of the bases is."""
-    mix_M, bases_CD = row[f"{name}_mix_M"], row[f"{name}_bases_CD"]
-    return (mix_M[None] @ bases_CD.reshape(len(mix_M), -1)).view(-1, bases_CD.shape[1])
+    mix_M, bases_JD = row[f"{name}_mix_M"], row[f"{name}_bases_JD"]
+    return (mix_M[None] @ bases_JD.reshape(len(mix_M), -1)).view(-1, bases_JD.shape[1])
 
 
 def _fitted(bank: BasisBank, site: Site) -> dict[str, Mixture]:
