@@ -121,9 +121,9 @@ COMMANDS = {
     "list": "[KIND] --json",
     "plan": "STATISTICS... --bits --diff --fit --force --group --json --method --model --onto --out --preset --quantiser "
     "--remove",
-    "recover": "MODEL --accumulate --adapter-only --balance --batch-size --checkpoint-every --checkpointing --clip --data "
-    "--device --dry-run --entropy --force --how --json --learning-rate --length --original --out --patience --precision "
-    "--restart --schedule --seed "
+    "recover": "MODEL --accumulate --adapter-only --alignment --balance --batch-size --checkpoint-every --checkpointing --clip --data "
+    "--device --dry-run --entropy --force --how --json --learning-rate --length --original --out --p-penalty --patience "
+    "--precision --restart --running-balance --schedule --seed "
     "--statistics --steps --stream --validate-every --validation-tokens --warmup-fraction --weight-decay",
     "report": "RESULTS... --force --json --out --title",
     "search": "MODEL --batch-size --data --device --dry-run --force --json --length --method --out --preset --sample --seed "

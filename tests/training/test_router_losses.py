@@ -1,4 +1,4 @@
-"""Losses on what routers say: load balance and entropy, by hand, on models and in training."""
+"""Losses on what routers say: balance, widths, alignment and entropy, by hand, on models and in training."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from locum.checkpoints.application import apply_plan
+from locum.errors import OptionError
+from locum.experts.columns import COLUMNS
+from locum.experts.parts.narrowed import Narrowed
+from locum.experts.policies.group_local import GroupLocal
 from locum.experts.policies.main_with_vectors import MainWithVectors
+from locum.experts.policies.top_p import TopP
+from locum.measure.use import in_short, uses_of
 from locum.models.families import find_layers
 from locum.models.routing import Routed, watched
-from locum.training.balance import load_balance
+from locum.models.sizes import shape_of
+from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
+from locum.training.alignment import alignment
+from locum.training.balance import load_balance, p_penalty, running_balance
 from locum.training.context import Context
 from locum.training.entropy import router_entropy
 from locum.training.options import make_recovery
 from locum.training.recovery import recover_model
 from locum.training.router_losses import RouterLosses
 from locum.training.ways.seer import running_at
+from making.handmade import with_sums
 from making.policies import TOP_4, logits, near, policy_plan
 from making.tiny_models import tiny_ids, tiny_model
 from making.training import QUICK, tiny_tokens
@@ -175,3 +185,136 @@ def test_training_with_it_makes_routers_sure_while_fewer_experts_run(tmp_path):
         assert all(("entropy_loss" in step) == (entropy > 0) for step in steps)
     assert found[1.0] < found[0.0] - 0.1
     assert {x.experts.layout.routing for x in find_layers(model)} == {MainWithVectors(2, "none")}
+
+
+# --- what runs: dynamic top-p, unequal widths, groups
+
+WIDTHS = (4, 16, 16, 8, 16, 2, 16, 12)
+GROUPS = (0, 1, 0, 1, 2, 3, 2, 3)
+
+
+def of_widths(original):
+    """A plan with experts of these widths in every layer, and a function that makes the model of it."""
+    shape = shape_of(original)
+    slots = tuple(KEPT if width == shape.layers[0].expert_width else Slot((Narrowed(width),)) for width in WIDTHS)
+    plan = make_plan(shape, [LayerPlan(x.name, slots) for x in shape.layers])
+    drawn = [torch.rand(8, x.expert_width, generator=torch.Generator().manual_seed(2)) for x in shape.layers]
+    statistics = with_sums(shape, **dict.fromkeys(COLUMNS["camera"].needs, drawn))
+    return plan, lambda: apply_plan(copy.deepcopy(original), plan, statistics)
+
+
+def watched_layer(model):
+    """What the router of the first layer said, on text with padding, and the mask."""
+    mask = torch.ones(3, 24, dtype=torch.int64)
+    mask[0, 20:] = 0
+    with watched(model) as routing:
+        model(input_ids=tiny_ids(), attention_mask=mask)
+        return routing.of(routing.layers[0]), mask.flatten()
+
+
+def slow_running(routed, mask_T, weight):
+    """N sum_i M_i P_i, counted: M_i sums weight(i) over the tokens for which i runs, over their number."""
+    rows = [t for t in range(len(mask_T)) if mask_T[t]]
+    shares, runs, total = routed.share_TE.tolist(), routed.runs_TM.tolist(), 0.0
+    for e in range(len(shares[0])):
+        counted = sum(weight(e) for t in rows for other in runs[t] if other == e) / len(rows)
+        total += len(shares[0]) * counted * sum(shares[t][e] for t in rows) / len(rows)
+    return total
+
+
+def test_the_balance_of_what_runs_counts_what_top_p_lets_run():
+    original = tiny_model("olmoe", **TOP_4)
+    routed, mask_T = watched_layer(apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: TopP(0.5))))
+    skipped = int((routed.runs_TM < 0).sum())
+    assert 0 < skipped < routed.runs_TM.numel() and int((routed.index_TK < 0).sum()) == 0
+    found = running_balance(routed, mask_T)
+    assert float(found.detach()) == pytest.approx(slow_running(routed, mask_T, lambda e: 1), rel=1e-5)
+    assert float(found.detach()) < float(load_balance(routed, mask_T).detach())
+    for p, runs in ((0.0, 1), (1000.0, 4)):
+        limit, _ = watched_layer(apply_plan(copy.deepcopy(original), policy_plan(original, lambda _, p=p: TopP(p))))
+        assert ((limit.runs_TM >= 0).sum(dim=1) == runs).all()
+    torch.testing.assert_close(running_balance(limit, mask_T), load_balance(limit, mask_T))
+
+
+def test_equal_widths_make_the_p_penalty_the_balance_loss_times_the_width():
+    model = tiny_model("olmoe")
+    routed, mask_T = watched_layer(model)
+    width = find_layers(model)[0].shape.expert_width
+    torch.testing.assert_close(p_penalty(routed, mask_T), width * load_balance(routed, mask_T))
+
+
+def test_the_p_penalty_counts_hidden_units_that_run():
+    _, made = of_widths(tiny_model("olmoe"))
+    routed, mask_T = watched_layer(made())
+    assert routed.width_E == WIDTHS
+    found = float(p_penalty(routed, mask_T).detach())
+    assert found == pytest.approx(slow_running(routed, mask_T, lambda e: WIDTHS[e]), rel=1e-5)
+
+
+def test_training_with_the_p_penalty_makes_narrow_experts_run(tmp_path):
+    """Less is computed for a token, and the summary says how much: 3 D parameters for every hidden unit that runs."""
+    tokens, active = tiny_tokens(), {}
+    plan, made = of_widths(tiny_model("olmoe"))
+    for weight in (0.0, 0.1):
+        options = make_recovery({**QUICK, "how": "router", "p_penalty": weight, "steps": 20, "learning_rate": 0.01})
+        model, summary = recover_model(made(), plan, tokens, tokens, options)
+        active[weight] = summary["routing"]["active_expert_parameters"]
+    assert active[0.1] < 0.9 * active[0.0]
+    counted = 0
+    with watched(model) as routing, torch.no_grad():
+        model(input_ids=tokens.ids_BS, attention_mask=tokens.attention_BS)
+        for layer in routing.layers:
+            for t, experts in enumerate(routing.of(layer).index_TK.tolist()):
+                if tokens.attention_BS.flatten()[t]:
+                    counted += sum(3 * layer.shape.hidden_size * WIDTHS[e] for e in experts)
+    said = in_short(uses_of(model, [(tokens.ids_BS, tokens.attention_BS)]))
+    assert said["active_expert_parameters"] == round(counted / int(tokens.attention_BS.sum()))
+
+
+def test_the_alignment_loss_is_what_closed_groups_have_above_the_least_chosen():
+    original = tiny_model("olmoe", **TOP_4)
+    policy = GroupLocal(GROUPS, open=2)
+    routed, mask_T = watched_layer(apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: policy)))
+    scores_TE, expected = routed.share_TE.tolist(), 0.0
+    for scores, chosen, keep in zip(scores_TE, routed.index_TK.tolist(), mask_T.tolist(), strict=True):
+        sums = [sum(score for e, score in enumerate(scores) if GROUPS[e] == group) for group in range(4)]
+        opened = sorted(range(4), key=lambda group: -sums[group])[:2]
+        least = min(scores[e] for e in chosen)
+        expected += keep * sum(max(0, x - least) for e, x in enumerate(scores) if GROUPS[e] not in opened)
+    found = float(alignment(routed, mask_T).detach())
+    assert found == pytest.approx(expected / int(mask_T.sum()), rel=1e-5) and found > 0
+    whole = GroupLocal(GROUPS, open=4)
+    routed, mask_T = watched_layer(apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: whole)))
+    assert float(alignment(routed, mask_T).detach()) == 0  # every group is open: the router's own choice
+
+
+def test_behind_groups_the_balance_loss_is_sams():
+    """Summed over the k choices: N sum_e mean(a_e) mean(choice k is e), as PKU-DAIR/Hetu's SAMGate has it."""
+    original = tiny_model("olmoe", **TOP_4)
+    policy = GroupLocal(GROUPS, open=2)
+    routed, mask_T = watched_layer(apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: policy)))
+    keep, expected = mask_T.bool(), 0.0
+    shares_TE, chosen_TK = routed.share_TE[keep].detach(), routed.index_TK[keep]
+    for k in range(4):
+        for e in range(8):
+            expected += 8 * float(shares_TE[:, e].mean()) * float((chosen_TK[:, k] == e).float().mean())
+    assert float(load_balance(routed, mask_T).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_with_alignment_lowers_it():
+    original, tokens, found = tiny_model("olmoe", **TOP_4), tiny_tokens(), {}
+    plan = policy_plan(original, lambda _: GroupLocal(GROUPS, open=2))
+    for weight in (0.0, 10.0):
+        model = apply_plan(copy.deepcopy(original), plan)
+        options = make_recovery({**QUICK, "how": "router", "alignment": weight, "steps": 20, "learning_rate": 0.01})
+        model, _ = recover_model(model, plan, tokens, None, options)
+        with torch.no_grad():
+            found[weight] = float(losses_of(model, tokens.ids_BS, tokens.attention_BS, "alignment"))
+    assert found[10.0] < 0.8 * found[0.0]
+
+
+def test_alignment_without_groups_is_refused():
+    original = tiny_model("olmoe")
+    options = make_recovery({**QUICK, "how": "router", "alignment": 1.0})
+    with pytest.raises(OptionError, match="no layer chooses in groups"):
+        recover_model(original, None, tiny_tokens(), None, options)

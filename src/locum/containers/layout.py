@@ -155,22 +155,37 @@ class Layout:
         shapes = self.tensor_shapes().items()
         return sum(math.prod(shape) * (1 if name in packed else itemsize) for name, shape in shapes)
 
+    @property
+    def hidden_units(self) -> tuple[int, ...]:
+        """Per expert, the hidden units that it computes: its own width where it is narrowed, 0 where it has no products."""
+        units = [0] * self.num_experts
+        for stack in self.stacks:
+            if stack.kind.has_products:
+                width = stack.variant[0] if stack.kind.is_narrow else self.expert_width
+                units = [max(n, width if row >= 0 else 0) for n, row in zip(units, stack.rows, strict=True)]
+        return tuple(units)
+
+    @property
+    def expert_parameters(self) -> tuple[int, ...]:
+        """Per expert, the parameters that it computes with."""
+        sizes = [0] * self.num_experts
+        for stack in self.stacks:
+            one = stack.parameters(self)
+            sizes = [size + (one if row >= 0 else 0) for size, row in zip(sizes, stack.rows, strict=True)]
+        return tuple(sizes)
+
     def active_parameters(self, top_k: int) -> int:
         """The most parameters that one token uses: the largest experts that can run for it, and the policy's rows.
 
         An expert counts with everything that it computes with, so a base that two of them share counts twice. Where it
         was counted how many run for a token on average, it is so many of them.
         """
-        sizes = [0] * self.num_experts
-        for stack in self.stacks:
-            one = stack.parameters(self)
-            sizes = [size + (one if row >= 0 else 0) for size, row in zip(sizes, stack.rows, strict=True)]
         most, average = (
             (top_k, top_k) if self.routing is None else (self.routing.most(top_k), self.routing.average(top_k))
         )
         stored = self.routing.tensors(self).values() if self.routing else ()
         rows = self.routing.per_token(top_k) if self.routing else 0
-        experts = round(sum(sorted(sizes)[-most:]) * average / most)
+        experts = round(sum(sorted(self.expert_parameters)[-most:]) * average / most)
         return experts + rows * sum(math.prod(shape[1:]) for shape in stored)
 
     @classmethod

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models.families import MoeLayer
 from ..models.routing import Routed, watched
 
 
@@ -25,9 +26,10 @@ class Use:
     count_E: Tensor  # tokens that selected an expert
     gate_E: Tensor  # the weights that they gave its outputs
     entropy: float = 0.0  # of the router's probabilities, nats, summed over tokens
+    active: float = 0.0  # parameters of the experts that ran, summed over tokens
 
     def __add__(self, other: Use) -> Use:
-        sums = (self.count_E + other.count_E, self.gate_E + other.gate_E, self.entropy + other.entropy)
+        sums = (getattr(self, name) + getattr(other, name) for name in ("count_E", "gate_E", "entropy", "active"))
         return Use(self.tokens + other.tokens, self.top_k, *sums)
 
     @property
@@ -52,12 +54,13 @@ class Use:
 
 def in_short(uses: Mapping[str, Use]) -> dict[str, float]:
     """What to report of a model's use: experts that no token selected, of how many; the least spread of a layer; the mean router
-    entropy."""
+    entropy; the parameters of experts that ran for a token, which differ where experts differ in width, or tokens in their number."""
     return {
         "experts": sum(len(use.count_E) for use in uses.values()),
         "dead_experts": sum(use.dead for use in uses.values()),
         "least_spread": round(min(use.spread for use in uses.values()), 4),
         "router_entropy": round(sum(use.router_entropy for use in uses.values()) / len(uses), 4),
+        "active_expert_parameters": round(sum(use.active / max(use.tokens, 1) for use in uses.values())),
         "tokens": next(iter(uses.values())).tokens,
     }
 
@@ -72,13 +75,19 @@ def uses_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
             attention_BS = attention_BS.to(device)
             model.base_model(input_ids=ids_BS.to(device), attention_mask=attention_BS, use_cache=False)
             for layer in routing.layers:
-                use = _use(routing.of(layer), attention_BS.reshape(-1) != 0)
+                use = _use(routing.of(layer), attention_BS.reshape(-1) != 0, _sizes(layer))
                 name = layer.shape.name
                 found[name] = found[name] + use if name in found else use
     return found
 
 
-def _use(routed: Routed, keep_T: Tensor) -> Use:
+def _sizes(layer: MoeLayer) -> tuple[int, ...]:
+    """Parameters of every expert."""
+    layout = getattr(layer.experts, "layout", None)
+    return layout.expert_parameters if layout else (layer.shape.parameters(),) * layer.shape.num_experts
+
+
+def _use(routed: Routed, keep_T: Tensor, sizes: tuple[int, ...]) -> Use:
     """Added up on the CPU, where the order of sums is always the same."""
     keep_T = keep_T.to(routed.index_TK.device)
     index_TK, weight_TK = routed.index_TK[keep_T].cpu(), routed.weight_TK[keep_T].double().cpu()
@@ -88,4 +97,6 @@ def _use(routed: Routed, keep_T: Tensor) -> Use:
     count_E = zeros_E.index_add(0, index_TK[runs], torch.ones_like(weight_TK)[runs])
     gate_E = zeros_E.index_add(0, index_TK[runs], weight_TK[runs])
     entropy = -float((share_TE * share_TE.clamp(min=1e-300).log()).sum())
-    return Use(len(index_TK), index_TK.shape[1], count_E, gate_E, entropy)
+    running = routed.runs_TM[keep_T.to(routed.runs_TM.device)].cpu()
+    active = float(torch.tensor(sizes, dtype=torch.float64)[running[running >= 0]].sum())
+    return Use(len(index_TK), index_TK.shape[1], count_E, gate_E, entropy, active)

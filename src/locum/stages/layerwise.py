@@ -27,6 +27,7 @@ from ..plans.plan import Plan
 from ..training.loop import open_log, write_log
 from ..training.one_by_one import KeptLayers, OneByOne
 from ..training.options import UNTRACKED, Recovery
+from ..training.router_losses import LOSSES
 from ..training.ways.layerwise import Layerwise
 
 
@@ -59,10 +60,11 @@ class Retrained:
 def goes_by_layer(options: Recovery, stream: bool | None) -> bool:
     """Whether a training goes layer by layer. Raises OptionError for what does not go with that, or without it."""
     if isinstance(options.way, Layerwise):
-        if options.balance or options.entropy or options.patience:
+        given = [f"--{name}".replace("_", "-") for name in (*LOSSES, "patience") if getattr(options, name)]
+        if given:
             raise OptionError(
-                f"--how {options.way.name} trains every layer by its own error and validates at both ends, to which --balance, "
-                f"--entropy and --patience add nothing; leave them out"
+                f"--how {options.way.name} trains every layer by its own error and validates at both ends, to which "
+                f"{' and '.join(given)} can add nothing; leave them out"
             )
         return True
     if stream:

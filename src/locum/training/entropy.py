@@ -1,5 +1,8 @@
 """The entropy of routers as a loss (SEER-MoE, arXiv 2404.05089, its second stage): fewer experts then have to run.
 
+Dynamic top-p routing (arXiv 2403.07652) lowers the same, with a weight of 1e-4, and so does HMoE's top-p form (arXiv 2408.10681) times
+the number of experts; the sign that the latter prints would raise it.
+
     L = mean over tokens of  - sum over experts of P_e log P_e
 
 P is the router's probability of each expert. A router that is sure of one expert for every token has 0, one that cannot tell them

@@ -48,8 +48,19 @@ class Recovery:
     weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
     clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
     balance: float = option(0.0, "weight of the routers' load-balance loss (Switch); 0 adds none", at_least=0)
+    running_balance: float = option(
+        0.0, "weight of the same loss of the experts that run (dynamic top-p); 0 adds none", at_least=0
+    )
+    p_penalty: float = option(
+        0.0, "weight of the same times the experts' widths (HMoE), for narrower experts; 0 adds none", at_least=0
+    )
+    alignment: float = option(
+        0.0, "weight of the loss of choosing in groups what is not best of all (SAM); 0 adds none", at_least=0
+    )
     entropy: float = option(
-        0.0, "weight of the routers' entropy (SEER-MoE), for fewer experts that run; 0 adds none", at_least=0
+        0.0,
+        "weight of the routers' entropy (SEER-MoE, dynamic top-p, HMoE), for fewer experts; 0 adds none",
+        at_least=0,
     )
     precision: str = option("fp32", "fp32, or bf16: autocast, trained parameters stay float32", choices=PRECISIONS)
     checkpointing: str = option(

@@ -32,6 +32,7 @@ from .ways import WAYS, Way
 
 USE_TOKENS = 131_072  # of training text, by whose use a way chooses (ESFT, arXiv 2407.01906)
 ROUTING_TOKENS = 4096  # of validation text, that the use of experts is reported of
+from .router_losses import check_router_losses
 
 
 def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
@@ -101,6 +102,7 @@ def recover_model(
     dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
     routing = {"routing_before": _routing(model, validation, options)}
     before = None
+    check_router_losses(model, options)
     if validation is not None and state.step == 0 and not way.is_result(context, 0):
         before = _loss_before(model, validation, options)
     way.prepare(context, state.step)

@@ -11,12 +11,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError
+from ..models.families import find_layers
 from ..models.routing import Routed, Routing, watched
-from .balance import load_balance
+from .alignment import alignment, grouping
+from .balance import load_balance, p_penalty, running_balance
 from .entropy import router_entropy
 from .options import Recovery
 
-LOSSES: dict[str, Callable[[Routed, Tensor], Tensor]] = {"balance": load_balance, "entropy": router_entropy}
+LOSSES: dict[str, Callable[[Routed, Tensor], Tensor]] = {
+    "balance": load_balance,
+    "running_balance": running_balance,
+    "p_penalty": p_penalty,
+    "alignment": alignment,
+    "entropy": router_entropy,
+}
 
 
 class RouterLosses:
@@ -32,6 +41,16 @@ class RouterLosses:
     def _mean(self, loss: Callable[[Routed, Tensor], Tensor], mask_T: Tensor) -> Tensor:
         found = [loss(self.routing.of(layer), mask_T) for layer in self.routing.layers]
         return torch.stack([each.to(found[0].device) for each in found]).mean()
+
+
+def check_router_losses(model: nn.Module, options: Recovery) -> None:
+    """Refuse a loss that would be 0 whatever the routers do. Raises OptionError."""
+    layouts = [getattr(layer.experts, "layout", None) for layer in find_layers(model)]
+    if options.alignment and not any(layout and grouping(layout.routing) for layout in layouts):
+        raise OptionError(
+            "--alignment aligns the experts chosen in groups with the best of all, and no layer chooses in groups "
+            "(--method groups lets it); leave it out"
+        )
 
 
 @contextlib.contextmanager

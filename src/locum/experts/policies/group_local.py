@@ -97,15 +97,22 @@ class GroupLocal(Policy):
     ) -> Routed:
         return Routed(index_TK, weight_TK, (x_TD,))
 
-    def choose(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Equal groups: the earlier one goes first."""
-        score_TE = SCORES[self.scores](wide(logits_TE))
+    def score(self, logits_TE: Tensor) -> Tensor:
+        """[T, E] the router's scores, from its logits, in float32 at least."""
+        return SCORES[self.scores](wide(logits_TE))
+
+    def is_open(self, score_TE: Tensor) -> Tensor:
+        """[T, E] whether an expert lies in a group that is open to the token."""
         kinds = sorted(set(self.groups))
-        group_E = torch.tensor([kinds.index(group) for group in self.groups], device=logits_TE.device)
+        group_E = torch.tensor([kinds.index(group) for group in self.groups], device=score_TE.device)
         total_TJ = score_TE.new_zeros(len(score_TE), len(kinds)).index_add(1, group_E, score_TE)
         best_TJ = torch.sort(total_TJ, dim=1, descending=True, stable=True).indices[:, : self.open]
-        is_open_TJ = torch.zeros_like(total_TJ, dtype=torch.bool).scatter_(1, best_TJ, True)
-        inside_TE = score_TE.masked_fill(~is_open_TJ[:, group_E], -1)  # below every score
+        return torch.zeros_like(total_TJ, dtype=torch.bool).scatter_(1, best_TJ, True)[:, group_E]
+
+    def choose(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Equal groups: the earlier one goes first."""
+        score_TE = self.score(logits_TE)
+        inside_TE = score_TE.masked_fill(~self.is_open(score_TE), -1)  # below every score
         mine_TK, chosen_TK = inside_TE.topk(index_TK.shape[1], dim=1)
         theirs_TK, given_TK = score_TE.gather(1, index_TK), wide(weight_TK)
         if self.renormalised:
