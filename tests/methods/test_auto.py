@@ -29,11 +29,13 @@ from locum.stages.candidates import candidates_of
 from locum.stages.planning import decide
 from locum.stages.searching import to_collect, with_found
 from locum.stats.stand_ins import CANDIDATES
+from locum.stats.sums import Statistics
 from making.handmade import make_statistics, tokens_of, toy_shape
 from making.planted import copy_of
 from making.tiny_models import tiny_ids, tiny_model
 
 SHAPE = toy_shape(layers=2, experts=8)
+KINDS_OF = [candidate.kind for candidate in candidates(SHAPE.layers[0], torch.arange(8))]
 IDS = tiny_ids(6, 32)
 
 
@@ -161,6 +163,53 @@ def test_super_experts_keep_their_weights_and_no_more_go_than_may() -> None:
     assert {str(slot) for layer in dropping.layers for slot in layer.slots} == {"kept", "dropped"}
 
 
+def of_one_domain() -> tuple[Statistics, str]:
+    """Statistics of two domains; the second, a twentieth of the text, is all that uses expert 5 of every layer."""
+    statistics = make_statistics(SHAPE)
+    for layer in statistics.layers.values():
+        for name in ("count", "gated_norm_product"):
+            layer[name] = layer[name].clone()
+            layer[name][1] /= 20
+        layer["gated_norm_product"][0, 5], layer["gated_norm_product"][0, :, 5] = 0, 0
+        layer["gated_norm_product"][1] = 0
+        layer["gated_norm_product"][1, 5, 5] = float(layer["gated_norm_product"][0].diagonal().min() + 1) / 20
+    return statistics, statistics.domains[1]
+
+
+def test_a_protected_domain_keeps_what_it_needs() -> None:
+    statistics, rare = of_one_domain()
+    plans = [
+        locum.plan([statistics], method="auto", remove=0.9, protect_domains=names) for names in ("", rare, f"{rare},")
+    ]
+    free, kept, again = (plan.provenance["auto"]["predicted_kl_by_domain"] for plan in plans)
+    assert kept == again and set(kept) == set(statistics.domains)
+    assert kept[rare] < 0.5 * free[rare] and plans[1].size(SHAPE).bytes <= SHAPE.bytes - 0.9 * SHAPE.bytes_of_experts
+    total = [plan.provenance["auto"]["predicted_kl"] for plan in plans]
+    assert total[0] < total[1]
+
+
+def test_domains_together_lose_what_all_text_loses() -> None:
+    statistics = make_statistics(SHAPE)
+    said = locum.plan([statistics], method="auto", remove=0.9).provenance["auto"]
+    tokens_Z = statistics.layers[SHAPE.layers[0].name]["count"].sum(1)
+    share_Z = (tokens_Z / tokens_Z.sum()).tolist()
+    of_domains = said["predicted_kl_by_domain"].values()
+    assert sum(s * kl for s, kl in zip(share_Z, of_domains, strict=True)) == pytest.approx(said["predicted_kl"])
+
+
+def test_no_token_is_left_with_nothing() -> None:
+    """Fewer than top-k experts of a layer become nothing, also where a constant is worse."""
+    statistics = make_statistics(SHAPE)
+    for layer in SHAPE.layers:
+        error = statistics.layers[layer.name]["candidate_error"].clone()
+        error[..., KINDS_OF.index("constant")] = 10 * error[..., KINDS_OF.index("nothing")]
+        statistics.layers[layer.name]["candidate_error"] = error
+    for protect, most in ((True, SHAPE.layers[0].top_k - 1), (False, 8)):
+        plan = locum.plan([statistics], method="auto", remove=0.9, protect=protect, only="keep,bits,constant,nothing")
+        counts = [sum(slot.survives and not slot.parts for slot in layer.slots) for layer in plan.layers]
+        assert max(counts) <= most and (protect or max(counts) > 1)
+
+
 @pytest.mark.parametrize(
     ("only", "parts"), [("keep,bits", {OwnWeights, LowRank}), ("low-rank,keep", {OwnWeights, LowRank})]
 )
@@ -175,6 +224,10 @@ def test_only_what_is_named_is_chosen(only: str, parts: set[type]) -> None:
     ("options", "message"),
     [
         ({"only": "bitz"}, "unknown kind for --only 'bitz': did you mean 'bits'"),
+        (
+            {"protect_domains": "domain0,domian1"},
+            "unknown domain for --protect-domains 'domian1': did you mean 'domain1'",
+        ),
         ({"only": "drop"}, "leaves an expert of .* nothing that it can become"),
         ({"bits": "4"}, "method auto chooses the bits of every expert itself; leave --bits out"),
     ],

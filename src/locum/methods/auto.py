@@ -7,7 +7,7 @@ Letters: L layers, E experts, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from .. import ranks
 from ..budgets.candidates import KINDS, Candidate, candidates
 from ..budgets.choosing import Choices, Chosen, choose, choose_alike
 from ..budgets.counts import spare
+from ..budgets.guards import cost_of, with_floors, without_dead_ends
 from ..budgets.serving import SERVES, Serving, most_alike
 from ..budgets.sets import removed_mask
 from ..budgets.target import Target
@@ -42,6 +43,9 @@ class Layer:
 
     candidates: Sequence[Candidate]
     choices: Choices
+    share: Mapping[
+        str, np.ndarray
+    ]  # by domain [E]: what a unit of an expert's cost is in nats per token of that domain
 
 
 @method("auto", paper="no paper (all operations under one budget)", saves="bytes")
@@ -66,7 +70,7 @@ class Auto:
     Needs:    candidate_error and error_price, from a search; gated_norm_product; what its candidates are built from: input_gram, hidden_gram, count,
               output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
     Edges:    never below top-k; nothing is dropped from group-limited routers, or where it is refused. Super Experts keep own weights, in
-              4 bits at least. `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
+              4 bits at least; fewer experts than top-k of a layer become nothing, so that no token is left with nothing at all. `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
     Source:   not from a paper. What the choice of each expert does to others is not seen: costs add up.
     """
 
@@ -84,7 +88,14 @@ class Auto:
         "(whole experts in 16, 8 or 4 bits, one number of them for all layers), any engine without Locum (the same in 16 bits)",
         choices=tuple(SERVES),
     )
-    protect: bool = option(True, "keep the weights of Super Experts, which make massive activations")
+    protect: bool = option(
+        True,
+        "keep the weights of Super Experts, which make massive activations, and leave every token an expert that gives something",
+    )
+    protect_domains: str = option(
+        "",
+        "domains of calibration, separated by commas, that must lose at most a quarter more than they would lose at best",
+    )
     costs: str = option("measured", "for comparison: costs of other experts, or of chance", choices=COSTS)
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
 
@@ -135,13 +146,28 @@ class Auto:
         self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None
     ) -> tuple[Layer, ...]:
         found = [statistics.layer(layer.name) for layer in shape.layers]
+        for name in self._protected:
+            if name not in statistics.domains:
+                raise OptionError(unknown("domain for --protect-domains", name, statistics.domains))
         cost_L = self._compared(shape, [_costs(layer, x) for layer, x in zip(shape.layers, found, strict=True)])
         kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
         layers = zip(shape.layers, found, cost_L, kept, strict=True)
-        return tuple(self._layer(layer, shape, x["count"], *rest) for layer, x, *rest in layers)
+        return tuple(
+            self._layer(layer, shape, x["count"], *rest, _shares(statistics, layer)) for layer, x, *rest in layers
+        )
+
+    @property
+    def _protected(self) -> tuple[str, ...]:
+        return tuple(word.strip() for word in self.protect_domains.split(",") if word.strip())
 
     def _layer(
-        self, layer: LayerShape, shape: ModelShape, count_E: Tensor, cost_EC: np.ndarray, protected: set[int]
+        self,
+        layer: LayerShape,
+        shape: ModelShape,
+        count_E: Tensor,
+        cost_EC: np.ndarray,
+        protected: set[int],
+        share: Mapping[str, np.ndarray],
     ) -> Layer:
         found = candidates(layer, count_E)
         cost_EC = cost_EC[:, : len(found)].copy()
@@ -169,7 +195,7 @@ class Auto:
             gone_C,
             spare(layer) if layer.num_groups == 1 else 0,
         )
-        return Layer(found, choices)
+        return Layer(found, choices, share)
 
     def _compared(self, shape: ModelShape, cost_L: list[np.ndarray]) -> list[np.ndarray]:
         """The costs, or for comparison those of other experts, or of chance; experts of layers of one size change places."""
@@ -197,11 +223,18 @@ class Auto:
         return self._plans(scored, shape, self._choose(scored, shape, budget))
 
     def _choose(self, scored: tuple[Layer, ...], shape: ModelShape, budget: float) -> Chosen:
-        layers = [layer.choices for layer in scored]
-        if not self._serving.is_alike:
+        beside = (shape.aside.left_bytes, shape.aside.expert_bytes) if self.serves == "any" else (0.0, 0.0)
+
+        def pick(layers: Sequence[Choices]) -> Chosen:
+            if self._serving.is_alike:
+                return choose_alike(layers, budget, most_alike(shape), beside)
             return choose(layers, budget)
-        beside = shape.aside.left_bytes, shape.aside.expert_bytes
-        return choose_alike(layers, budget, most_alike(shape), beside if self.serves == "any" else (0.0, 0.0))
+
+        if self.protect:
+            nothing = [candidate.kind for candidate in scored[0].candidates].index("nothing")
+            pick = without_dead_ends(pick, nothing, [layer.top_k - 1 for layer in shape.layers])
+        pick = with_floors(pick, [layer.share for layer in scored], self._protected)
+        return pick([layer.choices for layer in scored])
 
     def _plans(self, scored: tuple[Layer, ...], shape: ModelShape, chosen: Chosen) -> list[LayerPlan]:
         plans = []
@@ -212,17 +245,22 @@ class Auto:
             plans.append(LayerPlan(layer.name, slots, bases))
         return plans
 
+    def predicted(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> float:
+        return sum(float(cost_of(x.choices, _chosen(x, plan)).sum()) for x, plan in zip(scored, layers, strict=True))
+
     def explain(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> dict[str, Any]:
         """For a plan's provenance: what it is to cost, and of every expert what it became and what was next to it."""
-        said, total = {}, 0.0
+        said, of_domains = {}, dict.fromkeys(scored[0].share, 0.0)
         for scores, plan in zip(scored, layers, strict=True):
-            lines = []
-            for e, slot in enumerate(plan.slots):
-                c = next(c for c, x in enumerate(scores.candidates) if _is_of(x, e, slot, plan))
-                total += float(scores.choices.cost_EC[e, c])
-                lines.append(_reasons(scores, e, c))
-            said[plan.layer] = lines
-        return {"predicted_kl": total, "experts": said}
+            candidate_E = _chosen(scores, plan)
+            cost_E = cost_of(scores.choices, candidate_E)
+            of_domains = {name: of_domains[name] + float((cost_E * scores.share[name]).sum()) for name in of_domains}
+            said[plan.layer] = [_reasons(scores, e, c) for e, c in enumerate(candidate_E.tolist())]
+        return {
+            "predicted_kl": self.predicted(scored, layers),
+            "predicted_kl_by_domain": of_domains,
+            "experts": said,
+        }
 
 
 def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
@@ -239,6 +277,14 @@ def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
     lost_EC = np.where((sample_E > 0)[:, None], error_EC / np.where(sample_E > 0, sample_E, 1)[:, None], mean_C)
     scale_E = float(found["error_price"]) * whole * given_E / max(float(given_E.sum()), 1e-300)
     return np.where(np.isfinite(lost_EC), np.where(np.isfinite(lost_EC), lost_EC, 0) * scale_E[:, None], np.inf)
+
+
+def _shares(statistics: Statistics, layer: LayerShape) -> dict[str, np.ndarray]:
+    """By domain [E]: what an expert gives a token of it, beside what it gives a token of all text."""
+    given_ZE = statistics.layers[layer.name]["gated_norm_product"].diagonal(dim1=1, dim2=2).numpy()
+    tokens_Z1 = np.maximum(statistics.layers[layer.name]["count"].sum(1, keepdim=True).numpy() / layer.top_k, 1)
+    mean_E = given_ZE.sum(0) / tokens_Z1.sum()
+    return dict(zip(statistics.domains, given_ZE / tokens_Z1 / np.where(mean_E > 0, mean_E, 1), strict=True))
 
 
 def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate], bool]) -> Tensor:
@@ -278,6 +324,12 @@ def _bytes(plan: LayerPlan, layer: LayerShape, shape: ModelShape) -> int:
 def _base_bytes(plan: LayerPlan, layer: LayerShape, shape: ModelShape) -> int:
     base = next(part for part in plan.slots[0].parts if isinstance(part, SharedBase))
     return LayerPlan(layer.name, (Slot((base,)),), plan.bases).bytes(layer, shape)
+
+
+def _chosen(scores: Layer, plan: LayerPlan) -> np.ndarray:
+    """[E] which candidate each expert of a plan became."""
+    slots = enumerate(plan.slots)
+    return np.array([next(c for c, x in enumerate(scores.candidates) if _is_of(x, e, slot, plan)) for e, slot in slots])
 
 
 def _is_of(candidate: Candidate, e: int, slot: Slot, plan: LayerPlan) -> bool:
