@@ -33,6 +33,7 @@ from .stages.cleaning import clean
 from .stages.comparison import compare
 from .stages.compression import compress
 from .stages.evaluation import evaluate
+from .stages.frontier import frontier
 from .stages.inspection import inspect
 from .stages.planning import diff, plan
 from .stages.recovery import recover
@@ -72,6 +73,7 @@ __all__ = [
     "diff",
     "evaluate",
     "export",
+    "frontier",
     "inspect",
     "load_adapter",
     "load_model",

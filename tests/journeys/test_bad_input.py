@@ -106,6 +106,11 @@ LINES = [
         f"compress {{other_words}} --data {{words}} {SHORT} --out {{out}} {TARGET} --statistics {{stats}}",
         "belong to another tokenizer|calibrate this model",
     ),
+    ("frontier {stats}", "has no statistic 'candidate_error'|locum search"),
+    ("frontier {stats} --method prune", "method prune does not say what its plans cost; use auto|locum compare"),
+    ("frontier {nowhere}", "no statistics file at {nowhere}"),
+    ("frontier {stats} --points 1", "--points is 1; allowed: whole numbers from 2 to 512"),
+    ("frontier {stats} --out {file}", "exists already|--force"),
     # targets and options
     ("plan {stats}", "exactly one of --remove|--fit"),
     ("plan {stats} --remove 0.5 --fit 1GB", "exactly one of --remove|--fit"),

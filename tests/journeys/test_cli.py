@@ -48,7 +48,7 @@ RANKS = "--exponent --minimum --multiple --start"
 RANKED = "--budget --distinct --floor --multiple --protect --score"
 SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
 METHOD_OPTIONS = {
-    "auto": "--costs --draw --noise --only --price --protect --seed --serves",
+    "auto": "--costs --draw --noise --only --price --protect --protect-domains --seed --serves",
     "compressed-experts": "--main --renormalise --vectors",
     "con-moe": "--alike --score",
     "d2-moe": "--align --multiple --score --start",
@@ -117,6 +117,7 @@ COMMANDS = {
     "eval": "MODEL --against --append --batch-size --card --data --device --dry-run --force --json --length --limit --name "
     "--out --precision --resamples --seed --split --stream --task-path --tasks --tokens",
     "export": "MODEL --force --json --out --to",
+    "frontier": "STATISTICS --force --json --method --out --picture --points --preset",
     "inspect": "MODEL --json",
     "list": "[KIND] --json",
     "plan": "STATISTICS... --bits --diff --fit --force --group --json --method --model --onto --out --preset --quantiser "
@@ -141,6 +142,7 @@ FUNCTIONS = {
     "demo": locum.demo,
     "eval": locum.evaluate,
     "export": locum.export,
+    "frontier": locum.frontier,
     "inspect": locum.inspect,
     "list": locum.catalogue,
     "plan": locum.plan,
@@ -150,7 +152,7 @@ FUNCTIONS = {
     "show": locum.show,
     "verify": locum.verify,
 }
-CHOOSING = ("compress", "plan", "search")  # with --method
+CHOOSING = ("compress", "frontier", "plan", "search")  # with --method
 CHOICES = {
     **{name: ["method"] for name in CHOOSING},
     "compare": ["recover"],

@@ -24,9 +24,7 @@ from locum.registries import KINDS
 from locum.registry import Registry
 from making.checkpoints import locum as command
 
-ORDER = (
-    "inspect calibrate search list show demo plan apply compress recover eval compare verify bench report export clean"
-)
+ORDER = "inspect calibrate search list show demo plan frontier apply compress recover eval compare verify bench report export clean"
 CHOOSING = ("plan", "compress", "search")
 
 

@@ -20,7 +20,7 @@ from .. import ranks
 from ..demonstration import demo
 from ..exports.export import export
 from ..exports.target import TARGETS
-from ..methods import METHODS, SearchingMethod
+from ..methods import METHODS, PredictingMethod, SearchingMethod
 from ..registries import catalogue, show
 from ..speed.bench import bench
 from ..stages.application import apply
@@ -29,6 +29,7 @@ from ..stages.cleaning import clean
 from ..stages.comparison import compare
 from ..stages.compression import PREFIX, compress
 from ..stages.evaluation import evaluate
+from ..stages.frontier import frontier
 from ..stages.inspection import inspect
 from ..stages.options import Help
 from ..stages.planning import diff as diff_plans
@@ -103,6 +104,7 @@ def _like(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable
 
 METHOD = Choice("method", METHODS)
 RECOVERING = Choice("recover", WAYS, shared=Recovery, prefix=PREFIX)
+PREDICTING = Choice("method", METHODS, offers=lambda cls: isinstance(cls(), PredictingMethod))
 SEARCHING = Choice("method", METHODS, offers=lambda cls: isinstance(cls(), SearchingMethod))
 
 cli.add_section(
@@ -122,6 +124,13 @@ cli.add_section(
         results.show_plan,
         "what becomes of every expert, and the size after, to the byte",
         choices=[METHOD],
+    ),
+    Command(
+        "frontier",
+        frontier,
+        results.show_frontier,
+        "what every size is predicted to cost, from one search",
+        choices=[PREDICTING],
     ),
 )
 cli.add_section(

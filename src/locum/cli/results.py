@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..exports.export import larger
 from ..files import describe_size
+from ..reports import frontier
 from ..speed import page
 from ..stages.calibration import coverage
 from ..stages.estimate import Estimate
@@ -217,6 +218,17 @@ def show_bench(result: dict[str, Any], as_json: bool) -> None:
             say(page.memory_line(name, model))
         for x in d["not_run"]:
             say(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
+
+    emit(result, as_json, human)
+
+
+def show_frontier(result: dict[str, Any], as_json: bool) -> None:
+    def human(d: dict[str, Any]) -> None:
+        shown = Table(*frontier.HEADS, box=None)
+        for point in d["points"]:
+            add_row(shown, *frontier.cells(point, d["bytes"]))
+        print_table(shown, 150)
+        say(f"a plan of any of these sizes: locum plan {d['statistics_file']} --method {d['method']} --fit BYTES")
 
     emit(result, as_json, human)
 

@@ -9,6 +9,7 @@ method has `score_experts` and `plan`, and may have more:
     reads_weights    `score_experts` gets a reader of the experts' weights, one layer at a time (least squares, clustering)
     plan_for         a `TargetMethod` plans for a target itself: an integer program, a dynamic programme over bytes
     check            a `CheckedMethod` says of a model that it cannot do, before any work
+    predicted        a `PredictingMethod` says what its plan is to cost the model
     explain          an `ExplainingMethod` says why its plan is what it is, for the plan's provenance
     explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
                      which `score_experts` then reads: one search serves any target
@@ -105,6 +106,15 @@ class ExplainingMethod(Method[Scored], Protocol[Scored]):
 
     def explain(self, scored: Scored, layers: Sequence[LayerPlan]) -> dict[str, Any]:
         """What becomes an entry of the plan's provenance under the method's name, in JSON."""
+        ...
+
+
+@runtime_checkable
+class PredictingMethod(TargetMethod[Scored], Protocol[Scored]):
+    """A method that knows what its plan is to cost, so that sizes can be compared before anything is made (`locum frontier`)."""
+
+    def predicted(self, scored: Scored, layers: Sequence[LayerPlan]) -> float:
+        """KL from the original in nats per token, as far as the method sees."""
         ...
 
 

@@ -294,6 +294,7 @@ class Series:
     points: tuple[tuple[float, float], ...]
     colour: str
     kind: str = "main"
+    of: str = "step"  # what a point is at
 
 
 def curves(series: Sequence[Series], x_label: str, y_label: str, below: Series | None = None) -> str:
@@ -325,7 +326,7 @@ def _curve(one: Series, x: Scale, y: Scale, top: float) -> str:
     drawn = f'<polyline points="{path}" class="curve {one.kind} {one.colour}"/>'
     if one.kind == "dots":
         drawn += "".join(
-            f'<g><title>step {a:g}: {b:.4g}</title><circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" class="mark {one.colour}"/></g>'
+            f'<g><title>{one.of} {a:g}: {b:.4g}</title><circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" class="mark {one.colour}"/></g>'
             for (px, py), (a, b) in zip(places, one.points, strict=True)
         )
     return drawn

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..experts.parts.shared_base import SharedBase
 from ..plans.plan import LayerPlan, Plan, Slot
@@ -119,7 +120,7 @@ def fate_grid(plan: Plan) -> str:
     for layer in plan.layers:
         rows = math.ceil(len(layer.slots) / ROW)
         body.append(text(left - 8, y + 11, shorten(names[layer.layer], 20), "tick", "end"))
-        body += _cells(layer, left, y)
+        body += _cells(layer, _reasons(plan, layer), left, y)
         y += rows * CELL + (6 if rows > 1 else 1)
     for column in range(0, columns + 1, 8):
         body.append(line(left + column * CELL - 0.5, y, left + column * CELL - 0.5, y + 4, "rule"))
@@ -139,7 +140,21 @@ def _order(slot: Slot) -> tuple:
     return fate, tuple((part.name, part.order()) for part in slot.parts)
 
 
-def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
+def said_of(plan: Plan) -> Mapping[str, Any]:
+    """What the plan's method says of its choice; plans may be anybody's."""
+    said = plan.provenance.get(plan.method)
+    return said if isinstance(said, dict) else {}
+
+
+def _reasons(plan: Plan, layer: LayerPlan) -> list[str]:
+    """A line of each expert, with what it was not; none where the plan does not say."""
+    experts = said_of(plan).get("experts")
+    lines = experts.get(layer.layer) if isinstance(experts, dict) else None
+    known = isinstance(lines, list) and len(lines) == len(layer.slots) and all(isinstance(x, str) for x in lines)
+    return ["\n" + line.replace("; ", "\n") for line in lines] if known else [""] * len(layer.slots)
+
+
+def _cells(layer: LayerPlan, reasons: Sequence[str], left: float, y: float) -> list[str]:
     grouped = sorted(range(len(layer.slots)), key=lambda e: (_order(layer.slots[e]), e))
     parts = []
     for place, e in enumerate(grouped):
@@ -147,7 +162,7 @@ def _cells(layer: LayerPlan, left: float, y: float) -> list[str]:
         here, own = _place(place, left, y), _place(e, left, y)
         mark = mark_of(slot)
         sign = f'<text x="7" y="11">{mark}</text>' if mark else ""
-        told = escape(f"expert {e}: {_detail(slot, layer)}")
+        told = escape(f"expert {e}: {_detail(slot, layer)}{reasons[e]}")
         cell = f'<rect width="14" height="14" class="{colour_of(slot)}"/>'
         parts.append(
             f'<g class="cell" transform="translate({here})" data-own="{own}"><title>{told}</title>{cell}{sign}</g>'

@@ -17,9 +17,11 @@ from typing import Any
 from ..files import describe_size, write_text
 from ..measure.rows import Row
 from ..places import bare
+from ..plans.plan import Plan
 from ..stats.sums import Statistics
 from . import expert_maps
 from .charts import Bar, Point, Series, bars, curves, escape, four_digits, plain, scatter
+from .frontier import frontier_section
 from .inputs import Inputs, RecoveryLog, read_inputs
 from .models import ALL, QUALITY, Comparison, Model, compare
 from .page import figure, page, section, table
@@ -43,12 +45,13 @@ def make_report(
     plans: Sequence[Path | str] = (),
     statistics: Sequence[Path | str] = (),
     logs: Sequence[Path | str] = (),
+    frontiers: Sequence[dict[str, Any]] = (),
     title: str = "Locum report",
 ) -> str:
     """The page as text; with `out` it is also written there, whole or not at all.
 
     `plans`, `statistics` and `logs` add to what the rows name; a given file that cannot be read is an error, a named one
-    that is gone is listed at the end of the page. Statistics alone make a page of who uses which experts. Raises DataError
+    that is gone is listed at the end of the page. `frontiers` are what `locum frontier` found. Statistics alone make a page of who uses which experts. Raises DataError
     if there are neither rows nor statistics, or a line is not a row.
     """
     found = read_inputs(results, plans, statistics, logs)
@@ -59,6 +62,7 @@ def make_report(
         measured = [f'<section id="headline">\n<h1>{escape(title)}</h1>\n</section>']
     parts = [
         *measured,
+        frontier_section(frontiers),
         _use_section(found),
         _plan_section(found),
         _recovery_section(found),
@@ -289,9 +293,20 @@ def _plan_section(found: Inputs) -> str:
             f'<p class="dim">method {escape(plan.method)}{escape(_options(plan.options))}; plan {escape(identity)}</p>'
         )
         made += '<p class="dim hint">The grid is wider than this screen: slide it sideways.</p>'
+        made += f'<p class="dim">{escape(words)}</p>' if (words := _predicted(found, identity, plan)) else ""
         grid = f'<div class="scroll" tabindex="0">{expert_maps.fate_grid(plan)}</div>'
         parts.append(f"<figure>{made}{expert_maps.fate_legend(plan)}{grid}{press}</figure>")
     return section("plan", "What became of every expert", *parts) if parts else ""
+
+
+def _predicted(found: Inputs, identity: str, plan: Plan) -> str:
+    """What the plan was to cost, beside what it cost, where both are known."""
+    said = expert_maps.said_of(plan)
+    if not isinstance(predicted := said.get("predicted_kl"), float):
+        return ""
+    measured = next((row for row in found.rows if (row.plan, row.metric, row.domain) == (identity, "kl", ALL)), None)
+    beside = "" if measured is None else f", measured {four_digits(measured.value)}"
+    return f"KL from the original, nats per token: predicted {four_digits(predicted)}{beside}; press on an expert for what it was not"
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from ..files import check_output, write_text
 from ..reports.report import make_report
+from .frontier import curves_of
 from .options import Force, Help, Out, alone, needed
 
 
@@ -24,5 +25,6 @@ def report(
     out = check_output(needed(out, "out"), force, inputs=files)
     statistics = [file for file in files if Path(file).suffix == ".safetensors"]
     rows = [file for file in files if file not in statistics]
-    write_text(out, make_report(rows, statistics=statistics, title=title))
+    made = make_report(rows, statistics=statistics, frontiers=curves_of(statistics), title=title)
+    write_text(out, made)
     return out
