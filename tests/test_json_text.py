@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from locum.json_text import parse_json
+from locum.json_text import DEEPEST, parse_json
 from making.checkpoints import locum as command
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -33,6 +33,16 @@ def test_what_is_json_is_read():
 def test_what_is_none_is_a_value_error(text):
     with pytest.raises((json.JSONDecodeError, UnicodeDecodeError)):
         parse_json(text)
+
+
+def test_what_nests_is_read_as_far_as_programs_follow_it():
+    """A function that walks through data calls itself at every level, some of them twice."""
+    nested = lambda levels: '{"x": [' * (levels // 2) + "1" + "]}" * (levels // 2)  # noqa: E731
+    assert parse_json(nested(DEEPEST)) == json.loads(nested(DEEPEST))
+    for text in (nested(DEEPEST + 2), nested(DEEPEST + 2).encode(), '{"x": "[["}' + " " * 9 + nested(DEEPEST + 2)):
+        with pytest.raises(json.JSONDecodeError):
+            parse_json(text)
+    assert len(parse_json(json.dumps([[i] for i in range(DEEPEST + 9)]))) == DEEPEST + 9
 
 
 HALVES = ['"\\ud800"', '{"\\uDC00": 1}', '[["x\\ud83d"]]', '"\\udd8a\\ud83e"']

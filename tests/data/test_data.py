@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from io import StringIO
 
 import pytest
@@ -89,6 +90,16 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         assert [document.text for document in read_documents(tmp_path / name)] == [row["text"] for row in rows], name
 
 
+def test_a_pipe_in_a_saved_dataset_is_not_waited_for(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": "a b"}]).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="arrow is not a regular file"):
+        list(read_documents(tmp_path / "saved"))
+
+
 def test_a_dataset_keeps_its_own_splits(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     parts = {name: [{"text": f"{name} {i} " * 9} for i in range(3)] for name in ("train", "test")}
@@ -164,7 +175,7 @@ def test_splits_share_no_document_and_ignore_order(tmp_path, tokenizer):
         ("a.jsonl", '{"messages": [{"role": "user", "\\ud83d": 1}]}', ["line 1", "'messages'", "surrogate"]),
         (
             "a.jsonl",
-            '{"messages": [{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}]}",
+            '{"messages": [{"role": "user", "content": ' + "[" * 150 + "]" * 150 + "}]}",
             ["line 1", "levels deep"],
         ),
         ("a.jsonl", '{"messages": [{"role": "a"}], "tools": 5}', ["line 1", "'tools' must be a list"]),

@@ -22,6 +22,7 @@ LEFT_OUT = {
     "time": "the date in provenance, also as text of a card or a page",
     "seconds": "how long a training, step or measurement took",
     "peak_bytes": "memory that it took",
+    "checksum": "of a file's numbers and notes, the date among them; those are compared themselves",
     FORCED: "where the command that provenance tells had it",
 }
 RESUMED = "resume"  # the event of a line of recovery.jsonl that a run which goes on adds

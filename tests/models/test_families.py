@@ -253,6 +253,10 @@ def test_a_family_that_has_no_class_to_load_says_why_too():
             model_class(AutoConfig.for_model(model_type))
     with pytest.raises(UnsupportedModel, match="'vit' is not a language model that transformers can load"):
         model_class(AutoConfig.for_model("vit"))
+    for odd in ([0.5], 5, "OlmoeForCausalLM", [None]):  # as a damaged config.json may say
+        config = AutoConfig.for_model("olmoe")
+        config.architectures = odd
+        assert model_class(config).__name__ == "OlmoeForCausalLM"
 
 
 SINCE = {"inkling2_loop": (5, 24)}  # families that older releases of transformers lack

@@ -18,8 +18,10 @@ import torch
 
 import locum
 from locum.errors import DataError, LocumError, PlanError
+from locum.measure.rows import Row
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, stand_in
 from locum.reports import expert_maps
+from locum.reports.card_results import eval_results
 from locum.reports.charts import VIEW_WIDTH, Bar, Point, Scale, bars, scatter, shorten
 from locum.reports.report import make_report, smoothed
 from locum.shapes import LayerShape, ModelShape
@@ -377,6 +379,25 @@ def test_different_texts_are_warned_of(tmp_path):
         "b", 2, 0.9, provenance={"data_fingerprint": "y"}
     )
     assert "2 different texts" in make_report([write_results(tmp_path / "r.jsonl", rows)])
+
+
+@pytest.mark.parametrize("odd", [[], [1], {}, {"a": []}, 0.5, None, True, "", "x", [[["x"]]]], ids=repr)
+def test_provenance_may_say_anything(odd, tmp_path):
+    """Rows are anybody's. What Locum reads of their provenance it takes where it is of its kind."""
+    keys = (
+        "data_fingerprint",
+        "evaluation",
+        "split",
+        "checkpoint",
+        "plan_file",
+        "statistics_file",
+        "recovery_log",
+        "bytes",
+        "plan",
+    )
+    odd_rows = rows_of("a", 2, 0.9, provenance=dict.fromkeys(keys, odd))
+    Balanced(make_report([write_results(tmp_path / "r.jsonl", odd_rows + rows_of("b", 2, 0.9))]))
+    assert len(eval_results("a", [Row(**row) for row in odd_rows])) > 3
 
 
 def test_no_rows_and_bad_lines_are_errors(tmp_path):

@@ -140,6 +140,9 @@ def dataset_rows(path: Path) -> Iterator[Document]:
     def rows() -> Iterator[tuple[str, str | None, Any]]:
         import datasets
 
+        for file in path.rglob("*"):  # a pipe would be waited for
+            if not (file.is_file() or file.is_dir()):
+                raise DataError(f"{file} is not a regular file; a saved dataset has no others")
         data = datasets.load_from_disk(str(path))
         parts = data if isinstance(data, datasets.DatasetDict) else {"rows": data}
         for name, part in parts.items():

@@ -359,8 +359,9 @@ def _check_selection(where: str, num_experts: int, top_k: int, router: nn.Module
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that holds a whole checkpoint: of a multimodal model its towers too, which a text class would lose."""
-    for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, list) else ():
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(config, "sub_configs", None):
             return found
     order = CLASSES if not getattr(config, "sub_configs", None) else (*CLASSES[1:3], CLASSES[0])

@@ -64,7 +64,8 @@ def eval_results(name: str, rows: Sequence[Row]) -> list[EvalResult]:
         if row.metric == "loss" and (delta := deltas.get(row.domain)):
             more |= {"change": delta.value, "change_low": delta.low, "change_high": delta.high}
         split = str(row.provenance.get("split", "test"))
-        task, words = "task" in (row.provenance.get("evaluation") or {}), WORDS.get(row.metric, row.metric)
+        settings, words = row.provenance.get("evaluation"), WORDS.get(row.metric, row.metric)
+        task = isinstance(settings, dict) and "task" in settings
         found.append(result(row.domain, split, row.metric, row.value, words, task, **more))
     return found
 

@@ -179,7 +179,7 @@ def _worst(best: Model, original: Model, metric: str, domains: Sequence[str]) ->
 
 
 def _warning(rows: Sequence[Row]) -> str:
-    data = {row.provenance.get("data_fingerprint") for row in rows} - {None}
+    data = {mark for row in rows if isinstance(mark := row.provenance.get("data_fingerprint"), str)}
     if len(data) < 2:
         return ""
     return (

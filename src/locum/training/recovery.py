@@ -27,12 +27,12 @@ from .context import Context, Original, check_layers
 from .decoder import DecoderLayers
 from .loop import Hooks, accelerated, check_tokens, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
+from .router_losses import check_router_losses
 from .states import State, load_state, sample
 from .ways import WAYS, Way
 
 USE_TOKENS = 131_072  # of training text, by whose use a way chooses (ESFT, arXiv 2407.01906)
 ROUTING_TOKENS = 4096  # of validation text, that the use of experts is reported of
-from .router_losses import check_router_losses
 
 
 def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
