@@ -84,7 +84,7 @@ METHOD_OPTIONS = {
 WAY_OPTIONS = {
     "annealed": "--annealing --end-fraction --keep-size --rank --steepness --train-bases",
     "kd": "--keep-size --rank --share --temperature --train-bases",
-    "layerwise": "--keep-size --rank --routers --train-bases",
+    "layerwise": "--closed-form --keep-size --rank --routers --train-bases",
     "esft": "--score --threshold",
     "experts": "",
     "full": "",

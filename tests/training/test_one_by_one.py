@@ -130,5 +130,5 @@ def test_what_does_not_go_layer_by_layer_is_refused(small, words, tmp_path):
     said = command("recover", small, "--how", "layerwise", "--balance", "0.1", *asked)
     assert (
         said.exit_code == 2
-        and "every layer by its own error and validates at both ends, to which --balance," in said.stderr
+        and "every layer by its own error and validates at both ends, to which --balance can add nothing" in said.stderr
     )

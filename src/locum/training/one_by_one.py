@@ -47,11 +47,13 @@ from ..plans.plan import Plan
 from ..runs import differences, set_aside
 from ..shapes import ModelShape
 from .adapters import check_adapters, close_adapters, open_adapter
+from .closed_form import LinearFit, watching
 from .context import Context
+from .imitation import learning
 from .loop import check_tokens
 from .options import Recovery, learning_rate_at
 from .states import LAYER_FILES, STATE_FILE
-from .ways.layerwise import Layerwise, changed_layers, learning
+from .ways.layerwise import Layerwise, changed_layers
 
 NOTES, LOSS = "locum-layer", "loss"  # entries of a file's metadata: what it answers, and the loss of the last step
 
@@ -232,7 +234,10 @@ class OneByOne:
             tensor.requires_grad_(tensor.is_floating_point())
         _widen([*module.parameters(), *module.buffers()])
         opened = {layer.shape.name: layer.block for _, layer in self._moe_layers(self.model, index)}
-        loss = self._steps(module, [(opened[name], teachers[name]) for name in names], calls, names[0])
+        pairs = [(opened[name], teachers[name]) for name in names]
+        if self.way.closed_form:
+            self._fit(module, pairs, calls)
+        loss = self._steps(module, pairs, calls, names[0])
         theirs.drop(index)
         close_adapters(self.context)
         for name, tensor in routers.items():
@@ -243,6 +248,17 @@ class OneByOne:
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(self.dtype)
         self.kept.save(index, made | routers, loss)
+
+    def _fit(self, module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], calls: list[LayerCall | None]) -> None:
+        """Begin at the least squares of all batches, in what a layer that is open is linear in."""
+        opened = [layer.container for layer in self.context.layers]
+        fits = [LinearFit(container, *pair, len(self.batches)) for container, pair in zip(opened, pairs, strict=True)]
+        for i, batch in enumerate(self.batches):
+            mask_BS = _mask(batch, self.model.device)
+            with calls[i].there():
+                _run(module, calls[i], watching(fits, i, mask_BS))
+        for fit in fits:
+            fit.finish()
 
     def _steps(
         self, module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], calls: list[LayerCall | None], name: str
@@ -289,15 +305,23 @@ def _loss_of(
     device: torch.device,
 ) -> Tensor:
     """The summed loss of the blocks of a layer, called as a batch calls it."""
-    mask_BS = torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(device)
     losses: list[Tensor] = []
+    _run(module, call, learning(pairs, _mask(batch, device), losses))
+    return torch.stack(losses).sum()
+
+
+def _run(module: nn.Module, call: LayerCall, watching: contextlib.AbstractContextManager[Any]) -> None:
+    """Call a layer as a batch calls it, watched, which may change the forward of the layer itself."""
     asking = module.__dict__.pop("forward")  # the run's own, which would wait for this very call
     try:
-        with learning(pairs, mask_BS, losses), call.torch.entered():
+        with watching, call.torch.entered():
             call.context.run(module.forward, *call.given, **call.named)
     finally:
         module.forward = asking
-    return torch.stack(losses).sum()
+
+
+def _mask(batch: Batch, device: torch.device) -> Tensor:
+    return torch.nn.functional.pad(batch.loss_mask_BS[:, 1:], (0, 1)).to(device)
 
 
 def _named(prefix: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -23,6 +23,7 @@ class Constant(Part):
     prefix = ""
     changes_weights = False
     trains = "with bases"
+    linear = ("constant_ND",)
     at_once = True
 
     def needs(self) -> tuple[str, ...]:

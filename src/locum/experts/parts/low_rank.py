@@ -89,6 +89,7 @@ class LowRank(Part):
     plural = "low-rank stand-ins"
     prefix = "adapters.{}."
     fades_in = False
+    linear = ("down_B_DR",)
     at_once = True
     has_products = True
 

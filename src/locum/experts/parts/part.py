@@ -109,6 +109,9 @@ class Part(abc.ABC):
     as_weights: ClassVar[bool] = True  # whether whole weights can say it (`whole`)
     fades_in: ClassVar[bool] = True  # annealing lets it come in as the old weights fade out (training/layer.py)
     trains: ClassVar[str] = "always"  # in recovery by adapters: "always", "with bases" or "never"
+    linear: ClassVar[
+        tuple[str, ...]
+    ] = ()  # trained tensors [N, D] or [N, D, R], a number of the output from each row D
     at_once: ClassVar[bool] = False  # whether it has the grouped products below, for all pairs at once
     has_products: ClassVar[bool] = False  # whether these are products with matrices (biases and constants are not)
     sees: ClassVar[Mapping[str, str]] = {}  # by tensor, the weight of ExpertWeights whose inputs are its own

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data.tokens import Batch
 from ...errors import OptionError
@@ -26,6 +24,7 @@ from ..adapters import (
     with_adapters,
 )
 from ..context import Context, check_whole_original, mark_of
+from ..imitation import learning
 from ..routers import router_parameters
 from . import Way, way
 
@@ -40,6 +39,8 @@ class Layerwise(Way):
     y_l is MoE layer l, y*_l that of the original, h_t its inputs in the compressed model, which training does not reach
     through: a layer learns from its own error alone, however deep the model. `recover` trains one layer after the other, each for
     all steps on what the layers that have learnt give it (training/one_by_one.py), in the memory of one where models are streamed.
+    It begins with least squares: constants and the second factors of down's adapters are where a layer's error is least
+    (training/closed_form.py), as told by other batches than those that are fitted.
 
     Trained:  as by `lora`; with `routers` the routers too.
     Loss:     above. Validation is the cross entropy of the next token, as for every way; of `recover` at both ends.
@@ -49,7 +50,7 @@ class Layerwise(Way):
     Cost:     a forward pass of the compressed model and of the original's MoE layers; gradients of one layer at a time. Hidden
               states of all batches; on the disk where they take more than 1 GiB.
     Source:   Puzzle, arXiv 2411.19146. Differs: inputs are those that the compressed layers before make, where blocks there are
-              trained apart, on the original's. A live model given to `recover_model` learns in all layers at once.
+              trained apart, on the original's. A live model given to `recover_model` learns in all layers at once, by AdamW alone.
     """
 
     across_ranks: ClassVar[bool] = (
@@ -59,6 +60,7 @@ class Layerwise(Way):
     train_bases: bool = train_bases_option()
     keep_size: bool = keep_size_option()
     routers: bool = option(False, "train the routers of the layers too")
+    closed_form: bool = option(True, "begin with least squares, in what a layer's output is linear in")
 
     def objection(self, plan: Plan | None) -> str | None:
         if changed_layers(plan):
@@ -107,46 +109,3 @@ class Layerwise(Way):
 def changed_layers(plan: Plan | None) -> set[str]:
     """Layers with an error. The others have rounding alone, which AdamW would take for something to learn from."""
     return {layer.layer for layer in (plan.layers if plan else ()) if not layer.is_identity}
-
-
-@contextlib.contextmanager
-def learning(pairs: Sequence[tuple[nn.Module, nn.Module]], mask_BS: Tensor, losses: list[Tensor]) -> Iterator[None]:
-    """Let every block, given with that of the original, add its loss to a list as it runs."""
-    try:
-        for block, teacher in pairs:
-            block.forward = functools.partial(_learn, block.forward, teacher, mask_BS, losses)
-        yield
-    finally:
-        for block, _ in pairs:
-            block.__dict__.pop("forward", None)
-
-
-def _learn(forward: Any, teacher: nn.Module, mask_BS: Tensor, losses: list[Tensor], *given: Any, **named: Any) -> Any:
-    """A block's output, without a gradient, after its loss was taken. What comes in has no gradient either."""
-    with torch.enable_grad():
-        output = forward(*given, **named)
-        ours_MD = _first(output)[mask_BS].float()
-    dtype = next(teacher.parameters()).dtype
-    theirs = teacher(*_in(given, dtype), **_in(named, dtype))
-    theirs_MD = _first(theirs)[mask_BS].float()
-    with torch.enable_grad():
-        scale = theirs_MD.square().sum(dim=-1).mean().clamp(min=torch.finfo(torch.float32).tiny)
-        losses.append((ours_MD - theirs_MD).square().sum() / scale)
-    return _map(output, Tensor.detach)
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _in(given: Any, dtype: torch.dtype) -> Any:
-    return _map(given, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-
-def _map(value: Any, change: Any) -> Any:
-    """A nest of tuples, lists and dictionaries with other tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    return type(value)(_map(item, change) for item in value) if isinstance(value, (tuple, list)) else value
