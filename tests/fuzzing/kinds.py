@@ -36,6 +36,10 @@ PLANNED = (
     "compress model --data words.txt --statistics stats.safetensors --remove 0.4 --rank 2 --out out --json",
     "apply model --plan constants.json --out out --json",
 )
+WEIGHED = (
+    "plan auto.safetensors --method auto --remove 0.5 --out out.json --json",
+    "frontier auto.safetensors --points 2 --out out.json --json",
+)
 SEARCHED = ("plan searched.safetensors --method moe-i2 --remove 0.5 --out out.json --json",)
 OF_MODEL = (INSPECT.format("model"), f"{CALIBRATE} --out out.safetensors --json", APPLY, EVAL.format("model"))
 OF_SMALL = (INSPECT.format("small"), EVAL.format("small"), f"{RECOVER} --out out --json", STOCK, REMOTE)
@@ -58,6 +62,8 @@ KINDS: dict[str, tuple[Reading, ...]] = {
         Reading(("stats.safetensors",), "notes", PLANNED),
         Reading(("stats.safetensors",), "weights", PLANNED),
         Reading(("searched.safetensors",), "notes", SEARCHED),
+        Reading(("auto.safetensors",), "notes", WEIGHED),
+        Reading(("auto.safetensors",), "weights", WEIGHED),
         Reading(("searched.safetensors",), "weights", SEARCHED),
     ),
     "results": (

@@ -25,7 +25,7 @@ LINES = {
     "show": "show lightmoe --json",
     "demo": "demo --steps 0 --out out --json",
     "plan": "plan stats.safetensors --remove 0.4 --rank 2 --out out.json --json",
-    "frontier": "frontier stats.safetensors --points 2 --out out.json --json",
+    "frontier": "frontier auto.safetensors --points 2 --out out.json --json",
     "apply": "apply model --plan plan.json --out out --json",
     "compress": f"compress model --data words.txt {SHORT} --remove 0.4 --rank 2 --out out --json",
     "recover": f"{RECOVER} --out out --json",

@@ -32,6 +32,7 @@ VECTORS = "recover vectors --how vectors --data words.txt --length 64 --batch-si
 MADE = (
     f"{CALIBRATE} --out stats.safetensors",
     f"{SEARCH} --out searched.safetensors",
+    f"search model --data words.txt {SHORT} --method auto --out auto.safetensors",
     "plan stats.safetensors --remove 0.4 --rank 2 --out plan.json",
     "plan stats.safetensors --method mone --remove 0.25 --out constants.json",
     "plan stats.safetensors --method prune --remove 0.25 --out prune.json",
