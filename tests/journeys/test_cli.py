@@ -388,6 +388,7 @@ OUTPUTS = """
 calibrate {checkpoint} --data {words} --out {file}
 search {checkpoint} --data {words} --out {file}
 plan {statistics} --remove 0.4 --rank 2 --out {file}
+frontier {statistics} --out {file}
 apply {checkpoint} --plan {plan} --out {folder}
 compress {checkpoint} --data {words} --remove 0.4 --out {folder}
 recover {small} --data {words} --out {folder}

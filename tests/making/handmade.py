@@ -127,6 +127,7 @@ def with_search(statistics: Statistics) -> Statistics:
             0, 1, CANDIDATES, dtype=torch.float64
         )  # of its worth, for what stands in for an expert
         found |= {"candidate_error": worth_E[:, None] * share_C, "error_price": torch.tensor(0.5, dtype=torch.float64)}
+        found |= {"candidate_loss": torch.full((CANDIDATES,), torch.inf, dtype=torch.float64)}
         in_first = {name: torch.zeros(len(statistics.domains), *x.shape, dtype=x.dtype) for name, x in found.items()}
         for name, value in found.items():
             in_first[name][0] = value

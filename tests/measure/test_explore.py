@@ -15,7 +15,8 @@ from families.case import near, tokens_of
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError, UnsupportedModel
-from locum.measure.removals import ModelExplorer, draw_sample, gram_of_outputs
+from locum.measure.every_output import gram_of_outputs
+from locum.measure.removals import ModelExplorer, draw_sample
 from locum.models.families import find_layers, read_expert, write_expert
 from locum.models.next_token_loss import loss_sum
 from locum.models.router_rules import spread_gates

@@ -126,6 +126,35 @@ def test_a_plan_says_of_every_expert_what_it_became_and_what_was_next_to_it() ->
     assert said["predicted_kl"] > 0
 
 
+def test_a_candidate_costs_what_a_layer_that_is_all_of_it_costs_the_model() -> None:
+    """By a loop: the errors of a kind add up to its loss, what was not measured has the price of noise, none costs next to nothing."""
+    statistics, layer = make_statistics(SHAPE), SHAPE.layers[0]
+    found = statistics.layers[layer.name]
+    error_EC, noise = found["candidate_error"].sum(0), float(found["error_price"].sum(0))
+    loss_C = torch.full((CANDIDATES,), torch.inf, dtype=torch.float64)
+    bits, low, nothing = (KINDS_OF.index(kind) for kind in ("bits", "low-rank", "nothing"))
+    loss_C[bits], loss_C[low], loss_C[nothing] = (
+        0.0,
+        *(noise * x * float(error_EC[:, c].sum()) for x, c in ((2, low), (7, nothing))),
+    )
+    found["candidate_loss"] = torch.stack([loss_C, torch.zeros_like(loss_C)])
+    given_E = found["gated_norm_product"].sum(0).diagonal()
+    whole = float(error_EC[:, nothing].sum())
+    cost_EC = Auto(protect=False).score_experts(statistics, SHAPE)[0].choices.cost_EC
+    prices = {
+        bits: 0.5 * noise,
+        low: 2 * noise,
+        nothing: 7 * noise,
+        KINDS_OF.index("drop"): 7 * noise,
+        KINDS_OF.index("constant"): noise,
+    }
+    for c, price in prices.items():
+        for e in range(8):
+            share = float(error_EC[e, c] / error_EC[e, nothing])
+            expected = share * whole * float(given_E[e] / given_E.sum()) * price
+            assert cost_EC[e, c] == pytest.approx(expected, rel=1e-9)
+
+
 def test_out_of_reach_is_said() -> None:
     with pytest.raises(PlanError, match="out of reach"):
         locum.plan([make_statistics(SHAPE)], method="auto", fit="100")

@@ -93,6 +93,7 @@ FOUND = SearchEvent(
         "loss_curve": torch.tensor([-1, 0.5, 2, 2, 2], dtype=torch.float64),
         "best_sets": torch.tensor([[0, 1, 0, 0, 0], *[[0, 1, 0, 0, 1]] * 4], dtype=torch.float64),
         "candidate_error": torch.arange(5 * CANDIDATES, dtype=torch.float64).view(5, CANDIDATES),
+        "candidate_loss": torch.arange(CANDIDATES, dtype=torch.float64),
         "error_price": torch.tensor(0.25, dtype=torch.float64),
         "merge_weights": torch.eye(5, dtype=torch.float64).repeat(5, 1, 1),
     }

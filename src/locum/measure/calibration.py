@@ -49,8 +49,8 @@ from ..stats.events import (
 from ..stats.merging import over_ranks
 from ..stats.origin import Origin
 from ..stats.sums import Pooled, Statistics, Sums, axis_sizes, check_needs, is_pooled, taken_up
+from .every_output import outputs_of_all
 from .gradients import Gradients
-from .removals import outputs_of_all
 from .residuals import Residuals
 
 if TYPE_CHECKING:

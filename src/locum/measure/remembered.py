@@ -75,6 +75,10 @@ class RememberedAnswers:
         keys = [self._key("stand_in_error", said, str(e).encode()) for e in range(len(plan.slots))]
         return self._answers(keys, lambda missing: self.explorer.stand_in_error(plan)[missing])
 
+    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
+        said = json.dumps(layer_to_json(plan), sort_keys=True).encode()
+        return self._answers([self._key("stand_in_loss", said)], lambda _: self.explorer.stand_in_loss(plan)[None])[0]
+
     def output_square(self, layer: str) -> Tensor:
         return self._answers(
             [self._key("output_square", layer.encode())], lambda _: self.explorer.output_square(layer)[None]

@@ -6,6 +6,7 @@
     loss_merged     the same where experts are also mixtures of each other (`merged_experts.py`)
     block_error     the hidden state after a stretch of decoder layers
     stand_in_error  one layer's experts, where something else stands in for them
+    stand_in_loss   the whole model, where something else stands in for one layer's experts
     noise_price     the whole model, where there is noise in one layer's output
     prune           for good, in place
 
@@ -34,9 +35,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..containers.container import StandInExperts
 from ..data.tokens import Batch, Tokens, cut, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
 from ..models.decoder_layers import decoder_stack, place_in
@@ -51,11 +53,12 @@ from ..models.sizes import shape_of
 from ..models.watch import evaluating, observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
-from ..stats.events import EveryExpertEvent, RoutedEvent
+from ..stats.events import RoutedEvent
 from ..stats.sums import Statistics
+from .every_output import gram_of_outputs
 from .layer_watch import LayerWatch, UpToExperts
 from .merged_experts import merged_experts
-from .stand_ins import noise_prices, stand_in_errors
+from .stand_ins import noise_prices, stand_in, stand_in_errors, stand_in_loss
 
 SAMPLE = 2048  # tokens
 PIECE = 128  # tokens at most that the sample takes of one block: many short pieces say more than a few long ones
@@ -142,6 +145,7 @@ class ModelExplorer:
         self._recording: Recording | None = None
         self._caches: dict[str, LayerCache] = {}
         self._pairs: tuple[str, RoutedEvent, Tensor] | None = None
+        self._made: tuple[LayerPlan, StandInExperts] | None = None
         self._loss: float | None = None
         self._whole: tuple[tuple[int, int], list[Tensor]] | None = None
 
@@ -214,9 +218,28 @@ class ModelExplorer:
 
     def stand_in_error(self, plan: LayerPlan) -> Tensor:
         """[E] of each expert of a layer sum g^2 |f(x) - f'(x)|^2 over its pairs of the sample, f' what the plan makes of it."""
-        pairs, layer = self._routed(plan.layer)[0], self.layers[plan.layer]
+        pairs = self._routed(plan.layer)[0]
         with self._quiet():
-            return stand_in_errors(layer, plan, pairs, self.statistics, self.seed)
+            return stand_in_errors(self._stand_in(plan), pairs)
+
+    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
+        """KL(model || model in which a layer is what the plan makes of it), nats per token of the sample."""
+        self._check_whole("what stand-ins cost is")
+        with self._quiet():
+            return stand_in_loss(self.model, self.layers[plan.layer], self._stand_in(plan), self.batches)
+
+    def _stand_in(self, plan: LayerPlan) -> StandInExperts:
+        # The last one is kept: its errors and its loss are asked for in turn.
+        if self._made is None or self._made[0] != plan:
+            self._made = plan, stand_in(self.layers[plan.layer], plan, self.statistics, self.seed)
+        return self._made[1]
+
+    def _check_whole(self, what: str) -> None:
+        if is_streamed(self.model):
+            raise UnsupportedModel(
+                f"{what} tried on the whole model, which a streamed one is not: give --no-stream, or --price output"
+            )
+        check_predicts(self.model, "it has no loss to increase")
 
     def output_square(self, layer: str) -> Tensor:
         """The sum over the sample of |y|^2, y the routed output of a layer."""
@@ -224,11 +247,7 @@ class ModelExplorer:
 
     def noise_price(self, size: float) -> Tensor:
         """[L] what noise of this share of a layer's output costs the whole model (stand_ins.py)."""
-        if is_streamed(self.model):
-            raise UnsupportedModel(
-                "noise is tried on the whole model, which a streamed one is not: give --no-stream, or --price output"
-            )
-        check_predicts(self.model, "it has no loss to increase")
+        self._check_whole("noise is")
         with self._quiet():
             return noise_prices(self.model, list(self.layers.values()), self.batches, size, self.seed)
 
@@ -463,20 +482,6 @@ def _loss_of(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
     with torch.no_grad():  # a streamed model runs in threads of its own
         summed, count = loss_sum(model, batch, model.device)
     return float(summed), count
-
-
-def outputs_of_all(experts: nn.Module, x_TD: Tensor) -> Iterator[Tensor]:
-    """[T, E, D] outputs of all experts, of some tokens at a time; every expert runs on every token."""
-    num_experts = experts.num_experts
-    for part_TD in x_TD.split(max(1, CHUNK // (num_experts * x_TD.shape[1]))):
-        index_TE = torch.arange(num_experts, device=x_TD.device).expand(len(part_TD), -1)
-        event = run_experts(experts, part_TD, index_TE, torch.ones_like(index_TE, dtype=part_TD.dtype))[1]
-        yield event.out_PD.view(num_experts, len(part_TD), -1).transpose(0, 1)
-
-
-def gram_of_outputs(experts: nn.Module, x_TD: Tensor) -> Tensor:
-    """[T, E, E] products of the outputs of all experts for every token, in float64."""
-    return torch.cat([EveryExpertEvent(out_TED).gram_TEE for out_TED in outputs_of_all(experts, x_TD)])
 
 
 def _biases(layer: MoeLayer) -> tuple[Tensor, ...]:

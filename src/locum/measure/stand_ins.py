@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.application import make_container
+from ..containers.container import StandInExperts
 from ..data.tokens import Batch
 from ..models.families import MoeLayer, canonical_activation, read_expert
 from ..plans.layer_plan import LayerPlan
@@ -23,14 +24,8 @@ from ..stats.sums import Statistics
 ROOM = 2**24  # numbers of inputs that go through a stand-in at a time
 
 
-def stand_in_errors(
-    layer: MoeLayer, plan: LayerPlan, pairs: RoutedEvent, statistics: Statistics | None, seed: int
-) -> Tensor:
-    """[E] float64: of each expert sum g^2 |f(x) - f'(x)|^2 over its pairs, where the layer becomes what the plan says.
-
-    The layer's container is made and run as in a compressed model, so number formats, biases and norms are what they will be. The plan
-    drops no expert.
-    """
+def stand_in(layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> StandInExperts:
+    """The container of a layer as a plan that drops no expert has it: number formats, biases and norms are what they will be."""
     container = make_container(
         plan,
         layer.shape,
@@ -40,6 +35,11 @@ def stand_in_errors(
         seed,
     )
     container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
+    return container
+
+
+def stand_in_errors(container: StandInExperts, pairs: RoutedEvent) -> Tensor:
+    """[E] float64: of each expert sum g^2 |f(x) - f'(x)|^2 over its pairs, f' what the container computes."""
     error_P = torch.empty(len(pairs.expert_P), dtype=torch.float64, device=pairs.in_PD.device)
     for some in torch.arange(len(error_P)).split(max(1, ROOM // pairs.in_PD.shape[1])):
         q = slice(int(some[0]), int(some[-1]) + 1)
@@ -47,6 +47,24 @@ def stand_in_errors(
         made_QD = container(pairs.in_PD[q], pairs.expert_P[q, None], one_Q1)
         error_P[q] = (made_QD.double() - pairs.out_PD[q].double()).square().sum(dim=1)
     return pairs.sum_pairs(pairs.gate_P.double().square() * error_P).cpu()
+
+
+def stand_in_loss(
+    model: PreTrainedModel, layer: MoeLayer, container: StandInExperts, batches: Sequence[Batch]
+) -> Tensor:
+    """A float64: KL(model || model with the container in the place of one layer's experts) in nats, the mean over tokens that have
+    loss. The model is as it was afterwards."""
+    lost, count = 0.0, 0
+    for batch in batches:
+        whole_MV = _predicted(model, batch)
+        model.set_submodule(layer.shape.name, container)
+        try:
+            changed_MV = _predicted(model, batch)
+        finally:
+            model.set_submodule(layer.shape.name, layer.experts)
+        lost += float((whole_MV.exp() * (whole_MV - changed_MV)).sum(dtype=torch.float64))
+        count += len(whole_MV)
+    return torch.tensor(max(0.0, lost) / max(1, count), dtype=torch.float64)
 
 
 def noise_prices(

@@ -155,6 +155,10 @@ class Explorer(Protocol):
         becomes of it by the layer's plan."""
         ...
 
+    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
+        """A float64: KL(model || model in which one layer is what the plan makes of it), the mean over the cached tokens."""
+        ...
+
     def output_square(self, layer: str) -> Tensor:
         """A float64: the sum over the cached tokens of |y|^2, y what the layer's experts give together."""
         ...

@@ -34,6 +34,7 @@ from ..stats.sums import LayerStatistics, Statistics
 from . import Explorer, Weights, method
 
 COSTS = ("measured", "shuffled", "random")
+LEAST = 0.5  # of the price of noise: what hardly costs anything is lost in rounding
 PROTECTED_BITS = ("", "int8-g32", "int4-g32")  # in which the weights of a Super Expert may be
 
 
@@ -43,9 +44,7 @@ class Layer:
 
     candidates: Sequence[Candidate]
     choices: Choices
-    share: Mapping[
-        str, np.ndarray
-    ]  # by domain [E]: what a unit of an expert's cost is in nats per token of that domain
+    share: Mapping[str, np.ndarray]  # by domain [E]: nats per token of it for a unit of each expert's cost
 
 
 @method("auto", paper="no paper (all operations under one budget)", saves="bytes")
@@ -54,29 +53,37 @@ class Auto:
     """Give every expert of every layer what costs the model least: its weights in 8 to 2 bits, fewer columns, low rank or a base with an
     adapter in 4 bits, a constant, nothing, or no place at all, so that all of them together fit the bytes.
 
-    min over choices c_e of sum_l p_l sum_e cost(e, c_e)  with  sum_l sum_e bytes(c_e) + bases <= budget
+    min over choices c_e of sum_l sum_e p_l,c_e error(e, c_e)  with  sum_l sum_e bytes(c_e) + bases <= budget
 
     1. Sweep: every candidate of every expert is built from the Gram matrices, as a plan would have it, and run on the sample:
        error(e, c) = sum over tokens routed to e of g^2 |f_e(x) - f'_e(x)|^2; of a dropped expert what the layer's output loses when the
        router chooses others (`candidate_error`). As a share of what the expert gives in the sample, sum g^2 |f_e(x)|^2, it is known
        well; what the expert gives is taken from all of calibration, or chance would choose.
-    2. Prices: noise of a known size in one layer's output says what its errors cost the model, in nats (`error_price`).
+    2. Prices: the loss of the model where all experts of a layer are a candidate (`candidate_loss`) says what a unit of that candidate's
+       errors costs there, in nats. Errors of rounding cost what noise of their size costs (`error_price`, `--price noise`, which needs
+       one pass for a layer); those of low rank and fewer columns cost two or three times as much, as they are alike for all experts
+       of a token.
     3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). The base of a layer is the rows of its
        most used expert or the mean of all, in 4 bits, and counts once.
        What runs without Locum (`--serves any`, `llamacpp`) has equally many whole experts in every layer: each number is tried.
     Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
-    Needs:    candidate_error and error_price, from a search; gated_norm_product; what its candidates are built from: input_gram, hidden_gram, count,
-              output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
+    Needs:    candidate_error, candidate_loss and error_price, from a search; gated_norm_product; what its candidates are built from:
+              input_gram, hidden_gram, count, output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
     Edges:    never below top-k; nothing is dropped from group-limited routers, or where it is refused. Super Experts keep own weights, in
-              4 bits at least; fewer experts than top-k of a layer become nothing, so that no token is left with nothing at all. `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
+              4 bits at least; fewer experts than top-k of a layer become nothing, so that no token is left with nothing at all.
+              `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
     Source:   not from a paper. What the choice of each expert does to others is not seen: costs add up.
     """
 
     searched_with: ClassVar = ("price", "noise", "seed")
 
-    price: str = option("noise", "what says how much a layer's errors cost", choices=("noise", "output"))
+    price: str = option(
+        "candidates",
+        "what says how much errors cost: a layer that becomes all of a candidate, noise in its output, or its output alone",
+        choices=("candidates", "noise", "output"),
+    )
     noise: float = option(0.1, "size of the noise, as a share of the layer's output", above=0, at_most=1)
     seed: int = option(0, "seed of the search: the sample, and the noise", at_least=0)
     only: str = option(
@@ -106,7 +113,7 @@ class Auto:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise OptionError(unknown("kind for --only", kind, KINDS))
-        return ("candidate_error", "error_price", *built_from, *columns, *protecting)
+        return ("candidate_error", "candidate_loss", "error_price", *built_from, *columns, *protecting)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,19 +133,21 @@ class Auto:
         layers = explorer.shape.layers
 
         def of_layer(index: int) -> Tensor:
-            error_EC = _errors(explorer, layers[index], self._tried)
+            found_XC = _errors(explorer, layers[index], self._tried, self.price == "candidates")
             progress("candidates", index + 1, len(layers))
-            return error_EC
+            return found_XC
 
-        error_L = ranks.divide(range(len(layers)), of_layer)
-        if self.price == "noise":
-            price_L = explorer.noise_price(self.noise)
-        else:
+        if self.price == "output":
             square_L = torch.stack([explorer.output_square(layer.name) for layer in layers])
             price_L = torch.where(square_L > 0, 1 / square_L, 0.0)
+        else:
+            price_L = explorer.noise_price(self.noise)
         progress("prices", len(layers), len(layers))
-        found = zip(layers, error_L, price_L, strict=True)
-        return {layer.name: {"candidate_error": error, "error_price": price} for layer, error, price in found}
+        found_L = ranks.divide(range(len(layers)), of_layer)
+        return {
+            layer.name: {"candidate_error": found_XC[:-1], "candidate_loss": found_XC[-1], "error_price": price}
+            for layer, found_XC, price in zip(layers, found_L, price_L, strict=True)
+        }
 
     # --- the plan
 
@@ -275,8 +284,21 @@ def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
     whole = max(float(sample_E.sum()), 1e-300)
     mean_C = error_EC.sum(0) / whole
     lost_EC = np.where((sample_E > 0)[:, None], error_EC / np.where(sample_E > 0, sample_E, 1)[:, None], mean_C)
-    scale_E = float(found["error_price"]) * whole * given_E / max(float(given_E.sum()), 1e-300)
-    return np.where(np.isfinite(lost_EC), np.where(np.isfinite(lost_EC), lost_EC, 0) * scale_E[:, None], np.inf)
+    scale_E = whole * given_E / max(float(given_E.sum()), 1e-300)
+    is_known_EC = np.isfinite(lost_EC)
+    return np.where(is_known_EC, np.where(is_known_EC, lost_EC, 0) * scale_E[:, None] * _prices(found, kinds), np.inf)
+
+
+def _prices(found: LayerStatistics, kinds: Sequence[str]) -> np.ndarray:
+    """[C] in nats per token and unit of error: what a layer that becomes all of a candidate costs, or noise where that was not
+    measured. Of dropping it is the price of nothing: both take away what an expert gives."""
+    noise, loss_C = float(found["error_price"]), found["candidate_loss"].numpy()
+    total_C = found["candidate_error"].numpy().sum(0)
+    is_known_C = np.isfinite(loss_C) & np.isfinite(total_C) & (total_C > 0)
+    price_C = np.where(is_known_C, np.where(is_known_C, loss_C, 0) / np.where(is_known_C, total_C, 1), noise)
+    price_C = np.maximum(price_C, LEAST * noise)
+    price_C[kinds.index("drop")] = price_C[kinds.index("nothing")]
+    return price_C[: len(kinds)]
 
 
 def _shares(statistics: Statistics, layer: LayerShape) -> dict[str, np.ndarray]:
@@ -287,10 +309,12 @@ def _shares(statistics: Statistics, layer: LayerShape) -> dict[str, np.ndarray]:
     return dict(zip(statistics.domains, given_ZE / tokens_Z1 / np.where(mean_E > 0, mean_E, 1), strict=True))
 
 
-def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate], bool]) -> Tensor:
-    """[E, C] of one layer; infinite for what is not tried."""
+def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate], bool], with_losses: bool) -> Tensor:
+    """[E, C] of one layer, infinite for what is not tried; in one row more what the model loses where all experts are that, infinite
+    where it is not measured."""
     count_E = explorer.statistics.layer(layer.name)["count"]
-    error_EC = torch.full((layer.num_experts, CANDIDATES), torch.inf, dtype=torch.float64)
+    found_XC = torch.full((layer.num_experts + 1, CANDIDATES), torch.inf, dtype=torch.float64)
+    error_EC = found_XC[:-1]
     for c, candidate in enumerate(candidates(layer, count_E)):
         if candidate.plan is None or not (is_tried(candidate) or candidate.kind == "nothing"):  # what an expert gives
             continue
@@ -298,6 +322,8 @@ def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate
             error_EC[:, c] = 0
         elif candidate.kind != "drop":
             error_EC[:, c] = explorer.stand_in_error(candidate.plan)
+            if with_losses:
+                found_XC[-1, c] = explorer.stand_in_loss(candidate.plan)
         elif spare(layer):
             alone_CE = removed_mask([(e,) for e in range(layer.num_experts)], layer.num_experts)
             error_EC[:, c] = explorer.output_error(layer.name, alone_CE).square()
@@ -305,7 +331,7 @@ def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate
         raise StatisticsError(
             f"the outputs of layer {layer.name} are not finite numbers; search in bfloat16 or float32 instead of float16"
         )
-    return error_EC
+    return found_XC
 
 
 def _keeps_weights(slot: Slot) -> bool:

@@ -33,14 +33,12 @@ def became(counts: dict[str, int]) -> str:
     return ", ".join([*shown, *([f"{rest} others"] if rest else [])])
 
 
-def drawn(result: dict[str, Any], measured: Sequence[tuple[float, float]] = ()) -> str:
-    """The curve of one search. `measured` are bits per weight and KL of models that were measured."""
+def drawn(result: dict[str, Any]) -> str:
+    """The curve of one search."""
     points = tuple((point["bits_per_weight"], point["predicted_kl"]) for point in result["points"])
     lines = [Series("predicted", points, "c0", "dots", "bits")]
-    if measured:
-        lines.append(Series("measured", tuple(sorted(measured)), "c1", "dots", "bits"))
     caption = "The least loss that the search predicts for each size. Down and to the left is better."
-    caption += " Predictions of plans that mix operations are too low; what was measured is drawn where there is any."
+    caption += " These are predictions: locum eval measures."
     return figure(curves(lines, "bits per weight of the experts", "KL from the original, nats per token"), caption)
 
 

@@ -37,7 +37,7 @@ from ..measure.removals import CACHE_BYTES, ModelExplorer
 from ..methods import Explorer, SearchingMethod
 from ..models.families import find_layers
 from ..models.layer_major import HELD, held_bytes
-from ..plans.plan import Plan
+from ..plans.plan import LayerPlan, Plan
 from ..shapes import ModelShape
 from ..stats.sums import Statistics, is_pooled, nbytes
 from ..training.context import Original
@@ -299,6 +299,13 @@ class _Timed:
         self.asked_of_layer.append(len(removed_CE))
         try:
             return self._explorer.loss_increase(layer, removed_CE)
+        finally:
+            self.whole_seconds += time.perf_counter() - begin
+
+    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
+        begin = time.perf_counter()
+        try:
+            return self._explorer.stand_in_loss(plan)
         finally:
             self.whole_seconds += time.perf_counter() - begin
 

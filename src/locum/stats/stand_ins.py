@@ -30,6 +30,22 @@ def candidate_error(event: SearchEvent) -> Tensor:
     return event.found["candidate_error"]
 
 
+@statistic("candidate_loss", axes="C", event=SearchEvent, on_demand=True)
+def candidate_loss(event: SearchEvent) -> Tensor:
+    """What the model loses where all experts of a layer become a candidate, so that errors of different kinds compare.
+
+    KL(model || model in which every expert of the layer is that), the mean over tokens
+
+    Needs:    a search on the live model (`locum search --method auto`); calibration does not give it.
+    Shapes:   (C,), in the order of budgets/candidates.py.
+    Units:    nats per token.
+    Edges:    infinite where it was not measured: of a candidate that a layer lacks, of dropping, and with other prices.
+    Cost:     two passes of the model over the sample for each candidate of each layer.
+    Source:   not from a paper.
+    """
+    return event.found["candidate_loss"]
+
+
 @statistic("error_price", axes="", event=SearchEvent, on_demand=True)
 def error_price(event: SearchEvent) -> Tensor:
     """What a unit of error in a layer's output costs the model, so that errors of different layers compare.
