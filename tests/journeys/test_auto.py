@@ -1,0 +1,93 @@
+"""The journey of `compress --method auto`: one command, cut short and gone on with, and streamed as in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import locum
+from locum.checkpoints.load import load_model
+from locum.measure.removals import ModelExplorer
+from making.checkpoints import VOCABULARY, tree, write_checkpoint
+from making.checkpoints import locum as command
+
+pytestmark = pytest.mark.journeys
+SHORT = {"tokens": 1024, "length": 32, "sample": 128}
+FLAGS = [word for name, value in SHORT.items() for word in (f"--{name}", value)]
+IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    return write_checkpoint(tmp_path_factory.mktemp("auto") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def limit(model: Path) -> int:
+    """Bytes that leave an original weight of an expert about 2.5 bits."""
+    shape = locum.read_shape(model)
+    return int(shape.bytes - shape.bytes_of_experts + 2.5 / 8 * shape.expert_parameters)
+
+
+def test_one_command_makes_a_checkpoint_of_the_size_that_opens_and_says_why(model, words, limit, tmp_path):
+    out = tmp_path / "small"
+    done = command("compress", model, "--method", "auto", "--data", words, "--fit", limit, *FLAGS, "--out", out)
+    assert done.exit_code == 0, done.output
+    one = locum.read_shape(model).bytes_of_expert(locum.read_shape(model).layers[0])
+    assert limit - one < locum.inspect(out)["bytes"] <= limit
+    with torch.no_grad():
+        assert load_model(out)(IDS).logits.isfinite().all()
+    said = locum.load_plan(out / "plan.json").provenance["auto"]
+    assert said["predicted_kl"] > 0 and all(len(lines) == 8 for lines in said["experts"].values())
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+
+
+def test_one_that_is_cut_short_goes_on_and_makes_the_same(model, words, limit, monkeypatch, tmp_path):
+    asked = {"method": "auto", "data": str(words), "fit": str(limit), "seed": 5, **SHORT}
+    real, calls = ModelExplorer.stand_in_error, Counter()
+
+    def counted(self, plan):
+        calls[run] += 1
+        if run == "cut short" and calls[run] > 25:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    monkeypatch.setattr(ModelExplorer, "stand_in_error", counted)
+    run = "cut short"
+    with pytest.raises(KeyboardInterrupt):
+        locum.compress(model, out=tmp_path / "again", **asked)
+    assert not (tmp_path / "again").exists()
+    run = "gone on with"
+    again = locum.compress(model, out=tmp_path / "again", **asked)
+    assert {path.name for path in tmp_path.iterdir()} == {"again"}
+    run = "at once"
+    whole = locum.compress(model, out=tmp_path / "whole", statistics=tmp_path / "statistics", **asked)
+    assert calls["gone on with"] == calls["at once"] - 25
+    left, right = tree(again), tree(whole)
+    assert left["model.safetensors"] == right["model.safetensors"]
+    assert locum.load_plan(again / "plan.json").id == locum.load_plan(whole / "plan.json").id
+
+
+def test_streamed_it_finds_what_it_finds_in_memory(model, words, limit, tmp_path):
+    found = {}
+    for stream in (False, True):
+        file = tmp_path / f"stream-{stream}"
+        asked = {"method": "auto", "price": "output", "data": str(words), **SHORT}
+        statistics = locum.search(model, out=file, stream=stream, **asked)
+        plan = locum.plan([statistics], method="auto", fit=str(limit))
+        found[stream] = plan, [dict(statistics.layer(x.name)) for x in statistics.shape.layers]
+    (plan, layers), (streamed_plan, streamed_layers) = found[False], found[True]
+    assert plan.layers == streamed_plan.layers
+    for here, there in zip(layers, streamed_layers, strict=True):
+        assert set(here) == set(there)
+        assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+
+def test_streamed_it_says_that_noise_needs_the_whole_model(model, words, tmp_path):
+    asked = {"method": "auto", "data": str(words), "stream": True, **SHORT}
+    with pytest.raises(locum.UnsupportedModel, match="--no-stream, or --price output"):
+        locum.search(model, out=tmp_path / "found", **asked)
