@@ -8,6 +8,7 @@ What a run keeps, so that the same command goes on after it was killed, stands b
     recover                  the last state of a training, and its log
     statistics.safetensors   of `compress`
     unrecovered              of `compress --recover`: the checkpoint that is trained
+    unpacked                 of `compress --rest`: the checkpoint whose weights outside of the experts are packed, in a folder
     rounds                   of `compress --rounds`: what the last round left, and statistics of it, in a folder
 
 A stage that ends well removes all of them (`clear_states`). What could not be gone on from is set aside, as `.OUT.STATE.aside`.
@@ -38,7 +39,10 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-STATES = ("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered", "rounds")
+STATES = (
+    *("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered", "unpacked"),
+    "rounds",
+)
 OUTPUTS_INSIDE = ("calibrated", "statistics.safetensors", "unrecovered")  # what a stage inside the run writes
 RANK = re.compile(r"\.(?:partial|answers)-\d+-of-\d+")  # what each of several ranks keeps for itself
 PROGRESS = ".locum-progress.json"  # in a folder that a run goes on with

@@ -65,6 +65,7 @@ LINES = [
     ("calibrate {small} --data {words} --out {out}", "has stand-ins); calibrate the original"),
     ("apply {small} --plan {plan} --out {out}", "has stand-ins); apply the plan to the original"),
     ("compress {small} --data {words} --remove 0.5 --out {out}", "compressed already"),
+    (f"{COMPRESS} {TARGET} --rest 5", "unknown number format of compressed-tensors '5'"),
     # plans
     (f"{APPLY} {{nowhere}}", "no plan file at {nowhere}; make one with: locum plan"),
     (f"{APPLY} {{broken_plan}}", "is not valid JSON|line"),

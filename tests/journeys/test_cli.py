@@ -96,7 +96,7 @@ WAY_OPTIONS = {
 }
 TARGET_OPTIONS = {
     "compressed-tensors": "--bits --group --rest --statistics",
-    "gguf": "--experts --pre-tokenizer --type",
+    "gguf": "--experts --pre-tokenizer --statistics --type",
     "imatrix": "--statistics",
     "remote-code": "",
     "stock": "",
@@ -112,7 +112,7 @@ COMMANDS = {
     "compare": "MODEL --batch-size --bits --data --device --force --json --leave-out --length --measured --methods --out --precision "
     "--recover --remove --seed --seeds --stream --tokens",
     "compress": "MODEL --batch-size --bits --data --device --dry-run --fit --force --group --json --length --method --out --preset "
-    "--quantiser --recover --remove --rounds --sample --seed --statistics --tokens",
+    "--quantiser --recover --remove --rest --rounds --sample --seed --statistics --tokens",
     "demo": "--force --json --out --steps",
     "eval": "MODEL --against --append --batch-size --card --data --device --dry-run --force --json --length --limit --name "
     "--out --precision --resamples --seed --split --stream --task-path --tasks --tokens",

@@ -27,11 +27,12 @@ def parse_size(text: str | int) -> int:
 class Target:
     """How small: the fraction of the routed experts' parameters to remove, or the bytes that the checkpoint has to fit.
 
-    Raises OptionError unless exactly one of the two is given, and for a fraction out of range.
+    `saved` bytes are gone before any plan: those of weights outside of the experts that are put in few bits. Raises OptionError unless exactly one of the two is given, and for a fraction out of range.
     """
 
     remove: float | None = None
     fit: int | None = None
+    saved: int = 0
 
     def __post_init__(self) -> None:
         if (self.remove is None) == (self.fit is None):
@@ -45,7 +46,9 @@ class Target:
 
     def saving(self, shape: ModelShape) -> float:
         """Bytes that have to go: of the routed experts for `remove`, of the whole checkpoint for `fit`."""
-        return max(0, shape.bytes - self.fit) if self.fit is not None else self.remove * shape.bytes_of_experts
+        if self.fit is None:
+            return self.remove * shape.bytes_of_experts
+        return max(0, shape.bytes - self.saved - self.fit)
 
     def in_bytes(self, shape: ModelShape) -> Target:
         """The same as a size of the whole checkpoint: the fraction to remove is then one of the experts' bytes."""
@@ -53,12 +56,14 @@ class Target:
 
     def excess(self, plan: Plan, shape: ModelShape) -> float:
         """What a plan leaves too much: bytes for `fit`, a fraction for `remove`. Below 0 where it does more than asked."""
-        return plan.size(shape).bytes - self.fit if self.fit is not None else self.remove - plan.removed(shape)
+        if self.fit is None:
+            return self.remove - plan.removed(shape)
+        return plan.size(shape).bytes - self.saved - self.fit
 
     def check_reached(self, plan: Plan, shape: ModelShape) -> None:
         """Raise PlanError where the most that a method can do, this plan, is too little."""
         if self.fit is not None and self.excess(plan, shape) > 0:
-            smallest = plan.size(shape).bytes
+            smallest = plan.size(shape).bytes - self.saved
             raise PlanError(
                 f"--fit {self.fit:,} bytes is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
                 f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}; allow more, or choose another method or a lower rank"

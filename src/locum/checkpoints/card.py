@@ -75,6 +75,14 @@ def with_section(text: str, section: Sequence[str]) -> str:
     return before + new + after if begin and end else f"{text.rstrip()}\n\n{new}\n"
 
 
+def with_rest(text: str, size: int, words: str) -> str:
+    """A card's text for the same checkpoint with weights outside of the experts in few bits: `size` bytes of tensors, and the words
+    that say which weights."""
+    row = re.compile(r"^(\| tensor bytes \| [\d,]+ \|) [\d,]+ \|\n", re.MULTILINE)
+    said = f"\\1 {size:,} |\n\nBesides the experts: {plain(words)}. transformers needs the package compressed-tensors to read them.\n"
+    return row.sub(said, text, count=1)
+
+
 def head_of(data: ModelCardData) -> str:
     """The head of a card, between its lines of dashes."""
     return f"---\n{data.to_yaml()}\n---"

@@ -28,6 +28,8 @@ from ..formats.schemes import Scheme, quantization_config
 from ..models.conversions import named_alike, names_in_files
 from ..models.decoder_layers import decoder_stack
 from .cuts import find_cuts
+from .empty_model import locum_layers
+from .placing import LocumConfig
 from .rewrite import Step
 from .shard_reader import ShardReader
 from .shard_writer import Entry, ShardWriter
@@ -54,21 +56,21 @@ class Compression:
     """What becomes of a checkpoint: its config, the steps to its files, and their size. No weight is read to make it.
 
     `grams(layer, expert)` gives the mean Gram matrices of what goes into an expert and of what is in it; without, numbers are the
-    nearest. Raises UnsupportedModel and CheckpointError for files whose experts cannot be told apart.
+    nearest. Without a scheme for experts, they stay as they are, containers too, and so does a tied head. Raises UnsupportedModel and CheckpointError for files whose experts cannot be told apart.
     """
 
     def __init__(
         self,
         source: Source,
-        experts: Scheme,
+        experts: Scheme | None,
         rest: Scheme | None = None,
         grams: Callable[[str, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self._source, self._grams = source, grams
         self._files = ShardReader(source.stored)
         self._known: dict[tuple[str, tuple[int, ...], torch.dtype], dict[str, Tensor]] = {}
-        self._heads = _tied_heads(source)
-        self.weights = expert_weights(source, experts)
+        self._heads = {} if experts is None else _tied_heads(source)
+        self.weights = {} if experts is None else expert_weights(source, experts)
         asked = rest_weights(source) if rest is not None else []
         alike = {*named_alike(source.model, {name: source.places[name].name for name in asked}, "weight_scale")}
         self.rest = {n: Weight(rest) for n in asked if n in alike and rest.can_hold(source.headers[n]["shape"])}
@@ -83,11 +85,15 @@ class Compression:
     @property
     def config(self) -> Any:
         """The checkpoint's, with what it says of number formats."""
-        config = copy.deepcopy(self._source.config)
-        groups = [self._experts_scheme.group([EXPERTS], experts=True)]
+        config, groups = copy.deepcopy(self._source.config), []
+        if self._experts_scheme is not None:
+            groups.append(self._experts_scheme.group([EXPERTS], experts=True))
         if self.rest:
             groups.append(self._rest_scheme.group(self._modules(), experts=False))
-        config.quantization_config = quantization_config(groups)
+        said = quantization_config(groups)
+        if containers := locum_layers(config):
+            said = LocumConfig(containers, rest=said)
+        config.quantization_config = said
         return config
 
     def write(self, folder: Path, limit: int) -> None:

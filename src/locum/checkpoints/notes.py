@@ -18,7 +18,7 @@ from .read import fingerprint_checkpoint
 # What Locum reads of its own notes.
 KINDS = {
     **dict.fromkeys(("original", "original_fingerprint", "plan", "recovered_from"), str),
-    **dict.fromkeys(("original_shape", "adapter", "recovery"), dict),
+    **dict.fromkeys(("original_shape", "adapter", "recovery", "rest"), dict),
     "seed": int,
 }
 WORDS = {str: "text", dict: "an object", int: "a whole number"}

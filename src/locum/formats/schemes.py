@@ -31,6 +31,7 @@ PER_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tok
 class Scheme:
     """One number format of compressed-tensors."""
 
+    name: str
     words: str
     format: Format  # by which Locum reads it
     levels: Format  # what a quantiser writes
@@ -83,20 +84,22 @@ def scheme_of(name: str, group: int) -> Scheme:
         assert isinstance(item, Scaled)
         item = replace(item, scales=torch.bfloat16)
         said |= {"num_bits": 8, "strategy": "channel"}
-        return Scheme("FP8 with a scale for each row", item, item, "float-quantized", said, 1, PER_TOKEN)
+        return Scheme(name, "FP8 with a scale for each row", item, item, "float-quantized", said, 1, PER_TOKEN)
     if name == "mxfp4":
         said |= {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
         item = FORMATS["mxfp4-packed"]
-        return Scheme("MXFP4", item, item, "mxfp4-pack-quantized", said, 32)
+        return Scheme(name, "MXFP4", item, item, "mxfp4-pack-quantized", said, 32)
     if name == "nvfp4":
         scales = "torch.float8_e4m3fn"
         said |= {"strategy": "tensor_group", "group_size": 16, "scale_dtype": scales, "zp_dtype": scales}
         item = FORMATS["nvfp4"]
-        return Scheme("NVFP4", item, item, "nvfp4-pack-quantized", said, 16, by_rows=False)
+        return Scheme(name, "NVFP4", item, item, "nvfp4-pack-quantized", said, 16, by_rows=False)
     bits = int(name)
     said |= {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group}
     words, levels = f"{bits} bits in groups of {group} (W{bits}A16)", IntGroups(bits, group)
-    return Scheme(words, IntPacked(bits=bits, group=group), levels, "pack-quantized", said, max(group, WORD // bits))
+    return Scheme(
+        name, words, IntPacked(bits=bits, group=group), levels, "pack-quantized", said, max(group, WORD // bits)
+    )
 
 
 def quantization_config(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +12,15 @@ from typing import Annotated, Any
 from .. import ranks
 from ..budgets.target import Target
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
+from ..checkpoints.rest import pack_rest, saved_bytes
 from ..checkpoints.rewrite import Rewriting
 from ..checkpoints.side_files import side_files
 from ..checkpoints.skeleton import open_source, read_shape, shape_in
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import LocumError, OptionError, PlanError
-from ..files import check_output, check_room, clear
+from ..files import check_output, check_room, clear, versions, write_text
+from ..formats.schemes import Scheme, scheme_of
 from ..measure.removals import SAMPLE
 from ..methods import METHODS, SAVED, Method, SearchingMethod
 from ..places import name_of, remember
@@ -52,6 +55,7 @@ from .options import (
     Progress,
     Quantise,
     Remove,
+    Rest,
     Seed,
     ToObserve,
     alone,
@@ -59,7 +63,7 @@ from .options import (
     needed,
     silent,
 )
-from .planning import check_statistics_of, check_target, chosen_method, decide, few_bits, plan, reads_text
+from .planning import check_statistics_of, check_target, chosen_method, decide, few_bits, plan, planned, reads_text
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .rounds import Rounds, check_only_drops
@@ -81,6 +85,7 @@ def compress(
     bits: Bits = None,
     group: Group = 32,
     quantiser: Quantise = "gptq",
+    rest: Rest = None,
     tokens: ToObserve = 131072,
     sample: Sample = SAMPLE,
     length: Length = 512,
@@ -108,6 +113,8 @@ def compress(
     those of the last 8 questions, 8 GiB in all, in the user's cache (locum/statistics). --dry-run does not know them, nor the
     time of a training: ask that of recover, for a smaller checkpoint that is there.
 
+    --fit counts what --rest saves: it is the size of the whole result. The rest is packed last, after any training.
+
     Of several --rounds each removes an equal share, and --recover trains what each leaves. --statistics are those of the first.
     """
     model = Path(model)
@@ -120,12 +127,12 @@ def compress(
     recovery = recovery_of(recover, of_training, seed)
     few = few_bits(bits, group, quantiser, chosen)
     also, shape = _read_besides(few, chosen), read_shape(model)
-    target = check_target(remove, fit, method=chosen, shape=shape, few=few)
-    check_rounds(rounds, chosen, shape, few)
-    copies = (1 if recovery is None else 2) + (rounds > 1)
+    packed, saved = _packing(model, rest, group)
+    target = check_target(remove, fit, method=chosen, shape=shape, few=few, saved=saved)
+    check_rounds(rounds, chosen, shape, few, packed)
+    copies = (1 if recovery is None else 2) + (rounds > 1) + (packed is not None)
     check_room(out, _least_bytes(shape, target, few) * copies, bytes_begun(out))
-    of_bits = {} if few is None else {"bits": few.format, "quantiser": few.quantiser}
-    asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **of_bits, **options}
+    asked = {"method": method, "preset": preset, "remove": remove, "fit": fit, **options}
     text = {"data": data, "tokens": tokens, "length": length, "seed": seed}
     observed = {**text, "batch_size": batch_size, "device": device, "progress": progress}
     keep = Path(statistics) if statistics is not None else beside(out, "statistics.safetensors")
@@ -133,11 +140,12 @@ def compress(
     if dry_run:
         is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
         before = [] if is_known else [_observe(model, chosen, how, also, out=keep, dry_run=True, **observed)]
-        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few)] * rounds)
-    most = None if target is None else target.fit
-    shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress, "most": most}
+        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few, saved)] * rounds)
+    shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress, "target": target}
+    said = {"remove": remove, "fit": fit}
+    decide_from = functools.partial(planned, chosen=chosen, options=options, target=target, said=said, few=few)
     if not reads_text(chosen):
-        return _finish(model, plan([model], **asked), None, out, recovery, **shared)
+        return _finish(model, decide_from([model]), None, out, recovery, packed, **shared)
     if statistics is None:
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample, also=also)
     else:
@@ -150,11 +158,9 @@ def compress(
         how_to_observe = functools.partial(_observe, chosen=chosen, how=how, also=also, **observed)
         made = _in_rounds(plan_for, loaded, how_to_observe, asked, out, recovery, shared)
     else:
-        decided = plan([loaded], model=model if chosen.reads_weights else None, **asked)
-        if statistics is not None:
-            decided = with_provenance(decided, statistics_file=name_of(statistics))
-            remember(loaded.id, statistics)
-        made = _finish(model, decided, loaded, out, recovery, **shared)
+        decided = decide_from([loaded], model=model if chosen.reads_weights else None)
+        decided = decided if statistics is None else _naming(decided, loaded, statistics)
+        made = _finish(model, decided, loaded, out, recovery, packed, **shared)
     if statistics is None and ranks.is_first():
         kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
@@ -178,7 +184,18 @@ def _least_bytes(shape: ModelShape, target: Target | None, few: FewBits | None) 
     return shape.bytes - int(shape.bytes_of_experts * (1 if target.remove is None else target.remove))
 
 
-def _making(model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None) -> Estimate:
+def _making(
+    model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None, saved: int = 0
+) -> Estimate:
+    """Of applying a plan, and of writing it once more where packing its rest saves bytes."""
+    making = _applying(model, chosen, target, out, few)
+    if not saved:
+        return making
+    twice = {name: 2 * getattr(making, name) for name in ("seconds", "read_bytes", "written_bytes")}
+    return dataclasses.replace(making, **twice | {"written_bytes": twice["written_bytes"] - saved})
+
+
+def _applying(model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None) -> Estimate:
     """Of applying a plan. What the statistics will say is not known: it is made as if all experts mattered alike, or, where the
     method cannot plan from that, keeps every expert."""
     source = open_source(model)
@@ -195,6 +212,12 @@ def _making(model: Path, chosen: Method, target: Target | None, out: Path, few: 
         return of_application(Rewriting(source, shape, decided), decided, shape, out, side_files(model))
 
 
+def _packing(model: Path, rest: str | None, group: int) -> tuple[Scheme | None, int]:
+    """What is outside of the experts is to be in, and the bytes that this saves."""
+    packed = None if rest is None else scheme_of(rest, group)
+    return packed, 0 if packed is None else saved_bytes(open_source(model), packed)
+
+
 def _read_besides(few: FewBits | None, chosen: Method) -> tuple[str, ...]:
     """The statistics that quantising reads besides those of the method. What cannot be is refused before anything runs."""
     if few is None:
@@ -205,6 +228,12 @@ def _read_besides(few: FewBits | None, chosen: Method) -> tuple[str, ...]:
             f"--quantiser {few.quantiser} reads {' and '.join(more)}, which this search does not collect; take --quantiser nearest"
         )
     return more
+
+
+def _naming(decided: Plan, loaded: Statistics, path: Path) -> Plan:
+    """A plan that says from which file the statistics are."""
+    remember(loaded.id, path)
+    return with_provenance(decided, statistics_file=name_of(path))
 
 
 def _named(path: Path, model: Path) -> Statistics | None:
@@ -251,14 +280,16 @@ def recovery_of(how: str | None, options: dict[str, Any], seed: int) -> Recovery
     return None
 
 
-def check_rounds(rounds: int, chosen: Method, shape: ModelShape, few: FewBits | None) -> None:
+def check_rounds(
+    rounds: int, chosen: Method, shape: ModelShape, few: FewBits | None, packed: Scheme | None = None
+) -> None:
     """Refuse what rounds cannot do, as far as it can be told before anything is measured. Raises OptionError."""
     check_number("rounds", rounds, 1, sum(layer.num_experts for layer in shape.layers))
     if rounds == 1:
         return
-    if few is not None:
+    for flag in ["--bits"] * (few is not None) + ["--rest"] * (packed is not None):
         raise OptionError(
-            "--rounds drop whole experts; leave --bits out, and put what they leave into few bits afterwards"
+            f"--rounds drop whole experts; leave {flag} out, and put what they leave into few bits afterwards"
         )
     if chosen.saves != "stored":
         raise OptionError(f"--rounds share what is to be removed, and method {chosen.name} saves {SAVED[chosen.saves]}")
@@ -302,12 +333,12 @@ def _in_rounds(
         if recovery is None:
             carry_out(model, plan=whole, out=place, **how)
             return
-        _finish(subject, last, None, place, recovery, of=Whole(model, shape, whole), **{**shared, "force": True})
+        _finish(subject, last, None, place, recovery, None, of=Whole(model, shape, whole), **{**shared, "force": True})
 
     made = rounds.run(statistics_of, planned, make)
     if recovery is None:
-        return _finish(model, made.whole, None, out, None, **shared)
-    return _finish(made.subject, made.last, None, out, recovery, of=Whole(model, shape, made.whole), **shared)
+        return _finish(model, made.whole, None, out, None, None, **shared)
+    return _finish(made.subject, made.last, None, out, recovery, None, of=Whole(model, shape, made.whole), **shared)
 
 
 def _whole(file: Path) -> Statistics | None:
@@ -328,23 +359,56 @@ def _finish(
     statistics: Statistics | None,
     out: Path,
     recovery: Recovery | None,
+    packed: Scheme | None,
+    **shared: Any,
+) -> Path:
+    """The result of a plan. `out` appears when all is done: what goes before it to be packed lies beside it till then."""
+    if packed is None:
+        return _make(model, decided, statistics, out, recovery, **shared)
+    if decided.is_stock(read_shape(model)) and packed.name != "fp8":
+        raise OptionError(
+            f"the result is in the stock layout, and transformers does not find experts that are numbers beside layers in "
+            f"{packed.words}; put experts into few bits too (--bits), take --rest fp8, or leave --rest out and then locum export "
+            f"--to compressed-tensors"
+        )
+    folder = beside(out, "unpacked")
+    place, question = folder / out.name, folder / "question.json"
+    asked = {"plan": decided.id, "original": fingerprint_checkpoint(model), "versions": versions()}
+    asked |= {"seed": shared["seed"], "recovery": _said(recovery, model, shared["data"])}
+    text = json.dumps(asked)
+    is_there = question.is_file() and question.read_text(encoding="utf-8") == text
+    if recovery is None or not ranks.told(is_there):
+        _make(model, decided, statistics, place, recovery, **{**shared, "force": True})
+    if ranks.is_first():
+        write_text(question, text)  # a training is not done again for what is left to do
+        pack_rest(place, packed, out)
+    ranks.wait()
+    return out
+
+
+def _make(
+    model: Path,
+    decided: Plan,
+    statistics: Statistics | None,
+    out: Path,
+    recovery: Recovery | None,
     *,
     data: Data,
     device: str,
     seed: int,
     force: bool,
     progress: Progress,
-    most: int | None,
+    target: Target | None,
     of: Whole | None = None,
 ) -> Path:
-    """Apply a plan and train the result if asked to; `out` appears when both are done. It has at most `most` bytes."""
+    """Apply a plan and train the result if asked to; `out` appears when both are done. A training keeps to the target, too."""
     asked = {"plan": decided, "statistics": statistics, "seed": seed, "progress": progress}
     if recovery is None:
         return apply(model, out=out, force=force, **asked)
     draft, original = beside(out, "unrecovered"), model if of is None else of.model
     try:
         check_fits(recovery.way, decided, "--recover")
-        _check_size(recovery, decided, read_shape(model), most)
+        _check_size(recovery, decided, read_shape(model), target)
         carry_out(model, out=draft, force=True, again=of is not None, of=of, **asked)
         training = {"data": data, "original": original, "device": device, "progress": progress, **recovery.to_json()}
         recover_stage(draft, out=out, force=force, **training)
@@ -355,11 +419,12 @@ def _finish(
         raise
 
 
-def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, most: int | None) -> None:
+def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, target: Target | None) -> None:
     """Refuse a training that leaves more than --fit allows."""
     after = recovery.way.becomes(decided, shape.layers)
-    if most is not None and after is not decided and (size := after.size(shape).bytes) > most:
+    if target is not None and target.fit is not None and after is not decided and target.excess(after, shape) > 0:
+        size = after.size(shape).bytes - target.saved
         raise OptionError(
             f"adapters that --recover {recovery.way.name} adds to weights in few bits stay, and make {size:,} bytes of them, more "
-            f"than --fit allows ({most:,}); give --recover-keep-size, or a smaller --fit"
+            f"than --fit allows ({target.fit:,}); give --recover-keep-size, or a smaller --fit"
         )

@@ -21,6 +21,7 @@ import torch
 from .. import ranks
 from ..errors import OptionError
 from ..files import watched
+from ..formats.schemes import SCHEMES
 from ..options import LARGEST
 from ..runs import clear_states, is_reserved, reserved
 
@@ -61,6 +62,10 @@ Bits = Annotated[
     str | None, Help("experts and stand-ins in 8, 4, 3 or 2 bits, or in a number format: fp8-scaled, nvfp4, ...")
 ]
 Group = Annotated[int, Help("weights with one scale, for --bits: 32, 64 or 128")]
+Rest = Annotated[
+    str | None,
+    Help(f"attention, shared experts and the output head in few bits too, at the very end: {', '.join(SCHEMES)}"),
+]
 Quantise = Annotated[str, Help("who chooses the numbers for --bits: gptq, by Gram matrices, or nearest")]
 
 

@@ -73,6 +73,25 @@ def plan(
         raise OptionError(
             "--onto takes experts as the plan in that file has them; give --bits to the command that makes it"
         )
+    said = {"remove": remove, "fit": fit}
+    result = planned(files, chosen, options, target, said, few=few, base=base, model=model)
+    if out is not None:
+        save_plan(result, out)
+    return result
+
+
+def planned(
+    files: Sequence[Path | Statistics],
+    chosen: Method,
+    options: dict[str, Any],
+    target: Target | None,
+    said: dict[str, Any],
+    *,
+    few: FewBits | None = None,
+    base: Plan | None = None,
+    model: Path | None = None,
+) -> Plan:
+    """The work of `plan`, for a method with these `options`. `said` is how provenance says the target."""
     folder = _folder_of(files, chosen, model)
     shape, total, origin = _planned_from(files, chosen)
     if total is not None:
@@ -82,15 +101,12 @@ def plan(
     chosen = as_searched(chosen, options, total)
     weights = read_weights(folder, total) if chosen.reads_weights else None
     result = decide(chosen, total, shape, target, weights, few)
-    origin["target"] = {"remove": remove, "fit": fit}
+    origin["target"] = said
     origin |= _super_experts(total)
     if base is not None:
         result = _joined(base, result, shape)
         origin |= {key: value for key, value in base.provenance.items() if key in (*origin, *OF_STATISTICS)}
-    result = with_provenance(result, **provenance(**origin))
-    if out is not None:
-        save_plan(result, out)
-    return result
+    return with_provenance(result, **provenance(**origin))
 
 
 def _super_experts(statistics: Statistics | None) -> dict[str, Any]:
@@ -310,10 +326,11 @@ def check_target(
     method: Method,
     shape: ModelShape | None = None,
     few: FewBits | None = None,
+    saved: int = 0,
 ) -> Target | None:
     """The target, None for a method that saves no stored parameters, and for few bits alone.
 
-    One that can never be met fails before an hour of calibration, not after.
+    One that can never be met fails before an hour of calibration, not after. `saved` bytes go outside of the experts.
     """
     if method.saves not in TARGETED:
         if (remove, fit) != (None, None):
@@ -324,14 +341,15 @@ def check_target(
         return None
     if few is not None and (remove, fit) == (None, None):
         return None
-    target = Target(remove, None if fit is None else parse_size(fit))
+    target = Target(remove, None if fit is None else parse_size(fit), saved)
     if target.fit is not None and shape is not None:
         follow = shape.aside.expert_bytes * shape.layers[-1].num_experts + shape.aside.left_bytes
-        rest = shape.bytes - shape.bytes_of_experts - follow
+        most = shape.bytes - saved
+        rest = most - shape.bytes_of_experts - follow
         if target.fit < rest:
             raise OptionError(
                 f"--fit {fit} is out of reach: what is not a routed expert has {rest:,} bytes alone; allow more than "
-                f"that, up to {shape.bytes:,}, the size as it is"
+                f"that, up to {most:,}, the size {'with the rest in few bits' if saved else 'as it is'}"
             )
     return target
 

@@ -27,6 +27,7 @@ from ..errors import CheckpointError, LocumError, PlanError
 from ..files import describe_size
 from ..formats.int_packed import IntPacked
 from ..formats.plain import COMPUTE_DTYPES
+from ..formats.scaled import Scaled
 from ..models.families import opening_class
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..shapes import ModelShape
@@ -94,9 +95,10 @@ class Folder:
 
     @property
     def precision(self) -> str:
-        """In which engines agree: float32; of packed whole numbers the dtype of the checkpoint, in which engines make them numbers."""
+        """In which engines agree: float32; of packed numbers with scales in 16 bits the dtype of the checkpoint, in which engines make
+        them numbers."""
         source = open_source(self.path)
-        packed = any(isinstance(getattr(one, "format", None), IntPacked) for one in source.packed.values())
+        packed = any(isinstance(getattr(one, "format", None), (IntPacked, Scaled)) for one in source.packed.values())
         names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
         return names.get(source.config.dtype, "fp32") if packed else "fp32"
 
@@ -164,7 +166,8 @@ def check_size(folder: Folder) -> str:
         raise NotApplicable("an adapter, whose weights are those of its base")
     if folder.plan is None or folder.before is None:
         raise NotApplicable("no plan.json that promises a size" if folder.plan is None else "the original is not known")
-    promised, of_model = (folder.plan.size(shape).bytes for shape in (folder.before, folder.before.model))
+    saved = folder.notes.get("rest", {}).get("saved_bytes", 0)  # of weights outside of the experts, in few bits
+    promised, of_model = (folder.plan.size(shape).bytes - saved for shape in (folder.before, folder.before.model))
     found = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in folder.headers.values())
     if found == of_model != promised:  # written by transformers, which has nothing else in memory
         return f"{found:,} bytes of tensors, as the plan promised for the model alone, without what is beside it"
