@@ -40,7 +40,6 @@ from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
 from locum.verification.verify import agreement
 from making import foreign
 from making.broken import DAMAGES
-from making.checkpoints import write_tokenizer
 from making.quantised import LINEAR, group_of, int4, quantise_by
 
 NEW = 64
@@ -156,27 +155,6 @@ def test_a_uniformly_pruned_checkpoint_needs_no_plugin(tmp_path):
     stock, other = serve(tmp_path, jobs, VLLM_PLUGINS="")
     assert stock["tokens"] == greedy(model, ids)
     assert "locum" in other["error"][1]  # the plugin was out: what needs it is refused
-
-
-def test_experts_in_few_bits_are_served_by_its_own_kernels(tmp_path):
-    """On a CPU it has products for them where the processor has AMX alone, and says so elsewhere."""
-    original("qwen3_moe", torch.bfloat16).save_pretrained(tmp_path / "original")
-    write_tokenizer(tmp_path / "original")
-    locum.export(tmp_path / "original", to="compressed-tensors", rest="4", out=tmp_path / "few")
-    job = {
-        "folder": str(tmp_path / "few"),
-        "dtype": "bfloat16",
-        "prompts": (ids := prompts("qwen3_moe")),
-        "new_tokens": 1,
-    }
-    (answer,) = serve(tmp_path, [job], VLLM_PLUGINS="")
-    if not torch.cpu._is_amx_tile_supported():
-        assert "No WNA16 MoE backend supports" in answer["error"][1]
-        pytest.skip("this processor has no AMX, so vLLM's CPU engine has no products for int4 experts")
-    with torch.no_grad():
-        logits_BSV = load_model(tmp_path / "few")(torch.tensor(ids)).logits.float()
-    likeliest_BS = torch.from_numpy(np.load(tmp_path / "asked" / answer["ids"]))[..., 0]
-    assert agreement(logits_BSV, likeliest_BS, torch.bfloat16) >= 0.95
 
 
 def test_an_exported_checkpoint_needs_no_plugin(tmp_path):

@@ -86,8 +86,10 @@ def parameter_bytes(model: Any) -> int:
 def in_vllm(job: dict[str, Any], out: Path) -> dict[str, Any]:
     import vllm
 
-    # vLLM 0.32's rotary kernel for CPU is wrong for interleaved pairs (DeepSeek) in float32; its PyTorch form is right.
-    kernels = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}} if job["dtype"] == "float32" else {}
+    # vLLM 0.32's rotary kernel for CPU is wrong for interleaved pairs (DeepSeek) in float32; its PyTorch form is right. And on
+    # processors with AMX it takes latent attention (DeepSeek) to a kernel that refuses float32.
+    exact = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}, "attention_config": {"backend": "CPU_MLA"}}
+    kernels = exact if job["dtype"] == "float32" else {}
     length = len(job["prompts"][0])
     engine = vllm.LLM(
         model=job["folder"],
