@@ -73,3 +73,75 @@ def test_eight_bits_are_nearly_as_good(folders, tmp_path):
     assert sizes[0] < 0.35 * sizes[1]
     assert found["q8_0"] == pytest.approx(found["f32"], rel=0.01)
     assert found["f32"] < 200  # of 4096 tokens: it does read the text
+
+
+# --- llama.cpp's own quantiser -----------------------------------------------------------------------------------
+
+EXPERTS_DOWN, EXPERTS_UP = "blk.{}.ffn_down_exps.weight", "blk.{}.ffn_up_exps.weight"
+
+
+@pytest.fixture(scope="module")
+def statistics(folders, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
+    locum.calibrate(folders["pruned"], data=str(REFERENCE.parent / "text"), tokens=8192, length=256, out=out)
+    return out
+
+
+def tensors_in(file: Path) -> dict:
+    import gguf
+
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def numbers_in(file: Path, name: str) -> torch.Tensor:
+    import gguf
+
+    tensor = tensors_in(file)[name]
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).float()
+
+
+def test_its_recipes_choose_a_type_for_each_tensor_and_the_engine_runs_them(folders, statistics, tmp_path):
+    """Rows of experts' last matrices are 96 wide: no whole blocks, so llama.cpp falls back, and the export says to what."""
+    tokenizer = load_tokenizer(REFERENCE)
+    ids = [tokenizer(text)["input_ids"][:128] for text in sample_texts(8, 1000)]
+    found, sizes = {}, {}
+    for name, options in {
+        "f32": {"type": "f32"},
+        "q6_k": {"type": "q6_k"},
+        "q4_k_m": {"type": "q4_k_m", "statistics": str(statistics)},
+        "q2_k": {"type": "q8_0", "experts": "q2_k", "statistics": str(statistics)},
+    }.items():
+        file = tmp_path / f"{name}.gguf"
+        said = locum.export(folders["pruned"], to="gguf", out=file, **options)["form"]
+        found[name], sizes[name] = perplexity(file, ids, tmp_path / name), file.stat().st_size
+        assert ("with an importance matrix" in said) == ("statistics" in options)
+    assert found["q6_k"] == pytest.approx(found["f32"], rel=0.01)
+    assert found["q4_k_m"] == pytest.approx(found["f32"], rel=0.05)
+    assert sizes["q2_k"] < sizes["q4_k_m"] < sizes["q6_k"] < 0.3 * sizes["f32"]
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors_in(tmp_path / "q4_k_m.gguf").items()}
+    assert {kinds[EXPERTS_UP.format(n)] for n in range(4)} == {"Q4_K"}
+    assert {kinds[EXPERTS_DOWN.format(n)] for n in range(4)} <= {"Q5_0", "Q8_0"} and kinds["output.weight"] == "Q6_K"
+    few = {name: tensor.tensor_type.name for name, tensor in tensors_in(tmp_path / "q2_k.gguf").items()}
+    assert {few[EXPERTS_UP.format(n)] for n in range(4)} == {"Q2_K"}
+    assert {kind for name, kind in few.items() if name.endswith("attn_q.weight")} == {"Q8_0"}
+
+
+def test_the_importance_matrix_weighs_the_columns_of_experts_and_nothing_else(folders, statistics, tmp_path):
+    asked = {"to": "gguf", "type": "bf16", "experts": "q3_k"}
+    wide, plain, weighed = (tmp_path / f"{name}.gguf" for name in ("wide", "plain", "weighed"))
+    locum.export(folders["pruned"], to="gguf", out=wide)
+    locum.export(folders["pruned"], out=plain, **asked)
+    said = locum.export(folders["pruned"], statistics=str(statistics), out=weighed, **asked)["form"]
+    assert "8 in q3_k" in said and "18 in bf16" in said  # gate and up of four layers; the last matrices fall back
+    before, after = tensors_in(plain), tensors_in(weighed)
+    differ = {name for name in before if (before[name].data != after[name].data).any()}
+    assert differ and all("_exps" in name for name in differ)
+    layer = locum.load_statistics(statistics).layer("model.layers.1.mlp.experts")
+    mean_ED = layer["input_gram"].diagonal(dim1=1, dim2=2) / layer["count"][:, None].clamp(min=1)
+    name = EXPERTS_UP.format(1)
+    exact_EFD = numbers_in(wide, name)
+    off = [
+        ((numbers_in(file, name) - exact_EFD).square() * mean_ED[:, None].float()).sum().item()
+        for file in (plain, weighed)
+    ]
+    assert off[1] < 0.95 * off[0]

@@ -208,7 +208,7 @@ def test_wrong_arguments_are_one_line(pruned, small, tmp_path):
         ([small, "--to", "onnx", "--out", out], "allowed: compressed-tensors, gguf, imatrix, remote-code, stock, vllm"),
         (
             [pruned, "--to", "gguf", "--type", "q4_k", "--out", out],
-            "allowed: bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0",
+            "allowed: bf16, f16, f32, iq3_s, iq4_nl, iq4_xs, q2_k",
         ),
         ([small, "--to", "stock", "--out", small], "in use"),
     ):

@@ -1,8 +1,8 @@
 """GGUF: one file for llama.cpp, made by the public converter from a folder that has the stock layout.
 
-The converter writes few types. Others are made of its 16 bits (gguf_types.py), experts' matrices and all others apart. Of llama.cpp's
-types in blocks of 256 (q4_k, ...) the public package writes none: its own `llama-quantize` does, with the importance matrix that
-`--to imatrix` writes.
+The converter writes few types. Others are made of its 16 bits, experts' matrices and all others apart: the simple ones by the public
+package (gguf_types.py), those in blocks of 256 (q4_k, ...) by llama.cpp's own quantiser (gguf_quantise.py), whose recipes choose a
+type for each tensor. Where statistics are given, it weighs the columns of experts by the importance matrix that `--to imatrix` writes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,33 @@ from ..errors import CheckpointError, EngineError, OptionError
 from ..files import step_towards, whole
 from ..models.sizes import shape_of
 from ..options import option
+from .imatrix import ImportanceMatrix
 from .stock import nearest, stock_faults
 from .target import target
 from .whole_experts import parts_in
 
-SCRIPT, RETYPE = (Path(__file__).with_name(name) for name in ("gguf_run.py", "gguf_types.py"))
+SCRIPT, RETYPE, QUANTISE = (
+    Path(__file__).with_name(name) for name in ("gguf_run.py", "gguf_types.py", "gguf_quantise.py")
+)
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # by the converter itself
 TYPES = (*CONVERTED, "q5_1", "q5_0", "q4_1", "q4_0")
+RECIPES = (
+    *(
+        "q6_k",
+        "q5_k_m",
+        "q5_k_s",
+        "q4_k_m",
+        "q4_k_s",
+        "iq4_xs",
+        "iq4_nl",
+        "q3_k_l",
+        "q3_k_m",
+        "q3_k_s",
+        "iq3_s",
+        "q2_k",
+    ),
+)
+OF_EXPERTS = ("q6_k", "q5_k", "q4_k", "iq4_xs", "iq4_nl", "q3_k", "iq3_s", "q2_k")  # one type each, no recipe
 AUTO = "auto"
 LEFT = "left: "  # gguf_types.py says so of each matrix that it leaves as it is
 GPT2 = {"type": "ByteLevel", "use_regex": True}  # a pre-tokenizer that is GPT-2's, in tokenizer.json
@@ -38,9 +58,21 @@ class Gguf:
     """One file for llama.cpp, of a checkpoint in the stock layout."""
 
     kind: ClassVar[str] = "file"
-    type: str = option("bf16", f"of the numbers in a GGUF file: {', '.join(TYPES)}", choices=TYPES)
+    type: str = option(
+        "bf16",
+        f"of the numbers in a GGUF file: {', '.join(TYPES)}; or a recipe of llama.cpp's own quantiser: {', '.join(RECIPES)}",
+        choices=(*TYPES, *RECIPES),
+    )
     experts: str = option(
-        None, f"type of experts' matrices, where another: {', '.join(TYPES[1:])}", choices=TYPES[1:], kind=str
+        None,
+        f"type of experts' matrices, where another: {', '.join((*TYPES[1:], *OF_EXPERTS))}",
+        choices=(*TYPES[1:], *OF_EXPERTS),
+        kind=str,
+    )
+    statistics: str = option(
+        None,
+        "statistics of this checkpoint: llama.cpp's own quantiser weighs the columns of experts by them; default: it weighs none",
+        kind=str,
     )
     pre_tokenizer: str = option(AUTO, "llama.cpp's name of the BPE pre-tokenizer, where the converter does not know it")
 
@@ -68,6 +100,8 @@ class Gguf:
         if python is None:
             raise OptionError(f"the converter to GGUF is {engine.absence}")
         named = _known_pre_tokenizer(model) if self.pre_tokenizer == AUTO else self.pre_tokenizer
+        if self.statistics is not None or self.type in RECIPES or self.experts in OF_EXPERTS:
+            return self._quantised(python, model, named, out)
         with whole(out) as scratch:
             if self.experts in (None, self.type) and self.type in CONVERTED:
                 _convert(python, model, named, self.type, scratch)
@@ -81,6 +115,27 @@ class Gguf:
         left = [line.removeprefix(LEFT) for line in said.splitlines() if line.startswith(LEFT)]
         words = f", {len(left)} matrices in bf16 whose rows are no whole blocks, such as {left[0]}" if left else ""
         return f"GGUF, experts in {types[1]} and other matrices in {types[0]}{words}"
+
+    def _quantised(self, python: Path, model: Path, named: str, out: Path) -> str:
+        """By llama.cpp's own quantiser."""
+        with (
+            whole(out) as scratch,
+            step_towards(out) as wide,
+            step_towards(out.with_name(f"{out.name}.imatrix")) as file,
+        ):
+            command = [str(python), "-P", str(QUANTISE), str(wide), str(scratch.resolve()), self.type.upper()]
+            if self.experts is not None:
+                command += ["--experts", self.experts.upper()]
+            if self.statistics is not None:
+                weighing = ImportanceMatrix(self.statistics)
+                weighing.write(model, file)
+                command += ["--imatrix", str(file)]
+            _convert(python, model, named, "bf16", wide)
+            said = dict(line.split(": ", 1) for line in _run(command, model, named).splitlines() if ": " in line)
+            if not scratch.is_file():
+                raise EngineError(f"{model} could not be converted to GGUF: nothing was written")
+        by = "by llama.cpp's own quantiser" + (" with an importance matrix" if self.statistics is not None else "")
+        return f"GGUF {by}: of experts' matrices {said['experts']}, of others {said['others']}"
 
 
 def _convert(python: Path, model: Path, named: str, type: str, out: Path) -> None:
