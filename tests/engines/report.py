@@ -27,6 +27,7 @@ import locum
 from engines.made import PLANS, REFERENCE, original, statistics
 from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import ENGINES
+from locum.plans.bits import FewBits
 from locum.plans.plan import make_plan
 from locum.verification.folder import FAILED, OK, SKIPPED, Check
 from making.checkpoints import write_tokenizer
@@ -44,10 +45,15 @@ class Case:
     kind: str  # a plan of engines/made.py
     stock: bool = False  # exported with whole experts, in the stock layout
     precision: str = "fp32"
+    few: bool = False  # experts and stand-ins in 4 bits
 
     @property
     def name(self) -> str:
-        return f"{self.family}, {self.kind}{', exported' if self.stock else ''}, {self.precision}"
+        return f"{self.family}, {self.form}, {self.precision}"
+
+    @property
+    def form(self) -> str:
+        return f"{self.kind}{', exported' if self.stock else ''}{', in 4 bits' if self.few else ''}"
 
 
 def all_cases() -> tuple[Case, ...]:
@@ -56,7 +62,8 @@ def all_cases() -> tuple[Case, ...]:
     cases += [Case("reference", kind, precision="bf16") for kind in compressed]
     # Its head is tied to the embedding, and vLLM's class of the family wants one of its own, which export writes.
     cases += [Case("reference", "uniform", stock=True), Case("reference", "merged", stock=True)]
-    return (*cases, Case("qwen3_moe", "uniform"), Case("deepseek_v3", "uniform"))
+    cases += [Case("qwen3_moe", "uniform"), Case("deepseek_v3", "uniform")]
+    return (*cases, Case("reference", "lightmoe", few=True))
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -117,7 +124,8 @@ def make(case: Case, root: Path) -> Path:
         original(case.family, torch.float32).save_pretrained(source)
         write_tokenizer(source)
     shape = read_shape(source)
-    plan = make_plan(shape, PLANS[case.kind](shape.layers))
+    layers = PLANS[case.kind](shape.layers)
+    plan = make_plan(shape, FewBits.of("4", 32, "nearest").applied(layers, shape) if case.few else layers)
     made = locum.apply(source, plan=plan, statistics=statistics_of(shape), out=root / "made")
     if case.stock:
         locum.export(made, to="stock", out=root / "stock")
@@ -171,7 +179,7 @@ def page(results: dict[str, list[dict[str, str]]]) -> str:
         "",
         "Kinds: "
         + " ".join(f"*{name}*: {_first_sentence(kind.__doc__)}" for name, kind in PLANS.items())
-        + " *Exported* by `locum export --to stock`. The models: "
+        + " *Exported* by `locum export --to stock`; *in 4 bits*, in groups of 32, to the nearest. The models: "
         + ", ".join(f"*{name}* is {title}" for name, title in FAMILIES.items())
         + "; tiny ones have random weights.",
         "",
@@ -187,13 +195,12 @@ def _first_sentence(text: str | None) -> str:
 
 
 def _row(case: Case, checks: list[dict[str, str]] | None) -> str:
-    kind = f"{case.kind}{', exported' if case.stock else ''}"
     if checks is None:
         cells = ["not run"] * (1 + len(ENGINES))
     else:
         files = [check for check in checks if not check["engine"]]
         cells = [said(files), *(said(checks, engine) for engine in ENGINES)]
-    return f"| {' | '.join((case.family, kind, case.precision, *cells))} |"
+    return f"| {' | '.join((case.family, case.form, case.precision, *cells))} |"
 
 
 def _details(checks: list[dict[str, str]]) -> list[str]:
