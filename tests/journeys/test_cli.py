@@ -366,7 +366,7 @@ def test_commands_and_options_are_frozen():
 
 
 READ = {"against", "model", "onto", "original", "plan", "task_path"}  # options that name what is read
-WRITTEN = {"bench": ["picture"], "compress": ["statistics"]}  # what a command writes beside its --out, if it is named
+WRITTEN = {"bench": ["picture"], "compress": ["statistics"], "frontier": ["picture"]}  # beside --out, if it is named
 
 
 def test_outputs_and_json_are_the_same_everywhere():
@@ -389,6 +389,7 @@ calibrate {checkpoint} --data {words} --out {file}
 search {checkpoint} --data {words} --out {file}
 plan {statistics} --remove 0.4 --rank 2 --out {file}
 frontier {statistics} --out {file}
+frontier {statistics} --picture {file}
 apply {checkpoint} --plan {plan} --out {folder}
 compress {checkpoint} --data {words} --remove 0.4 --out {folder}
 recover {small} --data {words} --out {folder}

@@ -93,7 +93,9 @@ def points_of(chosen: PredictingMethod, statistics: Statistics, count: int) -> l
 
 def _point(plan: Plan, shape: ModelShape, predicted: float) -> dict[str, Any]:
     size = plan.size(shape).bytes
-    of_experts = size - shape.bytes + shape.bytes_of_experts
+    of_experts = max(
+        0, size - shape.bytes + shape.bytes_of_experts
+    )  # router rows that go can outweigh the little that is left
     became = Counter(str(slot) for layer in plan.layers for slot in layer.slots)
     return {
         "bytes": size,
