@@ -135,7 +135,7 @@ def check_method_help(name, chosen):
         shown = field.default
         if isinstance(shown, bool):
             shown = field.name if shown else f"no-{field.name}"
-        told = "" if shown is None else f" [default: {shown}]"
+        told = "" if shown in (None, "") else f" [default: {shown}]"
         assert words(f"{field.metadata['help']}{told}") in words(section)
     return section
 

@@ -1,4 +1,4 @@
-"""Arguments and options of the command line, from where they are option_fields: signatures and dataclasses of options."""
+"""Arguments and options of the command line, from where they are declared: signatures and dataclasses of options."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..options import option_fields
 from ..registry import Registry
 
 HIDDEN = ("progress", "options", "json")  # parameters that are not for the command line
+LONGEST = 60  # characters of a list of choices beside an option; its line of help has them too
 
 
 class Argument(click.Argument):
@@ -68,8 +69,8 @@ def flags_of(options: Sequence[click.Parameter]) -> list[str]:
 
 
 def _field_option(field: Any, prefix: str) -> click.Option:
-    choices = field.metadata.get("choices", ())
-    shown = {"metavar": f"[{'|'.join(choices)}]"} if choices else {}
+    choices = f"[{'|'.join(field.metadata.get('choices', ()))}]"
+    shown = {} if choices == "[]" else {"metavar": choices if len(choices) <= LONGEST else "NAME"}
     return _option(prefix + field.name, field.metadata["kind"], field.metadata["help"], default=field.default, **shown)
 
 
