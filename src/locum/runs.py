@@ -40,7 +40,8 @@ except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
 STATES = (
-    *("partial", "calibrated", "answers", "part-kept", "recover", "statistics.safetensors", "unrecovered", "unpacked"),
+    *("partial", "calibrated", "answers", "part-kept", "recover", "logits"),
+    *("statistics.safetensors", "unrecovered", "unpacked"),
     "rounds",
 )
 OUTPUTS_INSIDE = ("calibrated", "statistics.safetensors", "unrecovered")  # what a stage inside the run writes

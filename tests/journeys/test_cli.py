@@ -83,14 +83,14 @@ METHOD_OPTIONS = {
 }
 WAY_OPTIONS = {
     "annealed": "--annealing --end-fraction --keep-size --rank --steepness --train-bases",
-    "kd": "--keep-size --rank --share --temperature --train-bases",
+    "kd": "--keep-size --rank --share --temperature --top-logits --train-bases",
     "layerwise": "--closed-form --keep-size --rank --routers --train-bases",
     "esft": "--score --threshold",
     "experts": "",
     "full": "",
     "lora": "--keep-size --rank --train-bases",
     "router": "",
-    "router-kd": "--share --temperature",
+    "router-kd": "--share --temperature --top-logits",
     "seer": "--end-fraction --keep-size --rank --train-bases",
     "vectors": "",
 }

@@ -219,10 +219,13 @@ def of_recovery(
     step, each = times.of_all(ends[-1] - ends[-2], begun.of), times.of_all(said["seconds"] - ends[-1], begun.of)
     validated = 1 + options.steps // options.validate_every if options.validate_every else 2
     validations = validated * math.ceil(len(validation) / options.batch_size)
+    # Kept logits are made once for every block, so they may take less.
+    step += times.of_all(said.get("logits_seconds", 0) / short.steps, begun.of)
     moments = 4 * 4 * max(0, training.trained - said["trainable_parameters"])  # and gradients, and the best state
     activations = (begun.of - len(begun.layers)) * (0 if said["checkpointed"] else said["layer_activation_bytes"])
     read = read_shape(model).bytes + _read_of_original(training)
-    others = begun.missing_bytes + (0 if theirs is None else theirs.missing_bytes) + moments + activations
+    others, rest = begun.missing_bytes + moments + activations, 0 if theirs is None else theirs.missing_bytes
+    others = max(others, rest) if options.way.top_logits else others + rest  # kept logits: one model after the other
     passes = 1
     if training.by_layer:  # all batches wait at a layer
         count = number_of_batches(blocks, options) * options.batch_size * options.length + validation.ids_BS.numel()

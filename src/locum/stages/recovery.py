@@ -36,11 +36,13 @@ from ..runs import beside
 from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..training.context import Original
+from ..training.distillation import vocabulary_of
 from ..training.from_files import original_experts
+from ..training.kept_logits import keep_logits, kept_bytes
 from ..training.layer import old_bytes
 from ..training.one_by_one import waiting_bytes
 from ..training.options import DEFAULT_WAY, Recovery, make_recovery
-from ..training.recovery import check_fits, count_trainable, recover_model
+from ..training.recovery import batches_of, check_fits, count_trainable, recover_model
 from ..training.states import STATE_ITEMSIZE, forget, has_state
 from ..training.ways import WAYS, Way
 from .dry_run import Training, of_recovery
@@ -112,8 +114,10 @@ def recover(
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
     written += 0 if after is decided else after.size(before).bytes - decided.size(before).bytes
+    tokens = chosen.steps * chosen.accumulate * chosen.batch_size * chosen.length
+    written += kept_bytes(tokens, chosen.way.top_logits)
     workdir = beside(out, "recover")
-    begun = sum(file.stat().st_size for file in workdir.glob("*"))
+    begun = sum(file.stat().st_size for place in (workdir, beside(out, "logits")) for file in place.glob("*"))
     check_room(out, written, begun)
     tokenizer, blocks, validation = _read_text(model, data, chosen, validation_tokens)
     if by_layer:
@@ -124,6 +128,7 @@ def recover(
     told = _told(progress, chosen)
     if restart and ranks.is_first():
         forget(workdir)
+        forget(beside(out, "logits"))
     ranks.wait()
     training = (decided or keep_all(shape), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": told}
@@ -132,7 +137,8 @@ def recover(
             shared = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
             live, summary = train_by_layer(model, source, *training, **shared, **where)
         else:
-            live, summary = _train(model, source if is_read else None, *training, uses=uses, **where)
+            kept = {"uses": uses, "logits": beside(out, "logits")}
+            live, summary = _train(model, source if is_read else None, *training, **kept, **where)
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         if after is not decided:
@@ -183,13 +189,29 @@ def _train(
     device: str,
     workdir: Path,
     progress: Callable[[int, int, float], None],
+    logits: Path,
     uses: Mapping[str, Use] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The trained model, and the summary."""
+    # Before the model that learns is there: only one of the two is in memory.
+    kept = None if original is None else _kept_logits(original, model, blocks, options, device, logits)
     live = load_model(model, device=device)
-    unchanged = None if original is None else _original(original, options.way, live)
+    unchanged = kept if kept or original is None else _original(original, options.way, live)
     shared = {"original": unchanged, "workdir": workdir, "log": workdir / LOG, "progress": progress, "uses": uses}
     return recover_model(live, plan, blocks, validation, options, **shared)
+
+
+def _kept_logits(
+    original: Path, model: Path, blocks: Tokens, options: Recovery, device: str, folder: Path
+) -> Original | None:
+    """What the original predicts, where the way wants that kept in its place."""
+    if not (top := options.way.top_logits):
+        return None
+    dtype = open_source(model).model.dtype
+    size, mark = vocabulary_of(open_source(original).model), fingerprint_checkpoint(original)
+    load = functools.partial(load_model, original, dtype=dtype, device=device)
+    batches = batches_of(blocks, options)
+    return Original({}, logits=keep_logits(folder, batches, top, options.way.temperature, mark, size, load))
 
 
 def _plan_of(model: Path) -> Plan | None:

@@ -19,6 +19,7 @@ from ..files import fingerprint
 from ..measure.use import Use
 from ..models.families import MoeLayer, find_layers, read_expert
 from ..plans.plan import LayerPlan, Plan
+from .kept_logits import KeptLogits
 from .layer import OpenLayer
 from .states import sample
 
@@ -31,6 +32,7 @@ class Original:
 
     read: Mapping[str, Read]  # by the name of a layer: a function that reads one of its experts
     model: nn.Module | None = None  # the whole model, where it is in memory
+    logits: KeptLogits | None = None  # what it predicts for the blocks of the run, where that is all there is of it
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
@@ -41,6 +43,8 @@ class Original:
 
 def mark_of(original: Original) -> str:
     """What tells one original from others: a run resumes only with the same."""
+    if original.logits is not None:
+        return original.logits.mark
     return fingerprint(*map(sample, original.model.parameters()))
 
 
@@ -56,6 +60,7 @@ class Context:
     workdir: Path | None = None  # beside it, what memory need not hold may lie on the disk
     layers: list[OpenLayer] = field(default_factory=list)  # what `prepare` opened and `finish` has to close
     uses: Mapping[str, Use] | None = None  # of experts by text, by layer: for ways that read it
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the result's tensors, by name
     said: dict[str, Any] = field(
         default_factory=dict
     )  # what the way has to say of the run, for its log and its summary

@@ -7,7 +7,10 @@ all of them: checks, states to resume from, precision, and that the model comes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,13 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ranks
-from ..data.tokens import Tokens, batches, training_batches
+from ..data.tokens import Batch, Tokens, batches, training_batches
 from ..errors import OptionError
 from ..files import fingerprint, provenance, versions
 from ..measure.use import Use, in_short, uses_of
 from ..plans.plan import Plan
-from .context import Context, Original, check_layers
+from .context import Context, Original, check_layers, mark_of
 from .decoder import DecoderLayers
+from .distillation import vocabulary_of
+from .kept_logits import keep_logits
 from .loop import Hooks, accelerated, check_tokens, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
 from .router_losses import check_router_losses
@@ -97,12 +102,14 @@ def recover_model(
     if way.reads_use:
         context.uses = uses or _uses_in_training(model, tokens, options)
     way.check(context)
+    check_router_losses(model, options)
     identity = _identity(context, options, tokens, validation) | way.identity(context)
     state = _left_behind(workdir, identity, restart)
-    dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+    context.dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+    if way.top_logits:
+        context.original = _kept(context, options, tokens)
     routing = {"routing_before": _routing(model, validation, options)}
     before = None
-    check_router_losses(model, options)
     if validation is not None and state.step == 0 and not way.is_result(context, 0):
         before = _loss_before(model, validation, options)
     way.prepare(context, state.step)
@@ -127,18 +134,37 @@ def recover_model(
     summary |= context.said
     if not ranks.is_first():
         return model, summary
-    _close(model, context, way, dtypes)
+    _close(model, context, way)
     routing["routing"] = _routing(model, validation, options)
     return model.eval(), summary | {name: said for name, said in routing.items() if said is not None}
 
 
-def _close(model: PreTrainedModel, context: Context, way: Way, dtypes: Mapping[str, torch.dtype]) -> None:
+def batches_of(tokens: Tokens, options: Recovery) -> Iterator[Batch]:
+    """All batches of a run, in their order."""
+    return islice(training_batches(tokens, options.batch_size, options.seed), options.steps * options.accumulate)
+
+
+def _kept(context: Context, options: Recovery, tokens: Tokens) -> Original:
+    """The logits that are kept of an original, in its place."""
+    original, folder = context.original, context.workdir
+    if original.logits is None and folder is None:
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(context, shutil.rmtree, folder, ignore_errors=True)  # it is there as long as the run is
+    if (kept := original.logits) is None:
+        asked = (options.way.top_logits, options.way.temperature, mark_of(original), vocabulary_of(original.model))
+        kept = keep_logits(folder, batches_of(tokens, options), *asked, lambda: original.model)
+    context.said["logits_seconds"] = kept.seconds
+    return Original({}, logits=kept)
+
+
+def _close(model: PreTrainedModel, context: Context, way: Way) -> None:
     """Back to the layout and the dtypes that the model came with."""
     if ranks.count() > 1:  # which share a model that no device may hold alone
         context.layers = [replace(layer, device=torch.device("cpu")) for layer in context.layers]
     way.finish(context)
     for name, tensor in _floats(model):
-        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))  # adapters that stay are in that of the checkpoint
+        # Adapters that stay are in that of the checkpoint.
+        tensor.data = tensor.data.to(context.dtypes.get(name, tensor.dtype))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
 

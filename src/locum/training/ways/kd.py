@@ -20,7 +20,7 @@ from ..adapters import (
     with_adapters,
 )
 from ..context import Context, mark_of
-from ..distillation import check_distillation, distillation, share_option, temperature_option
+from ..distillation import check_distillation, distillation, share_option, temperature_option, top_logits_option
 from . import Way, way
 
 
@@ -35,7 +35,8 @@ class Distillation(Way):
 
     Trained:  as by `lora`.
     Loss:     above. Validation is the cross entropy of the next token, as for every way.
-    Needs:    the whole original.
+    Needs:    the whole original; with `top_logits` K before the training alone, for a forward pass over its text, and then
+              8 K + 4 bytes on the disk for every token (training/kept_logits.py).
     Edges:    a model that is the original does not change: its loss and gradients are zero (share 1).
     Raises:   OptionError without the original model, for one of another vocabulary, or a share outside of 0 to 1.
     Cost:     a forward and a backward pass of the compressed model and a forward pass of the original.
@@ -48,6 +49,7 @@ class Distillation(Way):
     keep_size: bool = keep_size_option()
     share: float = share_option()
     temperature: float = temperature_option()
+    top_logits: int = top_logits_option()
 
     def needs_original(self, plan: Plan | None) -> bool:
         return True

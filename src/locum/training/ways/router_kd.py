@@ -10,7 +10,7 @@ from torch import Tensor
 from ...data.tokens import Batch
 from ...plans.plan import Plan
 from ..context import Context, check_layers, mark_of
-from ..distillation import check_distillation, distillation, share_option, temperature_option
+from ..distillation import check_distillation, distillation, share_option, temperature_option, top_logits_option
 from ..routers import train_routers
 from . import Way, way
 
@@ -26,7 +26,8 @@ class RouterDistillation(Way):
 
     Trained:  the routers.
     Loss:     above. Validation is the cross entropy of the next token, as for every way.
-    Needs:    the whole original.
+    Needs:    the whole original; with `top_logits` K before the training alone, for a forward pass over its text, and then
+              8 K + 4 bytes on the disk for every token (training/kept_logits.py).
     Edges:    the result is its base with other routers, so `--adapter-only` can write these alone.
     Raises:   OptionError without the original model, for one of another vocabulary, or a share outside of 0 to 1.
     Cost:     a forward and a backward pass of the compressed model and a forward pass of the original.
@@ -37,6 +38,7 @@ class RouterDistillation(Way):
     across_ranks: ClassVar[bool] = False  # every rank would hold the whole original
     share: float = share_option()
     temperature: float = temperature_option()
+    top_logits: int = top_logits_option()
 
     def needs_original(self, plan: Plan | None) -> bool:
         return True
