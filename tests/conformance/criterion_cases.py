@@ -177,6 +177,12 @@ def gate(layer: Layer) -> list[float]:
 
 
 @oracle
+def proficiency(layer: Layer) -> list[float]:
+    gates = [layer.outputs(e)[0] for e in range(E)]
+    return [E * sum(g) / sum(map(sum, gates)) for g in gates]
+
+
+@oracle
 def gate_softmax(layer: Layer) -> list[float]:
     return [sum(row[e] for row in layer.logits_TE.double().softmax(-1).tolist()) / T for e in range(E)]
 

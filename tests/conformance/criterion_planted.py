@@ -89,7 +89,7 @@ PLANTED: dict[str, Callable[[], Layer]] = {
     "eao": planted(out_TKD=extreme_outputs),
     "removal_loss": planted(found=lambda layer: {**layer.found, "removal_loss": FOUND}),
     "evtc": planted(id_T=lambda layer: torch.arange(T) % V, index_TK=lambda layer: few_tokens()),
-    **dict.fromkeys(("frequency", "gate", "gate_softmax"), lambda: Layer(3, prefer_E=POPULAR)),
+    **dict.fromkeys(("frequency", "gate", "gate_softmax", "proficiency"), lambda: Layer(3, prefer_E=POPULAR)),
     **dict.fromkeys(
         (
             "ean",

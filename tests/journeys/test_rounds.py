@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import locum
 from locum.checkpoints.load import load_model
 from locum.errors import OptionError, PlanError
-from locum.models.families import find_layers
+from locum.models.families import find_layers, read_expert
 from locum.plans.plan import DROPPED
 from making.checkpoints import tree, write_tokenizer
 from making.tiny_models import tiny_model
@@ -65,6 +66,36 @@ def test_of_two_that_share_their_tokens_rounds_keep_one_where_one_round_loses_bo
     often = locum.compress(model, rounds=4, statistics=tmp_path / "stats", out=tmp_path / "often", **asked)
     once, often = (gone(locum.load_plan(place / "plan.json"))[0] for place in (out, often))
     assert {0, 1} <= once and len({0, 1} & often) == 1 and len(once) == len(often) == 4
+
+
+@pytest.mark.journeys
+def test_task_specific_pruning_ends_in_a_dense_model(words, tmp_path):
+    """TSEP: of a top-1 model one expert of each layer is left, after rounds with training between them. It is stock, and a layer
+    computes what its one expert computes."""
+    model = with_halves(tmp_path / "model")
+    asked = {
+        "method": "prune",
+        "score": "proficiency",
+        "budget": "global",
+        "protect": False,
+        "remove": 7 / 8,
+        "rounds": 3,
+    }
+    trained = TRAINED | {"recover": "full", "recover_steps": 4}
+    del trained["recover_rank"]
+    out = locum.compress(model, data=str(words), out=tmp_path / "dense", **asked, **trained, **SHORT)
+    plan = locum.load_plan(out / "plan.json")
+    assert [len(layer.survivors) for layer in plan.layers] == [1] * len(plan.layers)
+    assert plan.provenance["rounds"] == pytest.approx([7 / 24, 14 / 24, 7 / 8], abs=1 / 16)
+    dense = AutoModelForCausalLM.from_pretrained(out)
+    assert dense.config.num_experts == 1 and "quantization_config" not in dense.config.to_dict()
+    layer = find_layers(dense)[0]
+    x_BSD = torch.randn(2, 3, layer.shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    expert = read_expert(layer.experts, 0)
+    with torch.no_grad():
+        found = layer.block(x_BSD)
+        hidden = torch.nn.functional.silu(x_BSD @ expert.gate_FD.T) * (x_BSD @ expert.up_FD.T)
+        torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, hidden @ expert.down_DF.T)
 
 
 @pytest.mark.journeys

@@ -48,6 +48,20 @@ def gate(layer: LayerStatistics) -> Tensor:
     return _share(layer["gate_sum"])
 
 
+@criterion("proficiency", paper="arXiv 2206.00277 (TSEP)", needs=("gate_sum",))
+def proficiency(layer: LayerStatistics) -> Tensor:
+    """The router weight that went to an expert, in equal shares of the layer: what task-specific expert pruning goes by.
+
+    S_e = Z G_e / sum_i G_i,  G_e = sum_{t in T_e} g_t,e,  Z the experts that the layer has
+
+    Units:    equal shares: 1 for every expert where all do the same (all 0 without tokens); comparable across layers.
+    Differs:  TSEP drops, after each window of a fine-tuning, every expert below a share beta (its alpha score; the paper's text could
+              not be read). Here the lowest over all layers go (--budget global), so that the amount says beta; windows are
+              rounds (compress --rounds N --recover full). Within a layer the order is that of `gate`.
+    """
+    return len(layer["gate_sum"]) * _share(layer["gate_sum"])
+
+
 @criterion("gate_softmax", paper="arXiv 2404.05089 (SEER-MoE)", needs=("softmax_sum",))
 def gate_softmax(layer: LayerStatistics) -> Tensor:
     """The share of the router's probability that went to an expert, whether it was selected or not.
