@@ -111,6 +111,8 @@ def test_an_original_that_has_collapsed_excuses_its_copy(original, tokenizer):
         layer.router.weight.data.zero_()
     uses = questions(tokenizer).uses(model)
     assert "12 of 16 experts see none" in compare_uses(uses, uses)
+    active = sum(layer.shape.top_k * layer.shape.parameters() for layer in find_layers(model))
+    assert f"experts of {active:,} parameters run for a token" in compare_uses(uses, uses)
 
 
 @pytest.mark.journeys

@@ -126,9 +126,10 @@ def compare_uses(ours: dict[str, Use], theirs: dict[str, Use] | None) -> str:
 
 
 def _told(uses: dict[str, Use]) -> str:
-    """Dead experts, the least spread of a layer and the mean entropy of routers, in words."""
+    """Dead experts, the least spread of a layer, the mean entropy of routers, and what runs for a token, in words."""
     short = in_short(uses)
     return (
         f"{short['dead_experts']} of {short['experts']} experts see none of {short['tokens']:,} tokens, every layer spreads them over "
-        f"at least {short['least_spread']:.0%} of its experts, and routers have {short['router_entropy']:.0%} of the most entropy"
+        f"at least {short['least_spread']:.0%} of its experts, routers have {short['router_entropy']:.0%} of the most entropy, and "
+        f"experts of {short['active_expert_parameters']:,} parameters run for a token"
     )
