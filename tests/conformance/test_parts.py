@@ -36,6 +36,7 @@ POLICY_FIELDS = {
     "main_with_vectors": {"main": 1},
     "top_p": {"p": 0.5},
     "skip": {"threshold": 0.5},
+    "soft_lora": {"experts": 3, "rank": 2},
     "group_local": {"groups": (0, 1) * (E // 2)},
     "in_turn": {"policies": ({"policy": "main_with_vectors", "main": 2}, {"policy": "skip", "threshold": 0.5})},
 }

@@ -167,7 +167,7 @@ LINES = [
     (f"{COMPRESS} {TARGET} --recover lora --recover-steps 0", "--recover-steps is 0; allowed: at least 1"),
     (
         f"{COMPRESS} {TARGET} --recover-rank 2",
-        "option '--recover-rank' comes with --recover annealed or kd or layerwise or lora or seer",
+        "option '--recover-rank' comes with --recover annealed or kd or layerwise or lora or seer or smola",
     ),
     (
         f"{COMPRESS} {TARGET} --recover lora --recover-end-fraction 0.5",
@@ -179,7 +179,7 @@ LINES = [
     (f"{RECOVER} --how anealed", "unknown way to recover 'anealed': did you mean 'annealed'?"),
     (
         f"{RECOVER} --how vectors --rank 2",
-        "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora or seer has it",
+        "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora or seer or smola has it",
     ),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),

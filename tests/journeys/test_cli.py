@@ -92,6 +92,7 @@ WAY_OPTIONS = {
     "router": "",
     "router-kd": "--share --temperature --top-logits",
     "seer": "--end-fraction --keep-size --rank --train-bases",
+    "smola": "--experts --rank",
     "vectors": "",
 }
 TARGET_OPTIONS = {

@@ -48,7 +48,7 @@ def state(model):
 
 
 def changed(before, model):
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {name for name, x in model.state_dict().items() if name not in before or not torch.equal(x, before[name])}
 
 
 def routed(plan, policy=MAIN_2):

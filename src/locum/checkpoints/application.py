@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..containers.build import build_layer, check_statistics, rewritten
+from ..containers.build import build_layer, check_statistics, rewritten, stack_dense
 from ..containers.container import StandInExperts
+from ..containers.layout import Layout
+from ..containers.rows import tensors_of
 from ..errors import UnsupportedModel
+from ..experts.policies.in_turn import InTurn
+from ..experts.policies.policy import Policy
 from ..experts.weights import ExpertWeights
 from ..files import NOTES, whole
 from ..models.choosing import check_choosing, choose_by
@@ -129,7 +135,27 @@ def _rewrite(layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, se
         write_expert(layer.experts, e, become(e))
 
 
-def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> object:
+def add_policy(model: nn.Module, layer: MoeLayer, policy: Policy) -> Layout:
+    """Give one layer of a live model, stock or a container, a routing policy on top of those that it has; what the policy stores is
+    zero. Returns the layout of its container, which the model's config does not say yet (placing.note_containers)."""
+    experts, shape = layer.experts, layer.shape
+    if isinstance(experts, StandInExperts):
+        layout, tensors = experts.layout, tensors_of(experts)
+    else:
+        layout = Layout.of(LayerPlan(shape.name, (KEPT,) * shape.num_experts), shape)
+        tensors = stack_dense([read_expert(experts, e) for e in range(shape.num_experts)])
+    layout = replace(layout, routing=InTurn.of(layout.routing, policy))
+    like = next(tensor for tensor in (*experts.parameters(), *model.parameters()) if tensor.is_floating_point())
+    container = StandInExperts(layout, canonical_activation(experts), like.dtype, "meta")
+    for name, size in layout.routing.tensors(layout).items():
+        tensors.setdefault(name, torch.zeros(size, dtype=like.dtype, device=like.device))
+    container.load_state_dict(tensors, strict=True, assign=True)
+    container.post_expert_norm = getattr(experts, "post_expert_norm", None)
+    model.set_submodule(shape.name, container)
+    return layout
+
+
+def _replace(model: nn.Module, layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> Layout:
     experts = layer.experts
     container = make_container(
         plan,

@@ -96,6 +96,16 @@ def note_layouts(model: PreTrainedModel) -> None:
         said.layers = {name: found.get(name, layout) for name, layout in said.layers.items()}
 
 
+def note_containers(model: PreTrainedModel) -> None:
+    """Let a model's config say its containers, all of whose layers are such, and their layouts."""
+    layers = {name: container.layout.to_json() for name, container in containers_of(model)}
+    said = getattr(model.config, "quantization_config", None)
+    if isinstance(said, LocumConfig):
+        said.layers = layers
+    else:
+        model.config.quantization_config = LocumConfig(layers)
+
+
 def place_containers(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     """Swap the experts modules named in `layers` for empty containers, and make room in their routers."""
     found = {layer.shape.name: layer for layer in find_layers(model)}

@@ -12,7 +12,7 @@ what was routed (here), and cluster by cluster (clusters.py), which every kind o
 some products read its bytes as they multiply (kernels/packed.py), else a row of it is numbers while it is multiplied with.
 
 Where a layer has a routing policy (experts/policies/), the policy first picks the experts that run and their inputs, which
-all experts of a token share. An index of -1 is an expert that does not run.
+all experts of a token share. An index of -1 is an expert that does not run. What the policy computes beside the experts is added.
 
 Letters: T tokens, K top-k, M experts that may run, P pairs (token, expert), E experts, N stacked items, D model
 width, F expert width, G 2F with a gate and F without, X what the table holds of each expert.
@@ -157,8 +157,11 @@ class StandInExperts(nn.Module):
                 x_TD.device, x_TD.dtype, pairs, self.num_experts, self._aligned, self._low_rank, self._in_few_bits
             )
         if way == choice.LOOP:
-            return clusters.forward(self.terms(x_TD), routed).to(x_TD.dtype)
-        return self._all_at_once(routed, choice.PRODUCTS[way]()).to(x_TD.dtype)
+            out_TD = clusters.forward(self.terms(x_TD), routed)
+        else:
+            out_TD = self._all_at_once(routed, choice.PRODUCTS[way]())
+        added_TD = self.layout.routing.added(self._stored(), x_TD) if self.layout.routing else None
+        return (out_TD if added_TD is None else out_TD + added_TD).to(x_TD.dtype)
 
     def may_group(self, x_TD: Tensor) -> bool:
         """Whether all pairs can go at once: products do not change number formats. Bytes are in none."""
@@ -176,8 +179,11 @@ class StandInExperts(nn.Module):
         policy = self.layout.routing
         if policy is None:
             return Routed(index_TK, weight_TK, (x_TD,))
-        tensors = {name: getattr(self, name) for name in self.policy_tensors}
-        return policy.route(self.layout, tensors, x_TD, index_TK, weight_TK)
+        return policy.route(self.layout, self._stored(), x_TD, index_TK, weight_TK)
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The policy's tensors by name."""
+        return {name: getattr(self, name) for name in self.policy_tensors}
 
     def hidden(self, pre_PG: Tensor, weight_P1: Tensor, compiled: bool) -> Tensor:
         """Hidden states [P, F] of first products, times router weights; by the compiled products, if they know how."""

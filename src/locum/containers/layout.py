@@ -183,10 +183,9 @@ class Layout:
         most, average = (
             (top_k, top_k) if self.routing is None else (self.routing.most(top_k), self.routing.average(top_k))
         )
-        stored = self.routing.tensors(self).values() if self.routing else ()
-        rows = self.routing.per_token(top_k) if self.routing else 0
+        stored = self.routing.active(self, top_k) if self.routing else 0
         experts = round(sum(sorted(self.expert_parameters)[-most:]) * average / most)
-        return experts + rows * sum(math.prod(shape[1:]) for shape in stored)
+        return experts + stored
 
     @classmethod
     def of(cls, plan: LayerPlan, shape: LayerShape) -> Layout:

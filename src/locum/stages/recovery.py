@@ -94,8 +94,7 @@ def recover(
     if adapter_only:
         _check_adapter(chosen.way)
     check_number("validation-tokens", validation_tokens, 1)
-    device = device_of(device)
-    shape = read_shape(model)
+    device, shape = device_of(device), read_shape(model)
     side_files(model)  # all of them may go along
     decided = _plan_of(model)
     check_fits(chosen.way, decided)
@@ -110,14 +109,13 @@ def recover(
     uses = None if statistics is None else _uses_in(Path(statistics), chosen.way, model)
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
-    after = _becomes(decided, chosen.way, shape, by_layer)
+    whole = decided or keep_all(shape)
+    after = _becomes(whole, chosen.way, shape, by_layer)
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
-    written += 0 if after is decided else after.size(before).bytes - decided.size(before).bytes
-    tokens = chosen.steps * chosen.accumulate * chosen.batch_size * chosen.length
-    written += kept_bytes(tokens, chosen.way.top_logits)
-    workdir = beside(out, "recover")
-    begun = sum(file.stat().st_size for place in (workdir, beside(out, "logits")) for file in place.glob("*"))
+    written += 0 if after is whole else after.size(before).bytes - whole.size(before).bytes
+    workdir, logits = beside(out, "recover"), beside(out, "logits")
+    begun = sum(file.stat().st_size for place in (workdir, logits) for file in place.glob("*"))
     check_room(out, written, begun)
     tokenizer, blocks, validation = _read_text(model, data, chosen, validation_tokens)
     if by_layer:
@@ -125,25 +123,23 @@ def recover(
     if dry_run:
         training = Training(decided, chosen, trained, source if is_read else None, by_layer, streamed)
         return of_recovery(model, training, blocks, validation, device, written, out)
-    told = _told(progress, chosen)
     if restart and ranks.is_first():
         forget(workdir)
-        forget(beside(out, "logits"))
+        forget(logits)
     ranks.wait()
-    training = (decided or keep_all(shape), blocks, validation, chosen)
-    where = {"device": device, "workdir": workdir, "progress": told}
+    training = (whole, blocks, validation, chosen)
+    where = {"device": device, "workdir": workdir, "progress": _told(progress, chosen)}
     with _forgotten_unless_begun(workdir):
         if by_layer:
             shared = {"streamed": streamed, "trainable": trained, "log": workdir / LOG}
             live, summary = train_by_layer(model, source, *training, **shared, **where)
         else:
-            kept = {"uses": uses, "logits": beside(out, "logits")}
-            live, summary = _train(model, source if is_read else None, *training, **kept, **where)
+            read = source if is_read else None
+            live, summary = _train(model, read, *training, uses=uses, logits=logits, **where)
     if ranks.is_first():  # the others have none of the model
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
-        if after is not decided:
-            notes["plan"] = after.id
-        _save(live, tokenizer, out, after or keep_all(before), before, model, notes, workdir / LOG, base, paths)
+        notes |= {} if after is whole else {"plan": after.id}
+        _save(live, tokenizer, out, after, before, model, notes, workdir / LOG, base, paths)
     ranks.wait()
     return {"out": str(out), **summary}
 
@@ -156,7 +152,7 @@ def _read_text(model: Path, data: Data, options: Recovery, most: int) -> tuple[A
     return tokenizer, blocks, validation
 
 
-def _becomes(plan: Plan | None, way: Way, shape: ModelShape, by_layer: bool) -> Plan | None:
+def _becomes(plan: Plan, way: Way, shape: ModelShape, by_layer: bool) -> Plan:
     """The plan of the result. Raises OptionError where a training by layer, which rewrites files, cannot make it."""
     after = way.becomes(plan, shape.layers)
     if by_layer and after is not plan:
@@ -238,12 +234,13 @@ def _old_bytes(plan: Plan | None, way: Way, source: Path | None, device: str) ->
 
 def _written_bytes(model: Path, shape: ModelShape, trained: int, options: Recovery, by_layer: bool, old: int) -> int:
     """The most that a training has on the disk at once: a state while it takes the place of the last one, with old weights or else
-    with the result; of one that goes layer by layer, the experts of all layers and the result."""
+    with the result, beside kept logits; of one that goes layer by layer, the experts of all layers and the result."""
     result = shape.bytes + AROUND
     if by_layer:
         return result + expert_parameters_in(model, shape) * shape.expert_itemsize
     state = trained * STATE_ITEMSIZE if options.checkpoint_every else 0
-    return max(2 * state + old, state + result)
+    tokens = options.steps * options.accumulate * options.batch_size * options.length
+    return max(2 * state + old, state + result) + kept_bytes(tokens, options.way.top_logits)
 
 
 def _told(progress: Progress, options: Recovery) -> Callable[[int, int, float], None]:
@@ -320,7 +317,8 @@ def _save(
     data = card_data(model, opens, results=validated(notes["recovery"]), **about)
     card = model_card(plan, before, out.name, notes, opens, data)
     write = writer if base is None else functools.partial(write_adapter, live, experts=experts)
-    kept = plan if plan_of(model) is not None or base is not None else None
+    is_told = plan_of(model) is not None or base is not None or not all(layer.is_identity for layer in plan.layers)
+    kept = plan if is_told else None
     save_checkpoint(write, tokenizer, out, kept, card, model, notes, extra=[log])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import OptionError, PlanError
@@ -73,6 +74,13 @@ class InTurn(Policy):
 
     def per_token(self, top_k: int) -> int:
         return sum(each.per_token(top_k) for each in self.policies)
+
+    def active(self, counts: Counts, top_k: int) -> int:
+        return sum(each.active(counts, top_k) for each in self.policies)
+
+    def added(self, tensors: Mapping[str, Tensor], x_TD: Tensor) -> Tensor | None:
+        found = [more for each in self.policies if (more := each.added(tensors, x_TD)) is not None]
+        return torch.stack(found).sum(dim=0) if found else None
 
     def route(
         self, counts: Counts, tensors: Mapping[str, Tensor], x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor

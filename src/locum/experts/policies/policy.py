@@ -2,8 +2,9 @@
 
 A policy acts on the call. It gets what the router selected, `index [T, K]` and `weight [T, K]`, and the hidden states, and
 returns indices and weights of its own, -1 for "does not run". One that `chooses` acts before, on the router: it gets the
-logits too, and selects in its place. A kind is one frozen dataclass in one file: its fields are what the plan's file holds;
-tensors that it stores lie in the container under the names that `tensors` gives.
+logits too, and selects in its place. What it has `added` goes to the output of the experts. A kind is one frozen dataclass in
+one file: its fields are what the plan's file holds; tensors that it stores lie in the container under the names that `tensors`
+gives.
 
 Letters: T tokens, K top-k, M experts that may run, E experts, D model width, F expert width.
 """
@@ -130,6 +131,10 @@ class Policy(abc.ABC):
         """Indices and weights in place of those that a router made of these logits, where the policy `chooses`."""
         return index_TK, weight_TK
 
+    def added(self, tensors: Mapping[str, Tensor], x_TD: Tensor) -> Tensor | None:
+        """What is added to the output of the experts for every token [T, D], whichever run; None: nothing."""
+        return None
+
     def tensors(self, counts: Counts) -> dict[str, tuple[int, ...]]:
         """The shapes of what it stores in a container, by name. Stored tensors start at zero."""
         return {}
@@ -137,6 +142,10 @@ class Policy(abc.ABC):
     def per_token(self, top_k: int) -> int:
         """How many rows of the stored tensors one token uses."""
         return 0
+
+    def active(self, counts: Counts, top_k: int) -> int:
+        """The most numbers of the stored tensors that one token uses."""
+        return self.per_token(top_k) * sum(math.prod(size[1:]) for size in self.tensors(counts).values())
 
     def work(self, counts: Counts, index_TK: Tensor, routed: Routed) -> tuple[int, int]:
         """Numbers that it reads and operations that it makes, for what a router selected and it made of that."""
