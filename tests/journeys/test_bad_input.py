@@ -155,7 +155,14 @@ LINES = [
         (f"{line} --batch-size 1" + "0" * 30, "--batch-size is 1|2147483647")
         for line in (CALIBRATE, f"{COMPRESS} {TARGET}", EVAL, RECOVER)
     ),
-    (f"{EVAL} --resamples 2147483648", "--resamples is 2147483648; allowed: whole numbers from 1 to 2147483647"),
+    (f"{EVAL} --resamples 2147483647", "--resamples is 2147483647; allowed: whole numbers from 1 to 1000000"),
+    *(
+        (
+            f"search {{model}} --data {{words}} --out {{out}} --method {name} --population 100001",
+            "--population is 100001|100000",
+        )
+        for name in ("moe-i2", "eep")
+    ),
     (f"{RECOVER} --steps 2147483648", "--steps is 2147483648; allowed: at least 1 and at most 2147483647"),
     (CALIBRATE + " --split trian", "unknown split 'trian': did you mean 'train'?"),
     (CALIBRATE + f" {SHORT} --device cuda:7", "--device cuda:7 cannot be used|devices here: auto, cpu"),

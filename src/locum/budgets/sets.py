@@ -22,6 +22,7 @@ from ..errors import StatisticsError
 
 Experts = tuple[int, ...]  # in ascending order
 Errors = Callable[[Tensor], Tensor]  # bools [C, E], true where an expert is removed -> [C]
+MOST_INDIVIDUALS = 100_000  # of a generation, all of which are in memory
 
 
 def removed_mask(sets: Sequence[Experts], num_experts: int) -> Tensor:

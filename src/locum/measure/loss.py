@@ -34,6 +34,7 @@ from .rows import Row
 LOGIT_BYTES = 128 * 1024**2
 KEPT_BYTES = 1024**3  # most of the original's hidden states that are kept for further models
 INTERVAL = (2.5, 97.5)  # percentiles
+MOST_RESAMPLES = 1_000_000  # whose sums are in memory
 SUMS = ("nats", "tokens", "bytes", "original_nats", "kl", "agreed")
 Output = tuple[Any, Any]  # a model inside any adapters, and its body's output on a batch
 

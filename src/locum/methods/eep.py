@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ranks
 from ..budgets.counts import spare
-from ..budgets.sets import Experts, finite, removed_mask
+from ..budgets.sets import MOST_INDIVIDUALS, Experts, finite, removed_mask
 from ..options import option
 from ..plans.plan import Base, LayerPlan, stand_in
 from ..shapes import LayerShape, ModelShape
@@ -63,7 +63,7 @@ class EEP(FoundSets):
     searched_with: ClassVar = ("most", "population", "generations", "mergings", "seed")
 
     most: float = option(0.5, "largest share of a layer's experts that goes", above=0, at_most=0.95)
-    population: int = option(10, "individuals in a generation", at_least=4)
+    population: int = option(10, "individuals in a generation", at_least=4, at_most=MOST_INDIVIDUALS)
     generations: int = option(3, "generations for every number of experts", at_least=0)
     mergings: int = option(0, "generations of merging for every number of experts; 0: prune alone", at_least=0)
     seed: int = option(0, "seed of the search", at_least=0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ranks
 from ..budgets.counts import COUNTS, prune_counts
-from ..budgets.sets import Experts, choose_in_block, finite, removed_mask, search_sets
+from ..budgets.sets import MOST_INDIVIDUALS, Experts, choose_in_block, finite, removed_mask, search_sets
 from ..experts.parts.low_rank import STARTS
 from ..options import option
 from ..plans.plan import DROPPED, KEPT, LayerPlan
@@ -77,7 +77,7 @@ class MoEI2(LowRank):
     pruned: float = option(0.25, "share of all experts that the search drops", at_least=0, at_most=0.95)
     importance: str = option("output", "error that says what an expert is worth", choices=IMPORTANCE)
     counts: str = option("inverse", "how many experts each layer gives up, by its importance", choices=COUNTS)
-    population: int = option(100, "sets of experts in a generation of the search", at_least=4)
+    population: int = option(100, "sets of experts in a generation of the search", at_least=4, at_most=MOST_INDIVIDUALS)
     generations: int = option(50, "generations of the search", at_least=0)
     candidates: int = option(3, "best sets of each layer that are tried together", at_least=1, at_most=10)
     block: int = option(3, "consecutive layers in which they are tried together", at_least=1, at_most=6)

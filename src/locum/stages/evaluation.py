@@ -16,6 +16,7 @@ from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import OptionError
 from ..files import check_output, check_room, provenance
+from ..measure.loss import MOST_RESAMPLES
 from ..measure.loss import evaluate as evaluate_models
 from ..measure.rows import Row, read_rows, write_rows
 from ..measure.tasks import evaluate_tasks, find_tasks
@@ -90,7 +91,7 @@ def evaluate(
     if card:
         open_card(model)
     check_number("batch-size", batch_size, 1)
-    check_number("resamples", resamples, 1)
+    check_number("resamples", resamples, 1, MOST_RESAMPLES)
     device = device_of(device)
     read_shape(model)
     notes = read_notes(model)
