@@ -368,6 +368,11 @@ def test_commands_and_options_are_frozen():
 
 READ = {"against", "model", "onto", "original", "plan", "task_path"}  # options that name what is read
 WRITTEN = {"bench": ["picture"], "compress": ["statistics"], "frontier": ["picture"]}  # beside --out, if it is named
+WRITTEN = {
+    "bench": ["picture"],
+    "compress": ["statistics"],
+    "frontier": ["picture"],
+}  # what a command writes beside its --out, if it is named
 
 
 def test_outputs_and_json_are_the_same_everywhere():

@@ -208,7 +208,7 @@ def of_one_domain() -> tuple[Statistics, str]:
 def test_a_protected_domain_keeps_what_it_needs() -> None:
     statistics, rare = of_one_domain()
     plans = [
-        locum.plan([statistics], method="auto", remove=0.9, protect_domains=names) for names in ("", rare, f"{rare},")
+        locum.plan([statistics], method="auto", remove=0.9, protect_domains=names) for names in (None, rare, f"{rare},")
     ]
     free, kept, again = (plan.provenance["auto"]["predicted_kl_by_domain"] for plan in plans)
     assert kept == again and set(kept) == set(statistics.domains)

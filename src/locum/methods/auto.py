@@ -100,8 +100,9 @@ class Auto:
         "keep the weights of Super Experts, which make massive activations, and leave every token an expert that gives something",
     )
     protect_domains: str = option(
-        "",
+        None,
         "domains of calibration, separated by commas, that must lose at most a quarter more than they would lose at best",
+        kind=str,
     )
     costs: str = option("measured", "for comparison: costs of other experts, or of chance", choices=COSTS)
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
@@ -167,7 +168,7 @@ class Auto:
 
     @property
     def _protected(self) -> tuple[str, ...]:
-        return tuple(word.strip() for word in self.protect_domains.split(",") if word.strip())
+        return tuple(word.strip() for word in (self.protect_domains or "").split(",") if word.strip())
 
     def _layer(
         self,
