@@ -129,6 +129,9 @@ def test_just_beyond_the_best_gives_the_best() -> None:
         meet_target(uniform(SHAPE), SHAPE, Target(remove=0.75 + 0.07))
 
 
+COARSE = {"moe-svd": 0.6 / 16}  # a layer's first expert brings the factor that all share
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].saves == "stored"])
 def test_methods_hit_targets(method: str) -> None:
     """With 3 layers and 16 experts, a step is at most one expert in each layer."""
@@ -137,7 +140,7 @@ def test_methods_hit_targets(method: str) -> None:
     chosen = METHODS[method]()
     for remove in (0.15, 0.3, 0.5):
         removed = decide(chosen, statistics, shape, Target(remove)).removed(shape)
-        assert abs(removed - remove) <= 0.5 / 16 + 1e-9
+        assert abs(removed - remove) <= COARSE.get(method, 0.5 / 16) + 1e-9
     limit = int(0.7 * shape.bytes)
     size = decide(chosen, statistics, shape, Target(fit=limit)).size(shape).bytes
     assert limit - 3 * 2 * shape.layers[0].parameters() <= size <= limit

@@ -44,7 +44,7 @@ def test_cka_is_1_for_what_is_turned_scaled_and_shifted_and_near_0_for_what_is_n
     shape = toy_shape(layers=1, experts=4, d=5, f=3)
     cka_EE = similarity(with_sums(shape, output_hsic=[hsic_EE]).layer(shape.layers[0].name))
     assert cka_EE[0, 1] == pytest.approx(1) and abs(float(cka_EE[0, 2])) < 0.15
-    assert cka_EE[3].abs().max() < 1e-6  # a constant knows nothing
+    assert cka_EE[3, :3].abs().max() < 1e-6  # a constant knows nothing; of itself, rounding may say anything
 
 
 @pytest.mark.parametrize("alike", ["outputs", "weights"])
