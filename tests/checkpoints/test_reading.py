@@ -367,6 +367,13 @@ def test_sizes_are_checked_before_anything_is_built_from_them(entries, words, fo
     refusal(folder, words)
 
 
+def test_an_expert_that_is_missing_is_told_before_anything_is_loaded(folder, nothing_loaded):
+    """Its neighbours are stacked as they are loaded, so that the model has a tensor for them all."""
+    gone = "model.layers.1.mlp.experts.4.up_proj.weight"
+    change_weights(folder, lambda tensors: tensors.pop(gone))
+    refusal(folder, f"1 tensors are missing (first: {gone})")
+
+
 @pytest.mark.parametrize("entries", [{"n_group": 3}, {"n_group": 4, "topk_group": 5}, {"n_group": 4, "topk_group": 1}])
 def test_groups_that_cannot_be_selected_from_are_refused(entries, tmp_path, nothing_loaded):
     folder = write_checkpoint(tmp_path / "grouped", "deepseek_v3")

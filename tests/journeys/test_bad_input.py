@@ -155,6 +155,8 @@ LINES = [
         (f"{line} --batch-size 1" + "0" * 30, "--batch-size is 1|2147483647")
         for line in (CALIBRATE, f"{COMPRESS} {TARGET}", EVAL, RECOVER)
     ),
+    (f"{COMPRESS} {TARGET} --quantiser fast", "unknown quantiser 'fast'"),
+    (f"{COMPRESS} {TARGET} --group 5", "--group is 5; allowed: 32, 64, 128"),
     (f"{EVAL} --resamples 2147483647", "--resamples is 2147483647; allowed: whole numbers from 1 to 1000000"),
     *(
         (

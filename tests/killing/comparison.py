@@ -16,12 +16,13 @@ from fuzzing.damages import NotHere
 from fuzzing.tensor_damages import read_tensors
 
 FORCED = "--force in the command"
-SPENT = re.compile(r"'(seconds|peak_bytes)': [\d.]+")  # in the text of a card
+SPENT = re.compile(r"'(seconds|peak_bytes|layer_activation_bytes)': [\d.]+")  # in the text of a card
 ESCAPED = re.compile(r"\\+_")  # as Markdown has it, and that as a string of JSON
 LEFT_OUT = {
     "time": "the date in provenance, also as text of a card or a page",
     "seconds": "how long a training, step or measurement took",
     "peak_bytes": "memory that it took",
+    "layer_activation_bytes": "memory that a layer took in the first step of a process, whichever that was",
     "checksum": "of a file's numbers and notes, the date among them; those are compared themselves",
     FORCED: "where the command that provenance tells had it",
 }

@@ -86,7 +86,7 @@ def _check_numbers(live: Mapping[str, Any], headers: Headers, places: Mapping[st
 
 
 def _check_alike(live: Mapping[str, Any], headers: Headers, places: Mapping[str, str]) -> None:
-    """Refuse experts of a layer that differ in shape, or have too many dimensions or too few to be stacked."""
+    """Refuse experts of a layer that differ in shape, have too many dimensions or too few to be stacked, or of which one is missing."""
     firsts: dict[str, str] = {}
     for name, live_name in places.items():
         if not ONE_EXPERT.search(name):
@@ -102,6 +102,10 @@ def _check_alike(live: Mapping[str, Any], headers: Headers, places: Mapping[str,
                 f"{name} has shape {shape} in the file, but {like} has {headers[like]['shape']}, and experts of a layer "
                 f"have one shape; fetch it again"
             )
+    for key, first in firsts.items():
+        every = (ONE_EXPERT.sub(str(e), key) for e in range(live[places[first]].shape[0]))
+        if missing := [name for name in every if name not in headers]:
+            raise CheckpointError(f"{len(missing)} tensors are missing (first: {missing[0]}); fetch it again")
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

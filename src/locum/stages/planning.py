@@ -316,7 +316,8 @@ def few_bits(bits: str | None, group: int, quantiser: str, chosen: Method) -> Fe
     """The bits that were asked for, if any. A method that chooses them itself refuses them."""
     if bits is not None and chosen.saves == "bytes":
         raise OptionError(f"method {chosen.name} chooses the bits of every expert itself; leave --bits out")
-    return None if bits is None else FewBits.of(bits, group, quantiser)
+    few = FewBits.of(bits or "4", group, quantiser)  # checked in any case
+    return few if bits else None
 
 
 def check_target(
