@@ -105,6 +105,7 @@ class LinearFit:
 
     def _see(self, forward: Callable[..., Any], sums: Sums, mask_BS: Tensor, *given: Any, **named: Any) -> Any:
         made, theta_JD = forward(*given, **named), self._theta()
+        self.is_linear &= first(made).shape[-1] == theta_JD.shape[1]  # else more comes after the experts than a sum
         if not self.is_linear:
             return made
         given, named = in_dtype(given, torch.float32), in_dtype(named, torch.float32)
@@ -118,7 +119,7 @@ class LinearFit:
         start_MD, ones_MD, *probed = outputs
         phi_MJ = torch.cat([probe_MD - start_MD for probe_MD in probed], dim=1)[:, : len(theta_JD)]
         expected_MD = start_MD + phi_MJ.sum(dim=1, keepdim=True)
-        self.is_linear = torch.allclose(expected_MD, ones_MD, rtol=0, atol=1e-3 * float(ones_MD.abs().max()))
+        self.is_linear &= torch.allclose(expected_MD, ones_MD, rtol=0, atol=1e-3 * float(ones_MD.abs().max()))
         sums.add(phi_MJ, first(theirs)[mask_BS].float() - start_MD)
         return made
 
