@@ -119,6 +119,21 @@ def test_a_layer_comes_nearer_to_the_original():
     assert error(block, teacher, hidden) < 0.95 * before
 
 
+def test_batches_without_loss_say_nothing():
+    original = tiny_model("olmoe")
+    plan = light(original)
+    container, block, teacher = opened(compressed(original, plan), plan, original)
+    fit = LinearFit(container, block, teacher, BATCHES)
+    inputs, mask = given(shape_of(original).layers[0].hidden_size, 0)
+    before = [parameter.clone() for parameter in container.parameters()]
+    with torch.no_grad():
+        for number in range(BATCHES):
+            with fit.watching(number, torch.zeros_like(mask)):
+                block(inputs)
+        fit.finish()
+    assert all(torch.equal(one, two) for one, two in zip(before, container.parameters(), strict=True))
+
+
 def test_a_layer_that_is_not_linear_stays_as_it_was():
     original = tiny_model("olmoe")
     plan = light(original)

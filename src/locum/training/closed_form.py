@@ -106,7 +106,7 @@ class LinearFit:
     def _see(self, forward: Callable[..., Any], sums: Sums, mask_BS: Tensor, *given: Any, **named: Any) -> Any:
         made, theta_JD = forward(*given, **named), self._theta()
         self.is_linear &= first(made).shape[-1] == theta_JD.shape[1]  # else more comes after the experts than a sum
-        if not self.is_linear:
+        if not (self.is_linear and mask_BS.any()):
             return made
         given, named = in_dtype(given, torch.float32), in_dtype(named, torch.float32)
         like, outputs = next(self.teacher.parameters()).dtype, []
