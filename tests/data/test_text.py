@@ -51,7 +51,9 @@ def test_a_line_without_end_is_cut_and_nothing_is_lost(tmp_path):
     assert "".join(document.text for document in read_documents(tmp_path / "folder")) == text
 
 
-@pytest.mark.parametrize("kind", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    "kind", ["a.txt", *(pytest.param(x, marks=pytest.mark.journeys) for x in ("a.jsonl", "a.csv"))]
+)
 def test_what_a_few_tokens_are_drawn_from_is_not_held(tmp_path, tokenizer, kind):
     passage = "the red fox ran over the hill " * 80
     row = {"a.txt": passage + "\n\n", "a.jsonl": json.dumps({"text": passage}) + "\n", "a.csv": f'1,"{passage}"\n'}[

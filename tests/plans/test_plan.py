@@ -396,6 +396,7 @@ def places(node: Any, path: tuple = ()) -> Iterator[tuple]:
             yield from places(child, (*path, key))
 
 
+@pytest.mark.journeys
 def test_deleting_or_retyping_anything_is_a_plan_error_or_still_a_plan() -> None:
     """Every key and item in turn, deleted and replaced by values of every type: never another kind of exception."""
     tried = errors = 0
