@@ -16,13 +16,14 @@ from locum.checkpoints.skeleton import read_shape
 from locum.errors import OptionError, OutputError
 from locum.models.families import find_layers
 from locum.models.sizes import shape_of
+from locum.stats.on_disk import is_on_disk
 from locum.training import decoder, loop
 from locum.training.context import Context, Original
 from locum.training.decoder import DecoderLayers
 from locum.training.layer import old_bytes, set_beta
 from locum.training.options import make_recovery
 from locum.training.recovery import recover_model
-from locum.training.states import STATE_FILE
+from locum.training.states import STATE_FILE, laid_aside
 from locum.training.ways import WAYS
 from making.checkpoints import locum as command
 from making.tiny_models import tiny_ids, tiny_model
@@ -337,3 +338,19 @@ def test_a_disk_too_small_for_a_training_is_refused_early(small, words, tmp_path
     monkeypatch.setattr("locum.files.free_space", lambda path: 1000)
     said = command("recover", small, "--how", "lora", "--data", words, "--out", tmp_path / "out")
     assert said.exit_code == 2 and said.stderr.count("\n") == 1 and "no space left for" in said.stderr
+
+
+def test_what_was_best_lies_on_the_disk_of_the_run_or_in_memory_where_there_is_no_room(tmp_path, monkeypatch):
+    tensor = torch.randn(300, 7, dtype=torch.float64).T  # not contiguous
+    for workdir, lies in ((tmp_path / "work", True), (None, False)):
+        copy = laid_aside(tensor, workdir)
+        assert is_on_disk(copy) is lies and torch.equal(copy, tensor) and copy.is_contiguous()
+    assert laid_aside(tensor[:0], tmp_path / "work").shape == (0, 300)
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("locum.training.states.on_disk", full)
+    copy = laid_aside(tensor, tmp_path / "work")
+    assert not is_on_disk(copy) and torch.equal(copy, tensor)
+    assert not any(tmp_path.rglob("*"))

@@ -55,7 +55,7 @@ from ..models.output_head import check_predicts
 from .options import PRECISIONS, Recovery, learning_rate_at
 from .router_losses import RouterLosses, router_losses
 from .sharding import gather, like, shard, share_of, whole
-from .states import Best, State, save_state
+from .states import Best, State, laid_aside, save_state
 
 
 @contextlib.contextmanager
@@ -179,11 +179,15 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.loss = self.step + 1, total
 
-    def remember(self, loss: float) -> None:
+    def remember(self, loss: float, workdir: Path | None) -> None:
         """Keep the trained parameters as they are now if no state before them had a lower validation loss."""
         if self.best is None or loss < self.best.loss:
-            tensors = {name: whole(p).to("cpu", copy=True).contiguous() for name, p in self.trained.items()}
-            self.best = Best(self.step, loss, tensors if ranks.is_first() else {})
+            self.best, tensors = None, {}  # the room of an earlier one is free first
+            for name, p in self.trained.items():
+                tensor = whole(p).detach()
+                if ranks.is_first():
+                    tensors[name] = laid_aside(tensor, workdir)
+            self.best = Best(self.step, loss, tensors)
 
     def is_stale(self, is_result: Callable[[int], bool]) -> bool:
         """Whether the last validations, as many as the patience, were no better than one before them. It follows from what a
@@ -297,7 +301,7 @@ def _record(loop: Loop, hooks: Hooks, loss: float, is_result: bool = True) -> No
     loop.validation.append((loop.step, loss))
     write_log(hooks.log, {"event": "validation", "step": loop.step, "validation_loss": loss})
     if is_result:
-        loop.remember(loss)
+        loop.remember(loss, hooks.workdir)
 
 
 def open_log(

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import clear, read_tensors, write_tensors
+from ..files import clear, existing_folder, read_tensors, write_tensors
 from ..json_text import parse_json
 from ..runs import differences, set_aside
+from ..stats.on_disk import is_on_disk, on_disk, put_down
 
 STATE_FILE, LAYER_FILES = "state.safetensors", "layer-*.safetensors"
 STATE_VERSION = "3"
@@ -34,6 +35,20 @@ class Best:
     step: int
     loss: float
     tensors: dict[str, Tensor]
+
+
+def laid_aside(tensor: Tensor, workdir: Path | None) -> Tensor:
+    """A copy on the CPU that takes no memory: in a file without a name on the disk of `workdir`. In memory without one, or room there."""
+    try:
+        copy = None if workdir is None else on_disk(existing_folder(workdir), tuple(tensor.shape), tensor.dtype)
+    except OSError:
+        copy = None
+    if copy is None:
+        return tensor.to("cpu", copy=True).contiguous()
+    copy.copy_(tensor)
+    if is_on_disk(copy):
+        put_down(copy)
+    return copy
 
 
 @dataclass(frozen=True)
