@@ -29,6 +29,7 @@ from ..errors import CheckpointError, OptionError
 from ..files import check_output, check_room, provenance
 from ..measure.use import Use
 from ..models.families import opening_class
+from ..models.output_head import vocabulary
 from ..models.stored import write_model
 from ..places import name_of
 from ..plans.plan import Plan, keep_all
@@ -36,7 +37,6 @@ from ..runs import beside
 from ..shapes import ModelShape
 from ..stats.statistics_file import load_statistics
 from ..training.context import Original
-from ..training.distillation import vocabulary_of
 from ..training.from_files import original_experts
 from ..training.kept_logits import keep_logits, kept_bytes
 from ..training.layer import old_bytes
@@ -204,7 +204,7 @@ def _kept_logits(
     if not (top := options.way.top_logits):
         return None
     dtype = open_source(model).model.dtype
-    size, mark = vocabulary_of(open_source(original).model), fingerprint_checkpoint(original)
+    size, mark = vocabulary(open_source(original).model), fingerprint_checkpoint(original)
     load = functools.partial(load_model, original, dtype=dtype, device=device)
     batches = batches_of(blocks, options)
     return Original({}, logits=keep_logits(folder, batches, top, options.way.temperature, mark, size, load))

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ..data.tokens import Batch
 from ..errors import OptionError
 from ..models.next_token_loss import summed
+from ..models.output_head import vocabulary
 from ..options import option
 from .context import Context, check_whole_original
 from .kept_logits import rest_of
@@ -52,18 +53,13 @@ def check_distillation(context: Context, how: str, share: float, temperature: fl
     if not 0 < temperature < float("inf"):
         raise OptionError(f"--temperature is {temperature}; allowed: numbers above 0")
     kept = None if context.original is None else context.original.logits
-    known = kept.vocabulary if kept else vocabulary_of(check_whole_original(context, how))
-    sizes = [vocabulary_of(context.model), known]
+    known = kept.vocabulary if kept else vocabulary(check_whole_original(context, how))
+    sizes = [vocabulary(context.model), known]
     if sizes[0] != sizes[1]:
         raise OptionError(
             f"the model has a vocabulary of {sizes[0]} and the original one of {sizes[1]}; give the model that this one "
             f"was compressed from with --original"
         )
-
-
-def vocabulary_of(model: Any) -> int:
-    """The number of a model's tokens, as its config has it."""
-    return model.config.get_text_config().vocab_size
 
 
 def distillation(context: Context, batch: Batch, share: float, temperature: float) -> tuple[Tensor, int]:

@@ -25,10 +25,10 @@ from ..data.tokens import Batch, Tokens, batches, training_batches
 from ..errors import OptionError
 from ..files import fingerprint, provenance, versions
 from ..measure.use import Use, in_short, uses_of
+from ..models.output_head import vocabulary
 from ..plans.plan import Plan
 from .context import Context, Original, check_layers, mark_of
 from .decoder import DecoderLayers
-from .distillation import vocabulary_of
 from .kept_logits import keep_logits
 from .loop import Hooks, accelerated, check_tokens, train, validation_loss
 from .options import UNTRACKED, Recovery, check_recovery
@@ -151,7 +151,7 @@ def _kept(context: Context, options: Recovery, tokens: Tokens) -> Original:
         folder = Path(tempfile.mkdtemp())
         weakref.finalize(context, shutil.rmtree, folder, ignore_errors=True)  # it is there as long as the run is
     if (kept := original.logits) is None:
-        asked = (options.way.top_logits, options.way.temperature, mark_of(original), vocabulary_of(original.model))
+        asked = (options.way.top_logits, options.way.temperature, mark_of(original), vocabulary(original.model))
         kept = keep_logits(folder, batches_of(tokens, options), *asked, lambda: original.model)
     context.said["logits_seconds"] = kept.seconds
     return Original({}, logits=kept)

@@ -90,8 +90,7 @@ class BasisMixture(Part):
         if reason := _fault(self.variant(), place.shape):
             raise PlanError(f"{place.where}: {reason}; the rank may be 1 to the smaller of the two")
         if any(part is not self and part.changes_weights for part in place.parts):
-            more = " + ".join(str(part) for part in place.parts if part is not self)
-            raise PlanError(f"{place.where} is a mixture of bases and has {more} too; leave one of the two out")
+            place.refuse_beside(self, "is a mixture of bases")
 
     def variant(self) -> tuple[int, ...]:
         return (self.bases, self.rank)

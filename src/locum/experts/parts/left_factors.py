@@ -109,8 +109,7 @@ class LeftFactors(Part):
                 f"at least one"
             )
         if any(part is not self and part.changes_weights for part in place.parts):
-            more = " + ".join(str(part) for part in place.parts if part is not self)
-            raise PlanError(f"{place.where} has low-rank factors of its own and {more} too; leave one of the two out")
+            place.refuse_beside(self, "has low-rank factors of its own")
 
     def needs(self) -> tuple[str, ...]:
         return STARTS[self.start]

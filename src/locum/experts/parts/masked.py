@@ -44,8 +44,7 @@ class Masked(Part):
         except OptionError as error:
             raise PlanError(f"{place.where}: {error}") from error
         if len(place.parts) > 1:
-            more = " + ".join(str(part) for part in place.parts if part is not self)
-            raise PlanError(f"{place.where} is masked and has {more} too; leave one of the two out")
+            place.refuse_beside(self, "is masked")
         if self.format:
             raise PlanError(
                 f"{place.where} is masked and in {self.format}, in which zeros do not stay; leave one of the two out"

@@ -65,8 +65,7 @@ class Narrowed(Part):
                 f"{place.shape.expert_width}"
             )
         if len(place.parts) > 1:
-            more = " + ".join(str(part) for part in place.parts if part is not self)
-            raise PlanError(f"{place.where} is narrowed and has {more} too; leave one of the two out")
+            place.refuse_beside(self, "is narrowed")
 
     def needs(self) -> tuple[str, ...]:
         return COLUMNS[self.by].needs

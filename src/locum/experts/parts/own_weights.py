@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...errors import PlanError
 from ...kernels.grouped import add_halves, pick
 from ...kernels.products import Products
 from ..weights import ExpertWeights
@@ -34,8 +33,7 @@ class OwnWeights(Part):
 
     def check(self, place: Place) -> None:
         if len(place.parts) > 1 and not self.format:  # in few bits, others may correct them
-            more = " + ".join(str(part) for part in place.parts if part is not self)
-            raise PlanError(f"{place.where} keeps its own weights and has {more} too; leave one of the two out")
+            place.refuse_beside(self, "keeps its own weights")
 
     def row(self, e: int) -> tuple[int, ...]:
         return (0, e)  # in front of the bases, which lie in the same stack

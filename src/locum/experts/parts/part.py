@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...errors import PlanError
 from ...kernels.products import Products
 from ...registry import Registry
 from ...shapes import LayerShape
@@ -48,6 +49,11 @@ class Place:
     parts: tuple[Part, ...]
     num_bases: int
     shape: LayerShape
+
+    def refuse_beside(self, part: Part, is_what: str) -> None:
+        """Raise PlanError, for a part that cannot be added to, with the others of its slot."""
+        more = " + ".join(str(other) for other in self.parts if other is not part)
+        raise PlanError(f"{self.where} {is_what} and has {more} too; leave one of the two out")
 
 
 class Site(Protocol):
