@@ -63,7 +63,8 @@ def load_statistics(path: str | Path) -> Statistics:
     path = Path(path)
     if not path.is_file():
         raise StatisticsError(
-            f"no statistics file at {path}; make one with: locum calibrate MODEL --data ... --out {path}"
+            f"no statistics file at {path}; make one with: locum calibrate MODEL --data ... --out {path} (locum search, where a "
+            f"method searches)"
         )
     try:
         tensors, header = read_tensors(path, but=_is_large)
