@@ -133,10 +133,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.reference --out $(TIMED)/reference_speed.jsonl
 	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
 
-# Methods in few bits at equal bytes, on validation and then on test, and the table. Hours on two cores; goes on where it was.
+# Every way to make experts small at equal bytes: choices on validation, figures on test, before and after the same training, and
+# the table. Hours on two cores; goes on where it was.
 bits: $(READY)
 	$(BIN)/python -m benchmarks.experiments.equal_bytes select
 	$(BIN)/python -m benchmarks.experiments.equal_bytes test
+	$(BIN)/python -m benchmarks.experiments.equal_bytes recover
 	$(BIN)/python -m benchmarks.experiments.equal_bytes table
 
 # Damaged files of every kind and senseless options, 1,200 of them, and what Locum answers; exit code 1 where there is a fault.

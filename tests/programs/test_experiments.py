@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import locum
 from benchmarks.experiments import compressed_experts, equal_bytes, experiment, fewer_experts, moe_i2, recovery
@@ -93,35 +94,46 @@ def test_statistics_in_the_cache_answer_the_whole_question(tiny, on_tiny, tmp_pa
 
 
 @pytest.mark.journeys
-def test_methods_in_few_bits_have_equal_bytes(tiny, tmp_path, monkeypatch):
+def test_every_way_to_make_experts_small_has_equal_bytes(tiny, tmp_path, monkeypatch):
     words = [
         f"{name}={write_text(tmp_path / f'{name}.txt', 60_000, seed=i)}" for i, name in enumerate(("code", "math"))
     ]
-    for module in (equal_bytes, experiment):
-        monkeypatch.setattr(module, "MODEL", tiny[0])
-        monkeypatch.setattr(module, "reference_data", lambda: words)
+    monkeypatch.setattr(experiment, "MODEL", tiny[0])
+    monkeypatch.setattr(experiment, "reference_data", lambda: words)
     monkeypatch.setattr(experiment, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(equal_bytes, "CALIBRATED", 1024)
-    monkeypatch.setattr(equal_bytes, "MEASURED", {"validation": 512, "test": 512})
     monkeypatch.setattr(equal_bytes, "file_named", lambda name: tmp_path / f"{name}.jsonl")
-    rows = equal_bytes.measure("pruned, REAP", 3.5, "4", 0, "test")
+    monkeypatch.setattr(equal_bytes, "MEASURED", {"validation": 512, "test": 512})
+    searched = (("tokens", 1024), ("sample", 128), ("price", "noise"))
+    tried = equal_bytes.Subject("tiny", Path(tiny[0]), tuple(words), torch.float32, searched)
     shape = read_shape(tiny[0])
-    assert {row["bytes"] for row in rows} == {rows[0]["bytes"]}
-    assert rows[0]["bytes"] <= shape.bytes - shape.bytes_of_experts + 3.5 * shape.expert_parameters / 8
-    told = [(row["domains"], row["metric"]) for row in rows]
-    assert sorted(told) == [(d, m) for d in ("seen", "unseen") for m in ("kl", "loss_delta")]
-    (refused,) = equal_bytes.measure("base + adapter", 0.01, "2", 0, "test")
+    names = ["pruned, REAP", equal_bytes.RANDOM, "low rank", *equal_bytes.CHOOSES]
+    monkeypatch.setattr(equal_bytes, "METHODS", {name: equal_bytes.METHODS[name] for name in names})
+    monkeypatch.setattr(equal_bytes, "SIZES", (2.5,))
+    monkeypatch.setattr(equal_bytes, "SEEDS", (0,))
+    monkeypatch.setattr(equal_bytes, "RATES", (1e-3,))
+    monkeypatch.setattr(equal_bytes, "STEPS", 1)
+    for _ in range(2):  # nothing is measured twice
+        for phase in equal_bytes.PHASES.values():
+            phase(tried, (0, 1))
+    for phase, kinds in (("selection", 1), ("test", 2), ("rates", 1), ("recovered", 2)):
+        rows = experiment.read(equal_bytes.file_of(phase))
+        made = [row for row in rows if "value" in row]
+        assert {row["bytes"] <= tried.bytes_for(2.5) for row in made} == {True}
+        jobs = {equal_bytes.key(row) for row in made}
+        assert len(made) == len(jobs) * kinds * 2  # loss and KL
+        selected = {"pruned, REAP", "low rank"} if phase == "selection" else set(names)
+        assert {method for _, method, *_ in jobs} == selected
+    assert tried.bytes_for(2.5) == shape.bytes - shape.bytes_of_experts + int(2.5 * shape.expert_parameters / 8)
+    made = [row for row in experiment.read(equal_bytes.file_of("test")) if row["domains"] == "seen"]
+    kl = {row["method"]: row["value"] for row in made if row["metric"] == "kl"}
+    assert len(set(kl.values())) == len(names)  # costs of others or of chance give other plans
+    bits = {row["method"]: row["bits"] for row in made}
+    assert bits["pruned, REAP"] == bits[equal_bytes.RANDOM] and bits[equal_bytes.AUTO] == "own"
+    assert equal_bytes.best("selection", tried, "bits", method="pruned, REAP") == [bits["pruned, REAP"]]
+    lines = equal_bytes.table(tried).splitlines()[2:]
+    assert len(lines) == 2 * len(names) and lines[0].startswith("| 2.5 | pruned, REAP | ")
+    (refused,) = equal_bytes.measure(tried, "low rank", 0.01, "2", 0, "test")
     assert "out of reach" in refused["refused"]
-    losses = {"8": 0.3, "4": 0.1, "3": 0.2}
-    tried = [{"method": "pruned, REAP", "size": 2.5, "bits": bits, "metric": "loss_delta"} for bits in losses]
-    equal_bytes.write(
-        equal_bytes.file_of("validation"), (0, 1), [row | {"value": losses[row["bits"]]} for row in tried]
-    )
-    assert equal_bytes.chosen("pruned, REAP", 2.5) == equal_bytes.chosen(equal_bytes.RANDOM, 2.5) == ["4"]
-    assert equal_bytes.chosen("constants", 2.5) == [] and equal_bytes.chosen("full", 3.0) == ["2"]
-    equal_bytes.write(equal_bytes.file_of("test"), (0, 1), rows)
-    (line,) = equal_bytes.table(0).splitlines()[2:]
-    assert line.startswith("| 3.5 | pruned, REAP | 4 | 1 | ")
 
 
 @pytest.mark.journeys
@@ -150,4 +162,6 @@ def test_experts_per_token_are_counted_where_the_loss_is_measured(tiny, tmp_path
 def test_bits_that_a_size_leaves_room_for():
     assert equal_bytes.bits_for("full", 4.5) == ["4"] and equal_bytes.bits_for("full", 2.5) == []
     assert equal_bytes.bits_for("low rank", 2.5) == ["8", "4", "3", "2"]
-    assert equal_bytes.bits_for("constants", 4.5) == ["16", "8"]
+    assert equal_bytes.bits_for("constants", 4.5) == ["16", "8"] and equal_bytes.bits_for(equal_bytes.AUTO, 4.5) == [
+        "own"
+    ]
