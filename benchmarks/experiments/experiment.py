@@ -105,8 +105,10 @@ def made_once(name: str, make: Callable[..., object], **asked: Any) -> Path:
 
 @functools.cache
 def statistics() -> Any:
-    """The one statistics file that plans are made from, with the Grams that whitened starts read."""
-    return locum.load_statistics(made_once("statistics", locum.calibrate, tokens=CALIBRATED))
+    """The one statistics file that plans are made from, with the Grams that whitened starts read and the outputs of all experts on all
+    tokens, by which HC-SMoE clusters."""
+    also = ["every_output_sum"]
+    return locum.load_statistics(made_once("statistics", locum.calibrate, tokens=CALIBRATED, also=also))
 
 
 def trainable(decided: Plan | None, how: str, rank: int) -> int:

@@ -7,7 +7,7 @@
 Every job calibrates, trains and measures on the bundled text, which the reference model never saw: statistics and
 training on its train split, choices on validation, figures on test. All methods train for the same number of steps on
 the same batches and, through the rank of their adapters, (nearly) the same number of parameters; LightMoE sets it.
-Methods are as published (`preset="paper"`).
+Methods are as published (`preset="paper"`), but for LightMoE whose adapters start whitened, as Locum's default has it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "Replace (w/o shared)": {"method": "replace", "how": "lora", "fits_rank": True, "options": {"shared": False}},
     "REAP + LoRA": {"method": "prune", "how": "lora", "options": {"score": "reap"}},
     "frequency + LoRA": {"method": "prune", "how": "lora", "options": {"score": "frequency"}},
+    "M-SMoE + LoRA": {"method": "m-smoe", "how": "lora"},
+    "HC-SMoE + LoRA": {"method": "hc-smoe", "how": "lora"},
+    "LightMoE, whitened": {"method": "lightmoe", "how": "lora", "preset": "best", "options": {"rank": LIGHTMOE_RANK}},
     "LoRA, uncompressed": {"method": None, "how": "lora"},
 }
 
@@ -60,7 +63,9 @@ def plan_for(name: str, fraction: float) -> tuple[Plan | None, int]:
         if about["method"] is None:
             return None
         given = dict(about.get("options", {}), **({"rank": rank} if about.get("fits_rank") else {}))
-        return locum.plan([stats], method=about["method"], preset="paper", remove=fraction, **given)
+        return locum.plan(
+            [stats], method=about["method"], preset=about.get("preset", "paper"), remove=fraction, **given
+        )
 
     counts = {rank: trainable(made(rank), "lora", rank) for rank in RANKS}
     rank = min(counts, key=lambda r: abs(counts[r] - target))
@@ -72,7 +77,8 @@ def run(name: str, fraction: float, seed: int, split: str, steps: int, **options
     decided, rank = plan_for(name, fraction)
     chosen = recovery(METHODS[name]["how"], steps, seed, rank=rank, **options)
     extra = {"fraction": fraction}
-    return train_and_measure(name, decided, chosen, split, extra, keep_original=METHODS[name]["method"] is None)
+    keep = METHODS[name]["method"] is None
+    return train_and_measure(name, decided, chosen, split, extra, plan_statistics=statistics(), keep_original=keep)
 
 
 def jobs_to_select() -> list[dict[str, Any]]:
