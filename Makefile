@@ -130,6 +130,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.calibration --model olmoe --blocks 4 --batch-size 4 --length 512 --rounds 3 --out $(TIMED)/calibration_cost.jsonl
 	$(BIN)/python -m benchmarks.speed.search --tokens 512 --generations 10 --naive 1 --out $(TIMED)/search_speed.jsonl
 	$(BIN)/python -m benchmarks.speed.active --rounds 5 --out $(TIMED)/active_latency.jsonl
+	$(BIN)/python -m benchmarks.speed.active --model olmoe --rounds 5 --out $(TIMED)/active_latency.jsonl
 	$(BIN)/python -m benchmarks.speed.reference --out $(TIMED)/reference_speed.jsonl
 	$(BIN)/python -m benchmarks.speed.generate --rounds 3 --out $(TIMED)/generate_speed.jsonl
 

@@ -59,6 +59,11 @@ def generating(model: transformers.PreTrainedModel, ids_BS: torch.Tensor) -> Cal
     return lambda: model.generate(ids_BS, attention_mask=ones_BS, **options)
 
 
+def sharing(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy with settings of its own and the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+
+
 def written(model: transformers.PreTrainedModel, ids_BS: torch.Tensor) -> Tokens:
     """What the model writes after the prompts, prompts included."""
     text = random_tokens(model.config.vocab_size, len(ids_BS), PROMPT + NEW)
@@ -111,13 +116,13 @@ def main() -> None:
     runs: dict[str, Callable[[], object]] = {}
     active, ran, alone = {"full k": active_parameters(shape)}, {}, {}
     counted = calibrate(full, written(full, ids_BS), needs=("count", "prefix_share", "gate_ratio"))
-    half = copy.deepcopy(full)
+    half = sharing(full)
     for module in half.modules():
         if getattr(module, "top_k", None) == shape.layers[0].top_k:
             module.top_k //= 2
     for implementation in STOCK:
         for name, model in (("full k", full), ("half k", half)):
-            own = copy.deepcopy(model)
+            own = sharing(model)
             own.set_experts_implementation(implementation)
             runs[f"{name}, stock {implementation}"] = generating(own, ids_BS)
     for name, (method, given) in ARMS.items():
