@@ -1,17 +1,22 @@
-"""Ways of recovery compared at equal tokens: LoRA, annealing and layer-wise distillation of the same compressed models.
+"""Ways of recovery compared at equal tokens, on the same compressed models.
 
-    python -m benchmarks.experiments.ways select [--steps 100]     learning rates, on validation
-    python -m benchmarks.experiments.ways test   [--steps 100]     the best of them, three seeds, on test
-    python -m benchmarks.experiments.ways join | table
+    python -m benchmarks.experiments.ways select [--steps 20]     learning rates, on validation
+    python -m benchmarks.experiments.ways test   [--steps 20]     the best of them, three seeds, on test
+    python -m benchmarks.experiments.ways join | table [--steps 100]
 
 Every job is `compress`, `recover` and `eval` with their defaults but for the way, the rate and the steps. A seed is that of
-calibration, plan and training. Text and splits are those of defaults.py. Pruning at random, with LoRA, is the baseline.
-Memory and seconds are the training's own: tensors on a GPU, or the process. A job that is in the results is not run again.
+calibration, plan and training. Text and splits are those of defaults.py. Memory and seconds are the training's own; memory is told
+where it is that of tensors on a GPU, a process that does several jobs has no such number. The rows of 100 steps are of a GPU. Left out
+are the ways that need a routing policy (vectors, seer), which the plan has none of, and `esft`, which is for a task of its own (esft.py).
+A job that is in the results is not run again.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,18 +26,42 @@ from benchmarks.experiments.defaults import MEASURED, cells, command, compress, 
 from benchmarks.experiments.experiment import RESULTS, SEEDS, read
 from locum.bundled import MODEL, reference_data
 
-ARMS = (
-    ("lightmoe", "lora"),
-    ("lightmoe", "annealed"),
-    ("lightmoe", "layerwise"),
-    ("lightmoe", "kd"),
-    ("decompose", "lora"),
-    ("decompose", "layerwise"),
-    ("decompose", "kd"),
-    ("prune, random", "lora"),
-)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the lowest for the arms whose best of the others was the lowest
+LOW, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+ARMS: dict[tuple[str, str], tuple[float, ...]] = {  # with the rates tried
+    ("lightmoe", "lora"): HIGH,
+    ("lightmoe", "annealed"): HIGH,
+    ("lightmoe", "kd"): HIGH,
+    ("lightmoe", "layerwise"): HIGH,
+    ("lightmoe", "full"): LOW,
+    ("lightmoe", "experts"): LOW,
+    ("lightmoe", "router"): HIGH,
+    ("lightmoe", "router-kd"): HIGH,
+    ("lightmoe", "smola"): HIGH,
+}
+BEFORE = (("decompose", "lora"), ("decompose", "kd"), ("prune, random", "lora"))  # arms with rows of 100 steps alone
 SPENT = ("seconds", "peak_bytes", "trainable_parameters", "kept_step")
+METRICS = ("loss", "loss_delta", "kl", "top1_agreement")
+ENDS = {"validation_tokens": 8192, "validate_every": 0, "force": True}
+
+
+@functools.cache
+def scratch() -> Path:
+    place = tempfile.TemporaryDirectory()
+    atexit.register(place.cleanup)
+    return Path(place.name)
+
+
+@functools.cache
+def small(name: str, seed: int) -> Path:
+    """The compressed model that all ways begin with."""
+    return compress(name, seed, scratch() / f"{name}-{seed}")
+
+
+@functools.cache
+def measured(model: Path, name: str, seed: int) -> list[dict[str, Any]]:
+    given = {"against": MODEL, "tokens": MEASURED, "name": name, "seed": seed}
+    rows = map(short, locum.evaluate(model, data=reference_data(), **given))
+    return [row for row in rows if row["model"] != "original" and row["metric"] in METRICS]
 
 
 def file_of(phase: str) -> Path:
@@ -43,13 +72,11 @@ def select(steps: int, shard: tuple[int, int]) -> None:
     """Validation loss after training, by rate, seed 0."""
     file = file_of("selection")
     done = {(row["method"], row["how"], row["learning_rate"], row["steps"]) for row in read(file)}
-    jobs = [(*arm, rate) for rate in RATES for arm in ARMS]
+    jobs = [(*arm, rate) for arm, rates in ARMS.items() for rate in rates]
     for name, how, rate in jobs[shard[0] :: shard[1]]:
         if (name, how, rate, steps) in done:
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            small = compress(name, 0, Path(scratch) / "small")
-            made = recover(small, Path(scratch) / "out", how, 0, steps, learning_rate=rate)
+        made = recover(small(name, 0), scratch() / "out", how, 0, steps, learning_rate=rate, **ENDS)
         row = {"method": name, "how": how, "learning_rate": rate, "steps": steps, "seed": 0} | place()
         row |= {key: made[key] for key in ("validation_loss_before", "validation_loss", *SPENT)}
         write(file, shard, [row])
@@ -71,17 +98,13 @@ def test(steps: int, shard: tuple[int, int]) -> None:
     for name, how, seed in jobs[shard[0] :: shard[1]]:
         if (name, how, seed, steps) in done:
             continue
-        rate = rates[name, how]
-        rows: list[dict[str, Any]] = []
-        with tempfile.TemporaryDirectory() as scratch:
-            small = compress(name, seed, Path(scratch) / "small")
-            made = recover(small, Path(scratch) / "out", how, seed, steps, learning_rate=rate)
-            about = {"method": name, "how": how, "seed": seed, "steps": steps, "learning_rate": rate} | place()
-            about |= {key: made[key] for key in SPENT}
-            for stage, model in (("before", small), ("after", Path(scratch) / "out")):
-                given = {"against": MODEL, "tokens": MEASURED, "name": name, "seed": seed}
-                measured = locum.evaluate(model, data=reference_data(), **given)
-                rows += [about | {"stage": stage} | row for row in map(short, measured) if row["model"] != "original"]
+        rate, out = rates[name, how], scratch() / f"{name}-{how}-{seed}"
+        made = recover(small(name, seed), out, how, seed, steps, learning_rate=rate, **ENDS)
+        about = {"method": name, "how": how, "seed": seed, "steps": steps, "learning_rate": rate} | place()
+        about |= {key: made[key] for key in SPENT}
+        stages = {"before": measured(small(name, seed), name, seed), "after": measured(out, name, seed)}
+        rows = [about | {"stage": stage} | row for stage, found in stages.items() for row in found]
+        shutil.rmtree(out)
         write(file, shard, rows)
         print(name, how, seed, rate, made["seconds"], flush=True)
 
@@ -93,17 +116,18 @@ def table(steps: int) -> str:
         "| method | way | rate | trained | loss above the original, before | after | KL, before | after | seconds | memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, how in ARMS:
+    for name, how in (*ARMS, *BEFORE):
         mine = [row for row in rows if (row["method"], row["how"]) == (name, how)]
         if not mine:
             continue
         runs = list({row["seed"]: row for row in mine}.values())
         seconds, memory = (sum(run[key] for run in runs) / len(runs) for key in ("seconds", "peak_bytes"))
+        told_memory = f"{memory / 2**20:.0f} MiB" if all(run["gpu"] for run in runs) else ""
         told = [name, how, f"{mine[0]['learning_rate']:g}", f"{mine[0]['trainable_parameters']:,}"]
-        told += [*cells(mine, "loss_delta"), *cells(mine, "kl"), f"{seconds:.0f}", f"{memory / 2**20:.0f} MiB"]
+        told += [*cells(mine, "loss_delta"), *cells(mine, "kl"), f"{seconds:.0f}", told_memory]
         lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    command(__doc__, 100, {"select": select, "test": test}, map(file_of, ("selection", "test")), table)
+    command(__doc__, 20, {"select": select, "test": test}, map(file_of, ("selection", "test")), table)
