@@ -21,7 +21,8 @@ def some_layers(seed: int, experts: int = 4) -> list[Choices]:
     for _ in range(2):
         cost_EC = draw.exponential(size=(experts, 3)) * np.array([0, 0.5, 2])
         size_C = np.array([16.0, 7.0, 0.0])
-        found.append(Choices(cost_EC, size_C, np.full(3, -1), np.zeros(0), np.zeros(3, bool), 0))
+        none_EC, none_H = np.full(cost_EC.shape, -1), np.zeros(0)
+        found.append(Choices(cost_EC, size_C, none_EC, none_H, none_H, np.zeros(3, bool), 0))
     return found
 
 

@@ -5,6 +5,7 @@ Letters: E experts, C candidates.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -14,6 +15,7 @@ import torch
 import locum
 from locum.budgets.candidates import KINDS, candidates
 from locum.budgets.target import Target
+from locum.checkpoints.application import apply_plan
 from locum.errors import OptionError, PlanError
 from locum.experts.factors import svd_factors
 from locum.experts.parts.low_rank import LowRank
@@ -35,7 +37,9 @@ from making.planted import copy_of
 from making.tiny_models import tiny_ids, tiny_model
 
 SHAPE = toy_shape(layers=2, experts=8)
-KINDS_OF = [candidate.kind for candidate in candidates(SHAPE.layers[0], torch.arange(8))]
+KINDS_OF = [
+    candidate.kind for candidate in candidates(SHAPE.layers[0], make_statistics(SHAPE).layer(SHAPE.layers[0].name))
+]
 IDS = tiny_ids(6, 32)
 
 
@@ -102,6 +106,59 @@ def test_costs_that_belong_to_others_cost_more(planted):
     assert all(true_cost(costs=costs, draw=draw) > 2 * best for costs in ("shuffled", "random") for draw in (0, 1))
 
 
+GROUP_E = (0, 1, 1, 0, 2, 0, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def in_groups():
+    """One layer of three groups of near-copies: a difference of rank 4, with a third of the weights' size, and a little noise."""
+    model = tiny_model("olmoe", hidden_size=128, intermediate_size=64, num_hidden_layers=1)
+    (layer,) = find_layers(model)
+    drawn = torch.Generator().manual_seed(3)
+    firsts = [copy_of(layer, GROUP_E.index(g)) for g in range(3)]
+
+    def changed(_name, t):
+        low = torch.randn(len(t), 4, generator=drawn) @ torch.randn(4, t.shape[1], generator=drawn)
+        noise = 0.003 * t.std() * torch.randn(t.shape, generator=drawn)
+        return t + low * (0.3 * t.norm() / low.norm()) + noise
+
+    with torch.no_grad():
+        for e, g in enumerate(GROUP_E):
+            if e != GROUP_E.index(g):
+                write_expert(layer.experts, e, firsts[g].map(changed))
+    method = Auto(only="keep,bits,low-rank,base,nothing,drop", price="output", protect=False)
+    tokens = tokens_of(tiny_ids(8, 64))
+    statistics = calibrate(model, tokens, needs=to_collect(method))
+    explorer = ModelExplorer(model, tokens, sample=256, statistics=statistics)
+    return model, method, with_found(statistics, method.explore(explorer, lambda *_: None))
+
+
+def test_groups_of_near_copies_are_found_and_beat_all_else(in_groups):
+    """Measured on other tokens: at the same bytes every other candidate, and one base for all, lose ten times as much."""
+    model, method, statistics = in_groups
+    shape, ids = shape_of(model), tiny_ids(4, 64, seed=9)
+    target = Target(fit=int(shape.bytes - shape.bytes_of_experts + 2.25 / 8 * shape.expert_parameters))
+
+    def lost(plan: Plan) -> float:
+        assert plan.size(shape).bytes <= target.fit
+        with torch.no_grad():
+            small = apply_plan(copy.deepcopy(model), plan, statistics)
+            whole_MV, small_MV = (x(ids).logits.flatten(0, 1).log_softmax(-1) for x in (model, small))
+        return float((whole_MV.exp() * (whole_MV - small_MV)).sum(-1).mean())
+
+    plan = decide(method, statistics, shape, target)
+    (layer,) = plan.layers
+    assert [layer.bases[slot.base].experts for slot in layer.slots] == [(GROUP_E.index(g),) for g in GROUP_E]
+    assert all(slot.parts[0].format == "int4-g32" for slot in layer.slots)
+    best = lost(plan)
+    for only in ("keep,bits,low-rank,nothing,drop", "bits,drop", "low-rank", "nothing,keep,bits"):
+        assert lost(decide(dataclasses.replace(method, only=only), statistics, shape, target)) > 10 * best
+    found = {name: x.clone() for name, x in statistics.layers[layer.layer].items()}
+    found["candidate_error"][:, :, [c for c, kind in enumerate(KINDS_OF) if kind == "base"][6:]] = torch.inf
+    single = dataclasses.replace(statistics, layers={layer.layer: found})
+    assert lost(decide(method, single, shape, target)) > 10 * best
+
+
 # --- bytes --------------------------------------------------------------------------------------------------------
 
 
@@ -160,20 +217,27 @@ def test_out_of_reach_is_said() -> None:
         locum.plan([make_statistics(SHAPE)], method="auto", fit="100")
 
 
+def of_groups(experts: int) -> dict[str, torch.Tensor]:
+    """Statistics of a layer whose experts are near-copies in two groups, the even and the odd ones."""
+    part_E = torch.arange(experts) % 2
+    inner_EE = (part_E[:, None] == part_E).double() + 1e-3 * torch.eye(experts, dtype=torch.float64)
+    return {"count": torch.arange(experts), "weight_product": inner_EE}
+
+
 # --- rules --------------------------------------------------------------------------------------------------------
 
 
 def test_candidates_are_as_many_for_every_layer_and_fit_it() -> None:
     for layer in (SHAPE.layers[0], toy_shape(d=32, f=16).layers[0], toy_shape(num_groups=4).layers[0]):
-        found = candidates(layer, torch.arange(layer.num_experts))
-        assert len(found) == len(candidates(SHAPE.layers[0], torch.arange(8))) <= CANDIDATES
+        found = candidates(layer, of_groups(layer.num_experts))
+        assert len(found) == len(KINDS_OF) <= CANDIDATES
         assert {c.kind for c in found} == set(KINDS)
         assert all(c.plan is None or len(c.plan.slots) == layer.num_experts for c in found)
         plans = [c.plan for c in found if c.plan is not None]
         assert len(plans) == len(set(plans))
     assert next(c for c in found if c.kind == "drop").plan is None  # of a group-limited router
     quantised = dataclasses.replace(SHAPE.layers[0], expert_bytes=1000)
-    left = [c.kind for c in candidates(quantised, torch.arange(8)) if c.plan is not None]
+    left = [c.kind for c in candidates(quantised, of_groups(8)) if c.plan is not None]
     assert left == ["keep", "constant", "nothing", "drop"]
 
 

@@ -1,5 +1,8 @@
 """What may become of an expert: every candidate as the plan of a whole layer in which all experts become that.
 
+Of a base there is one for every group of experts (medoids.py): the rows of its medoid, which then are that expert's own and cost nothing
+more, or the mean of the group.
+
 A plan that mixes takes each expert's slot from one of them. So whatever a plan can say can be a candidate, it is built and measured
 as it would be applied, and its bytes are the plan's.
 
@@ -10,7 +13,7 @@ Letters: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from ..experts.parts.shared_base import SharedBase
 from ..plans.bits import FewBits
 from ..plans.layer_plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
 from ..shapes import LayerShape
+from .medoids import groupings
 from .ranks import break_even, rank_step
 from .selection import mass_weights
 
@@ -34,6 +38,7 @@ MULTIPLE = 8  # of ranks: codes fill whole bytes
 WIDTHS = (0.75, 0.5, 0.25)  # of an expert's columns
 LOW_RANK = (0.06, 0.12, 0.25, 0.4, 0.55, 0.7)  # numbers of the factors, as shares of an expert's
 OVER_BASE = (0.0, 0.06, 0.25)
+GROUPINGS = 2  # ways to group a layer's experts, at most
 CORRECTING = 0.12
 
 
@@ -44,15 +49,15 @@ class Candidate(NamedTuple):
     plan: LayerPlan | None
 
 
-def candidates(layer: LayerShape, count_E: Tensor) -> tuple[Candidate, ...]:
-    """All candidates for a layer's experts, as many for every layer. `count_E` are the tokens of each expert: the one with the most
-    is the base that others may share, as it is, and the mean over all by these counts is another."""
-    return tuple(_candidates(layer, count_E))
+def candidates(layer: LayerShape, statistics: Mapping[str, Tensor]) -> tuple[Candidate, ...]:
+    """All candidates for a layer's experts, as many for every layer. Groups follow from `weight_product`, and what an expert counts for in
+    the mean of its group from `count`."""
+    return tuple(_candidates(layer, statistics))
 
 
-def _candidates(layer: LayerShape, count_E: Tensor) -> Iterator[Candidate]:
-    def of(kind: str, slot: Slot | None, *bases: Base) -> Candidate:
-        return Candidate(kind, None if slot is None else LayerPlan(layer.name, (slot,) * layer.num_experts, bases))
+def _candidates(layer: LayerShape, statistics: Mapping[str, Tensor]) -> Iterator[Candidate]:
+    def of(kind: str, slot: Slot | None) -> Candidate:
+        return Candidate(kind, None if slot is None else LayerPlan(layer.name, (slot,) * layer.num_experts))
 
     def packed(bits: int, *parts: Part | None) -> Slot | None:
         """A slot of these parts; none where one of them is none, or where numbers are in a format already."""
@@ -70,14 +75,26 @@ def _candidates(layer: LayerShape, count_E: Tensor) -> Iterator[Candidate]:
         yield of("low-rank", packed(4, adapter))
     for narrowed in _narrowed(layer):
         yield of("narrow", packed(4, narrowed))
-    everybody = list(range(layer.num_experts))
-    most_used = max(everybody, key=lambda e: (float(count_E[e]), -e))
-    for base in (Base((most_used,), (1.0,)), Base(tuple(everybody), mass_weights(count_E, everybody))):
+    for group_E, bases in _shared(statistics):
         for share, adapter in zip(OVER_BASE, _adapters(layer, OVER_BASE), strict=True):
-            yield of("base", packed(4, SharedBase(0), *([adapter] if share else [])), base)
+            slots = [packed(4, SharedBase(g), *([adapter] if share else [])) for g in group_E]
+            is_there = bases and None not in slots
+            yield Candidate("base", LayerPlan(layer.name, tuple(slots), bases) if is_there else None)
     yield of("constant", Slot((Constant(),)))
     yield of("nothing", NOTHING)
     yield of("drop", None if layer.refuse_dropping or layer.num_groups > 1 else DROPPED)
+
+
+def _shared(statistics: Mapping[str, Tensor]) -> Iterator[tuple[tuple[int, ...], tuple[Base, ...]]]:
+    """For each way to group a layer's experts, medoids and then means: the group of every expert, and a base for each group. There are as
+    many for every layer: none where a layer has not so many ways."""
+    found, count_E = groupings(statistics["weight_product"]), statistics["count"]
+    for medoid_E in (*found, *[()] * (GROUPINGS - len(found))):
+        medoids = sorted(set(medoid_E))
+        group_E = tuple(medoids.index(medoid) for medoid in medoid_E)
+        groups = [[e for e, medoid in enumerate(medoid_E) if medoid == m] for m in medoids]
+        yield group_E, tuple(Base((m,), (1.0,)) for m in medoids)
+        yield group_E, tuple(Base(tuple(group), mass_weights(count_E, group)) for group in groups)
 
 
 def _adapters(layer: LayerShape, shares: tuple[float, ...]) -> Iterator[LowRank | None]:

@@ -4,8 +4,10 @@ A price for a byte makes experts independent: each takes the candidate with the 
 for which the whole fits (Lagrange), then what room is left is filled by what gains most for a byte. The sum for a price, less the
 price of the budget, is never above the best cost that there is: so it is known how far the choice may be from that (`bound`).
 
-Some candidates share something, a base, that is paid once a layer; a layer has one such thing at most. And only so many experts of
-a layer may go. For a price, the best choice of a layer under both rules is exact too.
+Some candidates share something, a base, that is paid once a layer by all that use it. A layer's bases come in sets, one for each way to
+group its experts; a layer uses bases of one set, those that pay. And only so many experts of a layer may go. For a price, the best choice
+of a layer under these rules is exact too, but where a set has several bases and more experts would go than may: there the bound still
+holds.
 
 Letters: L layers, E experts, C candidates, H shared things.
 """
@@ -28,8 +30,9 @@ class Choices:
 
     cost_EC: np.ndarray  # infinite where a candidate is not allowed
     bytes_C: np.ndarray  # of one expert, without what it shares; may be below 0
-    shared_C: np.ndarray  # which shared thing it needs, -1 for none
+    shared_EC: np.ndarray  # which shared thing the expert then needs, -1 for none; of a set, an expert can use one
     bytes_H: np.ndarray  # of the shared things
+    set_H: np.ndarray  # the set that they are of
     gone_C: np.ndarray  # whether the expert leaves the layer
     most_gone: int  # how many may
 
@@ -39,7 +42,7 @@ class Choice:
     """A candidate for every expert of a layer."""
 
     candidate_E: np.ndarray
-    shared: int  # -1 for none
+    shared: tuple[int, ...]  # the shared things that are used
     cost: float
     bytes: float
 
@@ -66,27 +69,25 @@ def choose(layers: Sequence[Choices], budget: float) -> Chosen:
     of_bytes = sum(np.abs(x.bytes_C).max() * len(x.cost_EC) for x in layers) or 1.0
     unit = of_cost / of_bytes
 
-    def priced(price: float) -> list[Choice]:
-        return [best_for(x, price * unit) for x in layers]
-
-    def dual(choices: list[Choice], price: float) -> float:
-        return sum(c.cost for c in choices) + price * unit * (sum(c.bytes for c in choices) - budget)
+    def priced(price: float) -> tuple[list[Choice], float]:
+        """The best choices for a price, and what the sum of cost and price is at least."""
+        found = [best_for(x, price * unit) for x in layers]
+        return [choice for choice, _ in found], sum(least for _, least in found)
 
     def fits(choices: list[Choice]) -> bool:
         return sum(c.bytes for c in choices) <= budget
 
-    free, smallest = priced(0.0), priced(STEEPEST)
+    (free, bound), (smallest, _) = priced(0.0), priced(STEEPEST)
     if fits(free):
         return Chosen(free, sum(c.cost for c in free))
     if not fits(smallest):
         return Chosen(smallest, float("inf"))
     low, high, over, under = 0.0, STEEPEST, free, smallest
-    bound = dual(free, 0.0)
     while high > (low or high / 2) * (1 + NEAR) and high > 1e-30:
         price = (low * high) ** 0.5 if low else high / 1e3
-        choices = priced(price)
+        choices, below = priced(price)
         if price < SURE:
-            bound = max(bound, dual(choices, price))
+            bound = max(bound, below - price * unit * budget)
         if fits(choices):
             high, under = price, choices
         else:
@@ -104,7 +105,7 @@ def choose_alike(
     a number are tried, so the choice is the best that there is.
     """
     found: list[tuple[float, float, list[Choice]]] = []
-    for stay in np.flatnonzero(~layers[0].gone_C & (layers[0].shared_C == -1)):
+    for stay in np.flatnonzero(~layers[0].gone_C & (layers[0].shared_EC == -1).all(0)):
         for count in range(most + 1):
             made = [_with_so_many_gone(layer, int(stay), count) for layer in layers]
             besides = beside[0] + count * beside[1] if count else 0.0
@@ -127,25 +128,47 @@ def _with_so_many_gone(layer: Choices, stay: int, count: int) -> Choice:
         stays_E = np.isfinite(of_stay_E)  # one that cannot has to go
         less_E = np.where(stays_E, of_gone_E - np.where(stays_E, of_stay_E, 0), -np.inf)
         candidate_E[np.argsort(less_E, kind="stable")[:count]] = gone
-    return _choice(layer, candidate_E, -1)
+    return _choice(layer, candidate_E)
 
 
-def best_for(layer: Choices, price: float) -> Choice:
-    """The choice of one layer with the least cost + price * bytes. Of equals the first shared thing, and the first candidate."""
+def best_for(layer: Choices, price: float) -> tuple[Choice, float]:
+    """The choice of one layer with the least cost + price * bytes, and what no choice is below. Of equals the first set, and the first
+    candidate."""
     value_EC = layer.cost_EC + price * layer.bytes_C
-    best, least = None, np.inf
-    for shared in range(-1, len(layer.bytes_H)):
-        allowed_C = (layer.shared_C == -1) | (layer.shared_C == shared)
-        candidate_E = _with_few_gone(layer, np.where(allowed_C, value_EC, np.inf))
-        used = bool((layer.shared_C[candidate_E] == shared).any()) and shared >= 0
-        value = value_EC[np.arange(len(candidate_E)), candidate_E].sum() + (
-            price * layer.bytes_H[shared] if used else 0.0
-        )
-        if value < least:
-            best, least = _choice(layer, candidate_E, shared if used else -1), value
+    best, value, bound = None, np.inf, np.inf
+    for of_set in (None, *dict.fromkeys(layer.set_H.tolist())):
+        things = [] if of_set is None else np.flatnonzero(layer.set_H == of_set).tolist()
+        free, least = _paying(layer, value_EC, price, things, layer.gone_C)
+        held, _ = _paying(layer, value_EC, price, things, np.zeros_like(layer.gone_C))
+        tried = [[], things] if len(things) == 1 else [free] if free == held else [free, held]
+        values = []
+        for opened in tried:
+            allowed_EC = (layer.shared_EC == -1) | np.isin(layer.shared_EC, opened)
+            choice = _choice(layer, _with_few_gone(layer, np.where(allowed_EC, value_EC, np.inf)))
+            values.append(choice.cost + price * choice.bytes)
+            if values[-1] < value:
+                best, value = choice, values[-1]
+        bound = min(bound, min(values) if len(things) <= 1 else least)
     if best is None:
         raise ValueError("an expert has no candidate that is allowed")
-    return best
+    return best, bound
+
+
+def _paying(
+    layer: Choices, value_EC: np.ndarray, price: float, things: list[int], may_go_C: np.ndarray
+) -> tuple[list[int], float]:
+    """The things that gain more than they cost, and the value that they make, where any number of experts may go, or none."""
+    open_EC = np.where(~layer.gone_C | may_go_C, value_EC, np.inf)
+    alone_E, paying = np.where(layer.shared_EC == -1, open_EC, np.inf).min(1), []
+    least_E, spent = alone_E.copy(), 0.0
+    for h in things:
+        with_E = np.minimum(alone_E, np.where(layer.shared_EC == h, open_EC, np.inf).min(1))
+        is_less_E = with_E < alone_E
+        less = (alone_E[is_less_E] - with_E[is_less_E]).sum()
+        if less > price * layer.bytes_H[h]:
+            paying.append(h)
+            least_E, spent = np.minimum(least_E, with_E), spent + price * layer.bytes_H[h]
+    return paying, least_E.sum() + spent
 
 
 def _with_few_gone(layer: Choices, value_EC: np.ndarray) -> np.ndarray:
@@ -160,10 +183,11 @@ def _with_few_gone(layer: Choices, value_EC: np.ndarray) -> np.ndarray:
     return candidate_E
 
 
-def _choice(layer: Choices, candidate_E: np.ndarray, shared: int) -> Choice:
-    cost = float(layer.cost_EC[np.arange(len(candidate_E)), candidate_E].sum())
-    of_shared = float(layer.bytes_H[shared]) if shared >= 0 else 0.0
-    return Choice(candidate_E, shared, cost, float(layer.bytes_C[candidate_E].sum()) + of_shared)
+def _choice(layer: Choices, candidate_E: np.ndarray) -> Choice:
+    here = np.arange(len(candidate_E)), candidate_E
+    shared = sorted({*layer.shared_EC[here].tolist()} - {-1})
+    size = float(layer.bytes_C[candidate_E].sum()) + float(layer.bytes_H[shared].sum())
+    return Choice(candidate_E, tuple(shared), float(layer.cost_EC[here].sum()), size)
 
 
 def _filled(layers: Sequence[Choices], under: list[Choice], over: list[Choice], budget: float) -> list[Choice]:
@@ -184,7 +208,7 @@ def _filled(layers: Sequence[Choices], under: list[Choice], over: list[Choice], 
             return made
         candidate_E = made[i].candidate_E.copy()
         candidate_E[e] = c
-        changed = _choice(layers[i], candidate_E, made[i].shared)
+        changed = _choice(layers[i], candidate_E)
         room -= changed.bytes - made[i].bytes
         made[i] = changed
 
@@ -199,8 +223,8 @@ def _best_change(layer: Choices, choice: Choice, room: float, index: int) -> tup
     here = np.arange(len(choice.candidate_E)), choice.candidate_E
     cost_EC = layer.cost_EC - layer.cost_EC[here][:, None]
     more_EC = layer.bytes_C[None, :] - layer.bytes_C[choice.candidate_E][:, None]
-    usable_C = ((layer.shared_C == -1) | (layer.shared_C == choice.shared)) & ~layer.gone_C
-    usable_EC = usable_C & (cost_EC < 0) & (more_EC <= room)
+    is_there_EC = (layer.shared_EC == -1) | np.isin(layer.shared_EC, choice.shared)
+    usable_EC = is_there_EC & ~layer.gone_C & (cost_EC < 0) & (more_EC <= room)
     rate_EC = np.where(more_EC > 0, cost_EC / np.where(more_EC > 0, more_EC, 1), cost_EC * STEEPEST)
     rate_EC = np.where(usable_EC, rate_EC, 0.0)
     e, c = np.unravel_index(rate_EC.argmin(), rate_EC.shape)

@@ -24,7 +24,7 @@ from ..experts.parts.shared_base import SharedBase
 from ..experts.quantisers import QUANTISERS, layer_means, seen_by, writer
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.layer_plan import MERGES
-from ..plans.plan import LayerPlan, Slot
+from ..plans.plan import LayerPlan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics
 from .layout import Layout
@@ -43,11 +43,6 @@ def check_statistics(plan: LayerPlan, layer: Mapping[str, Tensor] | None) -> Non
             f"{plan.layer}: the plan has parts made from statistics ({has}), so the statistics it was made from are needed "
             f"too (missing: {', '.join(missing)})"
         )
-
-
-def base_of(slot: Slot) -> int | None:
-    """The base that a slot uses, if any."""
-    return next((part.base for part in slot.parts if isinstance(part, SharedBase)), None)
 
 
 class BuildSite:
@@ -87,7 +82,7 @@ class BuildSite:
         return orders
 
     def _order(self, e: int) -> Tensor | None:
-        index = base_of(self.plan.slots[e])
+        index = self.plan.slots[e].base
         return None if index is None else self.orders[index].get(e)
 
     def original(self, e: int) -> ExpertWeights:

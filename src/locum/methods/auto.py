@@ -27,7 +27,7 @@ from ..criteria import super_experts
 from ..errors import OptionError, StatisticsError, unknown
 from ..experts.parts.shared_base import SharedBase
 from ..options import option
-from ..plans.layer_plan import LayerPlan, Slot
+from ..plans.layer_plan import Base, LayerPlan, Slot
 from ..shapes import LayerShape, ModelShape
 from ..stats.stand_ins import CANDIDATES
 from ..stats.sums import LayerStatistics, Statistics
@@ -63,14 +63,15 @@ class Auto:
        errors costs there, in nats. Errors of rounding cost what noise of their size costs (`error_price`, `--price noise`, which needs
        one pass for a layer); those of low rank and fewer columns cost two or three times as much, as they are alike for all experts
        of a token.
-    3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). The base of a layer is the rows of its
-       most used expert or the mean of all, in 4 bits, and counts once.
+    3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). Bases are an expert's own rows, which then cost
+       nothing more, or a mean, in 4 bits: one for all experts of a layer, or one for each group of near-copies (budgets/medoids.py), as
+       far as they pay.
        What runs without Locum (`--serves any`, `llamacpp`) has equally many whole experts in every layer: each number is tried.
     Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
     Needs:    candidate_error, candidate_loss and error_price, from a search; gated_norm_product; what its candidates are built from:
-              input_gram, hidden_gram, count, output_sum and the columns of CAMERA; output_peak, by which Super Experts are found.
+              input_gram, hidden_gram, count, output_sum, weight_product and the columns of CAMERA; output_peak, by which Super Experts are found.
     Edges:    never below top-k; nothing is dropped from group-limited routers, or where it is refused. Super Experts keep own weights, in
               4 bits at least; fewer experts than top-k of a layer become nothing, so that no token is left with nothing at all.
               `--remove` is a share of the experts' bytes. Of a quantised checkpoint nothing gets fewer bits.
@@ -108,7 +109,7 @@ class Auto:
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
 
     def needs(self) -> tuple[str, ...]:
-        built_from = ("gated_norm_product", "input_gram", "hidden_gram", "count", "output_sum")
+        built_from = ("gated_norm_product", "input_gram", "hidden_gram", "count", "output_sum", "weight_product")
         columns = ("gated_hidden_square", "gated_hidden_peak", "down_column_square")
         protecting = super_experts.NEEDS if self.protect else ()
         for kind in self.kinds:
@@ -162,9 +163,7 @@ class Auto:
         cost_L = self._compared(shape, [_costs(layer, x) for layer, x in zip(shape.layers, found, strict=True)])
         kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
         layers = zip(shape.layers, found, cost_L, kept, strict=True)
-        return tuple(
-            self._layer(layer, shape, x["count"], *rest, _shares(statistics, layer)) for layer, x, *rest in layers
-        )
+        return tuple(self._layer(layer, shape, x, *rest, _shares(statistics, layer)) for layer, x, *rest in layers)
 
     @property
     def _protected(self) -> tuple[str, ...]:
@@ -174,13 +173,13 @@ class Auto:
         self,
         layer: LayerShape,
         shape: ModelShape,
-        count_E: Tensor,
+        statistics: LayerStatistics,
         cost_EC: np.ndarray,
         protected: set[int],
         share: Mapping[str, np.ndarray],
     ) -> Layer:
-        found = candidates(layer, count_E)
-        cost_EC = cost_EC[:, : len(found)].copy()
+        found = candidates(layer, statistics)
+        cost_EC = cost_EC.copy()
         for c, candidate in enumerate(found):
             if candidate.plan is None or not self._tried(candidate):
                 cost_EC[:, c] = np.inf
@@ -192,16 +191,21 @@ class Auto:
                 f"--only {self.only} with --serves {self.serves} leaves an expert of {layer.name} nothing that it can become, or "
                 f"that was searched; name keep too"
             )
-        bases = list(dict.fromkeys(c.plan.bases for c in found if c.plan is not None and c.plan.bases))
-        shared = [-1 if c.plan is None or not c.plan.bases else bases.index(c.plan.bases) for c in found]
-        of_base = {
-            c.plan.bases: _base_bytes(c.plan, layer, shape) for c in found if c.plan is not None and c.plan.bases
-        }
+        plans = [c.plan for c in found]
+        sets = list(dict.fromkeys(plan.bases for plan in plans if plan is not None and plan.bases))
+        things = [(bases, index) for bases in sets for index in range(len(bases))]
+        shared_EC = np.full(cost_EC.shape, -1)
+        size_of: dict[tuple[Base, ...], int] = {}
+        for c, plan in enumerate(plans):
+            if plan is not None and plan.bases:
+                size_of[plan.bases] = _base_bytes(plan, layer, shape)
+                shared_EC[:, c] = [things.index((plan.bases, slot.base)) for slot in plan.slots]
         choices = Choices(
             cost_EC,
-            np.array([0.0 if c.plan is None else _bytes(c.plan, layer, shape) for c in found]),
-            np.array(shared),
-            np.array([of_base[each] for each in bases]),
+            np.array([0.0 if plan is None else _bytes(plan, layer, shape) for plan in plans]),
+            shared_EC,
+            np.array([size_of[bases] for bases, _ in things]),
+            np.array([sets.index(bases) for bases, _ in things]),
             gone_C,
             spare(layer) if layer.num_groups == 1 else 0,
         )
@@ -250,9 +254,10 @@ class Auto:
         plans = []
         for layer, scores, choice in zip(shape.layers, scored, chosen.layers, strict=True):
             found = [scores.candidates[c].plan for c in choice.candidate_E]
-            slots = tuple(plan.slots[e] for e, plan in enumerate(found))
-            bases = next((plan.bases for plan in found if plan.bases), ())
-            plans.append(LayerPlan(layer.name, slots, bases))
+            slots = [_named(plan.slots[e], plan.bases) for e, plan in enumerate(found)]
+            used = tuple(dict.fromkeys(base for _, base in slots if base is not None))
+            of_base = [slot if base is None else slot.on_base(used.index(base)) for slot, base in slots]
+            plans.append(LayerPlan(layer.name, tuple(of_base), used))
         return plans
 
     def predicted(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> float:
@@ -278,8 +283,8 @@ def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
 
     One that the sample never selects loses the share that the layer's experts lose on average.
     """
-    error_EC = found["candidate_error"].numpy()
-    kinds = [candidate.kind for candidate in candidates(layer, found["count"])]
+    kinds = [candidate.kind for candidate in candidates(layer, found)]
+    error_EC = found["candidate_error"].numpy()[:, : len(kinds)]
     sample_E = error_EC[:, kinds.index("nothing")]
     given_E = found["gated_norm_product"].diagonal().numpy()
     whole = max(float(sample_E.sum()), 1e-300)
@@ -313,10 +318,9 @@ def _shares(statistics: Statistics, layer: LayerShape) -> dict[str, np.ndarray]:
 def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate], bool], with_losses: bool) -> Tensor:
     """[E, C] of one layer, infinite for what is not tried; in one row more what the model loses where all experts are that, infinite
     where it is not measured."""
-    count_E = explorer.statistics.layer(layer.name)["count"]
     found_XC = torch.full((layer.num_experts + 1, CANDIDATES), torch.inf, dtype=torch.float64)
     error_EC = found_XC[:-1]
-    for c, candidate in enumerate(candidates(layer, count_E)):
+    for c, candidate in enumerate(candidates(layer, explorer.statistics.layer(layer.name))):
         if candidate.plan is None or not (is_tried(candidate) or candidate.kind == "nothing"):  # what an expert gives
             continue
         if candidate.kind == "keep":
@@ -353,15 +357,16 @@ def _base_bytes(plan: LayerPlan, layer: LayerShape, shape: ModelShape) -> int:
     return LayerPlan(layer.name, (Slot((base,)),), plan.bases).bytes(layer, shape)
 
 
+def _named(slot: Slot, bases: tuple[Base, ...]) -> tuple[Slot, Base | None]:
+    """A slot as it is whatever its base's number is, and that base."""
+    return (slot, None) if slot.base is None else (slot.on_base(0), bases[slot.base])
+
+
 def _chosen(scores: Layer, plan: LayerPlan) -> np.ndarray:
     """[E] which candidate each expert of a plan became."""
-    slots = enumerate(plan.slots)
-    return np.array([next(c for c, x in enumerate(scores.candidates) if _is_of(x, e, slot, plan)) for e, slot in slots])
-
-
-def _is_of(candidate: Candidate, e: int, slot: Slot, plan: LayerPlan) -> bool:
-    found = candidate.plan
-    return found is not None and found.slots[e] == slot and found.bases in ((), plan.bases)
+    found = [(c, x.plan) for c, x in enumerate(scores.candidates) if x.plan is not None]
+    slots = [_named(slot, plan.bases) for slot in plan.slots]
+    return np.array([next(c for c, x in found if _named(x.slots[e], x.bases) == slot) for e, slot in enumerate(slots)])
 
 
 def _reasons(scores: Layer, e: int, chosen: int) -> str:

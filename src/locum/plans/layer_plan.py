@@ -54,6 +54,16 @@ class Slot:
         return self.is_replaced and not self.is_rewritten and not any(part.is_narrow for part in self.parts)
 
     @property
+    def base(self) -> int | None:
+        """The number of the base that it uses, if any."""
+        return next((part.base for part in self.parts if isinstance(part, SharedBase)), None)
+
+    def on_base(self, index: int) -> Slot:
+        """The same on the base of another number."""
+        parts = (replace(part, base=index) if isinstance(part, SharedBase) else part for part in self.parts)
+        return replace(self, parts=tuple(parts))
+
+    @property
     def fate(self) -> str:
         """What becomes of the expert in one word: kept, stand_in, nothing or dropped."""
         return "dropped" if not self.survives else "kept" if self.is_kept else "stand_in" if self.parts else "nothing"

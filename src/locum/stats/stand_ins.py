@@ -10,7 +10,7 @@ from torch import Tensor
 from .definitions import statistic
 from .events import SearchEvent
 
-CANDIDATES = 24  # places of a layer's candidates (budgets/candidates.py); those that it has none for are infinite
+CANDIDATES = 32  # places of a layer's candidates (budgets/candidates.py); those that it has none for are infinite
 
 
 @statistic("candidate_error", axes="EC", event=SearchEvent, on_demand=True)
