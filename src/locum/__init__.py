@@ -22,6 +22,7 @@ from .errors import (
 )
 from .exports.export import export
 from .methods import METHODS
+from .models.optimization import optimize
 from .plans.plan import Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from .plans.plan_file import load_plan, save_plan
 from .registries import catalogue, show
@@ -80,6 +81,7 @@ __all__ = [
     "load_plan",
     "load_statistics",
     "make_plan",
+    "optimize",
     "plan",
     "read_shape",
     "recover",

@@ -18,7 +18,7 @@ from locum import errors
 PUBLIC = """
     METHODS Base CheckpointError DataError EngineError LayerPlan LayerShape LocumError ModelShape OptionError OutputError Plan
     PlanError Slot StandInExperts Statistics StatisticsError UnsupportedModel apply bench calibrate catalogue clean compare compress demo
-    diff evaluate export frontier inspect load_adapter load_model load_plan load_statistics make_plan plan read_shape recover report save_plan save_statistics
+    diff evaluate export frontier inspect load_adapter load_model load_plan load_statistics make_plan optimize plan read_shape recover report save_plan save_statistics
     search show stand_in verify
 """
 OPTIONAL = {

@@ -253,7 +253,12 @@ def test_a_family_that_has_no_class_to_load_says_why_too():
             model_class(AutoConfig.for_model(model_type))
     with pytest.raises(UnsupportedModel, match="'vit' is not a language model that transformers can load"):
         model_class(AutoConfig.for_model("vit"))
-    for odd in ([0.5], 5, "OlmoeForCausalLM", [None]):  # as a damaged config.json may say; older releases refuse to read it
+    for odd in (
+        [0.5],
+        5,
+        "OlmoeForCausalLM",
+        [None],
+    ):  # as a damaged config.json may say; older releases refuse to read it
         config = AutoConfig.for_model("olmoe")
         vars(config)["architectures"] = odd
         assert model_class(config).__name__ == "OlmoeForCausalLM"

@@ -21,6 +21,7 @@ from locum.checkpoints.load import load_model
 from locum.containers.costs import container_work, row_sizes
 from locum.containers.layout import Layout, StackLayout
 from locum.errors import EngineError, UnsupportedModel
+from locum.kernels import few_rows
 from locum.measure.costs import counted
 from locum.methods import METHODS
 from locum.models.families import find_layers
@@ -28,7 +29,7 @@ from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, make_plan, stand_in
 from locum.speed import page, run
 from locum.speed.bench import KIND, quartiles, results
-from locum.speed.run import STOCK, Subject, bytes_per_second, operations_per_second
+from locum.speed.run import OPTIMIZED, STOCK, Subject, bytes_per_second, operations_per_second
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint
 from making.handmade import layers_of
@@ -40,6 +41,7 @@ D, F, E, K, L, V = 32, 16, 8, 2, 2, 128
 EXPERT = 3 * D * F
 ATTENTION = 2 * D * D + 2 * 16 * D  # q and o; k and v, which have half as many heads
 NORMS = 2 * D + D + 16  # before attention and before the experts; of q and of k
+OURS = (OPTIMIZED,) if few_rows.library() else ()
 SHORT = {"prompt": 8, "new_tokens": 3, "batch_sizes": (1, 2), "rounds": 2, "threads": 1}
 
 
@@ -140,7 +142,7 @@ def test_hooks_are_gone_afterwards(olmoe):
 # --- timing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", STOCK)
+@pytest.mark.parametrize("implementation", (*STOCK, *OURS))
 def test_every_implementation_goes_on_with_the_text(olmoe, implementation):
     one, seen = subject(olmoe), []
     one.choose(implementation, 2)
@@ -165,8 +167,17 @@ def test_batched_mm_may_not_copy_gigabytes(olmoe, monkeypatch):
 
 
 def test_a_model_of_containers_has_one_implementation(olmoe, small):
-    assert subject(olmoe).implementations == STOCK
-    assert Subject(load_model(small), tiny_ids(1, 6), 4).implementations == ("container",)
+    assert subject(olmoe).implementations == (*STOCK, *OURS)
+    assert Subject(load_model(small), tiny_ids(1, 6), 4).implementations == ("container", *OURS)
+
+
+@pytest.mark.skipif(not OURS, reason="no C++ compiler or no avx512_bf16")
+def test_another_implementation_is_no_longer_optimized(olmoe):
+    one = subject(olmoe)
+    one.choose(OPTIMIZED, 1)
+    assert "forward" in vars(olmoe.lm_head) and olmoe.config._experts_implementation == "grouped_mm"
+    one.choose("eager", 1)
+    assert not any("forward" in vars(module) for module in olmoe.modules())
 
 
 def test_the_machine_is_measured():
@@ -229,7 +240,7 @@ def compared(small, checkpoint, tmp_path_factory):
 
 def test_all_is_measured_in_every_round(compared):
     result, _, said = compared
-    expected = {("model", "container")} | {("original", name) for name in STOCK}
+    expected = {("model", name) for name in ("container", *OURS)} | {("original", name) for name in (*STOCK, *OURS)}
     rows = {(r["model"], r["implementation"], r["batch"], r["phase"]): r for r in result["rows"]}
     assert set(rows) == {(*who, size, phase) for who in expected for size in (1, 2) for phase in ("prefill", "decode")}
     for row in rows.values():

@@ -155,7 +155,9 @@ def compile_source(compiler: str, source: Path = SOURCE, flags: tuple[str, ...] 
     """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
     flags = FLAGS if flags is None else flags
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(flags).encode(), version])).hexdigest()[:16]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    words = [*(file.read_bytes() for file in sources), " ".join(flags).encode(), version]
+    key = hashlib.sha256(b"\0".join(words)).hexdigest()[:16]
     folder = own_folder("kernels")
     file = folder / f"products-{key}.so"
     if not only_ours(file):

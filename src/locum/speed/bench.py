@@ -57,7 +57,8 @@ def bench(
 ) -> dict[str, Any]:
     """Tokens per second, time to the first token, memory, and the work behind them, with the floor that the machine sets.
 
-    With --against, side by side with the original under each of transformers' implementations of experts.
+    With --against, side by side with the original under each of transformers' implementations of experts. On the processor, both
+    also as locum.optimize makes them.
     """
     folders = {"model": Path(model)} | ({} if against is None else {"original": Path(against)})
     given = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "precision": precision, "threads": threads}

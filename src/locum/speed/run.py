@@ -31,13 +31,16 @@ from ..checkpoints.load import load_model
 from ..checkpoints.skeleton import read_shape
 from ..errors import UnsupportedModel
 from ..json_text import parse_json
+from ..kernels import few_rows
 from ..measure.costs import Call, counted
 from ..measure.memory import peak_bytes, start_peak
 from ..models.families import find_layers, is_stock_experts
+from ..models.optimization import optimize, restore
 
 # transformers' implementations of experts that need no extra package. Off the CPU, its `generate` decodes with batched_mm
 # where grouped_mm is asked for, and so does what is timed under that name.
 STOCK = ("eager", "grouped_mm", "batched_mm")
+OPTIMIZED = "optimized"  # by `locum.optimize`; what it leaves to transformers' experts, grouped_mm does
 COPIED = 2 * 2**30  # most bytes of weights that batched_mm may copy: it takes a copy of an expert for every pair
 READ = 2**28  # bytes that are read to measure the bandwidth, unless the model is smaller
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product gives the rate of operations
@@ -54,13 +57,19 @@ class Subject:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """Those that its experts can be switched between: transformers' own, where any layer is stock."""
+        """Those that it can be switched between: transformers' own, where any layer is stock; on the processor also optimized."""
         stock = any(is_stock_experts(layer.experts) for layer in self.layers)
-        return STOCK if stock else ("container",)
+        optimized = (OPTIMIZED,) if self.model.device.type == "cpu" and few_rows.library() else ()
+        return (*(STOCK if stock else ("container",)), *optimized)
 
     def choose(self, implementation: str, batch: int) -> None:
         """Raises UnsupportedModel for an implementation that cannot run here on so many prompts."""
+        restore(self.model)
         stock = [layer for layer in self.layers if is_stock_experts(layer.experts)]
+        if implementation == OPTIMIZED:
+            if stock:
+                self.model.set_experts_implementation("grouped_mm")
+            optimize(self.model)
         if implementation not in STOCK or not stock:
             return
         size = max(x.shape.top_k * x.shape.parameters() * x.experts.down_proj.element_size() for x in stock)

@@ -1,0 +1,211 @@
+// What a step of few tokens does outside of attention, each in one call: matrices are read once, where they lie.
+//
+//   locum_linear   y[m] = W x[m] + bias
+//   locum_experts  y[t] = sum over k of weight[t][k] W_down silu(W_gate x[t]) W_up x[t],    W those of expert index[t][k]
+//   locum_norm     y[m] = (plus + weight) x[m] / sqrt(mean of x[m]^2 + eps)
+//   locum_route    logits[t] = W x[t] + bias; their softmax's K largest, first the largest, those of one size by their index
+//
+// Experts that are none (an index below 0, or N and above) do not run. Formats: bfloat16 and float32; sums, and what comes
+// between the products of an expert, in float32 but for the hidden states, which are rounded as the second product takes them.
+// Needs avx512_bf16. Letters: M rows of x, O outputs and I inputs, T tokens, K top-k, P pairs, N experts, D and F their widths.
+
+#include "tiles.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+constexpr long ALONE = 1 << 16;  // products below this many numbers are not worth a second thread
+
+// Rows of W that a thread takes at a time: enough for all threads.
+inline long share_of(long O, int threads) { return std::clamp(O / (4 * threads) / ROWS * ROWS, 4 * ROWS, BLOCK); }
+
+inline long whole(long I, long step) { return (I + step - 1) / step * step; }
+
+template <class Format, class Number>
+std::unique_ptr<Number[]> packed_rows(const Number* x, long x_stride, long M, long I) {
+  const long width = whole(I, Format::STEP);
+  std::unique_ptr<Number[]> packed(new Number[M * width]);
+  for (long m = 0; m < M; m++) pack<Format>(x + m * x_stride, I, width, M, m, packed.get());
+  return packed;
+}
+
+template <class Format, class Number = typename Format::Number>
+void linear(const Number* x, long x_stride, const Number* w, const Number* bias, Number* y, long y_stride, long M, long O,
+            long I, int threads) {
+  const auto packed = packed_rows<Format>(x, x_stride, M, I);
+  const long share = share_of(O, threads), width = whole(I, Format::STEP);
+#pragma omp parallel num_threads(threads) if (threads > 1 && O * I > ALONE)
+  {
+    const std::unique_ptr<float[]> out(new float[M * BLOCK]);
+#pragma omp for schedule(dynamic, 1)
+    for (long o = 0; o < O; o += share) {
+      const long rows = std::min(share, O - o);
+      block<Format>(w + o * I, rows, I, width, packed.get(), M, out.get());
+      for (long m = 0; m < M; m++)
+        for (long r = 0; r < rows; r += 16) {
+          __m512 sum = _mm512_loadu_ps(out.get() + m * BLOCK + r);
+          if (bias) sum = _mm512_add_ps(sum, Format::widen(rest(rows - r), bias + o + r));
+          Format::narrow(rest(rows - r), y + m * y_stride + o + r, sum);
+        }
+    }
+  }
+}
+
+// Pairs by expert: those of expert n are pair[begin[n]] to pair[begin[n + 1] - 1].
+struct Pairs {
+  std::vector<long> pair, begin, used;  // `used`: experts that have any
+
+  Pairs(const int64_t* index, long P, long N) : begin(N + 1, 0) {
+    for (long p = 0; p < P; p++)
+      if (index[p] >= 0 && index[p] < N) begin[index[p] + 1]++;
+    for (long n = 0; n < N; n++) {
+      if (begin[n + 1]) used.push_back(n);
+      begin[n + 1] += begin[n];
+    }
+    pair.resize(begin[N]);
+    std::vector<long> next(begin.begin(), begin.end() - 1);
+    for (long p = 0; p < P; p++)
+      if (index[p] >= 0 && index[p] < N) pair[next[index[p]]++] = p;
+  }
+  long count(long n) const { return begin[n + 1] - begin[n]; }
+};
+
+template <class Format, class Number = typename Format::Number>
+void experts(const Number* x, long x_stride, const Number* gate_up, long gate_up_stride, const Number* down,
+             long down_stride, const int64_t* index, const float* weight, Number* y, long T, long K, long N, long D, long F,
+             int threads) {
+  const Pairs pairs(index, T * K, N);
+  const long U = pairs.pair.size(), wide = whole(D, Format::STEP), deep = whole(F, Format::STEP);
+  long most = 0;
+  for (const long n : pairs.used) most = std::max(most, pairs.count(n));
+  const std::unique_ptr<Number[]> packed(new Number[U * wide]), hidden(new Number[U * F]), second(new Number[U * deep]);
+  const long first_share = share_of(F, threads), last_share = share_of(D, threads), experts = pairs.used.size();
+  const long parts = (F + first_share - 1) / first_share;
+  // `done` for each pair of an expert, by its place among them.
+  const auto each = [&](long n, const auto& done) {
+    for (long u = pairs.begin[n]; u < pairs.begin[n + 1]; u++) done(u, u - pairs.begin[n], pairs.pair[u]);
+  };
+#pragma omp parallel num_threads(threads) if (threads > 1 && U * D * F > ALONE)
+  {
+    const std::unique_ptr<float[]> out(new float[2 * most * BLOCK]), total(new float[T * BLOCK]);
+    float *gates = out.get(), *ups = gates + most * BLOCK;
+#pragma omp for schedule(static)
+    for (long i = 0; i < experts; i++)
+      each(pairs.used[i], [&](long u, long m, long p) {
+        const long n = pairs.used[i];
+        pack<Format>(x + p / K * x_stride, D, wide, pairs.count(n), m, packed.get() + pairs.begin[n] * wide);
+      });
+#pragma omp for schedule(dynamic, 1)
+    for (long task = 0; task < experts * parts; task++) {
+      const long n = pairs.used[task / parts], f = task % parts * first_share, rows = std::min(first_share, F - f);
+      const Number *units = packed.get() + pairs.begin[n] * wide, *w = gate_up + n * gate_up_stride;
+      block<Format>(w + f * D, rows, D, wide, units, pairs.count(n), gates);
+      block<Format>(w + (F + f) * D, rows, D, wide, units, pairs.count(n), ups);
+      each(n, [&](long u, long m, long p) {
+        for (long r = 0; r < rows; r += 16) {
+          const __m512 gate = _mm512_loadu_ps(gates + m * BLOCK + r), up = _mm512_loadu_ps(ups + m * BLOCK + r);
+          Format::narrow(rest(rows - r), hidden.get() + u * F + f + r, gated(gate, up, weight[p]));
+        }
+      });
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < experts; i++)
+      each(pairs.used[i], [&](long u, long m, long) {
+        const long n = pairs.used[i];
+        pack<Format>(hidden.get() + u * F, F, deep, pairs.count(n), m, second.get() + pairs.begin[n] * deep);
+      });
+    // A thread has some outputs of all experts, so every sum is in the order of the experts.
+#pragma omp for schedule(dynamic, 1)
+    for (long o = 0; o < D; o += last_share) {
+      const long rows = std::min(last_share, D - o);
+      std::fill(total.get(), total.get() + T * BLOCK, 0.f);
+      for (const long n : pairs.used) {
+        const Number* units = second.get() + pairs.begin[n] * deep;
+        block<Format>(down + n * down_stride + o * F, rows, F, deep, units, pairs.count(n), gates);
+        each(n, [&](long, long m, long p) {
+          float* to = total.get() + p / K * BLOCK;
+          for (long r = 0; r < rows; r++) to[r] += gates[m * BLOCK + r];
+        });
+      }
+      for (long t = 0; t < T; t++)
+        for (long r = 0; r < rows; r += 16)
+          Format::narrow(rest(rows - r), y + t * D + o + r, _mm512_loadu_ps(total.get() + t * BLOCK + r));
+    }
+  }
+}
+
+template <class Format, class Number = typename Format::Number>
+void norm(const Number* x, long x_stride, const Number* weight, float plus, float eps, Number* y, long M, long D) {
+  for (long m = 0; m < M; m++) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long d = 0; d < D; d += 16) {
+      const __m512 some = Format::widen(rest(D - d), x + m * x_stride + d);
+      squares = _mm512_fmadd_ps(some, some, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps));
+    for (long d = 0; d < D; d += 16) {
+      const __mmask16 mask = rest(D - d);
+      const __m512 of = _mm512_add_ps(Format::widen(mask, weight + d), _mm512_set1_ps(plus));
+      const __m512 some = _mm512_mul_ps(Format::widen(mask, x + m * x_stride + d), scale);
+      Format::narrow(mask, y + m * D + d, _mm512_mul_ps(of, some));
+    }
+  }
+}
+
+template <class Format, class Number = typename Format::Number>
+void route(const Number* x, long x_stride, const Number* w, const Number* bias, bool sums_to_one, Number* logits, int64_t* index,
+           float* weight, long T, long K, long N, long D, int threads) {
+  linear<Format>(x, x_stride, w, bias, logits, N, T, N, D, threads);
+  std::vector<float> of(N);
+  std::vector<int64_t> order(N);
+  for (long t = 0; t < T; t++) {
+    for (long n = 0; n < N; n += 16) {
+      const __mmask16 mask = rest(N - n);
+      _mm512_mask_storeu_ps(of.data() + n, mask, Format::widen(mask, logits + t * N + n));
+    }
+    for (float& one : of) one = one == one ? one : INFINITY;  // what is no number comes first, and makes all weights none
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + K, order.end(),
+                      [&](int64_t a, int64_t b) { return of[a] > of[b] || (of[a] == of[b] && a < b); });
+    const float most = of[order[0]];
+    float all = 0;
+    for (long n = 0; n < (sums_to_one ? K : N); n++) all += std::exp((sums_to_one ? of[order[n]] : of[n]) - most);
+    for (long k = 0; k < K; k++) {
+      index[t * K + k] = order[k];
+      weight[t * K + k] = std::exp(of[order[k]] - most) / all;
+    }
+  }
+}
+
+}  // namespace
+
+#define ENTRIES(FORMAT, NAME)                                                                                          \
+  extern "C" void locum_linear_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* w,                 \
+                                      const FORMAT::Number* bias, FORMAT::Number* y, long M, long O, long I,           \
+                                      int threads) {                                                                   \
+    linear<FORMAT>(x, x_stride, w, bias, y, O, M, O, I, threads);                                                      \
+  }                                                                                                                    \
+  extern "C" void locum_experts_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* gate_up,          \
+                                       long gate_up_stride, const FORMAT::Number* down, long down_stride,              \
+                                       const int64_t* index, const float* weight, FORMAT::Number* y, long T, long K,   \
+                                       long N, long D, long F, int threads) {                                          \
+    experts<FORMAT>(x, x_stride, gate_up, gate_up_stride, down, down_stride, index, weight, y, T, K, N, D, F, threads); \
+  }                                                                                                                    \
+  extern "C" void locum_norm_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* weight, float plus,  \
+                                    float eps, FORMAT::Number* y, long M, long D) {                                    \
+    norm<FORMAT>(x, x_stride, weight, plus, eps, y, M, D);                                                             \
+  }                                                                                                                    \
+  extern "C" void locum_route_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* w,                  \
+                                     const FORMAT::Number* bias, int sums_to_one, FORMAT::Number* logits,              \
+                                     int64_t* index, float* weight, long T, long K, long N, long D, int threads) {     \
+    route<FORMAT>(x, x_stride, w, bias, sums_to_one, logits, index, weight, T, K, N, D, threads);                      \
+  }
+
+ENTRIES(BFloat16, bfloat16)
+ENTRIES(Float32, float32)
