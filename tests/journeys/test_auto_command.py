@@ -48,15 +48,15 @@ def test_one_command_makes_a_checkpoint_of_the_size_that_opens_and_says_why(mode
 
 def test_one_that_is_cut_short_goes_on_and_makes_the_same(model, words, limit, monkeypatch, tmp_path):
     asked = {"method": "auto", "data": str(words), "fit": str(limit), "seed": 5, **SHORT}
-    real, calls = ModelExplorer.stand_in_error, Counter()
+    real, calls = ModelExplorer.stand_ins, Counter()
 
-    def counted(self, plan):
+    def counted(self, plans, with_losses):
         calls[run] += 1
         if run == "cut short" and calls[run] > 25:
             raise KeyboardInterrupt
-        return real(self, plan)
+        return real(self, plans, with_losses)
 
-    monkeypatch.setattr(ModelExplorer, "stand_in_error", counted)
+    monkeypatch.setattr(ModelExplorer, "stand_ins", counted)
     run = "cut short"
     with pytest.raises(KeyboardInterrupt):
         locum.compress(model, out=tmp_path / "again", **asked)
@@ -72,11 +72,12 @@ def test_one_that_is_cut_short_goes_on_and_makes_the_same(model, words, limit, m
     assert locum.load_plan(again / "plan.json").id == locum.load_plan(whole / "plan.json").id
 
 
-def test_streamed_it_finds_what_it_finds_in_memory(model, words, limit, tmp_path):
+@pytest.mark.parametrize("price", ["candidates", "output"])
+def test_streamed_it_finds_what_it_finds_in_memory(model, words, limit, price, tmp_path):
     found = {}
     for stream in (False, True):
         file = tmp_path / f"stream-{stream}"
-        asked = {"method": "auto", "price": "output", "data": str(words), **SHORT}
+        asked = {"method": "auto", "price": price, "data": str(words), **SHORT}
         statistics = locum.search(model, out=file, stream=stream, **asked)
         plan = locum.plan([statistics], method="auto", fit=str(limit))
         found[stream] = plan, [dict(statistics.layer(x.name)) for x in statistics.shape.layers]
@@ -85,9 +86,3 @@ def test_streamed_it_finds_what_it_finds_in_memory(model, words, limit, tmp_path
     for here, there in zip(layers, streamed_layers, strict=True):
         assert set(here) == set(there)
         assert all(torch.equal(value, there[name]) for name, value in here.items())
-
-
-def test_streamed_it_says_that_noise_needs_the_whole_model(model, words, tmp_path):
-    asked = {"method": "auto", "data": str(words), "stream": True, **SHORT}
-    with pytest.raises(locum.UnsupportedModel, match="--no-stream, or --price output"):
-        locum.search(model, out=tmp_path / "found", **asked)

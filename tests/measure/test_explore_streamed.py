@@ -12,8 +12,11 @@ from families.case import tokens_of
 from locum.checkpoints.load import load_model
 from locum.checkpoints.streamed import stream_model
 from locum.errors import OptionError
+from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.shared_base import SharedBase
 from locum.measure.removals import ModelExplorer
 from locum.models.layer_major import NOTE, held_bytes
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot
 from making.checkpoints import locum as command
 from making.checkpoints import write_checkpoint
 from making.tiny_models import tiny_ids
@@ -37,6 +40,29 @@ def there(explorer) -> list[int]:
     """The decoder layers that have weights."""
     modules = getattr(explorer.model, NOTE).modules
     return [i for i, m in enumerate(modules) if any(p.device.type != "meta" for p in m.parameters())]
+
+
+def test_stand_ins_and_noise_are_those_of_the_whole_model(two):
+    """As many at a time as have room, and where only some do."""
+    whole, streamed = two
+    first, middle, last = (layer.name for layer in whole.shape.layers)
+    parts = Slot((LowRank(4, "svd"),)), Slot((SharedBase(0),)), NOTHING, KEPT
+    base = Base((6,), (1.0,))
+    plans = {x: LayerPlan(x, parts * 2, (base,)) for x in (first, middle, last)}
+    more = [plans[middle], LayerPlan(middle, (NOTHING,) * 8), LayerPlan(middle, (KEPT,) * 8)]
+    dropping = LayerPlan(last, (DROPPED, *parts, KEPT, KEPT, DROPPED), (base,))
+    variants = [{first: plans[first], last: dropping}, {}, plans, {middle: plans[middle]}]
+    for held in (2**30, 3 * held_bytes(streamed.model, 32)):
+        with mock.patch("locum.models.layer_major.HELD", held), mock.patch("locum.measure.stand_ins.HELD", held):
+            assert streamed.together == max(1, held // held_bytes(streamed.model, 32) // 2) and whole.together == 1
+            for with_losses in (True, False):
+                asked = [explorer.stand_ins(more, with_losses) for explorer in two]
+                assert all(map(torch.equal, *asked))
+            assert torch.equal(*(explorer.divergences(variants) for explorer in two))
+            assert torch.equal(*(explorer.noise_price(0.1) for explorer in two))
+    losses = whole.stand_ins(more, True)[1]
+    assert losses[0] == whole.divergences(variants)[3] > 0 and losses[1] > 0
+    assert there(streamed) in ([], [1])
 
 
 def test_answers_are_those_of_the_whole_model_before_and_after_pruning(two):

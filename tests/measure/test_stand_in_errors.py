@@ -22,7 +22,7 @@ from locum.measure.remembered import RememberedAnswers
 from locum.measure.removals import ModelExplorer
 from locum.models.families import find_layers, read_expert
 from locum.models.sizes import shape_of
-from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan
 from locum.stats.sums import mean_output
 from making.handmade import tokens_of
 from making.tiny_models import tiny_ids, tiny_model
@@ -87,13 +87,14 @@ def slow_errors(model, explorer, plan: LayerPlan) -> list[float]:
 def test_errors_of_stand_ins_are_those_of_a_slow_loop(model, explorer):
     for layer in explorer.shape.layers:
         plan = plan_of(layer.name)
-        found_E = explorer.stand_in_error(plan)
+        (found_E,), (loss,) = explorer.stand_ins([plan], with_losses=False)
+        assert loss == torch.inf
         nearly = 1e-9 * float(found_E.max())  # products of other rows together round otherwise
         assert found_E[[0, 6]].max() < nearly
         is_used_E = explorer.statistics.layer(layer.name)["count"] > 0
         assert torch.equal(found_E > nearly, is_used_E & torch.tensor([e not in (0, 6) for e in range(8)]))
         assert found_E.tolist() == pytest.approx(slow_errors(model, explorer, plan), rel=1e-3, abs=nearly)
-    nothing_E = explorer.stand_in_error(LayerPlan(layer.name, (NOTHING,) * 8))
+    (nothing_E,), _ = explorer.stand_ins([LayerPlan(layer.name, (NOTHING,) * 8)], with_losses=False)
     assert 0 < float(explorer.output_square(layer.name)) < 4 * float(nothing_E.sum())  # outputs of top-2 add up
 
 
@@ -101,7 +102,9 @@ def test_the_loss_of_stand_ins_is_that_of_the_model_that_has_them(model, explore
     """A copy of the model that a plan was applied to, and the sum written out."""
     before = [parameter.clone() for parameter in model.parameters()]
     plan = plan_of(explorer.shape.layers[1].name)
-    found = explorer.stand_in_loss(plan)
+    kept = LayerPlan(plan.layer, (KEPT,) * 8)
+    error_CE, (found, none) = explorer.stand_ins([plan, kept], with_losses=True)
+    assert torch.equal(error_CE[:1], explorer.stand_ins([plan], with_losses=False)[0])
     small = apply_plan(copy.deepcopy(model), make_plan(shape_of(model), [plan]), explorer.statistics, 5)
     (batch,) = explorer.batches
     kl, count = 0.0, 0
@@ -112,10 +115,26 @@ def test_the_loss_of_stand_ins_is_that_of_the_model_that_has_them(model, explore
             kl += float((whole_V.softmax(-1) * (whole_V.log_softmax(-1) - changed_V.log_softmax(-1))).sum())
             count += 1
     assert float(found) == pytest.approx(kl / count, rel=1e-3) and kl > 0
-    assert float(explorer.stand_in_loss(LayerPlan(plan.layer, (KEPT,) * 8))) == pytest.approx(0, abs=1e-6)
+    assert float(none) == pytest.approx(0, abs=1e-6)
     assert all(map(torch.equal, before, model.parameters())) and not any(
         isinstance(module, StandInExperts) for module in model.modules()
     )
+
+
+def test_the_divergence_of_a_plan_is_that_of_the_model_that_it_makes(model, explorer):
+    """Two layers at once, one of which drops experts: a copy of the model that the plans were applied to."""
+    first, second = (layer.name for layer in explorer.shape.layers)
+    dropping = LayerPlan(second, (DROPPED, KEPT, NOTHING, DROPPED, KEPT, Slot((LowRank(4, "svd"),)), KEPT, DROPPED))
+    variants = [{first: plan_of(first), second: dropping}, {first: plan_of(first)}, {second: dropping}, {}]
+    found = explorer.divergences(variants)
+    (batch,) = explorer.batches
+    for variant, kl in zip(variants, found, strict=True):
+        small = apply_plan(copy.deepcopy(model), make_plan(shape_of(model), variant.values()), explorer.statistics, 5)
+        with torch.no_grad():
+            whole_MV, small_MV = (x(batch.ids_BS).logits[:, :-1].flatten(0, 1).log_softmax(-1) for x in (model, small))
+        expected = float((whole_MV.exp() * (whole_MV - small_MV)).sum(-1).mean())
+        assert float(kl) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert not any(isinstance(module, StandInExperts) for module in model.modules())
 
 
 def test_the_price_of_noise_is_what_it_costs_the_model(model, explorer):
@@ -144,17 +163,33 @@ def test_the_price_of_noise_is_what_it_costs_the_model(model, explorer):
 
 def test_answers_are_remembered(model, explorer, monkeypatch, tmp_path):
     name = explorer.shape.layers[0].name
+    plans, nothing = [plan_of(name), LayerPlan(name, (KEPT,) * 8)], LayerPlan(name, (NOTHING,) * 8)
+
+    def asked(answers: RememberedAnswers) -> list[torch.Tensor]:
+        errors, losses = answers.stand_ins(plans, with_losses=True)
+        more = answers.divergences([{name: plan_of(name)}, {}])
+        return [errors, losses, more, answers.noise_price(0.1), answers.output_square(name)[None]]
+
     first = RememberedAnswers(explorer, tmp_path / "answers", {"model": "tiny"})
-    asked = [first.stand_in_error(plan_of(name)), first.noise_price(0.1), first.output_square(name)]
-    lost = first.stand_in_loss(plan_of(name))
+    found = asked(first)
     first.save()
+    direct = explorer.stand_ins(plans, with_losses=True)
+    assert torch.equal(found[0], direct[0]) and torch.equal(found[1], direct[1]) and found[1][0] == found[2][0] > 0
     again = RememberedAnswers(explorer, tmp_path / "answers", {"model": "tiny"})
-    for question in ("stand_in_error", "stand_in_loss", "noise_price", "output_square"):
+    real = ModelExplorer.stand_ins
+    for question in ("stand_ins", "divergences", "noise_price", "output_square"):
         monkeypatch.setattr(ModelExplorer, question, None)
-    assert torch.equal(again.stand_in_error(plan_of(name)), asked[0]) and again.stand_in_loss(plan_of(name)) == lost
-    assert torch.equal(again.noise_price(0.1), asked[1]) and again.output_square(name) == asked[2]
+    assert all(map(torch.equal, asked(again), found))
+    errors, none = again.stand_ins(plans, with_losses=False)
+    assert torch.equal(errors, found[0]) and bool((none == torch.inf).all())
     with pytest.raises(TypeError):
-        again.stand_in_error(LayerPlan(name, (NOTHING,) * 8))  # which nobody asked before
+        again.stand_ins([nothing], with_losses=True)  # which nobody asked before
+    asked_now = []
+    monkeypatch.setattr(
+        ModelExplorer, "stand_ins", lambda self, plans, x: asked_now.append(plans) or real(self, plans, x)
+    )
+    mixed = again.stand_ins([plans[0], nothing], with_losses=True)
+    assert asked_now == [[nothing]] and torch.equal(mixed[0][0], found[0][0])
 
 
 def test_a_model_that_predicts_nothing_has_no_price(explorer, monkeypatch):

@@ -207,7 +207,8 @@ def _hidden_bytes(model: Any, tokens: Tokens) -> int:
     return tokens.ids_BS.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
-def _hidden(model: Any, batch: Batch) -> Output:
+def body_output(model: Any, batch: Batch) -> Output:
+    """The model inside any adapters, and its body's output on a batch."""
     with torch.no_grad():  # a streamed model runs in threads of its own
         return run_body(model, batch.ids_BS, batch.attention_BS)
 
@@ -223,7 +224,7 @@ def _outputs(
     """What a model gives on each of these batches, each when it is asked for; a streamed one has seen all of them then."""
     if model is None:
         return repeat((None, None))
-    made = passes(model, [functools.partial(_hidden, model, batch) for batch in some], progress=on_layer)
+    made = passes(model, [functools.partial(body_output, model, batch) for batch in some], progress=on_layer)
     if kept is None:
         return made
     kept.extend((inner, type(output)(last_hidden_state=output.last_hidden_state)) for inner, output in made)
@@ -235,10 +236,10 @@ def _sums_of(
 ) -> Iterator[torch.Tensor]:
     """The sums of each of these batches."""
     for batch, ours, original in zip(some, _outputs(model, some, on_layer), theirs, strict=False):
-        yield _batch_sums(*ours, *original, batch)
+        yield batch_sums(*ours, *original, batch)
 
 
-def _batch_sums(inner: Any, output: Any, original: Any, original_output: Any, batch: Batch) -> torch.Tensor:
+def batch_sums(inner: Any, output: Any, original: Any, original_output: Any, batch: Batch) -> torch.Tensor:
     """Sums per block [B, Y] in float64 on the CPU, in the order of SUMS; the original's are 0 without one.
 
     A model inside its adapters and its body's output on the batch, then the same of the original, or None twice.

@@ -30,7 +30,7 @@ from ..stats.sums import Statistics
 
 SAVE_EVERY = 30.0  # seconds
 KEY_BYTES = 16
-VERSION = 1  # of the questions: what a key is made of
+VERSION = 2  # of the questions: what a key is made of
 
 
 class RememberedAnswers:
@@ -70,14 +70,27 @@ class RememberedAnswers:
     def statistics(self) -> Statistics | None:
         return self.explorer.statistics
 
-    def stand_in_error(self, plan: LayerPlan) -> Tensor:
-        said = json.dumps(layer_to_json(plan), sort_keys=True).encode()
-        keys = [self._key("stand_in_error", said, str(e).encode()) for e in range(len(plan.slots))]
-        return self._answers(keys, lambda missing: self.explorer.stand_in_error(plan)[missing])
+    @property
+    def together(self) -> int:
+        return self.explorer.together
 
-    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
-        said = json.dumps(layer_to_json(plan), sort_keys=True).encode()
-        return self._answers([self._key("stand_in_loss", said)], lambda _: self.explorer.stand_in_loss(plan)[None])[0]
+    def stand_ins(self, plans: Sequence[LayerPlan], with_losses: bool) -> tuple[Tensor, Tensor]:
+        columns = [str(e).encode() for e in range(len(plans[0].slots))] + [b"loss"] * with_losses
+        keys = [self._key("stand_ins", _plan_said(plan), column) for plan in plans for column in columns]
+
+        def ask(missing: list[int]) -> Tensor:
+            wanted = sorted({i // len(columns) for i in missing})
+            error_CE, loss_C = self.explorer.stand_ins([plans[c] for c in wanted], with_losses)
+            found_CX = torch.cat([error_CE, loss_C[:, None]], dim=1)
+            return torch.stack([found_CX[wanted.index(i // len(columns)), i % len(columns)] for i in missing])
+
+        found_CX = self._answers(keys, ask).view(len(plans), len(columns))
+        none_C = torch.full((len(plans),), torch.inf, dtype=torch.float64)
+        return (found_CX[:, :-1], found_CX[:, -1]) if with_losses else (found_CX, none_C)
+
+    def divergences(self, variants: Sequence[Mapping[str, LayerPlan]]) -> Tensor:
+        keys = [self._key("divergences", *(_plan_said(each[name]) for name in sorted(each))) for each in variants]
+        return self._answers(keys, lambda missing: self.explorer.divergences([variants[i] for i in missing]))
 
     def output_square(self, layer: str) -> Tensor:
         return self._answers(
@@ -133,6 +146,10 @@ def _said(layer: str, asked: Tensor) -> bytes:
     """What is asked of a layer: which experts go, or the weights of mixtures."""
     plain = asked.to(torch.uint8) if asked.dtype == torch.bool else asked.double()
     return layer.encode() + b"\0" + plain.contiguous().numpy().tobytes()
+
+
+def _plan_said(plan: LayerPlan) -> bytes:
+    return json.dumps(layer_to_json(plan), sort_keys=True).encode()
 
 
 def _load(path: Path | None, identity: str) -> dict[bytes, float]:

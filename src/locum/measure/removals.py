@@ -5,8 +5,8 @@
     loss_without    the same without experts of many layers at once
     loss_merged     the same where experts are also mixtures of each other (`merged_experts.py`)
     block_error     the hidden state after a stretch of decoder layers
-    stand_in_error  one layer's experts, where something else stands in for them
-    stand_in_loss   the whole model, where something else stands in for one layer's experts
+    stand_ins       one layer's experts, where something else stands in for them, and the whole model then
+    divergences     the whole model, where something else stands in for the experts of many layers
     noise_price     the whole model, where there is noise in one layer's output
     prune           for good, in place
 
@@ -17,7 +17,8 @@ always the model's own: by the rule of its router where a simple one was found a
 sample and on removals of it (`gate_rules.py`), else by that router itself (`masking.py`).
 
 Of a streamed model, the decoder layers that are asked for are read and no others are there; what was pruned is taken off each time.
-For the loss all layers are read one after the other, once for as many candidates as have room for their hidden states (HELD).
+For the loss all layers are read one after the other, once for as many candidates as have room for their hidden states (HELD). What
+stands in is built when its layer is there, once for its errors and its loss.
 
 Memory: 8 T E^2 bytes for a cached layer (64 MiB for 64 experts and 2,048 tokens, 1 GiB for 256), as many layers as go
 into `CACHE_BYTES` but one at least; and the hidden state before every decoder layer (`replay.py`).
@@ -30,42 +31,39 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..containers.container import StandInExperts
 from ..data.tokens import Batch, Tokens, cut, permutation, take
 from ..errors import OptionError, UnsupportedModel, unknown
-from ..models.decoder_layers import decoder_stack, place_in
 from ..models.families import MoeLayer, slice_experts, slice_router
-from ..models.layer_major import Resident, is_streamed, passes, together
+from ..models.layer_major import is_streamed
 from ..models.masking import MaskedRouters
 from ..models.next_token_loss import loss_sum
 from ..models.output_head import check_predicts
 from ..models.replay import Call, Recording
 from ..models.router_rules import GateRule, find_rule, same_gates, spread_gates
 from ..models.sizes import shape_of
-from ..models.watch import evaluating, observable_layers, run_experts
+from ..models.watch import observable_layers, run_experts
 from ..plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from ..shapes import ModelShape
 from ..stats.events import RoutedEvent
 from ..stats.sums import Statistics
+from .changes import ChangingModel
 from .every_output import gram_of_outputs
 from .layer_watch import LayerWatch, UpToExperts
 from .merged_experts import merged_experts
-from .stand_ins import noise_prices, stand_in, stand_in_errors, stand_in_loss
+from .stand_ins import StandIns
 
 SAMPLE = 2048  # tokens
 PIECE = 128  # tokens at most that the sample takes of one block: many short pieces say more than a few long ones
 TRIALS = 4  # removals on which a rule is compared with the real router
 CHUNK = 2**24  # numbers in a temporary
 CACHE_BYTES = 2**31
-Trial = tuple[Mapping[str, Tensor], Batch]  # what is removed, and on what it is tried
 REPLAY_TOLERANCE = 1e-3  # relative; what a rerun of recorded layers may be off by before it is refused
 
 
@@ -128,29 +126,29 @@ class ModelExplorer:
                 raise OptionError(f"{name} is {value!r}; allowed: whole numbers from 1")
         self.model = model
         self.shape: ModelShape = shape_of(model)
+        self.seed, self.statistics = seed, statistics
+        drawn = draw_sample(tokens, sample, seed)
+        parts = torch.arange(len(drawn.ids_BS)).split(batch_size)
+        self.batches = tuple(take(drawn, index_B) for index_B in parts)
         self._find()
         for layer in self.layers.values():
             if layer.shape.refuse_dropping:
                 raise UnsupportedModel(f"no expert of {layer.shape.name} can be dropped: {layer.shape.refuse_dropping}")
-        drawn = draw_sample(tokens, sample, seed)
-        parts = torch.arange(len(drawn.ids_BS)).split(batch_size)
-        self.batches = tuple(take(drawn, index_B) for index_B in parts)
         self.alive = {name: torch.arange(layer.shape.num_experts) for name, layer in self.layers.items()}
-        self.seed, self.statistics = seed, statistics
 
     def _find(self) -> None:
         """Look at the model afresh; what was recorded and cached before is let go."""
-        self._resident = Resident(self.model)
-        self._see()
+        self._live = ChangingModel(self.model)
+        self._trials = StandIns(self._live, self.batches, self.statistics, self.seed)
         self._recording: Recording | None = None
         self._caches: dict[str, LayerCache] = {}
         self._pairs: tuple[str, RoutedEvent, Tensor] | None = None
-        self._made: tuple[LayerPlan, StandInExperts] | None = None
         self._loss: float | None = None
         self._whole: tuple[tuple[int, int], list[Tensor]] | None = None
 
-    def _see(self) -> None:
-        self.layers: dict[str, MoeLayer] = {layer.shape.name: layer for layer in observable_layers(self.model)}
+    @property
+    def layers(self) -> dict[str, MoeLayer]:
+        return self._live.layers
 
     def _hold(self, names: Sequence[str]) -> None:
         """Of a streamed model, bring the decoder layers from the first to the last that hold these; no others are there then."""
@@ -158,10 +156,10 @@ class ModelExplorer:
             return
         for name in names:
             self._check_known(name)
-        with self._quiet():
+        with self._live.quiet():
             stretch = self._record().stretch(names)
-        if self._resident.hold(*stretch):
-            self._see()  # their tensors are new
+        if self._live.resident.hold(*stretch):
+            self._live.see()  # their tensors are new
 
     def _check_known(self, layer: str) -> None:
         if layer not in self.layers:
@@ -173,7 +171,7 @@ class ModelExplorer:
         """[C] ||F(X) - F_without(X)||_F of a layer's routed output over the sample, rerouted without the removed."""
         self._hold([layer])
         removed_CE = self._checked(layer, removed_CE)
-        with self._quiet():
+        with self._live.quiet():
             cache = self._cache(layer)
             if cache.rule is None:
                 errors = [cache.errors(self._real_gates(layer, cache, one_E)[None]) for one_E in removed_CE]
@@ -210,36 +208,24 @@ class ModelExplorer:
 
     def _losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         check_predicts(self.model, "it has no loss to increase")
-        with self._quiet():
+        with self._live.quiet():
             if self._loss is None:
                 (self._loss,) = self._mean_losses([{}])
             losses = [loss - self._loss for loss in self._mean_losses(candidates)]
         return torch.tensor(losses, dtype=torch.float64)
 
-    def stand_in_error(self, plan: LayerPlan) -> Tensor:
-        """[E] of each expert of a layer sum g^2 |f(x) - f'(x)|^2 over its pairs of the sample, f' what the plan makes of it."""
-        pairs = self._routed(plan.layer)[0]
-        with self._quiet():
-            return stand_in_errors(self._stand_in(plan), pairs)
+    @property
+    def together(self) -> int:
+        """How many plans `stand_ins` best tries at once: as many as have room where the model is streamed, else one."""
+        return self._trials.together
 
-    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
-        """KL(model || model in which a layer is what the plan makes of it), nats per token of the sample."""
-        self._check_whole("what stand-ins cost is")
-        with self._quiet():
-            return stand_in_loss(self.model, self.layers[plan.layer], self._stand_in(plan), self.batches)
+    def stand_ins(self, plans: Sequence[LayerPlan], with_losses: bool) -> tuple[Tensor, Tensor]:
+        """For plans of one layer [C, E] and [C]: the errors and, if asked for, the divergence that each makes (stand_ins.py)."""
+        return self._trials.stand_ins(plans, self._routed(plans[0].layer)[0], with_losses)
 
-    def _stand_in(self, plan: LayerPlan) -> StandInExperts:
-        # The last one is kept: its errors and its loss are asked for in turn.
-        if self._made is None or self._made[0] != plan:
-            self._made = plan, stand_in(self.layers[plan.layer], plan, self.statistics, self.seed)
-        return self._made[1]
-
-    def _check_whole(self, what: str) -> None:
-        if is_streamed(self.model):
-            raise UnsupportedModel(
-                f"{what} tried on the whole model, which a streamed one is not: give --no-stream, or --price output"
-            )
-        check_predicts(self.model, "it has no loss to increase")
+    def divergences(self, variants: Sequence[Mapping[str, LayerPlan]]) -> Tensor:
+        """[C] KL(model || model in which these layers are what their plans make of them), nats per token of the sample."""
+        return self._trials.divergences(variants)
 
     def output_square(self, layer: str) -> Tensor:
         """The sum over the sample of |y|^2, y the routed output of a layer."""
@@ -247,9 +233,7 @@ class ModelExplorer:
 
     def noise_price(self, size: float) -> Tensor:
         """[L] what noise of this share of a layer's output costs the whole model (stand_ins.py)."""
-        self._check_whole("noise is")
-        with self._quiet():
-            return noise_prices(self.model, list(self.layers.values()), self.batches, size, self.seed)
+        return self._trials.noise_price(size)
 
     def block_error(self, candidates: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """[C] ||hidden state after the block's last decoder layer, original minus pruned||_F, from the original input.
@@ -261,7 +245,7 @@ class ModelExplorer:
         self._hold(names)
         masks = [{n: self._checked(n, mask[None])[0] for n, mask in candidate.items()} for candidate in candidates]
         errors = []
-        with self._quiet():
+        with self._live.quiet():
             if not masks:
                 return torch.zeros(0, dtype=torch.float64)
             first, last = self._record().stretch(names)
@@ -289,7 +273,7 @@ class ModelExplorer:
             for x in self.shape.layers
         }
         make_plan(self.shape, [LayerPlan(name, slots[name]) for name in slots])
-        self._resident.let_go()
+        self._live.resident.let_go()
         for name in self.layers:
             keep = tuple(i for i, e in enumerate(self.alive[name].tolist()) if e not in gone[name])
             if len(keep) < len(self.alive[name]):
@@ -310,14 +294,9 @@ class ModelExplorer:
             slice_experts(layer.experts, alive)
             slice_router(layer, alive)
 
-        self._resident.change(self._record().position[name], change)
+        self._live.resident.change(self._record().position[name], change)
 
     # --- what they need -----------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        with torch.no_grad(), evaluating(self.model):
-            yield
 
     def _checked(self, layer: str, removed_CE: Tensor) -> Tensor:
         """Masks over the experts that are still there."""
@@ -344,7 +323,7 @@ class ModelExplorer:
 
     def _record(self) -> Recording:
         if self._recording is None:
-            self._resident.let_go()
+            self._live.resident.let_go()
             self._recording = Recording(self.model, list(self.layers), self.batches)
         return self._recording
 
@@ -362,7 +341,7 @@ class ModelExplorer:
         self._check_known(name)
         self._hold([name])
         if self._pairs is None or self._pairs[0] != name:
-            with self._quiet():
+            with self._live.quiet():
                 watch, keep_T = self._watched(name)
                 routed = (x[keep_T] for x in (watch.x_TD, watch.index_TK, watch.gate_TK))
                 y_TD, pairs = run_experts(self.layers[name].experts, *routed, inside=True)
@@ -425,36 +404,15 @@ class ModelExplorer:
 
     def _mean_losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
         """The model's loss on the sample without what each candidate removes."""
-        jobs = [(candidate, batch) for candidate in candidates for batch in self.batches]
-        run = self._losses_by_layer if is_streamed(self.model) else self._losses_one_by_one
-        sums, each = run(jobs), len(self.batches)
+        runs = [functools.partial(_loss_of, self.model, batch) for batch in self.batches]
+        removed = [{name: functools.partial(_removing, x) for name, x in each.items()} for each in candidates]
+        jobs, each = [(changes, run) for changes in removed for run in runs], len(self.batches)
+        sums = self._live.results(jobs, max(batch.ids_BS.numel() for batch in self.batches))
         means = []
         for first in range(0, len(sums), each):
             mine = sums[first : first + each]
             means.append(sum(loss for loss, _ in mine) / max(1, sum(count for _, count in mine)))
         return means
-
-    def _losses_one_by_one(self, jobs: Sequence[Trial]) -> list[tuple[float, int]]:
-        found = []
-        for candidate, batch in jobs:
-            with self._without(candidate):
-                found.append(_loss_of(self.model, batch))
-        return found
-
-    def _losses_by_layer(self, jobs: Sequence[Trial]) -> list[tuple[float, int]]:
-        """Every job computes a layer without what its candidate removes there."""
-        self._resident.let_go()
-        prefix, _ = decoder_stack(self.model, list(self.layers))
-        found: list[tuple[float, int]] = []
-        for some in together(self.model, jobs, max(batch.ids_BS.numel() for batch in self.batches)):
-
-            def during(index: int, job: int, some: list[Trial] = some) -> contextlib.AbstractContextManager[Any]:
-                candidate = some[job][0]
-                return self._without({name: candidate[name] for name in candidate if place_in(prefix, name) == index})
-
-            work = [functools.partial(_loss_of, self.model, batch) for _, batch in some]
-            found += passes(self.model, work, before_layer=lambda *_: self._see(), during=during)
-        return found
 
     def _without(self, candidate: Mapping[str, Tensor]) -> MaskedRouters:
         return MaskedRouters([(self.layers[name], removed_E) for name, removed_E in candidate.items()])
@@ -482,6 +440,10 @@ def _loss_of(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
     with torch.no_grad():  # a streamed model runs in threads of its own
         summed, count = loss_sum(model, batch, model.device)
     return float(summed), count
+
+
+def _removing(removed_E: Tensor, layer: MoeLayer) -> MaskedRouters:
+    return MaskedRouters([(layer, removed_E)])
 
 
 def _biases(layer: MoeLayer) -> tuple[Tensor, ...]:

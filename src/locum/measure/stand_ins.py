@@ -1,13 +1,15 @@
 """What stand-ins do to a layer's output, and what errors in a layer's output do to the model.
 
-Letters: B blocks, S tokens of a block, T tokens, P pairs (token, expert) sorted by expert, Q pairs of some experts, E experts, L layers,
-D model width, M tokens that have loss, V vocabulary.
+Letters: C candidates, B blocks, S tokens of a block, T tokens, P pairs (token, expert) sorted by expert, Q pairs of some experts, E experts,
+L layers, D model width, Y sums per block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +19,111 @@ from ..checkpoints.application import make_container
 from ..containers.container import StandInExperts
 from ..data.tokens import Batch
 from ..models.families import MoeLayer, canonical_activation, read_expert
-from ..plans.layer_plan import LayerPlan
+from ..models.layer_major import HELD, held_bytes, is_streamed
+from ..models.masking import MaskedRouters
+from ..models.output_head import check_predicts
+from ..plans.layer_plan import NOTHING, LayerPlan
 from ..stats.events import RoutedEvent
 from ..stats.sums import Statistics
+from .changes import Change, ChangingModel
+from .loss import SUMS, Output, batch_sums, body_output
 
 ROOM = 2**24  # numbers of inputs that go through a stand-in at a time
 
 
+class StandIns:
+    """Trying stand-ins and noise on a live model, whole or streamed. Its divergence is KL(model || changed model), the mean over the sample's
+    predicted tokens, in nats.
+
+    Where a streamed model is asked, what stands in is built when its layer is there, once for its errors and its divergence, and goes
+    after the last job that it serves. Cost: a pass over the sample for each thing that is tried.
+    """
+
+    def __init__(self, live: ChangingModel, batches: Sequence[Batch], statistics: Statistics | None, seed: int) -> None:
+        self.live, self.batches, self.statistics, self.seed = live, batches, statistics, seed
+        self._tokens = max(batch.ids_BS.numel() for batch in batches)
+        self._made: dict[LayerPlan, StandInExperts] = {}
+        self._keeps_made = False
+        self._original: list[Output] | None = None  # what its body gives
+
+    @property
+    def together(self) -> int:
+        """How many plans are best tried at once: as many as have room where the model is streamed, else one."""
+        model = self.live.model
+        return max(1, HELD // held_bytes(model, self._tokens) // len(self.batches)) if is_streamed(model) else 1
+
+    def stand_ins(self, plans: Sequence[LayerPlan], pairs: RoutedEvent, with_losses: bool) -> tuple[Tensor, Tensor]:
+        """For plans of one layer, whose pairs of the sample these are: [C, E] of each expert sum g^2 |f(x) - f'(x)|^2, f' what the plan
+        makes of it; and [C] the divergence where the layer is that, infinite where that is not asked for."""
+        error_CE = torch.full((len(plans), len(plans[0].slots)), torch.nan, dtype=torch.float64)
+
+        def tried(c: int, layer: MoeLayer) -> AbstractContextManager[None]:
+            container = self._stand_in(layer, plans[c])
+            if error_CE[c].isnan().all():
+                error_CE[c] = stand_in_errors(container, pairs)
+            return standing_in(self.live.model, layer, plans[c], container)
+
+        if with_losses:
+            return error_CE, self._divergences([{plan.layer: partial(tried, c)} for c, plan in enumerate(plans)])
+        with self.live.quiet():
+            for c, plan in enumerate(plans):
+                tried(c, self.live.layers[plan.layer])
+        return error_CE, torch.full((len(plans),), torch.inf, dtype=torch.float64)
+
+    def divergences(self, variants: Sequence[Mapping[str, LayerPlan]]) -> Tensor:
+        """[C] the divergence where these layers are what their plans make of them."""
+
+        def becoming(plan: LayerPlan, layer: MoeLayer) -> AbstractContextManager[None]:
+            return standing_in(self.live.model, layer, plan, self._stand_in(layer, plan))
+
+        self._keeps_made = not is_streamed(self.live.model)
+        try:
+            return self._divergences([{name: partial(becoming, x) for name, x in each.items()} for each in variants])
+        finally:
+            self._keeps_made, self._made = False, {}
+
+    def noise_price(self, size: float) -> Tensor:
+        """[L] the divergence where there is noise in a layer's output, divided by the sum of the noise's squares over all text tokens.
+        The noise is normal, alike for all numbers of a batch's outputs, with `size` times their root mean square."""
+        squares: list[list[float]] = [[] for _ in self.live.layers]
+
+        def noisy(index: int, layer: MoeLayer) -> AbstractContextManager[None]:
+            b = len(squares[index])  # batches come in their order
+            seed = (self.seed * 1_000_003 + index) * 1_000_003 + b
+            return noise(layer.experts, size, seed, self.batches[b].attention_BS, squares[index])
+
+        lost_L = self._divergences([{name: partial(noisy, i)} for i, name in enumerate(self.live.layers)])
+        square_L = torch.tensor([sum(each) for each in squares], dtype=torch.float64)
+        return torch.where(square_L > 0, lost_L / torch.where(square_L > 0, square_L, 1.0), 0.0)
+
+    def _stand_in(self, layer: MoeLayer, plan: LayerPlan) -> StandInExperts:
+        """The last one is kept, as it is asked for again at once; where the whole model is there and several are tried, all of them."""
+        if plan not in self._made:
+            if not self._keeps_made:
+                self._made = {}
+            self._made[plan] = stand_in(layer, plan, self.statistics, self.seed)
+        return self._made[plan]
+
+    def _divergences(self, changes: Sequence[Mapping[str, Change]]) -> Tensor:
+        model = self.live.model
+        check_predicts(model, "it has no loss to increase")
+        with self.live.quiet():
+            if self._original is None:
+                runs = [partial(body_output, model, batch) for batch in self.batches]
+                made = self.live.results([({}, run) for run in runs], self._tokens)
+                self._original = [(x, type(output)(last_hidden_state=output.last_hidden_state)) for x, output in made]
+            runs = [partial(divergence, model, *pair) for pair in zip(self._original, self.batches, strict=True)]
+            found = self.live.results([(each, run) for each in changes for run in runs], self._tokens)
+        sum_CBY = torch.tensor(found, dtype=torch.float64).view(len(changes), len(runs), 2)
+        return sum_CBY[..., 0].sum(1) / sum_CBY[..., 1].sum(1).clamp(min=1)
+
+
 def stand_in(layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> StandInExperts:
-    """The container of a layer as a plan that drops no expert has it: number formats, biases and norms are what they will be."""
+    """The container of a layer as a plan has it: number formats, biases and norms are what they will be. Dropped experts keep their
+    places, with nothing in them."""
+    slots = tuple(slot if slot.survives else NOTHING for slot in plan.slots)
     container = make_container(
-        plan,
+        replace(plan, slots=slots),
         layer.shape,
         lambda e: read_expert(layer.experts, e),
         canonical_activation(layer.experts),
@@ -49,68 +145,40 @@ def stand_in_errors(container: StandInExperts, pairs: RoutedEvent) -> Tensor:
     return pairs.sum_pairs(pairs.gate_P.double().square() * error_P).cpu()
 
 
-def stand_in_loss(
-    model: PreTrainedModel, layer: MoeLayer, container: StandInExperts, batches: Sequence[Batch]
-) -> Tensor:
-    """A float64: KL(model || model with the container in the place of one layer's experts) in nats, the mean over tokens that have
-    loss. The model is as it was afterwards."""
-    lost, count = 0.0, 0
-    for batch in batches:
-        whole_MV = _predicted(model, batch)
-        model.set_submodule(layer.shape.name, container)
-        try:
-            changed_MV = _predicted(model, batch)
-        finally:
-            model.set_submodule(layer.shape.name, layer.experts)
-        lost += float((whole_MV.exp() * (whole_MV - changed_MV)).sum(dtype=torch.float64))
-        count += len(whole_MV)
-    return torch.tensor(max(0.0, lost) / max(1, count), dtype=torch.float64)
+@contextmanager
+def standing_in(model: PreTrainedModel, layer: MoeLayer, plan: LayerPlan, container: StandInExperts) -> Iterator[None]:
+    """While it is entered, a layer is what its plan makes of it: the container is there, and what is dropped is not chosen."""
+    gone_E = torch.tensor([not slot.survives for slot in plan.slots])
+    model.set_submodule(layer.shape.name, container)
+    try:
+        with MaskedRouters([(layer, gone_E)]):
+            yield
+    finally:
+        model.set_submodule(layer.shape.name, layer.experts)
 
 
-def noise_prices(
-    model: PreTrainedModel, layers: Sequence[MoeLayer], batches: Sequence[Batch], size: float, seed: int
-) -> Tensor:
-    """[L] float64: KL(model || model with noise in one layer's output) in nats, the mean over tokens that have loss, for each unit of
-    the noise's squares, summed over all text tokens.
-
-    The noise is normal, alike for all numbers of a batch's outputs, with `size` times their root mean square.
-    """
-    lost_L, square_L = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(2))
-    count = 0
-    for b, batch in enumerate(batches):
-        whole_MV = _predicted(model, batch)
-        count += len(whole_MV)
-        for index, layer in enumerate(layers):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_000_003 + b)
-            with _noise(layer.experts, size, generator, batch.attention_BS) as squares:
-                noisy_MV = _predicted(model, batch)
-            lost_L[index] += float((whole_MV.exp() * (whole_MV - noisy_MV)).sum(dtype=torch.float64))
-            square_L[index] += sum(squares)
-    mean_L = lost_L.clamp(min=0) / max(1, count)
-    return torch.where(square_L > 0, mean_L / torch.where(square_L > 0, square_L, 1.0), 0.0)
-
-
-def _predicted(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[M, V] float32 logarithms of what the model says of the tokens that have loss."""
-    ids_BS, attention_BS = batch.ids_BS.to(model.device), batch.attention_BS.to(model.device)
-    logits_BSV = model(input_ids=ids_BS, attention_mask=attention_BS, use_cache=False).logits
-    return logits_BSV[:, :-1][batch.loss_mask_BS[:, 1:].to(model.device)].float().log_softmax(dim=-1)
+def divergence(model: PreTrainedModel, original: Output, batch: Batch) -> tuple[float, float]:
+    """The sum over a batch's predicted tokens of KL(original || model), in nats, and their number. `original` is what the original's body
+    gives."""
+    with torch.no_grad():  # a streamed model runs in threads of its own
+        sums_BY = batch_sums(*body_output(model, batch), *original, batch)
+    return float(sums_BY[:, SUMS.index("kl")].sum()), float(sums_BY[:, SUMS.index("tokens")].sum())
 
 
 @contextmanager
-def _noise(experts: nn.Module, size: float, generator: torch.Generator, attention_BS: Tensor) -> Iterator[list[float]]:
-    """Noise in what the experts give, while it is entered; the sum of its squares over text tokens."""
-    squares: list[float] = []
+def noise(experts: nn.Module, size: float, seed: int, attention_BS: Tensor, squares: list[float]) -> Iterator[None]:
+    """While it is entered, there is noise in what the experts give; the sum of its squares over text tokens goes to `squares`."""
+    generator = torch.Generator().manual_seed(seed)
 
     def add(_experts: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         scale = size * float(output.double().square().mean().sqrt())
-        noise = (torch.randn(output.shape, generator=generator) * scale).to(output)
+        added = (torch.randn(output.shape, generator=generator) * scale).to(output)
         is_text_T = (attention_BS != 0).flatten().to(output.device)
-        squares.append(float(noise.reshape(len(is_text_T), -1)[is_text_T].double().square().sum()))
-        return output + noise
+        squares.append(float(added.reshape(len(is_text_T), -1)[is_text_T].double().square().sum()))
+        return output + added
 
     hook = experts.register_forward_hook(add)
     try:
-        yield squares
+        yield
     finally:
         hook.remove()

@@ -150,13 +150,16 @@ class Explorer(Protocol):
         the original input."""
         ...
 
-    def stand_in_error(self, plan: LayerPlan) -> Tensor:
-        """[E] float64: of each expert sum g^2 |f(x) - f'(x)|^2 over the cached tokens that are routed to it, g its gate, f' what
-        becomes of it by the layer's plan."""
+    together: int  # how many plans `stand_ins` best tries at once
+
+    def stand_ins(self, plans: Sequence[LayerPlan], with_losses: bool) -> tuple[Tensor, Tensor]:
+        """For plans of one layer, float64: [C, E] of each expert sum g^2 |f(x) - f'(x)|^2 over the cached tokens that are routed to it,
+        g its gate, f' what becomes of it by the plan; and [C] KL(model || model in which the layer is what the plan makes of it), the
+        mean over the cached tokens, infinite where it is not asked for."""
         ...
 
-    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
-        """A float64: KL(model || model in which one layer is what the plan makes of it), the mean over the cached tokens."""
+    def divergences(self, variants: Sequence[Mapping[str, LayerPlan]]) -> Tensor:
+        """[C] float64: the same KL where each variant maps any layers to what becomes of them."""
         ...
 
     def output_square(self, layer: str) -> Tensor:

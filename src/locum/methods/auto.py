@@ -67,7 +67,7 @@ class Auto:
        nothing more, or a mean, in 4 bits: one for all experts of a layer, or one for each group of near-copies (budgets/medoids.py), as
        far as they pay.
        What runs without Locum (`--serves any`, `llamacpp`) has equally many whole experts in every layer: each number is tried.
-    Steps 1 and 2 are the search (`locum search`); one serves any size. The plan's provenance says of every expert what it costs, and
+    Steps 1 and 2 are the search (`locum search`), also of a model that is streamed; one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
     Needs:    candidate_error, candidate_loss and error_price, from a search; gated_norm_product; what its candidates are built from:
@@ -319,19 +319,20 @@ def _errors(explorer: Explorer, layer: LayerShape, is_tried: Callable[[Candidate
     """[E, C] of one layer, infinite for what is not tried; in one row more what the model loses where all experts are that, infinite
     where it is not measured."""
     found_XC = torch.full((layer.num_experts + 1, CANDIDATES), torch.inf, dtype=torch.float64)
-    error_EC = found_XC[:-1]
+    error_EC, built = found_XC[:-1], []
     for c, candidate in enumerate(candidates(layer, explorer.statistics.layer(layer.name))):
         if candidate.plan is None or not (is_tried(candidate) or candidate.kind == "nothing"):  # what an expert gives
             continue
         if candidate.kind == "keep":
             error_EC[:, c] = 0
         elif candidate.kind != "drop":
-            error_EC[:, c] = explorer.stand_in_error(candidate.plan)
-            if with_losses:
-                found_XC[-1, c] = explorer.stand_in_loss(candidate.plan)
+            built.append((c, candidate.plan))
         elif spare(layer):
             alone_CE = removed_mask([(e,) for e in range(layer.num_experts)], layer.num_experts)
             error_EC[:, c] = explorer.output_error(layer.name, alone_CE).square()
+    for some in (built[i : i + explorer.together] for i in range(0, len(built), explorer.together)):
+        error_CE, loss_C = explorer.stand_ins([plan for _, plan in some], with_losses)
+        found_XC[:, [c for c, _ in some]] = torch.cat([error_CE, loss_C[:, None]], dim=1).T
     if bool(error_EC.isnan().any()):
         raise StatisticsError(
             f"the outputs of layer {layer.name} are not finite numbers; search in bfloat16 or float32 instead of float16"

@@ -123,7 +123,10 @@ def of_search(
         together = max(1, HELD // held_bytes(begun.model, max(batch.ids_BS.numel() for batch in real.batches)))
         of_layer, of_all = (
             sum(math.ceil(asked * len(real.batches) / together) for asked in each)
-            for each in (explorer.asked_of_layer, explorer.asked_of_all)
+            for each in (
+                [*explorer.asked_of_layer, explorer.stand_ins_of_layer],
+                [*explorer.asked_of_all, explorer.noises * layers],
+            )
         )
         passes = len(phases) + 2 + layers * of_layer + of_all
     tried = dataclasses.replace(
@@ -291,10 +294,11 @@ class _Timed:
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self.shape, self.whole_seconds, self.once_seconds = explorer, explorer.shape, 0.0, 0.0
+        self.stand_ins_of_layer = self.noises = 0
         self.asked_of_layer: list[int] = []
         self.asked_of_all: list[int] = []
-        self.statistics, self.stand_in_error = explorer.statistics, explorer.stand_in_error
-        self.output_square = explorer.output_square
+        self.statistics, self.together = explorer.statistics, 1
+        self.output_square, self.divergences = explorer.output_square, explorer.divergences
         self.output_error, self.block_error, self.prune = explorer.output_error, explorer.block_error, explorer.prune
 
     def loss_increase(self, layer: str, removed_CE: Tensor) -> Tensor:
@@ -305,15 +309,17 @@ class _Timed:
         finally:
             self.whole_seconds += time.perf_counter() - begin
 
-    def stand_in_loss(self, plan: LayerPlan) -> Tensor:
-        begin = time.perf_counter()
-        try:
-            return self._explorer.stand_in_loss(plan)
-        finally:
+    def stand_ins(self, plans: Sequence[LayerPlan], with_losses: bool) -> tuple[Tensor, Tensor]:
+        error_CE, loss_C = self._explorer.stand_ins(plans, False)
+        if with_losses:  # what they are built for is not counted
+            self.stand_ins_of_layer += len(plans)
+            begin = time.perf_counter()
+            loss_C = self._explorer.divergences([{plan.layer: plan} for plan in plans])
             self.whole_seconds += time.perf_counter() - begin
+        return error_CE, loss_C
 
     def noise_price(self, size: float) -> Tensor:
-        begin = time.perf_counter()
+        begin, self.noises = time.perf_counter(), self.noises + 1
         try:
             return self._explorer.noise_price(size)
         finally:

@@ -40,7 +40,8 @@ def candidate_loss(event: SearchEvent) -> Tensor:
     Shapes:   (C,), in the order of budgets/candidates.py.
     Units:    nats per token.
     Edges:    infinite where it was not measured: of a candidate that a layer lacks, of dropping, and with other prices.
-    Cost:     two passes of the model over the sample for each candidate of each layer.
+    Cost:     a pass of the model over the sample for each candidate of each layer; of a streamed one, the checkpoint is read once for each
+              layer, or for as many candidates as have room for their hidden states.
     Source:   not from a paper.
     """
     return event.found["candidate_loss"]
