@@ -137,11 +137,11 @@ LINES = [
     ("plan {stats} --rank -1 --remove 0.5", "--rank is -1; allowed: at least 0"),
     (
         "plan {stats} --method prune --shared --remove 0.5",
-        "method prune has no option '--shared'|allowed: --budget, --distinct, --floor, --multiple",
+        "method prune has no option '--shared'|allowed: --budget, --distinct, --floor, --lower-top-k",
     ),
     (
         f"{COMPRESS} --method prune --rank 4 --remove 0.5",
-        "method prune has no option '--rank'|allowed: --budget, --distinct, --floor, --multiple",
+        "method prune has no option '--rank'|allowed: --budget, --distinct, --floor, --lower-top-k",
     ),
     ("plan {stats} --removed 0.5", "--removed|--remove|locum plan --help"),
     ("plan", "Missing argument 'STATISTICS...'|locum plan --help"),

@@ -134,7 +134,8 @@ def check_method_help(name, chosen):
     for field in fields:
         shown = field.default
         if isinstance(shown, bool):
-            shown = field.name if shown else f"no-{field.name}"
+            flag = field.name.replace("_", "-")
+            shown = flag if shown else f"no-{flag}"
         told = "" if shown in (None, "") else f" [default: {shown}]"
         assert words(f"{field.metadata['help']}{told}") in words(section)
     return section
@@ -180,7 +181,7 @@ def test_options_of_one_name_and_two_types_do_not_collide(order, foreign, monkey
     [
         (
             "plan STATS --method prune --strangeness 1",
-            "method prune has no option '--strangeness'|allowed: --budget, --distinct, --floor, --multiple, --no-protect, --protect, --score; method foreign has it|"
+            "method prune has no option '--strangeness'|allowed: --budget, --distinct, --floor, --lower-top-k, --multiple, --no-lower-top-k, --no-protect, --protect, --score; method foreign has it|"
             "see: locum plan --method prune --help",
         ),
         ("plan STATS --strangeness 1", "method lightmoe has no option '--strangeness'|method foreign has it"),

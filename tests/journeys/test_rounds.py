@@ -41,9 +41,9 @@ def test_a_round_counts_on_what_the_rounds_before_left_and_the_plan_is_over_the_
     assert locum.inspect(small)["bytes"] == whole.size(locum.read_shape(checkpoint)).bytes
 
 
-def with_halves(folder):
+def with_halves(folder, top_k=1):
     """Experts 0 and 1 of every layer share the tokens of what would be one expert: their router rows are r + d and r - d."""
-    model = tiny_model("olmoe", num_experts_per_tok=1, vocab_size=320, max_position_embeddings=512)
+    model = tiny_model("olmoe", num_experts_per_tok=top_k, vocab_size=320, max_position_embeddings=512)
     for layer in find_layers(model):
         with torch.no_grad():
             row = 0.8 * layer.router.weight[0]
@@ -69,10 +69,11 @@ def test_of_two_that_share_their_tokens_rounds_keep_one_where_one_round_loses_bo
 
 
 @pytest.mark.journeys
-def test_task_specific_pruning_ends_in_a_dense_model(words, tmp_path):
-    """TSEP: of a top-1 model one expert of each layer is left, after rounds with training between them. It is stock, and a layer
-    computes what its one expert computes."""
-    model = with_halves(tmp_path / "model")
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_task_specific_pruning_ends_in_a_dense_model(top_k, words, tmp_path):
+    """TSEP: one expert of each layer is left, after rounds with training between them, in which routers come to select fewer. It is
+    stock, and a layer computes what its one expert computes."""
+    model = with_halves(tmp_path / "model", top_k)
     asked = {
         "method": "prune",
         "score": "proficiency",
@@ -80,6 +81,7 @@ def test_task_specific_pruning_ends_in_a_dense_model(words, tmp_path):
         "protect": False,
         "remove": 7 / 8,
         "rounds": 3,
+        "lower_top_k": top_k > 1,
     }
     trained = TRAINED | {"recover": "full", "recover_steps": 4}
     del trained["recover_rank"]
@@ -88,7 +90,8 @@ def test_task_specific_pruning_ends_in_a_dense_model(words, tmp_path):
     assert [len(layer.survivors) for layer in plan.layers] == [1] * len(plan.layers)
     assert plan.provenance["rounds"] == pytest.approx([7 / 24, 14 / 24, 7 / 8], abs=1 / 16)
     dense = AutoModelForCausalLM.from_pretrained(out)
-    assert dense.config.num_experts == 1 and "quantization_config" not in dense.config.to_dict()
+    assert dense.config.num_experts == dense.config.num_experts_per_tok == 1
+    assert "quantization_config" not in dense.config.to_dict()
     layer = find_layers(dense)[0]
     x_BSD = torch.randn(2, 3, layer.shape.hidden_size, generator=torch.Generator().manual_seed(0))
     expert = read_expert(layer.experts, 0)

@@ -29,6 +29,7 @@ from ..models.families import (
     canonical_activation,
     find_layers,
     leave_router_logits,
+    places_of_top_k,
     read_expert,
     set_expert_count,
     slice_experts,
@@ -84,6 +85,7 @@ def apply_plan(
         check_statistics(layer_plan, _read_by(layer_plan, statistics))
     stock = plan.is_stock(shape)
     experts = [layer.experts for layer in layers.values()]
+    selecting, top_k = _top_k_after(model, plan, layers.values())
     layouts = {}
     places = {layer_plan.layer: index for index, layer_plan in enumerate(plan.layers)}
     for name, layer in layers.items():
@@ -106,11 +108,29 @@ def apply_plan(
             *above,
         ):  # models keep the number to balance by
             set_expert_count(holder, len(plan.layers[0].survivors))
+    for holder, said in selecting:
+        setattr(holder, said, top_k)
     if layouts:
         model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
     if not stock and any(_counts_differ(plan.layer(name), layer) for name, layer in layers.items()):
         leave_router_logits(model)
     return model
+
+
+def _top_k_after(
+    model: PreTrainedModel, plan: Plan, layers: Iterable[MoeLayer]
+) -> tuple[list[tuple[object, str]], int | None]:
+    """Where a model says how many experts its routers select, and how many they do afterwards, where the plan says so."""
+    said = next((each.top_k for each in plan.layers if each.top_k is not None), None)
+    if said is None:
+        return [], None
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs |= {
+        id(config): config for layer in layers if (config := getattr(layer.experts, "config", None)) is not None
+    }
+    parts = [part for layer in layers for part in (layer.block, *layer.router.modules())]
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return places_of_top_k(configs.values(), [*parts, *modules], next(iter(layers)).shape.top_k), said
 
 
 def _is_uneven(layer: MoeLayer) -> bool:

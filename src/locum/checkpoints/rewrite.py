@@ -38,6 +38,7 @@ from ..models.families import (
     MoeLayer,
     canonical_activation,
     leave_router_logits,
+    places_of_top_k,
     set_expert_count,
 )
 from ..plans.plan import KEPT, LayerPlan, Plan
@@ -340,6 +341,10 @@ class Rewriting:
         if self._stock and self._plan.layers:
             for holder in (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers)):
                 set_expert_count(holder, len(self._plan.layers[0].survivors))
+        if (top_k := next((each.top_k for each in self._plan.layers if each.top_k is not None), None)) is not None:
+            configs = (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers))
+            for holder, name in places_of_top_k(configs, (), layers[0].shape.top_k):
+                setattr(holder, name, top_k)
         rest = self._renumbered() if self._source.quantization else None
         if self._layouts:
             config.quantization_config = LocumConfig({n: x.to_json() for n, x in self._layouts.items()}, rest=rest)

@@ -310,7 +310,7 @@ def active_parameters(shape: ModelShape, plan: Plan | None = None) -> int:
     plans = {layer.layer: layer for layer in plan.layers} if plan else {}
     size = plan.size(shape) if plan else shape
     total = size.parameters - size.expert_parameters
-    for layer in shape.layers:
+    for layer in (plan.selecting(shape) if plan else shape).layers:
         mine = plans.get(layer.name)
         total += Layout.of(mine, layer).active_parameters(layer.top_k) if mine else layer.top_k * layer.parameters()
     return total

@@ -57,7 +57,7 @@ def proficiency(layer: LayerStatistics) -> Tensor:
     Units:    equal shares: 1 for every expert where all do the same (all 0 without tokens); comparable across layers.
     Differs:  TSEP drops, after each window of a fine-tuning, every expert below a share beta (its alpha score; the paper's text could
               not be read). Here the lowest over all layers go (--budget global), so that the amount says beta; windows are
-              rounds (compress --rounds N --recover full). Within a layer the order is that of `gate`.
+              rounds (compress --rounds N --recover full), down to one expert of a layer with prune's --lower-top-k. Within a layer the order is that of `gate`.
     """
     return len(layer["gate_sum"]) * _share(layer["gate_sum"])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..budgets.ranking import Ranking
+from ..budgets.ranking import Ranking, ranking
+from ..options import option
 from ..plans.plan import DROPPED, KEPT, LayerPlan
-from ..shapes import ModelShape
-from . import method
+from ..shapes import LayerShape, ModelShape
+from ..stats.sums import Statistics
+from . import Weights, method
 from .ranked import Ranked
 
 
@@ -22,12 +24,36 @@ class Prune(Ranked):
     to load.
 
     Needs:    what the criterion and the budget need, and output_peak, by which Super Experts are found.
-    Edges:    never below top-k; equal numbers per group for group-limited routers; Super Experts stay unless told not to.
-    Source:   REAP, arXiv 2510.13999; per-layer counts by global ranking as in MoNE's model-wide setting (2507.00390).
+    Edges:    never below top-k, unless the router may select fewer (`--lower-top-k`): then as few as the smallest layer has, in all
+              layers. Where one is left, a softmax gives it a weight of 1: the layer is dense. Equal numbers per group for
+              group-limited routers, whose top-k stays; Super Experts stay unless told not to.
+    Source:   REAP, arXiv 2510.13999; per-layer counts by global ranking as in MoNE's model-wide setting (2507.00390); down to one
+              expert of each layer as in TSEP (2206.00277).
     """
 
+    lower_top_k: bool = option(
+        False, "let layers keep fewer experts than their routers select, which then select fewer"
+    )
+
+    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Ranking:
+        return ranking(statistics, self._open(shape), self.score, self.protect, self.floor)
+
     def plan(self, scored: Ranking, shape: ModelShape, amount: float) -> list[LayerPlan]:
+        taken = self.taken(scored, self._open(shape), amount)
+        fewest = min(layer.num_experts - len(chosen) for layer, chosen in zip(shape.layers, taken, strict=True))
         return [
-            LayerPlan(layer.name, tuple(DROPPED if e in chosen else KEPT for e in range(layer.num_experts)))
-            for layer, chosen in zip(shape.layers, self.taken(scored, shape, amount), strict=True)
+            LayerPlan(
+                layer.name,
+                tuple(DROPPED if e in chosen else KEPT for e in range(layer.num_experts)),
+                top_k=fewest if fewest < layer.top_k else None,
+            )
+            for layer, chosen in zip(shape.layers, taken, strict=True)
         ]
+
+    def _open(self, shape: ModelShape) -> ModelShape:
+        """The shape whose routers need no more experts than they have to."""
+        return replace(shape, layers=tuple(map(_one_of, shape.layers))) if self.lower_top_k else shape
+
+
+def _one_of(layer: LayerShape) -> LayerShape:
+    return layer if layer.num_groups > 1 else replace(layer, top_k=1)

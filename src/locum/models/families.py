@@ -32,6 +32,7 @@ from .activation import Activation
 from .routers import RouterRule, RouterTensor, probe_router, router_tensors
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # where configs hold E
+TOP_KS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")  # and K; modules say top_k too
 EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 KNOWN_FLAGS = frozenset(  # of the decorator that puts experts behind transformers' experts interface
     (
@@ -458,3 +459,19 @@ def set_expert_count(holder: object, count: int) -> None:
     for name in EXPERT_COUNTS:
         if isinstance(getattr(holder, name, None), int):
             setattr(holder, name, count)
+
+
+def places_of_top_k(
+    configs: Iterable[PreTrainedConfig], modules: Iterable[nn.Module], top_k: int
+) -> list[tuple[object, str]]:
+    """Where configs and modules say that routers select so many experts: an object and a name. Raises UnsupportedModel where no
+    config does."""
+    found = [(holder, name) for holder in configs for name in TOP_KS if getattr(holder, name, None) == top_k]
+    if not found:
+        raise UnsupportedModel(
+            f"the plan lets routers select fewer than {top_k} experts, and the config says that number under no name that Locum knows "
+            f"({', '.join(TOP_KS)}); keep {top_k} experts in every layer"
+        )
+    return found + [
+        (holder, name) for holder in modules for name in ("top_k", *TOP_KS) if getattr(holder, name, None) == top_k
+    ]

@@ -34,6 +34,7 @@ def check_layers(model_type: str, fingerprint: str, layers: Sequence[LayerPlan],
             raise PlanError(f"layer {plan.layer} is in the plan twice; keep one of the two entries")
         seen.add(plan.layer)
         _check_layer(plan, shape.layer(plan.layer))
+    _check_top_k(layers, shape)
 
 
 def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
@@ -46,12 +47,38 @@ def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
         _check_slot(f"{where}, expert {e}", slot, plan, shape)
     for b, base in enumerate(plan.bases):
         _check_base(f"{where}, base {b}", base, b, plan)
+    shape = _selecting(where, plan, shape)
     if plan.routing is not None:
         plan.routing.check(f"{where}, routing", shape)
     _check_survivors(where, plan, shape)
     if plan.routing is not None and len(plan.survivors) < shape.num_experts:
         left = replace(shape, num_experts=len(plan.survivors))
         plan.routing.among(plan.survivors).check(f"{where}, routing among the experts that are left", left)
+
+
+def _selecting(where: str, plan: LayerPlan, shape: LayerShape) -> LayerShape:
+    """The layer with as many experts selected as the plan says."""
+    if plan.top_k is None:
+        return shape
+    if type(plan.top_k) is not int or not 1 <= plan.top_k <= shape.top_k:
+        raise PlanError(
+            f"{where} has top_k {plan.top_k!r}; allowed: 1 to {shape.top_k}, the experts that its router selects"
+        )
+    if shape.num_groups > 1:
+        raise PlanError(
+            f"{where} has top_k {plan.top_k}, and its router ranks {shape.num_groups} groups by their best experts; leave top_k out"
+        )
+    return replace(shape, top_k=plan.top_k)
+
+
+def _check_top_k(layers: Sequence[LayerPlan], shape: ModelShape) -> None:
+    """Refuse routers that select different numbers of experts: a config has one number for all."""
+    said = {plan.layer: plan.top_k for plan in layers if plan.top_k is not None}
+    if said and len(left := {said.get(layer.name, layer.top_k) for layer in shape.layers}) > 1:
+        raise PlanError(
+            f"the plan lets layers select {' or '.join(map(str, sorted(left)))} experts, and the config has one number for all; give every "
+            f"layer the same top_k"
+        )
 
 
 def _check_survivors(where: str, plan: LayerPlan, shape: LayerShape) -> None:
@@ -64,7 +91,7 @@ def _check_survivors(where: str, plan: LayerPlan, shape: LayerShape) -> None:
     if len(plan.survivors) < shape.top_k:
         raise PlanError(
             f"{where} leaves {len(plan.survivors)} experts, but the router selects top_k={shape.top_k} for every token; "
-            f"keep at least {shape.top_k}"
+            f"keep at least {shape.top_k}, or let it select fewer (top_k)"
         )
     if shape.num_groups > 1:
         size = shape.num_experts // shape.num_groups

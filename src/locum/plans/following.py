@@ -38,4 +38,4 @@ def _of_survivors(one: LayerPlan, two: LayerPlan) -> LayerPlan:
     for e, slot in zip(one.survivors, two.slots, strict=True):
         slots[e] = slot
     bases = tuple(replace(base, experts=tuple(one.survivors[e] for e in base.experts)) for base in two.bases)
-    return replace(two, slots=tuple(slots), bases=bases)
+    return replace(two, slots=tuple(slots), bases=bases, top_k=one.top_k if two.top_k is None else two.top_k)

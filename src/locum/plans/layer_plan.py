@@ -125,6 +125,7 @@ class LayerPlan:
     slots: tuple[Slot, ...]
     bases: tuple[Base, ...] = ()
     routing: Policy | None = None  # None: every selected expert runs
+    top_k: int | None = None  # experts that the router selects afterwards; None: as many as before
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -158,7 +159,7 @@ class LayerPlan:
 
     @property
     def is_identity(self) -> bool:
-        return self.keeps_experts and self.routing is None
+        return self.keeps_experts and self.routing is None and self.top_k is None
 
     @property
     def keeps_experts(self) -> bool:

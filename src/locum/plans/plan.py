@@ -92,6 +92,12 @@ class Plan:
     def layer(self, name: str) -> LayerPlan | None:
         return next((layer for layer in self.layers if layer.layer == name), None)
 
+    def selecting(self, shape: ModelShape) -> ModelShape:
+        """The shape of a model whose routers select as many experts as they do afterwards."""
+        top_k = {plan.layer: plan.top_k for plan in self.layers if plan.top_k is not None}
+        layers = tuple(replace(layer, top_k=top_k.get(layer.name, layer.top_k)) for layer in shape.layers)
+        return replace(shape, layers=layers)
+
     def is_stock(self, shape: ModelShape) -> bool:
         """Whether a stock checkpoint can hold the result: dense layers, equally many experts in each of them."""
         if not all(layer.is_dense for layer in self.layers):
@@ -163,6 +169,8 @@ def diff(a: Plan, b: Plan) -> list[str]:
         for what, *sides in (("expert", one.slots, two.slots), ("base", one.bases, two.bases)):
             pairs = enumerate(itertools.zip_longest(*sides, fillvalue="none"))
             lines += [f"{name} {what} {i}: {x} -> {y}" for i, (x, y) in pairs if x != y]
+        if one.top_k != two.top_k:
+            lines.append(f"{name} top-k: {one.top_k or 'as before'} -> {two.top_k or 'as before'}")
         if one.routing != two.routing:
             lines.append(f"{name} routing: {one.routing or 'all'} -> {two.routing or 'all'}")
     return lines

@@ -387,7 +387,9 @@ def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
         "parameters": [shape.parameters, size.parameters],
         "expert_parameters": [shape.expert_parameters, size.expert_parameters],
         "active_parameters": [active_parameters(shape), active_parameters(shape, decided)],
-        "experts_per_token": experts_per_token(shape, {layer.layer: layer.routing for layer in decided.layers}),
+        "experts_per_token": experts_per_token(
+            decided.selecting(shape), {layer.layer: layer.routing for layer in decided.layers}
+        ),
         "routing": {layer.layer: str(layer.routing) for layer in decided.layers if layer.routing},
         "bytes": [shape.bytes, size.bytes],
         "stock_layout": decided.is_stock(shape),
