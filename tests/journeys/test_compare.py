@@ -49,6 +49,12 @@ def test_numbers_are_those_of_the_commands(checkpoint, text, compared, tmp_path)
     lost = {row.domain: row.value for row in rows if row.metric == "loss_delta"}
     assert mone["by_seed"][1] == pytest.approx(lost["all"]) and mone["bytes"] <= fit
     assert mone["left_out"].keys() == {"two"} and mone["worst_domain"][0] in ("one", "two")
+    of_seeds = [
+        row.value
+        for row in read_rows(out / "results.jsonl")
+        if (row.model, row.domain, row.metric) == ("mone, 0.5", "one", "loss_delta")
+    ]
+    assert len(of_seeds) == 2 and mone["seen"][0] == pytest.approx(sum(of_seeds) / 2)
 
 
 def test_what_it_says(compared):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import locum
-from benchmarks.experiments import compressed_experts, equal_bytes, experiment, fewer_experts, moe_i2, recovery
+from benchmarks.experiments import (
+    catalogue,
+    compressed_experts,
+    equal_bytes,
+    experiment,
+    fewer_experts,
+    moe_i2,
+    recovery,
+)
 from locum.checkpoints.skeleton import read_shape
 from making.broken import change_weights
 from making.checkpoints import write_checkpoint, write_text
@@ -134,6 +145,34 @@ def test_every_way_to_make_experts_small_has_equal_bytes(tiny, tmp_path, monkeyp
     assert len(lines) == 2 * len(names) and lines[0].startswith("| 2.5 | pruned, REAP | ")
     (refused,) = equal_bytes.measure(tried, "low rank", 0.01, "2", 0, "test")
     assert "out of reach" in refused["refused"]
+
+
+@pytest.mark.journeys
+def test_the_page_of_the_catalogue_is_made_from_a_comparison(tiny, tmp_path, monkeypatch):
+    words = [
+        f"{name}={write_text(tmp_path / f'{name}.txt', 60_000, seed=i)}"
+        for i, name in enumerate(("a", "math", "plays"))
+    ]
+    monkeypatch.setattr(catalogue, "MODEL", tiny[0])
+    monkeypatch.setattr(catalogue, "reference_data", lambda: words)
+    monkeypatch.setattr(catalogue, "ASKED", catalogue.ASKED | {"methods": "mone,naee:most=0.5:limit=1", "seeds": 2})
+    monkeypatch.setattr(catalogue, "TOKENS", {"tokens": 1024, "length": 64, "measured": 1024})
+    for name in ("FILE", "PAGE"):
+        monkeypatch.setattr(catalogue, name, tmp_path / getattr(catalogue, name).name)
+    (tmp_path / "catalogue.md").write_text("# Words by hand\n\n## All of them\n\nold")
+    monkeypatch.setattr(sys, "argv", ["catalogue", "run", "--out", str(tmp_path / "out")])
+    catalogue.main()
+    page, picture = (tmp_path / "catalogue.md").read_text(), (tmp_path / "catalogue.svg").read_text()
+    assert page.startswith("# Words by hand\n\n## All of them\n\nAt 25% of") and "old" not in page
+    found = json.loads((tmp_path / "catalogue.json").read_text())
+    assert found["asked"]["leave_out"] == "math,plays" and [group["remove"] for group in found["groups"]] == [0.25, 0.5]
+    rows = [row for group in found["groups"] for row in group["rows"]]
+    assert [row["name"] for row in rows].count("mone") == 2
+    for row in rows:
+        assert f"| {row['name']} | {row['loss_delta'][0]:.3f} (" in page and f"{row['seen'][0]:.3f} (" in page
+    assert page.count("naee:most=0.5:limit=1 was refused: ") == 2
+    ElementTree.fromstring(picture)
+    assert picture.count("<circle") == 2 * len(rows)
 
 
 @pytest.mark.journeys

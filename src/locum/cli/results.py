@@ -251,7 +251,8 @@ def _show_group(group: dict[str, Any], result: dict[str, Any]) -> None:
     title = (
         f"{group['remove']:.0%} of the expert bytes removed, {group['state']}: loss above the original, nats per token"
     )
-    heads = ["method", "size", "loss", "95% interval", *(f"{name} (not seen)" for name in left_out)]
+    heads = ["method", "size", "loss", "95% interval", *(["of what was seen"] if left_out else [])]
+    heads += [f"{name} (not seen)" for name in left_out]
     table = Table(*heads, "worst domain", "KL", "against random", "better than next", box=None, title=title)
     for row in group["rows"]:
         lost, low, high = row["loss_delta"]
@@ -261,6 +262,7 @@ def _show_group(group: dict[str, Any], result: dict[str, Any]) -> None:
             describe_size(row["bytes"]),
             f"{lost:+.4f}",
             f"{low:+.4f} to {high:+.4f}",
+            *([f"{row['seen'][0]:+.4f}"] if left_out else []),
             *(f"{row['left_out'][name][0]:+.4f}" for name in left_out),
             f"{row['worst_domain'][0]} {row['worst_domain'][1]:+.4f}",
             f"{row['kl']:.4f}",

@@ -411,6 +411,9 @@ def _ranked(
         for domain, chosen_B in domains.items()
         if domain != "all"
     }
+    left_out = [name for name in leave_out.split(",") if name]
+    seen_B = np.any([chosen_B for domain, chosen_B in domains.items() if domain not in ("all", *left_out)], axis=0)
+    seen = draw([[sums_BY[seen_B] for sums_BY in of] for of in sums_CJBY])
     best = sorted(range(len(names)), key=lambda c: everywhere.delta_C[c])
     rows = []
     for c, after in zip(best, [*best[1:], None], strict=True):
@@ -423,7 +426,8 @@ def _ranked(
                 "by_seed": everywhere.delta_CJ[c].tolist(),
                 "kl": mean_kl(sums_CJBY[c]),
                 "worst_domain": [worst, float(within[worst].delta_C[c])],
-                "left_out": {name: within[name].of(c) for name in filter(None, leave_out.split(","))},
+                "seen": seen.of(c),
+                "left_out": {name: within[name].of(c) for name in left_out},
                 "against_random": None if chance in (None, c) else everywhere.between(c, chance),
                 "better_than_next": None if after is None else everywhere.sure(c, after),
             }
