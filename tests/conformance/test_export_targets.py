@@ -17,7 +17,7 @@ from locum.checkpoints.skeleton import read_shape
 from locum.engines.engines import Engine
 from locum.errors import LocumError, OptionError, UnsupportedModel
 from locum.exports.target import TARGETS
-from locum.plans.plan import make_plan
+from locum.plans.plan import DROPPED, KEPT, LayerPlan, make_plan
 from locum.verification.folder import FAILED, SKIPPED, Folder
 from locum.verification.verify import check_engine
 from making.checkpoints import locum as command
@@ -30,17 +30,18 @@ echo stands for the converter > "$2"
 # What each form can hold, by hand. The plans are those of tests/engines/made.py.
 STAND_INS = {"lightmoe", "low_rank", "merged"}
 HOLDS = {
-    "compressed-tensors": {"original", "tied", "uniform"},
-    "gguf": {"original", "tied", "uniform"},
+    "compressed-tensors": {"original", "tied", "uniform", "single"},
+    "dense": {"single"},
+    "gguf": {"original", "tied", "uniform", "single"},
     "imatrix": {"original"},
     "stock": {"tied"} | STAND_INS,
     "vllm": {"constants"},
     "remote-code": {"uneven", "constants", "vectors"} | STAND_INS,
-    "listing": {"original", "tied", "uniform", "uneven", "constants", "vectors"} | STAND_INS,
+    "listing": {"original", "tied", "uniform", "single", "uneven", "constants", "vectors"} | STAND_INS,
 }
 HOLDS = {name: kinds for name, kinds in HOLDS.items() if name in TARGETS}  # the last is another package's
 STATISTICS = ("imatrix",)  # forms that are made from statistics, here those of the original
-MADE = ("original", "tied", *PLANS, "adapter")
+MADE = ("original", "tied", *PLANS, "adapter", "single")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,11 @@ def folders(words, tmp_path_factory) -> dict[str, Path]:
     how = {"how": "vectors", "data": [str(words)], "steps": 1, "batch_size": 1, "length": 32}
     locum.recover(active, out=root / "adapter", adapter_only=True, **how)
     locum.calibrate(original, data=[str(words)], tokens=256, length=64, out=root / "stats")
-    return made | {"adapter": root / "adapter"}
+    several = write_checkpoint(root / "several", "mixtral", **wide)
+    shape = read_shape(several)
+    one = [LayerPlan(layer.name, (KEPT, *(DROPPED,) * 7), top_k=1) for layer in shape.layers]
+    single = locum.apply(several, plan=make_plan(shape, one), out=root / "single")
+    return made | {"adapter": root / "adapter", "single": single}
 
 
 def given(form: str, folders: dict[str, Path], name: str = "original") -> dict[str, str]:

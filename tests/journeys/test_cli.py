@@ -97,6 +97,7 @@ WAY_OPTIONS = {
 }
 TARGET_OPTIONS = {
     "compressed-tensors": "--bits --group --rest --statistics",
+    "dense": "",
     "gguf": "--experts --pre-tokenizer --statistics --type",
     "imatrix": "--statistics",
     "remote-code": "",
