@@ -205,7 +205,10 @@ def test_wrong_arguments_are_one_line(pruned, small, tmp_path):
         ([pruned, "--to", "stock", "--out", out], "has the stock layout already"),
         ([pruned, "--to", "vllm", "--out", out], "vLLM reads it as it is"),
         ([pruned, "--to", "remote-code", "--out", out], "it loads without Locum"),
-        ([small, "--to", "onnx", "--out", out], "allowed: compressed-tensors, dense, gguf, imatrix, remote-code, stock, vllm"),
+        (
+            [small, "--to", "onnx", "--out", out],
+            "allowed: compressed-tensors, dense, gguf, imatrix, remote-code, stock, vllm",
+        ),
         (
             [pruned, "--to", "gguf", "--type", "q4_k", "--out", out],
             "allowed: bf16, f16, f32, iq3_s, iq4_nl, iq4_xs, q2_k",
