@@ -43,7 +43,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     "esft, token": (1e-3, 3e-3, 1e-2),
     "esft, gate": (1e-3, 3e-3, 1e-2, 3e-2),
-    "esft, random": (1e-3, 3e-3, 1e-2),
+    "esft, random": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 COUNTED, BATCH = 32768, 4  # tokens that experts are chosen by; blocks of 256 tokens in a step
 MEASURED = {"target": 8192, "others": 8192}  # tokens
