@@ -23,7 +23,7 @@ from locum.shapes import ModelShape
 from locum.stages.application import apply
 from making.checkpoints import write_checkpoint
 from making.handmade import layers_of, make_statistics, toy_shape
-from making.tiny_models import tiny_ids, tiny_model
+from making.tiny_models import CONFIGS, tiny_ids, tiny_model
 
 
 def leaving(shape: ModelShape, top_k: int | None, *left: tuple[int, ...]) -> Plan:
@@ -123,6 +123,32 @@ def test_a_config_that_does_not_say_the_number_is_refused_before_anything_change
     with pytest.raises(UnsupportedModel, match="under no name that Locum knows"):
         apply_plan(model, leaving(shape_of(model), 1, (0,), (1,)))
     assert all(layer.shape.num_experts == 8 for layer in find_layers(model))
+
+
+def test_a_router_that_selects_two_whatever_is_said_is_refused(tmp_path) -> None:
+    model, source = tiny_model("phimoe"), write_checkpoint(tmp_path / "model", "phimoe")
+    plan = leaving(shape_of(model), 1, (0,), (1,))
+    with pytest.raises(UnsupportedModel, match="router selects 2 experts where its config says 1"):
+        apply_plan(model, plan)
+    assert all(layer.shape.num_experts == 8 for layer in find_layers(model))
+    with pytest.raises(UnsupportedModel, match="selects 2 experts"):
+        apply(source, plan=plan, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in ("phimoe", "deepseek_v3")])
+def test_families_run_one_expert_with_a_weight_of_one(family) -> None:
+    model = tiny_model(family)
+    shape = shape_of(model)
+    apply_plan(model, leaving(shape, 1, *((2,) for _ in shape.layers)))
+    seen: list[torch.Tensor] = []
+    for layer in find_layers(model):
+        layer.experts.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
+    with torch.no_grad():
+        assert model(tiny_ids()).logits.isfinite().all()
+    assert len(seen) == len(shape.layers) and all(weight_TK.shape[1] == 1 for weight_TK in seen)
+    for weight_TK in seen:
+        torch.testing.assert_close(weight_TK, torch.ones_like(weight_TK))
 
 
 def test_pruning_goes_below_top_k_where_routers_may_select_fewer() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def apply_plan(
         check_statistics(layer_plan, _read_by(layer_plan, statistics))
     stock = plan.is_stock(shape)
     experts = [layer.experts for layer in layers.values()]
-    selecting, top_k = _top_k_after(model, plan, layers.values())
+    selecting, top_k = _top_k_after(model, plan, [*layers.values()])
     layouts = {}
     places = {layer_plan.layer: index for index, layer_plan in enumerate(plan.layers)}
     for name, layer in layers.items():
@@ -118,7 +118,7 @@ def apply_plan(
 
 
 def _top_k_after(
-    model: PreTrainedModel, plan: Plan, layers: Iterable[MoeLayer]
+    model: PreTrainedModel, plan: Plan, layers: Sequence[MoeLayer]
 ) -> tuple[list[tuple[object, str]], int | None]:
     """Where a model says how many experts its routers select, and how many they do afterwards, where the plan says so."""
     said = next((each.top_k for each in plan.layers if each.top_k is not None), None)
@@ -130,7 +130,7 @@ def _top_k_after(
     }
     parts = [part for layer in layers for part in (layer.block, *layer.router.modules())]
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return places_of_top_k(configs.values(), [*parts, *modules], next(iter(layers)).shape.top_k), said
+    return places_of_top_k(layers, configs.values(), [*parts, *modules], said), said
 
 
 def _is_uneven(layer: MoeLayer) -> bool:

@@ -343,7 +343,7 @@ class Rewriting:
                 set_expert_count(holder, len(self._plan.layers[0].survivors))
         if (top_k := next((each.top_k for each in self._plan.layers if each.top_k is not None), None)) is not None:
             configs = (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers))
-            for holder, name in places_of_top_k(configs, (), layers[0].shape.top_k):
+            for holder, name in places_of_top_k(layers, configs, (), top_k):
                 setattr(holder, name, top_k)
         rest = self._renumbered() if self._source.quantization else None
         if self._layouts:

@@ -11,10 +11,11 @@ Letters: E experts, K top-k, T tokens, D model width, F expert width, G 2F with 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -462,16 +463,29 @@ def set_expert_count(holder: object, count: int) -> None:
 
 
 def places_of_top_k(
-    configs: Iterable[PreTrainedConfig], modules: Iterable[nn.Module], top_k: int
+    layers: Sequence[MoeLayer], configs: Iterable[PreTrainedConfig], modules: Iterable[nn.Module], top_k: int
 ) -> list[tuple[object, str]]:
-    """Where configs and modules say that routers select so many experts: an object and a name. Raises UnsupportedModel where no
-    config does."""
-    found = [(holder, name) for holder in configs for name in TOP_KS if getattr(holder, name, None) == top_k]
+    """Where configs and modules say how many experts the routers of these layers select, which is to become `top_k`: an object and a
+    name. Raises UnsupportedModel where no config says it, and for routers that select as many as before whatever is said."""
+    before = layers[0].shape.top_k
+    found = [(holder, name) for holder in configs for name in TOP_KS if getattr(holder, name, None) == before]
     if not found:
         raise UnsupportedModel(
-            f"the plan lets routers select fewer than {top_k} experts, and the config says that number under no name that Locum knows "
-            f"({', '.join(TOP_KS)}); keep {top_k} experts in every layer"
+            f"the plan lets routers select fewer than {before} experts, and the config says that number under no name that Locum knows "
+            f"({', '.join(TOP_KS)}); keep {before} experts in every layer"
         )
-    return found + [
-        (holder, name) for holder in modules for name in ("top_k", *TOP_KS) if getattr(holder, name, None) == top_k
-    ]
+    for layer in layers[:1]:
+        twin = copy.deepcopy(layer.router)
+        for holder, name in _saying_top_k(twin.modules(), before):
+            setattr(holder, name, top_k)
+        width, count = _router_input(twin, layer.experts), layer.shape.num_experts
+        selected = probe_router(twin, layer.block, width, count, layer.family.router).top_k
+        if selected not in (0, top_k):  # 0: it could not be tried
+            raise UnsupportedModel(
+                f"{layer.shape.router} selects {selected} experts where its config says {top_k}; keep {before} experts in every layer"
+            )
+    return found + _saying_top_k(modules, before)
+
+
+def _saying_top_k(modules: Iterable[nn.Module], top_k: int) -> list[tuple[object, str]]:
+    return [(x, name) for x in modules for name in ("top_k", *TOP_KS) if getattr(x, name, None) == top_k]
