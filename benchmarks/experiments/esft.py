@@ -46,7 +46,10 @@ RATES: dict[str, tuple[float, ...]] = {
     "esft, random": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 COUNTED, BATCH = 32768, 4  # tokens that experts are chosen by; blocks of 256 tokens in a step
-MEASURED = {"target": 8192, "others": 8192}  # tokens
+MEASURED, VALIDATED = (
+    {"target": 8192, "others": 8192},
+    2048,
+)  # tokens; of a job of `test` before and after, to see that it learns
 
 
 def sources(of: str) -> list[str]:
@@ -74,9 +77,12 @@ def at_random(path: Path, seed: int, out: Path) -> Path:
     return out
 
 
-def train(arm: str, rate: float, seed: int, steps: int, scratch: Path) -> tuple[Path, dict[str, Any]]:
+def train(
+    arm: str, rate: float, seed: int, steps: int, scratch: Path, validated: int = 65536
+) -> tuple[Path, dict[str, Any]]:
     """The fine-tuned model, and what the training says of itself."""
-    asked = ARMS[arm] | {"learning_rate": rate, "seed": seed, "steps": steps, "batch_size": BATCH, "validate_every": 0}
+    asked = ARMS[arm] | {"learning_rate": rate, "seed": seed, "steps": steps, "batch_size": BATCH}
+    asked |= {"validate_every": 0, "validation_tokens": validated}
     if asked["how"] == "esft":
         chosen_by = by_use(seed)
         if arm == "esft, random":
@@ -134,7 +140,7 @@ def test(steps: int, shard: tuple[int, int]) -> None:
         if (arm, seed, steps) in done:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            out, made = train(arm, rates[arm], seed, steps, Path(scratch))
+            out, made = train(arm, rates[arm], seed, steps, Path(scratch), VALIDATED)
             told, rows = about(arm, rates[arm], seed, steps, out, made), []
             for of, tokens in MEASURED.items():
                 asked = {"against": MODEL, "tokens": tokens, "name": arm, "seed": seed}
