@@ -46,10 +46,8 @@ RATES: dict[str, tuple[float, ...]] = {
     "esft, random": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 COUNTED, BATCH = 32768, 4  # tokens that experts are chosen by; blocks of 256 tokens in a step
-MEASURED, VALIDATED = (
-    {"target": 8192, "others": 8192},
-    2048,
-)  # tokens; of a job of `test` before and after, to see that it learns
+MEASURED = {"target": 8192, "others": 8192}  # tokens
+VALIDATED = 2048  # tokens, in jobs of `test`, whose rate is chosen
 
 
 def sources(of: str) -> list[str]:
