@@ -10,7 +10,9 @@ import torch
 
 import locum
 from locum.checkpoints.load import load_model
-from locum.measure.removals import ModelExplorer
+from locum.checkpoints.read import load_tokenizer
+from locum.data.tokens import load_tokens
+from locum.measure.removals import ModelExplorer, draw_sample
 from making.checkpoints import VOCABULARY, tree, write_checkpoint
 from making.checkpoints import locum as command
 
@@ -43,7 +45,21 @@ def test_one_command_makes_a_checkpoint_of_the_size_that_opens_and_says_why(mode
         assert load_model(out)(IDS).logits.isfinite().all()
     said = locum.load_plan(out / "plan.json").provenance["auto"]
     assert said["predicted_kl"] > 0 and all(len(lines) == 8 for lines in said["experts"].values())
+    assert said["measured_kl"] <= said["measured_kl_at_first"] and len(said["by_layer"]) == 2
+    assert said["measured_kl"] == pytest.approx(kl_between(model, out, words), rel=1e-3)
     assert {path.name for path in tmp_path.iterdir()} == {"small"}
+
+
+def kl_between(model: Path, small: Path, words: Path) -> float:
+    """On the sample of the validation text that a plan is checked on."""
+    blocks = load_tokens([str(words)], load_tokenizer(model), split="validation", length=32, tokens=1024)
+    batch = draw_sample(blocks, SHORT["sample"], 0)
+    with torch.no_grad():
+        whole_MV, small_MV = (
+            load_model(path)(batch.ids_BS).logits[:, :-1][batch.loss_mask_BS[:, 1:]].log_softmax(-1)
+            for path in (model, small)
+        )
+    return float((whole_MV.exp() * (whole_MV - small_MV)).sum(-1).mean())
 
 
 def test_one_that_is_cut_short_goes_on_and_makes_the_same(model, words, limit, monkeypatch, tmp_path):

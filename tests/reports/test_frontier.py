@@ -12,7 +12,7 @@ import locum
 from locum.errors import OptionError, StatisticsError
 from locum.measure.rows import Row, write_rows
 from locum.methods.auto import Auto
-from locum.plans.plan import Plan
+from locum.plans.plan import Plan, with_provenance
 from locum.plans.plan_file import save_plan
 from locum.reports.report import make_report
 from locum.stats.origin import SearchedBy
@@ -88,7 +88,12 @@ def test_a_report_draws_it_and_says_of_each_expert_what_it_was_not(searched: Sta
     assert "What every size is predicted to cost" in text
     line = plan.provenance["auto"]["experts"][plan.layers[0].layer][0]
     assert all(part in text for part in line.split("; "))
-    assert f"predicted {plan.provenance['auto']['predicted_kl']:#.4g}, measured 0.2500" in text
+    predicted = f"predicted {plan.provenance['auto']['predicted_kl']:#.4g}"
+    assert f"{predicted}, measured 0.2500" in text
+    said = {**plan.provenance["auto"], "measured_kl": 0.125}
+    save_plan(with_provenance(plan, auto=said), tmp_path / "plan.json")
+    locum.report([results, file], out=page, force=True)
+    assert f"{predicted}, 0.1250 where it was checked, measured 0.2500" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("said", [None, 3, {"experts": []}, {"experts": {"x": 1}}, {"predicted_kl": "much"}])

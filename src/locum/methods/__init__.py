@@ -11,6 +11,7 @@ method has `score_experts` and `plan`, and may have more:
     check            a `CheckedMethod` says of a model that it cannot do, before any work
     predicted        a `PredictingMethod` says what its plan is to cost the model
     explain          an `ExplainingMethod` says why its plan is what it is, for the plan's provenance
+    corrected        a `CheckingMethod` plans again with what layers of its plan were measured to cost
     explore          a `SearchingMethod` tries removals on the live model; `locum search` writes what it finds to a file,
                      which `score_experts` then reads: one search serves any target
 
@@ -115,6 +116,21 @@ class PredictingMethod(TargetMethod[Scored], Protocol[Scored]):
 
     def predicted(self, scored: Scored, layers: Sequence[LayerPlan]) -> float:
         """KL from the original in nats per token, as far as the method sees."""
+        ...
+
+
+@runtime_checkable
+class CheckingMethod(PredictingMethod[Scored], ExplainingMethod[Scored], Protocol[Scored]):
+    """A method whose plan is measured on the model and made again by what was found, in `compress` (stages/checking.py)."""
+
+    checks: int  # how many plans may follow from the first one
+
+    def predicted_by_layer(self, scored: Scored, layers: Sequence[LayerPlan]) -> list[float]:
+        """What each layer of a plan is to cost, in nats per token."""
+        ...
+
+    def corrected(self, scored: Scored, factor_L: Sequence[float]) -> Scored:
+        """The same where everything in a layer costs so many times as much."""
         ...
 
 

@@ -8,7 +8,7 @@ Letters: L layers, E experts, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +67,8 @@ class Auto:
        nothing more, or a mean, in 4 bits: one for all experts of a layer, or one for each group of near-copies (budgets/medoids.py), as
        far as they pay.
        What runs without Locum (`--serves any`, `llamacpp`) has equally many whole experts in every layer: each number is tried.
+    4. Check, in `compress` (stages/checking.py): the model that the plan makes, and the same with each layer as it was, on validation text.
+       Where a layer costs more or less than predicted, the choice is made again; the better plan stays.
     Steps 1 and 2 are the search (`locum search`), also of a model that is streamed; one serves any size. The plan's provenance says of every expert what it costs, and
     what the next smaller and larger candidates would have.
 
@@ -104,6 +106,13 @@ class Auto:
         None,
         "domains of calibration, separated by commas, that must lose at most a quarter more than they would lose at best",
         kind=str,
+    )
+    checks: int = option(
+        2,
+        "in compress: how many times the plan is measured on the model, on validation text, and bytes shift between layers where that "
+        "lowers the KL there",
+        at_least=0,
+        at_most=8,
     )
     costs: str = option("measured", "for comparison: costs of other experts, or of chance", choices=COSTS)
     draw: int = option(0, "seed of costs that are shuffled or random", at_least=0)
@@ -261,7 +270,14 @@ class Auto:
         return plans
 
     def predicted(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> float:
-        return sum(float(cost_of(x.choices, _chosen(x, plan)).sum()) for x, plan in zip(scored, layers, strict=True))
+        return sum(self.predicted_by_layer(scored, layers))
+
+    def predicted_by_layer(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> list[float]:
+        return [float(cost_of(x.choices, _chosen(x, plan)).sum()) for x, plan in zip(scored, layers, strict=True)]
+
+    def corrected(self, scored: tuple[Layer, ...], factor_L: Sequence[float]) -> tuple[Layer, ...]:
+        pairs = zip(scored, factor_L, strict=True)
+        return tuple(replace(x, choices=replace(x.choices, cost_EC=x.choices.cost_EC * f)) for x, f in pairs)
 
     def explain(self, scored: tuple[Layer, ...], layers: Sequence[LayerPlan]) -> dict[str, Any]:
         """For a plan's provenance: what it is to cost, and of every expert what it became and what was next to it."""

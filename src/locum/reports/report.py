@@ -305,7 +305,9 @@ def _predicted(found: Inputs, identity: str, plan: Plan) -> str:
     if not isinstance(predicted := said.get("predicted_kl"), float):
         return ""
     measured = next((row for row in found.rows if (row.plan, row.metric, row.domain) == (identity, "kl", ALL)), None)
-    beside = "" if measured is None else f", measured {four_digits(measured.value)}"
+    checked = said.get("measured_kl")  # by compress, on validation text
+    beside = f", {four_digits(checked)} where it was checked" if isinstance(checked, float) else ""
+    beside += "" if measured is None else f", measured {four_digits(measured.value)}"
     return f"KL from the original, nats per token: predicted {four_digits(predicted)}{beside}; press on an expert for what it was not"
 
 

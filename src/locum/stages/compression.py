@@ -22,7 +22,7 @@ from ..errors import LocumError, OptionError, PlanError
 from ..files import check_output, check_room, clear, versions, write_text
 from ..formats.schemes import Scheme, scheme_of
 from ..measure.removals import SAMPLE
-from ..methods import METHODS, SAVED, Method, SearchingMethod
+from ..methods import METHODS, SAVED, CheckingMethod, Method, SearchingMethod
 from ..places import name_of, remember
 from ..plans.bits import FewBits
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan, with_provenance
@@ -36,6 +36,7 @@ from ..training.recovery import check_fits
 from . import kept
 from .application import Whole, apply, carry_out
 from .calibration import calibrate, finished, for_all_ranks, read_text
+from .checking import check_plan
 from .dry_run import of_application
 from .estimate import Estimate
 from .inspection import even_statistics
@@ -159,6 +160,9 @@ def compress(
         made = _in_rounds(plan_for, loaded, how_to_observe, asked, out, recovery, shared)
     else:
         decided = decide_from([loaded], model=model if chosen.reads_weights else None)
+        if isinstance(chosen, CheckingMethod) and chosen.checks and target is not None:
+            checking = {"out": out, "sample": sample, **observed}
+            decided = check_plan(model, shape, decided, chosen, loaded, target.in_bytes(shape), **checking)
         decided = decided if statistics is None else _naming(decided, loaded, statistics)
         made = _finish(model, decided, loaded, out, recovery, packed, **shared)
     if statistics is None and ranks.is_first():

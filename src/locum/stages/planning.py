@@ -129,7 +129,13 @@ def decide(
 
     Sizes are those in few bits. A method that plans for a target itself does not know of them, and may do more than it must.
     """
-    scored = chosen.score_experts(statistics, shape, weights)
+    return decided_from(chosen, chosen.score_experts(statistics, shape, weights), shape, target, few)
+
+
+def decided_from(
+    chosen: Method, scored: Any, shape: ModelShape, target: Target | None, few: FewBits | None = None
+) -> Plan:
+    """The same from what the method has scored."""
     made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
     if target is not None and chosen.saves == "bytes":
         target = target.in_bytes(shape)
