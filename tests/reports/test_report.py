@@ -481,6 +481,18 @@ def test_use_is_a_share_of_the_domains_own_selections():
     assert [expert_maps.use_level(s, 4) for s in (0, 0.01, 0.24, 0.26, 1.0)] == [0, 1, 4, 5, 7]
 
 
+def test_of_many_models_the_best_are_drawn_by_domain(tmp_path):
+    rows = rows_of("original", 4, 0.8)
+    for number in range(30):
+        rows += rows_of(f"model {number:02}", 2, 0.82 + 0.01 * ((number * 7) % 30))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_report([tmp_path / "results.jsonl"], tmp_path / "page.html")
+    drawn = (tmp_path / "page.html").read_text().split("Quality by domain")[-1].split("<h2")[0]
+    best = sorted(range(30), key=lambda number: (number * 7) % 30)[:15]
+    assert all((f"model {number:02}" in drawn) == (number in best) for number in range(30)) and "original" in drawn
+    assert "The best 16 of 31 models" in drawn
+
+
 def test_layers_have_short_names_only_if_these_differ():
     assert expert_maps.short_layers(["model.layers.3.mlp.experts", "x"]) == {
         "model.layers.3.mlp.experts": "layer 3",

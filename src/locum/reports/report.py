@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ COUNT_UNITS = (
     ("thousand parameters", 1e3),
     ("parameters", 1),
 )
+MOST_BARS = 16  # models whose domains are drawn
 LONG_TABLE = 60  # rows of results from which the table is folded
 CURVE_POINTS = 500
 UNSAID = ("shape", "statistics_file", "plan_file", "recovery_log", "checkpoint", "original_shape")
@@ -226,7 +228,16 @@ def _models_table(compared: Comparison) -> str:
 
 
 def _domain_section(compared: Comparison) -> str:
-    figures = []
+    """Bars of the best models, where there are too many to look at; the table has all."""
+    figures, words = [], ""
+    if len(compared.models) > MOST_BARS:
+        known = [model for model in compared.models if model.estimate(compared.metric)]
+        best = sorted(known, key=lambda model: model.estimate(compared.metric).value)[:MOST_BARS]
+        shown = tuple(m for m in compared.models if m in best or m is compared.original)
+        words = (
+            f'<p class="dim">The best {len(best)} of {len(compared.models)} models; "All results" has the others.</p>'
+        )
+        compared = replace(compared, models=shown)
     if len(compared.domains) and any(compared.domains_of(compared.metric)):
         drawn = _domain_bars(compared, compared.metric, QUALITY[compared.metric])
         reference = ". The dashed line is the original" if compared.original else ""
@@ -240,7 +251,7 @@ def _domain_section(compared: Comparison) -> str:
             )
         )
     pair = f'<div class="pair">{"".join(figures)}</div>'
-    return section("domains", "Quality by domain", pair) if figures else ""
+    return section("domains", "Quality by domain", words + pair) if figures else ""
 
 
 def _domain_bars(compared: Comparison, metric: str, label: str) -> str:
