@@ -15,7 +15,7 @@ from locum.containers.build import build_layer, old_weights
 from locum.containers.container import StandInExperts
 from locum.errors import CheckpointError, PlanError, StatisticsError
 from locum.experts.factors import gaussian_factors, svd_factors, whitened_factors
-from locum.experts.parts.low_rank import LowRank
+from locum.experts.parts.low_rank import RIDGE, LowRank
 from locum.experts.weights import ExpertWeights, align, mean_expert, permute_hidden
 from locum.plans.plan import KEPT, Base, LayerPlan, stand_in
 from locum.shapes import LayerShape
@@ -154,6 +154,27 @@ def test_whitened_factors_equal_svd_llm(rows, columns):
         torch.testing.assert_close(b @ a, slow_whitened(matrix, gram_II, rank), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # shared evenly
     torch.testing.assert_close(b @ a, matrix)  # full rank
+
+
+def test_a_ridge_is_inputs_of_every_direction():
+    """A share of the mean square of an input, in every input: the Gram matrix of text that nobody saw. All of it is the plain SVD."""
+    for rows, columns, rank in ((9, 7, 3), (450, 470, 8)):  # by eigenvectors, in steps
+        matrix = draw(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gram_II = gram(columns, 600)
+        mixed_II = gram_II + 0.1 * gram_II.diagonal().mean() * torch.eye(columns)
+        root_II = torch.linalg.cholesky(mixed_II)
+
+        def left(factors, matrix=matrix, root_II=root_II):
+            return float(((matrix - factors[1] @ factors[0]) @ root_II).square().sum())
+
+        with_ridge, without = (whitened_factors(matrix, gram_II, rank, ridge) for ridge in (0.1, 1e-6))
+        assert left(with_ridge) == pytest.approx(
+            left((torch.eye(columns, dtype=torch.float64), slow_whitened(matrix, mixed_II, rank))), rel=2e-3
+        )
+        assert left(with_ridge) < left(without)
+    a, b = whitened_factors(matrix, gram_II, rank, 1e9)
+    plain_a, plain_b = svd_factors(matrix, rank)
+    assert float((b @ a - matrix).norm()) == pytest.approx(float((plain_b @ plain_a - matrix).norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -386,7 +407,7 @@ def test_whitened_adapters_are_those_of_each_expert_and_its_own_inputs(align_bas
         given["down_DF"] = statistics["hidden_gram"][e][units][:, units]
         found = {"gate_FD": parts["W1"][:F], "up_FD": parts["W1"][F:], "down_DF": parts["W2"]}
         for name, weight in found.items():
-            a, b = whitened_factors(getattr(old[e], name) - getattr(under, name), given[name], 3)
+            a, b = whitened_factors(getattr(old[e], name) - getattr(under, name), given[name], 3, RIDGE)
             torch.testing.assert_close(weight, getattr(under, name) + b @ a, atol=1e-4, rtol=1e-4)
 
 

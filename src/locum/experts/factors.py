@@ -53,31 +53,31 @@ def refitted(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None)
     return torch.linalg.solve(damped_RR, seen_RI @ a_RI.T @ b_OR.T).T
 
 
-def whitened_factors(matrix: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def whitened_factors(matrix: Tensor, gram_II: Tensor, rank: int, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
     """The rank-`rank` factors A [R, I], B [O, R] that lose least of what a matrix [O, I] says about its inputs.
 
-    They minimise ||(W - B A) S||_F, S S^T = G + jitter I, with G = sum x x^T over the inputs: SVD-LLM, arXiv 2403.07378,
+    They minimise ||(W - B A) S||_F, S S^T = G + r I, with G = sum x x^T over the inputs: SVD-LLM, arXiv 2403.07378,
     which truncates W S = U Sigma V^T and takes B A = U_R Sigma_R V_R^T S^-1. That product is U_R U_R^T W, and U are the
     eigenvectors of W S S^T W^T, so neither S nor its inverse is needed, and a singular G (fewer tokens than inputs)
-    does no harm: the jitter, a millionth of G's mean diagonal, decides directions that no token saw. G = 0 (no token
+    does no harm: r, the share `ridge` of G's mean diagonal, decides directions that no token saw. G = 0 (no token
     at all) gives the plain SVD. Both factors of a direction get the same norm. In float64, or in steps (`_in_steps`) where the rank
     is small beside the matrix.
     """
     if _few(rank, matrix):
-        return _on(_in_steps(matrix, gram_II, rank), matrix)
+        return _on(_in_steps(matrix, gram_II, rank, ridge), matrix)
     q_OM, rest_MI = None, matrix.double()
     if len(rest_MI) > rest_MI.shape[1]:
         q_OM, rest_MI = torch.linalg.qr(rest_MI)  # so that eigenvectors are of the smaller side, M = min(O, I)
     gram_II = gram_II.to(rest_MI)
-    jitter_II = torch.eye(len(gram_II)).to(gram_II) * _jitter(gram_II)
-    a_RI, b_MR = _on(_leading(rest_MI @ (gram_II + jitter_II) @ rest_MI.T, rank), rest_MI)
+    ridge_II = torch.eye(len(gram_II)).to(gram_II) * _ridge(gram_II, ridge)
+    a_RI, b_MR = _on(_leading(rest_MI @ (gram_II + ridge_II) @ rest_MI.T, rank), rest_MI)
     b_OR = b_MR if q_OM is None else q_OM @ b_MR
     return a_RI.to(matrix.dtype), b_OR.to(matrix.dtype)
 
 
-def _jitter(gram_II: Tensor) -> float:
+def _ridge(gram_II: Tensor, share: float) -> float:
     scale = float(gram_II.diagonal().mean())
-    return 1e-6 * scale if scale > 0 else 1.0
+    return share * scale if scale > 0 else 1.0
 
 
 def _on(u_MR: Tensor, matrix_MI: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _few(rank: int, matrix: Tensor) -> bool:
     return 4 * (STEPS + 1) * (rank + SPARE) <= min(matrix.shape)
 
 
-def _in_steps(matrix_MI: Tensor, gram_II: Tensor | None, rank: int) -> Tensor:
+def _in_steps(matrix_MI: Tensor, gram_II: Tensor | None, rank: int, ridge: float = 0.0) -> Tensor:
     """Leading eigenvectors [M, R] of S = W G W^T, or of W W^T without G, largest first, by block Krylov iteration.
 
     From the span of X, S X, ..., S^4 X, with X of R + 8 columns drawn from a fixed seed: Musco and Musco, arXiv 1504.05477. In float32,
@@ -103,13 +103,13 @@ def _in_steps(matrix_MI: Tensor, gram_II: Tensor | None, rank: int) -> Tensor:
     """
     largest = matrix_MI.abs().max().float()
     matrix_MI = matrix_MI.float() / torch.where(largest > 0, largest, 1.0)
-    jitter = 0.0
     if gram_II is not None:
-        jitter, unit = _jitter(gram_II), max(float(gram_II.diagonal().mean()), _jitter(gram_II))
-        gram_II, jitter = (gram_II / unit).to(matrix_MI), jitter / unit
+        ridge = _ridge(gram_II, ridge)
+        unit = max(float(gram_II.diagonal().mean()), ridge)
+        gram_II, ridge = (gram_II / unit).to(matrix_MI), ridge / unit
 
     def weighed(block_IC: Tensor) -> Tensor:  # G W^T X of W^T X
-        return block_IC if gram_II is None else (gram_II @ block_IC).add_(block_IC, alpha=jitter)
+        return block_IC if gram_II is None else (gram_II @ block_IC).add_(block_IC, alpha=ridge)
 
     start = torch.randn(len(matrix_MI), rank + SPARE, generator=torch.Generator().manual_seed(0))
     blocks, turned = [torch.linalg.qr(start.to(matrix_MI.device)).Q], []  # X and W^T X

@@ -63,6 +63,8 @@ class Auto:
        errors costs there, in nats. Errors of rounding cost what noise of their size costs (`error_price`, `--price noise`, which needs
        one pass for a layer); those of low rank and fewer columns cost two or three times as much, as they are alike for all experts
        of a token.
+       A tenth (`--prior`) of what experts give and lose is that of the layer's mean expert. Without it, what calibration used little is made
+       so small that other text loses several times as much.
     3. Choice: Lagrange multipliers, then what room is left is filled (budgets/choosing.py). Bases are an expert's own rows, which then cost
        nothing more, or a mean, in 4 bits: one for all experts of a layer, or one for each group of near-copies (budgets/medoids.py), as
        far as they pay.
@@ -106,6 +108,12 @@ class Auto:
         None,
         "domains of calibration, separated by commas, that must lose at most a quarter more than they would lose at best",
         kind=str,
+    )
+    prior: float = option(
+        0.1,
+        "share of what experts give and lose that is taken as alike for all of a layer: other text than calibration's uses other experts",
+        at_least=0,
+        at_most=1,
     )
     checks: int = option(
         2,
@@ -169,7 +177,8 @@ class Auto:
         for name in self._protected:
             if name not in statistics.domains:
                 raise OptionError(unknown("domain for --protect-domains", name, statistics.domains))
-        cost_L = self._compared(shape, [_costs(layer, x) for layer, x in zip(shape.layers, found, strict=True)])
+        pairs = zip(shape.layers, found, strict=True)
+        cost_L = self._compared(shape, [_costs(layer, x, self.prior) for layer, x in pairs])
         kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
         layers = zip(shape.layers, found, cost_L, kept, strict=True)
         return tuple(self._layer(layer, shape, x, *rest, _shares(statistics, layer)) for layer, x, *rest in layers)
@@ -294,21 +303,27 @@ class Auto:
         }
 
 
-def _costs(layer: LayerShape, found: LayerStatistics) -> np.ndarray:
+def _costs(layer: LayerShape, found: LayerStatistics, prior: float) -> np.ndarray:
     """[E, C] in nats per token: the price of each error, where an expert gives what it gave in all of calibration.
 
-    One that the sample never selects loses the share that the layer's experts lose on average.
+    A share `prior` of all errors and of all that is given is that of the layer's mean expert: calibration saw few tokens of a rare expert, and
+    other text may need it more. One that the sample never selects, without a prior, loses the share that the layer's experts lose on average.
     """
     kinds = [candidate.kind for candidate in candidates(layer, found)]
-    error_EC = found["candidate_error"].numpy()[:, : len(kinds)]
+    error_EC = _mixed(found["candidate_error"].numpy()[:, : len(kinds)], prior)
     sample_E = error_EC[:, kinds.index("nothing")]
-    given_E = found["gated_norm_product"].diagonal().numpy()
+    given_E = _mixed(found["gated_norm_product"].diagonal().numpy(), prior)
     whole = max(float(sample_E.sum()), 1e-300)
     mean_C = error_EC.sum(0) / whole
     lost_EC = np.where((sample_E > 0)[:, None], error_EC / np.where(sample_E > 0, sample_E, 1)[:, None], mean_C)
     scale_E = whole * given_E / max(float(given_E.sum()), 1e-300)
     is_known_EC = np.isfinite(lost_EC)
     return np.where(is_known_EC, np.where(is_known_EC, lost_EC, 0) * scale_E[:, None] * _prices(found, kinds), np.inf)
+
+
+def _mixed(of_E: np.ndarray, prior: float) -> np.ndarray:
+    """What each expert has, a share of it that of the mean expert."""
+    return of_E if prior == 0 else (1 - prior) * of_E + prior * of_E.mean(0)
 
 
 def _prices(found: LayerStatistics, kinds: Sequence[str]) -> np.ndarray:

@@ -32,6 +32,7 @@ from .own_weights import first_product
 from .part import Part, Place, Site, Sizes, part
 
 Factors = tuple[Tensor, Tensor]  # A [R, inputs], B [outputs, R]
+RIDGE = 0.3  # of the mean diagonal of an expert's Gram matrix: other text gives it other inputs (docs/log.md)
 
 
 class Task(NamedTuple):
@@ -67,7 +68,7 @@ def _svd(task: Task) -> Factors:
 
 
 def _whitened(task: Task) -> Factors:
-    return whitened_factors(_rest(task), task.site.input_grams(task.e)[task.name], task.rank)
+    return whitened_factors(_rest(task), task.site.input_grams(task.e)[task.name], task.rank, RIDGE)
 
 
 STARTS: dict[str, Start] = {
