@@ -152,26 +152,31 @@ class BuildSite:
     @functools.cached_property
     def _means(self) -> tuple[Tensor, float]:
         """The mean of x x^T over what the layer gives its experts, and the mean square of a hidden unit."""
-        return layer_means(*self._grams, self.statistics["count"])
+        return layer_means(self._each_gram("input_gram"), self._each_gram("hidden_gram"), self.statistics["count"])
+
+    def _each_gram(self, name: str) -> Iterator[Tensor]:
+        """Of every expert. All of a layer's may be more than memory holds: one is mapped from its file whenever it is asked for."""
+        return (self.statistics[name][e] for e in range(len(self.plan.slots)))
 
     @functools.cached_property
-    def _grams(self) -> tuple[Tensor, Tensor]:
-        input_EDD, hidden_EFF = self.statistics["input_gram"], self.statistics["hidden_gram"]
-        if not bool(input_EDD.isfinite().all() and hidden_EFF.isfinite().all()):
+    def _has_finite_grams(self) -> bool:
+        return all(bool(x.isfinite().all()) for name in ("input_gram", "hidden_gram") for x in self._each_gram(name))
+
+    def _gram(self, name: str, e: int) -> Tensor:
+        if not self._has_finite_grams:
             raise StatisticsError(
                 f"the Gram matrices of layer {self.plan.layer} are not finite; calibrate in bfloat16 or float32 instead of "
                 f"float16"
             )
-        return input_EDD, hidden_EFF
+        return self.statistics[name][e]
 
     def input_grams(self, e: int) -> dict[str, Tensor]:
         """They are those of the original expert, also for down, whose inputs change once gate and up are approximated."""
-        (input_EDD, hidden_EFF), order_F = self._grams, self._order(e)
-        hidden_FF = hidden_EFF[e]
+        input_DD, hidden_FF, order_F = self._gram("input_gram", e), self._gram("hidden_gram", e), self._order(e)
         if order_F is not None:
             order_F = order_F.to(hidden_FF.device)
             hidden_FF = hidden_FF[order_F][:, order_F]
-        return {"gate_FD": input_EDD[e], "up_FD": input_EDD[e], "down_DF": hidden_FF}
+        return {"gate_FD": input_DD, "up_FD": input_DD, "down_DF": hidden_FF}
 
 
 class _Old(Mapping[int, ExpertWeights]):

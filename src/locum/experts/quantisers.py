@@ -17,7 +17,7 @@ Letters: O outputs, I inputs, J inputs of a group, E experts, D model width, F e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -136,10 +136,15 @@ def shrunk(gram_II: Tensor, tokens: float, mean_II: Tensor) -> Tensor:
     return (gram_II + borrowed * mean_II) / (tokens + borrowed)
 
 
-def layer_means(input_EDD: Tensor, hidden_EFF: Tensor, count_E: Tensor) -> tuple[Tensor, float]:
-    """What experts borrow of their layer: the mean of x x^T over what it gives them, and the mean square of a hidden unit."""
+def layer_means(input_EDD: Iterable[Tensor], hidden_EFF: Iterable[Tensor], count_E: Tensor) -> tuple[Tensor, float]:
+    """What experts borrow of their layer: the mean of x x^T over what it gives them, and the mean square of a hidden unit. The Gram
+    matrices come one by one, as all of them may be more than memory holds."""
     tokens = float(count_E.sum().clamp(min=1))
-    return input_EDD.sum(0) / tokens, float(hidden_EFF.diagonal(dim1=1, dim2=2).mean(1).sum()) / tokens
+    inputs = iter(input_EDD)
+    total_DD = next(inputs).clone()
+    for input_DD in inputs:
+        total_DD += input_DD
+    return total_DD / tokens, sum(float(hidden_FF.diagonal().mean()) for hidden_FF in hidden_EFF) / tokens
 
 
 def seen_by(sums: Mapping[str, Tensor], tokens: float, mean_input_DD: Tensor, mean_hidden: float) -> dict[str, Tensor]:
