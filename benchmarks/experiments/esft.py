@@ -37,6 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "esft, token": {"how": "esft", "score": "token", "threshold": 0.2},
     "esft, gate": {"how": "esft", "score": "gate", "threshold": 0.1},
     "esft, random": {"how": "esft", "score": "token", "threshold": 0.2},
+    "esft, random, rate of token": {"how": "esft", "score": "token", "threshold": 0.2},
 }
 RATES: dict[str, tuple[float, ...]] = {
     "full": (3e-4, 1e-3, 3e-3),
@@ -83,7 +84,7 @@ def train(
     asked |= {"validate_every": 0, "validation_tokens": validated}
     if asked["how"] == "esft":
         chosen_by = by_use(seed)
-        if arm == "esft, random":
+        if arm.startswith("esft, random"):
             chosen_by = at_random(chosen_by, seed, scratch / "random.safetensors")
         asked |= {"statistics": chosen_by, "adapter_only": True}
     begin = time.process_time()
@@ -110,7 +111,7 @@ def select(steps: int, shard: tuple[int, int]) -> None:
     """The domain's validation loss after training, by rate, seed 0."""
     file = file_of("selection")
     done = {(row["arm"], row["learning_rate"], row["steps"]) for row in read(file)}
-    jobs = [(arm, rate) for arm in ARMS for rate in RATES[arm]]
+    jobs = [(arm, rate) for arm, rates in RATES.items() for rate in rates]
     for arm, rate in jobs[shard[0] :: shard[1]]:
         if (arm, rate, steps) in done:
             continue
@@ -123,10 +124,11 @@ def select(steps: int, shard: tuple[int, int]) -> None:
 
 
 def chosen(steps: int) -> dict[str, float]:
-    """The rate with the lowest validation loss of every arm."""
+    """The rate with the lowest validation loss of every arm; what is forgotten depends on it, so one arm has that of another."""
     rows = [row for row in read(file_of("selection")) if row["steps"] == steps]
-    tried = {arm: {row["learning_rate"]: row["validation_loss"] for row in rows if row["arm"] == arm} for arm in ARMS}
-    return {arm: min(losses, key=losses.__getitem__) for arm, losses in tried.items() if losses}
+    tried = {arm: {row["learning_rate"]: row["validation_loss"] for row in rows if row["arm"] == arm} for arm in RATES}
+    rates = {arm: min(losses, key=losses.__getitem__) for arm, losses in tried.items() if losses}
+    return rates | {"esft, random, rate of token": rates["esft, token"]}
 
 
 def test(steps: int, shard: tuple[int, int]) -> None:
