@@ -183,8 +183,10 @@ def test_a_plan_says_of_every_expert_what_it_became_and_what_was_next_to_it() ->
     assert said["predicted_kl"] > 0
 
 
-def test_a_candidate_costs_what_a_layer_that_is_all_of_it_costs_the_model() -> None:
-    """By a loop: the errors of a kind add up to its loss, what was not measured has the price of noise, none costs next to nothing."""
+@pytest.mark.parametrize("prior", [0.0, 0.1, 1.0])
+def test_a_candidate_costs_what_a_layer_that_is_all_of_it_costs_the_model(prior: float) -> None:
+    """By a loop: the errors of a kind add up to its loss, what was not measured has the price of noise, none costs next to nothing; a
+    share of what each expert loses and gives is that of the mean expert."""
     statistics, layer = make_statistics(SHAPE), SHAPE.layers[0]
     found = statistics.layers[layer.name]
     error_EC, noise = found["candidate_error"].sum(0), float(found["error_price"].sum(0))
@@ -197,7 +199,11 @@ def test_a_candidate_costs_what_a_layer_that_is_all_of_it_costs_the_model() -> N
     found["candidate_loss"] = torch.stack([loss_C, torch.zeros_like(loss_C)])
     given_E = found["gated_norm_product"].sum(0).diagonal()
     whole = float(error_EC[:, nothing].sum())
-    cost_EC = Auto(protect=False).score_experts(statistics, SHAPE)[0].choices.cost_EC
+    cost_EC = Auto(protect=False, prior=prior).score_experts(statistics, SHAPE)[0].choices.cost_EC
+
+    def mixed(of_E: torch.Tensor, e: int) -> float:
+        return (1 - prior) * float(of_E[e]) + prior * float(of_E.sum()) / 8
+
     prices = {
         bits: 0.5 * noise,
         low: 2 * noise,
@@ -207,8 +213,8 @@ def test_a_candidate_costs_what_a_layer_that_is_all_of_it_costs_the_model() -> N
     }
     for c, price in prices.items():
         for e in range(8):
-            share = float(error_EC[e, c] / error_EC[e, nothing])
-            expected = share * whole * float(given_E[e] / given_E.sum()) * price
+            share = mixed(error_EC[:, c], e) / mixed(error_EC[:, nothing], e)
+            expected = share * whole * mixed(given_E, e) / float(given_E.sum()) * price
             assert cost_EC[e, c] == pytest.approx(expected, rel=1e-9)
 
 
