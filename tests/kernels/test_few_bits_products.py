@@ -10,7 +10,7 @@ from locum.containers.layout import Layout
 from locum.experts.parts.low_rank import LowRank
 from locum.experts.parts.own_weights import OwnWeights
 from locum.formats.rows import is_packed, pack, row_format
-from locum.kernels import choice, few_bits, native
+from locum.kernels import choice, few_bits, few_rows, native
 from locum.kernels.packed import Matrices, Packed, coding
 from locum.plans.plan import LayerPlan, Slot
 from locum.shapes import LayerShape
@@ -19,7 +19,18 @@ from making.containers import KINDS, assert_near, routing
 D, E, F = 36, 6, 20  # groups do not divide them
 NEAR = 2e-4  # what whole numbers of 16 bits leave of x; the bound is in a test of its own
 READ = ("int4-g32", "int4-g64-z", "int4-g128", "int8-g32", "int8-g64-z")
+LIBRARY = few_bits.library
 needs_library = pytest.mark.skipif(few_bits.library() is None, reason="no C++ compiler or no AVX2")
+
+
+@pytest.fixture(params=[few_bits.is_wide(), False] if few_bits.is_wide() else [False], autouse=True, scope="module")
+def width(request):
+    """Registers of both widths, where the processor has both."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(few_bits, "is_wide", lambda: request.param)
+        found = LIBRARY.__wrapped__()
+        patched.setattr(few_bits, "library", lambda: found)
+        yield
 
 
 def stack(format, items, outputs, inputs, size=1.0):
@@ -112,6 +123,42 @@ def test_what_is_no_number_is_not_lost(wrong):
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
+@needs_library
+@pytest.mark.parametrize("formats", [("int4-g32", "int4-g32"), ("int8-g64-z", "int4-g128")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_one_call_equal_float64(formats, dtype):
+    """Widths that no group divides; some pairs are left out; router weights of any sign; inputs from tiny to large."""
+    gate_up, down = stack(formats[0], 4, 26, 40), stack(formats[1], 4, 40, 13)
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(5, 40, generator=generator) * torch.tensor([1e-6, 0.1, 1, 3, 30])[:, None]).to(dtype)
+    row, weight = torch.randint(-1, 4, (5, 3), generator=generator), torch.randn(5, 3, generator=generator)
+    made = few_bits.experts(x, gate_up, down, row, weight.to(dtype))
+    expected = torch.zeros(5, 40, dtype=torch.float64)
+    for t, k in ((t, k) for t in range(5) for k in range(3) if row[t, k] >= 0):
+        gate, up = (gate_up.numbers(torch.float64)[row[t, k]] @ x[t].double()).chunk(2)
+        hidden = torch.nn.functional.silu(gate) * up * weight.to(dtype)[t, k]
+        expected[t] += down.numbers(torch.float64)[row[t, k]] @ hidden
+    assert made.dtype == torch.float32
+    for got, want in zip(made.double(), expected, strict=True):
+        assert_near(got, want, 3 * NEAR)
+
+
+@needs_library
+def test_whole_experts_alone_are_one_call(monkeypatch):
+    """In few bits and as numbers; the same as cluster by cluster, where rows are written out."""
+    x, (_, index, gates) = torch.randn(7, D, generator=torch.Generator().manual_seed(2)), routing(E, 7, 3)
+    index[0, 0] = -1
+    for format, kernels in (("int4-g32", few_bits), ("", few_rows)):
+        container = container_of("swiglu", (Slot((OwnWeights(format=format),)),) * (E - 1) + (Slot(()),))
+        calls, made = [], kernels.experts
+        monkeypatch.setattr(kernels, "experts", lambda *given, made=made, calls=calls: calls.append(1) or made(*given))
+        with torch.no_grad():
+            found = container(x, index, gates)
+            container.way = choice.LOOP
+            assert_near(found, container(x, index, gates), NEAR)
+        assert len(calls) == (1 if kernels is few_bits or few_rows.library() else 0)
+
+
 def container_of(kind, slots):
     activate, has_gate, has_bias = KINDS[kind]
     shape = LayerShape("experts", E, 2, D, F, "router", "softmax", True, has_gate=has_gate, has_bias=has_bias)
@@ -197,5 +244,5 @@ def test_a_format_whose_scales_a_device_could_not_read_is_none_that_products_kno
 def test_without_a_compiler_nothing_serves(monkeypatch, caplog):
     monkeypatch.setattr(native, "compiler", lambda: None)
     with caplog.at_level("INFO"):
-        assert few_bits.library.__wrapped__() is None
+        assert LIBRARY.__wrapped__() is None
     assert "made numbers one by one: no C++ compiler" in caplog.text

@@ -10,6 +10,7 @@ of their weighted hidden states. Other parts are added around them, per expert.
 There are two ways through it, and `kernels.choice` takes one by shape: all pairs at once, with shapes that do not depend on
 what was routed (here), and cluster by cluster (clusters.py), which every kind of part can go. What is in few bits stays packed:
 some products read its bytes as they multiply (kernels/packed.py), else a row of it is numbers while it is multiplied with.
+Whole experts alone are one call of a compiled product, where there is one.
 
 Where a layer has a routing policy (experts/policies/), the policy first picks the experts that run and their inputs, which
 all experts of a token share. An index of -1 is an expert that does not run. What the policy computes beside the experts is added.
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..experts.parts.own_weights import OwnWeights
 from ..experts.parts.part import Part
 from ..experts.policies.policy import Routed, modulate
-from ..kernels import choice, native
+from ..kernels import choice, few_bits, few_rows, native
 from ..kernels.packed import Matrices, Packed, coding
 from ..kernels.products import Products
 from . import clusters
@@ -158,7 +160,7 @@ class StandInExperts(nn.Module):
             )
         if way == choice.LOOP:
             out_TD = clusters.forward(self.terms(x_TD), routed)
-        else:
+        elif (out_TD := self._in_one_call(routed, way)) is None:
             out_TD = self._all_at_once(routed, choice.PRODUCTS[way]())
         added_TD = self.layout.routing.added(self._stored(), x_TD) if self.layout.routing else None
         return (out_TD if added_TD is None else out_TD + added_TD).to(x_TD.dtype)
@@ -211,6 +213,23 @@ class StandInExperts(nn.Module):
         if self._table_XE.device != device:
             self._table_XE = torch.tensor(self._places(), device=device)
         return self._table_XE
+
+    def _in_one_call(self, routed: Routed, way: str) -> Tensor | None:
+        """What whole experts alone put out, where the compiled products make it in one call; else None."""
+        x_TD, (path, stack) = routed.inputs[0], self.paths[0]
+        alone = len(self.paths) == 1 and stack.part == OwnWeights.name and not self.layout.has_bias
+        if not alone or way not in ("native", "few bits") or self.post_expert_norm is not None:
+            return None
+        if len(routed.inputs) > 1 or routed.down_TF is not None or not self.is_compiled_activation():
+            return None
+        held = Held.of(self.held()[path], stack, self.layout)
+        weights = (held.gate_up_NGD, held.down_NDF)
+        row_TM = self.table(x_TD.device)[1][routed.index_TM]
+        if all(isinstance(weight, Packed) for weight in weights):
+            return few_bits.experts(x_TD, *weights, row_TM, routed.weight_TM)
+        if few_rows.serves(x_TD, *weights):
+            return few_rows.experts(x_TD, *weights, row_TM, routed.weight_TM)
+        return None
 
     def _all_at_once(self, routed: Routed, way: Products) -> Tensor:
         """All pairs at once. Nothing waits for what was routed, and no shape depends on it."""

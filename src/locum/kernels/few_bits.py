@@ -1,10 +1,11 @@
 """The products of `few_bits.cpp`: matrices in few bits, read from their bytes by the processor.
 
-Compiled and kept as native.py does, for any processor with AVX2. x becomes whole numbers of 16 bits with a scale for each group of its
+Compiled and kept as native.py does, for any processor with AVX2, in registers twice as wide where there is AVX512-VNNI. x becomes whole numbers of 16 bits with a scale for each group of its
 columns, so a product is off by at most 2^-15 of the group's largest x for each weight, and x of bfloat16 above a 128th of that are
 exact; sums of groups are exact, and added in float32.
 
-Letters: P pairs (token, expert), X rows of x, T tokens, N stacked items, O outputs, I inputs, Y bytes of an item.
+Letters: P pairs (token, expert), X rows of x, T tokens, K top-k, N stacked items, O outputs, I inputs, D model width, F
+expert width, G 2F with a gate, Y bytes of an item.
 """
 
 from __future__ import annotations
@@ -26,11 +27,46 @@ from .products import Products
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-mavx2", "-mfma")
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")  # for processors that have all of them
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
-ARGUMENTS = (*(POINTER, LONG) * 2, *(POINTER,) * 3, *(LONG,) * 12, ctypes.c_int)
 BITS = {"int4": 4, "int8": 8}  # by the code
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # of x
 logger = logging.getLogger(__name__)
+
+
+class Matrices(ctypes.Structure):
+    """A stack of matrices in few bits, or some rows of each, as the library takes it."""
+
+    _fields_ = [("bytes", POINTER)] + [
+        (name, LONG)
+        for name in (
+            *("item_bytes", "items", "outputs", "inputs", "bits", "group"),
+            *("row", "first", "scales", "minimums", "scale_row"),
+        )
+    ]
+
+    @classmethod
+    def of(cls, packed: Packed) -> Matrices:
+        of, bytes_NY = packed.coding, packed.bytes_NY
+        native.check((bytes_NY, torch.uint8))
+        return cls(
+            *(bytes_NY.data_ptr(), bytes_NY.stride(0), *packed.shape, BITS[of.code], of.group, of.row, packed.first),
+            *(of.scales_at, of.more_at if of.more else -1, of.scale_row),
+        )
+
+
+ARGUMENTS = {
+    "locum_few_bits": (POINTER, LONG, ctypes.POINTER(Matrices), *(POINTER,) * 3, LONG, LONG, ctypes.c_int),
+    "locum_few_bits_experts": (
+        POINTER,
+        LONG,
+        *(ctypes.POINTER(Matrices),) * 2,
+        *(POINTER,) * 3,
+        LONG,
+        LONG,
+        ctypes.c_int,
+    ),
+}
 
 
 def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor | Packed, item_P: Tensor, token_P: Tensor) -> None:
@@ -57,22 +93,38 @@ PRODUCTS = Products(add_, scatter_)
 
 def _times(x_XI: Tensor, weight_NOI: Packed, item_P: Tensor, row_P: Tensor) -> Tensor:
     """weight[item[p]] x[row[p]] in float32, zero where there is no item [P, O]."""
-    items, outputs, inputs = weight_NOI.shape
-    x_XI, of, bytes_NY = x_XI.float().contiguous(), weight_NOI.coding, weight_NOI.bytes_NY
+    x_XI, outputs = x_XI.float().contiguous(), weight_NOI.shape[1]
     y_PO = torch.zeros(len(item_P), outputs)
-    native.check((x_XI, torch.float32), (bytes_NY, torch.uint8), (item_P, torch.int64), (row_P, torch.int64))
+    native.check((x_XI, torch.float32), (item_P, torch.int64), (row_P, torch.int64))
     library().locum_few_bits(
-        *(x_XI.data_ptr(), x_XI.stride(0), bytes_NY.data_ptr(), bytes_NY.stride(0), item_P.data_ptr()),
-        *(row_P.data_ptr(), y_PO.data_ptr(), outputs, len(item_P), items, outputs, inputs, BITS[of.code], of.group),
-        *(of.row, weight_NOI.first, of.scales_at, of.more_at if of.more else -1, of.scale_row, torch.get_num_threads()),
+        *(x_XI.data_ptr(), x_XI.stride(0), Matrices.of(weight_NOI), item_P.data_ptr(), row_P.data_ptr()),
+        *(y_PO.data_ptr(), outputs, len(item_P), torch.get_num_threads()),
     )
     return y_PO
+
+
+def experts(x_TD: Tensor, gate_up_NGD: Packed, down_NDF: Packed, row_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Sum over k of weight W_down silu(W_gate x) W_up x, W in the row named, gate's above up's, in float32; [T, D]. A row of -1
+    does not run."""
+    x_TD, row_TK, weight_TK = x_TD.float().contiguous(), row_TK.contiguous(), weight_TK.float().contiguous()
+    y_TD = torch.empty_like(x_TD)
+    native.check((x_TD, torch.float32), (row_TK, torch.int64), (weight_TK, torch.float32))
+    library().locum_few_bits_experts(
+        *(x_TD.data_ptr(), x_TD.stride(0), Matrices.of(gate_up_NGD), Matrices.of(down_NDF), row_TK.data_ptr()),
+        *(weight_TK.data_ptr(), y_TD.data_ptr(), *row_TK.shape, torch.get_num_threads()),
+    )
+    return y_TD
 
 
 def reads(format: str) -> bool:
     """Whether these products know matrices in this number format, and are there."""
     found = IntGroups.named(format)
     return found is not None and found.bits in BITS.values() and library() is not None
+
+
+def is_wide() -> bool:
+    """Whether the processor has products of 16-bit numbers in registers of 512 bits."""
+    return torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
 
 
 @functools.cache
@@ -83,8 +135,10 @@ def library() -> ctypes.CDLL | None:
         logger.info("rows in few bits are made numbers one by one: %s", "no AVX2" if compiler else "no C++ compiler")
         return None
     try:
-        found = ctypes.CDLL(str(native.compile_source(compiler, SOURCE, FLAGS)))
-        found.locum_few_bits.argtypes, found.locum_few_bits.restype = ARGUMENTS, None
+        found = ctypes.CDLL(str(native.compile_source(compiler, SOURCE, FLAGS + (WIDE if is_wide() else ()))))
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning("Locum's products of few bits did not compile, rows are made numbers one by one: %s", error)
         return None
