@@ -7,7 +7,8 @@
 billion parameters). Plans remove half of the experts' parameters; methods that save active parameters do what they do.
 Weights do not matter for time, so adapters start from random numbers in place of an SVD, and what MoE-I2's search would
 drop is a quarter of the experts of each layer, those with the fewest tokens. Every method is timed beside the original in
-rounds that interleave both; figures are medians, `speedup` is the fastest implementation of the original over the fastest of what the method made.
+rounds that interleave both; figures are medians, `cpu` the same as `generate` in
+the process's own seconds, for a machine that is shared; `speedup` is the fastest implementation of the original over the fastest of what the method made.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,13 @@ def compare(subjects: dict[str, Subject], batch: int, rounds: int) -> dict[str, 
                 subjects[name].choose(which, batch)
             except UnsupportedModel:  # batched_mm where it would copy gigabytes
                 continue
+            begin = time.process_time()
             prefill, decode = subjects[name].generate(batch)
+            cpu = time.process_time() - begin
             if number:  # the first round warms caches and thread pools
-                found = seconds.setdefault(f"{name} {which}", {"prefill": [], "decode": [], "generate": []})
-                for phase, value in (("prefill", prefill), ("decode", decode), ("generate", prefill + decode)):
+                phases = {"prefill": prefill, "decode": decode, "generate": prefill + decode, "cpu": cpu}
+                found = seconds.setdefault(f"{name} {which}", {phase: [] for phase in phases})
+                for phase, value in phases.items():
                     found[phase].append(value)
     return seconds
 
@@ -153,6 +158,7 @@ def main() -> None:
                 "prefill": batch * options.prompt,
                 "decode": batch * (options.new - 1),
                 "generate": batch * options.new,
+                "cpu": batch * options.new,
             }
             seconds = compare({"original": original, "compressed": compressed}, batch, options.rounds)
             about = {"model": options.model, "layers": len(shape.layers), "parameters": shape.parameters}
