@@ -7,8 +7,9 @@
 billion parameters). Plans remove half of the experts' parameters; methods that save active parameters do what they do.
 Weights do not matter for time, so adapters start from random numbers in place of an SVD, and what MoE-I2's search would
 drop is a quarter of the experts of each layer, those with the fewest tokens. Every method is timed beside the original in
-rounds that interleave both; figures are medians, `cpu` the same as `generate` in
-the process's own seconds, for a machine that is shared; `speedup` is the fastest implementation of the original over the fastest of what the method made.
+rounds that interleave both; figures are medians, `cpu` the same as `generate` in the process's own seconds, for a machine
+that is shared; `speedup` is the fastest implementation of the original over the fastest of what the method made. `optimized` is
+what `locum.optimize` makes of either.
 """
 
 from __future__ import annotations
