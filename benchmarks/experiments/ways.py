@@ -29,8 +29,8 @@ from locum.bundled import MODEL, reference_data
 
 LOW, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 ARMS: dict[tuple[str, str], tuple[float, ...]] = {  # with the rates tried
-    ("lightmoe", "lora"): HIGH,
-    ("lightmoe", "kd"): HIGH,
+    ("lightmoe", "lora"): (*LOW, 1e-2),
+    ("lightmoe", "kd"): LOW,
     ("lightmoe", "layerwise"): HIGH,
     ("lightmoe", "full"): LOW,
     ("lightmoe", "experts"): LOW,
