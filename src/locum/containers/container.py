@@ -216,8 +216,10 @@ class StandInExperts(nn.Module):
 
     def _in_one_call(self, routed: Routed, way: str) -> Tensor | None:
         """What whole experts alone put out, where the compiled products make it in one call; else None."""
+        if len(self.paths) != 1:  # none, where all experts became nothing
+            return None
         x_TD, (path, stack) = routed.inputs[0], self.paths[0]
-        alone = len(self.paths) == 1 and stack.part == OwnWeights.name and not self.layout.has_bias
+        alone = stack.part == OwnWeights.name and not self.layout.has_bias
         if not alone or way not in ("native", "few bits") or self.post_expert_norm is not None:
             return None
         if len(routed.inputs) > 1 or routed.down_TF is not None or not self.is_compiled_activation():
