@@ -30,7 +30,7 @@ from locum.bundled import MODEL, reference_data
 LOW, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 ARMS: dict[tuple[str, str], tuple[float, ...]] = {  # with the rates tried
     ("lightmoe", "lora"): (*LOW, 1e-2),
-    ("lightmoe", "kd"): LOW,
+    ("lightmoe", "kd"): (1e-4, *LOW),
     ("lightmoe", "layerwise"): HIGH,
     ("lightmoe", "full"): LOW,
     ("lightmoe", "experts"): LOW,
