@@ -31,9 +31,9 @@ LOW, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 ARMS: dict[tuple[str, str], tuple[float, ...]] = {  # with the rates tried
     ("lightmoe", "lora"): (*LOW, 1e-2),
     ("lightmoe", "kd"): (1e-4, *LOW),
-    ("lightmoe", "layerwise"): HIGH,
-    ("lightmoe", "full"): LOW,
-    ("lightmoe", "experts"): LOW,
+    ("lightmoe", "layerwise"): (*LOW, 1e-2),
+    ("lightmoe", "full"): (1e-4, *LOW),
+    ("lightmoe", "experts"): (1e-4, *LOW),
     ("lightmoe", "router"): HIGH,
     ("lightmoe", "router-kd"): HIGH,
     ("lightmoe", "smola"): HIGH,
