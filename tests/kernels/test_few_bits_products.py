@@ -9,7 +9,7 @@ from locum.containers.container import StandInExperts
 from locum.containers.layout import Layout
 from locum.experts.parts.low_rank import LowRank
 from locum.experts.parts.own_weights import OwnWeights
-from locum.formats.rows import is_packed, pack, row_format
+from locum.formats.rows import is_packed, pack, row_format, unpack
 from locum.kernels import choice, few_bits, few_rows, native
 from locum.kernels.packed import Matrices, Packed, coding
 from locum.plans.plan import LayerPlan, Slot
@@ -141,6 +141,24 @@ def test_experts_in_one_call_equal_float64(formats, dtype):
     assert made.dtype == torch.float32
     for got, want in zip(made.double(), expected, strict=True):
         assert_near(got, want, 3 * NEAR)
+
+
+@needs_library
+@pytest.mark.parametrize("format", (*READ, "int3-g32"))
+@pytest.mark.parametrize("columns", [32, 40, 263])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_numbers_are_those_of_the_format_to_the_bit(format, columns, dtype):
+    drawn = (
+        torch.randn(9, columns, generator=torch.Generator().manual_seed(columns)) * torch.logspace(-38, 38, 9)[:, None]
+    )
+    drawn[3], drawn[4, 5] = 0, torch.nan
+    packed = pack(format, row_format(format).write(drawn))
+    made, expected = (read(packed) for read in (
+        lambda given: few_bits.numbers(given, format, (9, columns), dtype),
+        lambda given: unpack(format, given, (9, columns), dtype),
+    ))  # fmt: skip
+    assert torch.equal(made.isnan(), expected.isnan())
+    assert torch.equal(made.nan_to_num(), expected.nan_to_num())
 
 
 @needs_library

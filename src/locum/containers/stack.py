@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..formats.rows import is_packed, unpack
+from ..formats.rows import is_packed
+from ..kernels import few_bits
 
 
 class Stack(nn.Module):
@@ -68,7 +69,7 @@ class Matrices:
     dtype: torch.dtype
 
     def __getitem__(self, row: int) -> Tensor:
-        return unpack(self.format, self.packed[row], self.shape, self.dtype)
+        return few_bits.numbers(self.packed[row], self.format, self.shape, self.dtype)
 
 
 def as_numbers(stacked: Tensor, format: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | Matrices:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..formats.int_groups import IntGroups
+from ..formats.rows import unpack
 from . import native
 from .grouped import gathered_add, gathered_scatter
-from .packed import Packed
+from .packed import Packed, coding
 from .products import Products
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-mavx2", "-mfma")
+FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-mavx2", "-mfma", "-ffp-contract=off")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")  # for processors that have all of them
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
 BITS = {"int4": 4, "int8": 8}  # by the code
@@ -66,6 +67,7 @@ ARGUMENTS = {
         LONG,
         ctypes.c_int,
     ),
+    **{f"locum_numbers_{name}": (ctypes.POINTER(Matrices), POINTER, ctypes.c_int) for name in native.FORMATS.values()},
 }
 
 
@@ -114,6 +116,17 @@ def experts(x_TD: Tensor, gate_up_NGD: Packed, down_NDF: Packed, row_TK: Tensor,
         *(weight_TK.data_ptr(), y_TD.data_ptr(), *row_TK.shape, torch.get_num_threads()),
     )
     return y_TD
+
+
+def numbers(bytes_Y: Tensor, format: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What the bytes of one matrix stand for, as `unpack` has it to the bit, by the compiled products where they know the format."""
+    known = dtype in native.FORMATS and bytes_Y.is_cpu and not torch.compiler.is_compiling() and reads(format)
+    if not known or coding(format, *shape) is None:
+        return unpack(format, bytes_Y, shape, dtype)
+    made = torch.empty(shape, dtype=dtype)
+    given = Matrices.of(Packed(bytes_Y.detach()[None], format, (shape[0], shape[1])))
+    getattr(library(), f"locum_numbers_{native.FORMATS[dtype]}")(given, made.data_ptr(), torch.get_num_threads())
+    return made
 
 
 def reads(format: str) -> bool:
