@@ -48,7 +48,7 @@ RANKS = "--exponent --minimum --multiple --start"
 RANKED = "--budget --distinct --floor --multiple --protect --score"
 SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
 METHOD_OPTIONS = {
-    "auto": "--checks --costs --draw --noise --only --price --protect --protect-domains --seed --serves",
+    "auto": "--checks --costs --draw --noise --only --price --prior --protect --protect-domains --seed --serves",
     "compressed-experts": "--main --renormalise --vectors",
     "con-moe": "--alike --score",
     "d2-moe": "--align --multiple --score --start",

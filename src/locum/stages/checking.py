@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..files import versions
 from ..measure.remembered import RememberedAnswers
 from ..measure.removals import ModelExplorer
-from ..methods import CheckingMethod, Explorer
+from ..methods import CheckingMethod, Explorer, Method
 from ..plans.layer_plan import LayerPlan
 from ..plans.plan import Plan, with_provenance
 from ..runs import beside_for_rank
@@ -51,9 +51,9 @@ def check_plan(
     model: Path,
     shape: ModelShape,
     plan: Plan,
-    chosen: CheckingMethod,
+    chosen: Method,
     statistics: Statistics,
-    target: Target,
+    target: Target | None,
     *,
     data: Sequence[str],
     out: Path,
@@ -63,7 +63,9 @@ def check_plan(
     progress: Progress,
     **cut: Any,
 ) -> Plan:
-    """The plan, or a better one of the same size. `cut` is how the text was cut for the statistics."""
+    """The plan, or a better one of the same size, where the method checks its plans. `cut` is how the text was cut for the statistics."""
+    if not isinstance(chosen, CheckingMethod) or not chosen.checks or target is None:
+        return plan
     try:
         device = device_of(device)
         streamed = is_to_stream([model], None, device)
@@ -77,7 +79,8 @@ def check_plan(
     question |= {name: given[name] for name in ("sample", "batch_size", "seed")}
     answers = RememberedAnswers(explorer, beside_for_rank(out, "answers"), question)
     try:
-        return corrected(plan, as_searched(chosen, {}, statistics), statistics, shape, target, answers, progress)
+        checked = as_searched(chosen, {}, statistics)
+        return corrected(plan, checked, statistics, shape, target.in_bytes(shape), answers, progress)
     finally:
         answers.save()
 

@@ -22,7 +22,7 @@ from ..errors import LocumError, OptionError, PlanError
 from ..files import check_output, check_room, clear, versions, write_text
 from ..formats.schemes import Scheme, scheme_of
 from ..measure.removals import SAMPLE
-from ..methods import METHODS, SAVED, CheckingMethod, Method, SearchingMethod
+from ..methods import METHODS, SAVED, Method, SearchingMethod
 from ..places import name_of, remember
 from ..plans.bits import FewBits
 from ..plans.plan import KEPT, LayerPlan, Plan, make_plan, with_provenance
@@ -151,8 +151,7 @@ def compress(
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample, also=also)
     else:
         loaded = _named(keep, model)
-    if loaded is None:
-        loaded = _observe(model, chosen, how, also, out=keep, **observed)
+    loaded = _observe(model, chosen, how, also, out=keep, **observed) if loaded is None else loaded
     if rounds > 1:
         question = {**loaded.origin.words(), **(loaded.asked or {}), **asked, "recovery": _said(recovery, model, data)}
         plan_for = Rounds(model, shape, target, rounds, beside(out, "rounds"), question)
@@ -160,9 +159,7 @@ def compress(
         made = _in_rounds(plan_for, loaded, how_to_observe, asked, out, recovery, shared)
     else:
         decided = decide_from([loaded], model=model if chosen.reads_weights else None)
-        if isinstance(chosen, CheckingMethod) and chosen.checks and target is not None:
-            checking = {"out": out, "sample": sample, **observed}
-            decided = check_plan(model, shape, decided, chosen, loaded, target.in_bytes(shape), **checking)
+        decided = check_plan(model, shape, decided, chosen, loaded, target, out=out, sample=sample, **observed)
         decided = decided if statistics is None else _naming(decided, loaded, statistics)
         made = _finish(model, decided, loaded, out, recovery, packed, **shared)
     if statistics is None and ranks.is_first():
