@@ -166,10 +166,10 @@ def measure(of: Subject, method: str, size: float, bits: str, seed: int, split: 
         plan = plan_of(of, method, size, bits, statistics, seed)
     except PlanError as error:
         return [about | {"refused": str(error)}]
-    model = apply_plan(load_model(of.folder, dtype=of.dtype), plan, statistics, seed)
+    model = apply_plan(load_model(of.folder, dtype=of.dtype, device=DEVICE), plan, statistics, seed)
     about |= {"bytes": plan.size(read_shape(of.folder)).bytes, "seconds": round(time.perf_counter() - started, 1)}
     about |= {"predicted_kl": plan.provenance["auto"]["predicted_kl"]} if method == AUTO else {}
-    return [about | row for row in meter(of, split).rows(model.to(DEVICE), method, seed)]
+    return [about | row for row in meter(of, split).rows(model, method, seed)]
 
 
 def train(of: Subject, method: str, size: float, bits: str, seed: int, rate: float, split: str) -> list[dict[str, Any]]:

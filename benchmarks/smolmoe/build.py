@@ -3,11 +3,12 @@
     python -m benchmarks.smolmoe.build build            # 8 domains, 8 experts, top-2, 0.7 billion parameters
     python -m benchmarks.smolmoe.build build --quick    # 4 domains, a few steps
     python -m benchmarks.smolmoe.build build --exact    # equal experts, no training: computes what the dense model does
+    python -m benchmarks.smolmoe.build build --device cuda                # trained there, in a minute
     python -m benchmarks.smolmoe.build path [--quick]   # where the finished model is
 
 SmolLM2-135M-Instruct is trained on each domain (its MLPs only), the MLPs become the experts of a Mixtral, and a router
 per layer is fitted to tell the domains apart: see train.py and mixtral.py. Steps, not seconds, decide:
-the same options, seed, number of threads and torch give the same bytes. Every finished expert is kept in the cache, so a
+the same options, seed, number of threads, device and torch give the same bytes. Every finished expert is kept in the cache, so a
 build that was stopped goes on with the next one; a finished model is not built again.
 """
 
@@ -101,7 +102,7 @@ class Sources:
 
 
 def identity(recipe: Recipe, sources: Sources) -> str:
-    """16 hex digits of all that decides what a model is; the number of threads and versions only decide its last bits."""
+    """16 hex digits of all that decides what a model is; threads, device and versions only decide its last bits."""
     marks = [] if recipe.exact else [sources.mark(domain) for domain in recipe.domains]
     fixed = [VERSION, ROWS, RATE, ACTIVE, ROUTER_WINDOWS, WINDOW, PIECE]
     return fingerprint(json.dumps([dataclasses.asdict(recipe), marks, sources.parent_mark, fixed]))
@@ -138,7 +139,9 @@ class Log:
         return "".join(json.dumps(line) + "\n" for line in self.lines)
 
 
-def build(recipe: Recipe, out: Path, *, threads: int = THREADS, sources: Sources | None = None) -> Path:
+def build(
+    recipe: Recipe, out: Path, *, threads: int = THREADS, device: str = "cpu", sources: Sources | None = None
+) -> Path:
     """Build the model of a recipe at `out`, or find it there. Raises BuildError, CorpusUnavailable or OutputError."""
     sources = sources or Sources()
     if is_built(out, recipe, sources):
@@ -147,7 +150,7 @@ def build(recipe: Recipe, out: Path, *, threads: int = THREADS, sources: Sources
     torch.set_num_threads(threads)
     started = time.monotonic()
     parent = sources.parent()
-    dense = LlamaForCausalLM.from_pretrained(parent, dtype=torch.float32).eval()
+    dense = LlamaForCausalLM.from_pretrained(parent, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(parent)
     try:
         mixtral_config(dense.config, len(recipe.classes), ACTIVE, recipe.granularity)
@@ -184,6 +187,7 @@ def _exact(recipe: Recipe, dense: LlamaForCausalLM, log: Log) -> MixtralForCausa
     """Equal experts; refused unless the logits are the dense model's."""
     moe = upcycled(dense, len(recipe.classes), ACTIVE, recipe.granularity, recipe.seed)
     ids_BS = torch.randint(dense.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(recipe.seed))
+    dense = dense.cpu()
     with torch.no_grad():
         difference = float((moe(input_ids=ids_BS).logits - dense(input_ids=ids_BS).logits).abs().max())
     log("upcycled", greatest_logit_difference=difference)
@@ -223,7 +227,7 @@ def _trained(
         mixed_WCS = torch.stack(
             [windows(tokenizer, texts, share, ("joint", recipe.seed, *key)) for key, texts in chosen.items()], dim=1
         )
-        moe = moe.float()
+        moe = moe.float().to(dense.device)
         first, last = train_jointly(
             moe,
             mixed_WCS.flatten(0, 1),
@@ -231,7 +235,7 @@ def _trained(
             rows=ROWS,
             progress=_progress("joint", recipe.joint_steps),
         )
-        moe = moe.to(torch.bfloat16)
+        moe = moe.to("cpu", torch.bfloat16)
         log("joint", loss_first=first, loss_last=last, seconds=round(time.monotonic() - start, 1))
     return moe
 
@@ -250,6 +254,7 @@ def _expert(
     domain, part = key
     depends = [VERSION, ROWS, RATE, WINDOW, PIECE, sources.parent_mark, sources.mark(domain), torch.__version__]
     depends += [threads, recipe.steps, recipe.seed, part, recipe.experts_per_domain]
+    depends += [] if dense.device.type == "cpu" else [torch.cuda.get_device_name()]
     file = sources.work() / f"{domain}-{part}-{fingerprint(json.dumps(depends))}.safetensors"
     if file.is_file():
         log("expert", made="before", **load_mlps(file)[1])
@@ -318,6 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("build", "path"))
     add_options(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is trained (cpu)")
     parser.add_argument("--out", type=Path, help="folder of the model (default: in the cache)")
     options = parser.parse_args()
     try:
@@ -328,7 +334,7 @@ def main() -> int:
                 raise BuildError(f"{out} is not there; build it with the same options")
             print(out)
             return 0
-        build(recipe, out, threads=options.threads)
+        build(recipe, out, threads=options.threads, device=options.device)
         data = [] if recipe.exact else write_files(smolmoe_folder() / "text", list(recipe.domains))
     except CorpusUnavailable as error:
         print(f"smolmoe: {error} Others than {', '.join(recipe.domains)} are chosen with --domains.", file=sys.stderr)

@@ -39,9 +39,9 @@ class Trained:
     last: float
 
 
-def precision() -> contextlib.AbstractContextManager:
+def precision(device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 products with fp32 weights: twice as fast as fp32 where the processor has bf16 products."""
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def backward(model: nn.Module, hidden_BSD: Tensor, ids_BS: Tensor, extra: Tensor | None = None) -> float:
@@ -53,7 +53,7 @@ def backward(model: nn.Module, hidden_BSD: Tensor, ids_BS: Tensor, extra: Tensor
     count = ids_BS[:, 1:].numel()
     total = 0.0
     for row_SD, ids_S in zip(leaf_BSD, ids_BS, strict=True):
-        with precision():
+        with precision(row_SD.device):
             logits_SV = model.lm_head(row_SD[:-1])
         loss = cross_entropy(logits_SV.float(), ids_S[1:], reduction="sum") / count
         loss.backward()
@@ -74,6 +74,8 @@ def train_expert(
 ) -> Trained:
     """The MLPs of a dense model after AdamW on these windows, `rows` a step; everything else, and `dense`, stays as it was.
 
+    On the model's device; what is returned is in ordinary memory.
+
     Raises ValueError if there are not enough windows and ArithmeticError if the loss is not finite.
     """
     if len(windows_WS) < steps * rows:
@@ -87,8 +89,8 @@ def train_expert(
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((step + 1) / steps, rate, WARM_UP, FLOOR)
-            ids_BS = windows_WS[step * rows : (step + 1) * rows]
-            with precision():
+            ids_BS = windows_WS[step * rows : (step + 1) * rows].to(dense.device)
+            with precision(dense.device):
                 hidden_BSD = dense.model(input_ids=ids_BS, use_cache=False).last_hidden_state
             losses.append(backward(dense, hidden_BSD, ids_BS))
             if not math.isfinite(losses[-1]):
@@ -98,7 +100,7 @@ def train_expert(
             optimizer.zero_grad()
             progress(step + 1, losses[-1])
         few = max(1, steps // 5)
-        found = {name: tensor.clone() for name, tensor in mlps_of(dense).items()}
+        found = {name: tensor.to("cpu", copy=True) for name, tensor in mlps_of(dense).items()}
         return Trained(found, sum(losses[:few]) / few, sum(losses[-few:]) / few)
     finally:
         dense.requires_grad_(False)
@@ -111,7 +113,7 @@ def train_expert(
 
 @torch.no_grad()
 def mlp_inputs(dense: LlamaForCausalLM, windows_WS: Tensor) -> list[Tensor]:
-    """What the MLP of every layer gets for these windows: L tensors [T, D], bf16."""
+    """What the MLP of every layer gets for these windows: L tensors [T, D], bf16, on the model's device."""
     seen: list[list[Tensor]] = [[] for _ in dense.model.layers]
 
     def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -120,8 +122,8 @@ def mlp_inputs(dense: LlamaForCausalLM, windows_WS: Tensor) -> list[Tensor]:
     hooks = [layer.mlp.register_forward_pre_hook(keep(i)) for i, layer in enumerate(dense.model.layers)]
     try:
         for row_S in windows_WS:
-            with precision():
-                dense.model(input_ids=row_S[None], use_cache=False)
+            with precision(dense.device):
+                dense.model(input_ids=row_S[None].to(dense.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -138,7 +140,7 @@ def fit_router(x_TD: Tensor, class_T: Tensor, classes: int, ridge: float = RIDGE
     x_TD = x_TD.float()
     scale_D = x_TD.square().mean(0).sqrt().clamp_min(1e-6)
     scaled_TD = x_TD / scale_D
-    weight_CD = torch.zeros(classes, x_TD.shape[1], requires_grad=True)
+    weight_CD = torch.zeros(classes, x_TD.shape[1], device=x_TD.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_CD], max_iter=60, tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -148,7 +150,7 @@ def fit_router(x_TD: Tensor, class_T: Tensor, classes: int, ridge: float = RIDGE
         return loss
 
     optimizer.step(closure)
-    return weight_CD.detach() / scale_D
+    return (weight_CD.detach() / scale_D).cpu()
 
 
 def fit_routers(dense: LlamaForCausalLM, windows: list[Tensor]) -> Iterator[tuple[Tensor, float]]:
@@ -157,11 +159,11 @@ def fit_routers(dense: LlamaForCausalLM, windows: list[Tensor]) -> Iterator[tupl
     `windows` has one tensor [W, S] for every class.
     """
     seen = [mlp_inputs(dense, windows_WS) for windows_WS in windows]
-    class_T = torch.cat([torch.full((len(inputs[0]),), c) for c, inputs in enumerate(seen)])
+    class_T = torch.cat([torch.full((len(inputs[0]),), c) for c, inputs in enumerate(seen)]).to(dense.device)
     for layer in range(len(dense.model.layers)):
         x_TD = torch.cat([inputs[layer] for inputs in seen])
         weight_CD = fit_router(x_TD, class_T, len(windows))
-        accuracy = ((x_TD.float() @ weight_CD.T).argmax(1) == class_T).float().mean().item()
+        accuracy = ((x_TD.float() @ weight_CD.to(x_TD.device).T).argmax(1) == class_T).float().mean().item()
         yield weight_CD, accuracy
 
 
@@ -190,8 +192,8 @@ def train_jointly(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate((step + 1) / steps, JOINT_RATE, WARM_UP, FLOOR)
-        ids_BS = windows_WS[step * rows : (step + 1) * rows]
-        with precision():
+        ids_BS = windows_WS[step * rows : (step + 1) * rows].to(moe.device)
+        with precision(moe.device):
             out: Any = moe.model(input_ids=ids_BS, use_cache=False, output_router_logits=True)
         balance = BALANCE * balance_loss(out.router_logits, moe.config.num_experts_per_tok)
         losses.append(backward(moe, out.last_hidden_state, ids_BS, balance))
