@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.catalogue run [--out build/catalogue]    `locum compare --methods all,criteria`; resumes
     python -m benchmarks.experiments.catalogue page                           docs/catalogue.svg, and the tables of docs/catalogue.md
+    ... --model smolmoe                 criteria and methods that build quickly on SmolMoE, where it was built; a page of its own
 
 Text is the bundled one, which the reference model never saw in training. Calibration reads the train split of six domains; figures are of
 the test split of all eight, so two are of domains that calibration never saw. Three seeds of calibration. Nothing is chosen
@@ -19,29 +20,34 @@ from typing import Any
 import torch
 
 import locum
+from benchmarks.experiments.equal_bytes import SUBJECTS, Subject, subject
 from benchmarks.experiments.experiment import RESULTS
 from benchmarks.reference.evaluate import environment
 from benchmarks.speed.timing import commit
-from locum.bundled import MODEL, reference_data
 from locum.files import write_text
 
-FILE = RESULTS / "catalogue.json"
-PAGE = RESULTS.parents[1] / "docs" / "catalogue.md"
+NAMES = {"reference": "catalogue", "smolmoe": "catalogue_smolmoe"}  # of the files, and of the page
+PAGES = RESULTS.parents[1] / "docs"
 BELOW = "## All of them"  # what the page says above is written by hand
 LEAST = 2e-4  # nats per token, where the picture begins
-ASKED = {"methods": "all,criteria", "remove": "0.25,0.5", "seeds": 3, "leave_out": "math,plays"}
-TOKENS = {"tokens": 32768, "length": 256, "measured": 8192}
+ASKED = {"remove": "0.25,0.5", "seeds": 3, "leave_out": "math,plays", "tokens": 32768, "length": 256, "measured": 8192}
+METHODS = {
+    "reference": "all,criteria",
+    "smolmoe": "criteria,lightmoe,decompose,mone,narrow,m-smoe,con-moe,d2-moe,res-moe",  # those that are built quickly
+}
 
 
-def run(out: Path) -> dict[str, Any]:
-    """The comparison, and beside its folder a file with what was asked and where it ran."""
+def run(of: Subject, out: Path) -> None:
+    """The comparison, and a file with it, what was asked and where it ran."""
+    asked = {"methods": METHODS[of.name]} | ASKED
     progress = lambda words, done, of: print(f"{done}/{of} {words}", flush=True)  # noqa: E731
-    found = locum.compare(MODEL, data=reference_data(), out=out, progress=progress, **ASKED, **TOKENS)
+    found = locum.compare(of.folder, data=list(of.data), out=out, progress=progress, **asked)
     found.pop("report")
-    write_text(
-        FILE, json.dumps({"commit": commit(), **environment(), "asked": ASKED | TOKENS, **found}, indent=1) + "\n"
-    )
-    return found
+    write_text(file_of(of), json.dumps({"commit": commit(), **environment(), "asked": asked, **found}, indent=1) + "\n")
+
+
+def file_of(of: Subject) -> Path:
+    return RESULTS / f"{NAMES[of.name]}.json"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -106,16 +112,19 @@ def interval(of: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=("run", "page"))
+    parser.add_argument("--model", choices=SUBJECTS, default="reference")
     parser.add_argument("--out", type=Path, default=Path("build/catalogue"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    of = subject(arguments.model)
     if arguments.phase == "run":
-        run(arguments.out)
-    found = json.loads(FILE.read_text())
-    write_text(PAGE.with_suffix(".svg"), picture(found))
-    written = PAGE.read_text(encoding="utf-8").partition(BELOW)[0]
-    write_text(PAGE, f"{written}{BELOW}\n\n{table(found)}")
+        run(of, arguments.out)
+    found = json.loads(file_of(of).read_text())
+    page = PAGES / f"{NAMES[of.name]}.md"
+    write_text(page.with_suffix(".svg"), picture(found))
+    written = page.read_text(encoding="utf-8").partition(BELOW)[0] if page.is_file() else ""
+    write_text(page, f"{written}{BELOW}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

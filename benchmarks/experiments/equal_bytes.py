@@ -44,6 +44,7 @@ from locum.errors import LocumError, PlanError
 from locum.measure.loss import Output, block_sums, rows_of
 from locum.plans.plan import Plan
 
+SUBJECTS = ("reference", "smolmoe")
 SIZES = (8.0, 4.5, 3.5, 3.0, 2.5, 2.0, 1.5)
 COSTS = {"16": 16.0, "8": 8.5, "4": 4.5, "3": 3.5, "2": 3.0}  # bits per weight of groups of 32, scales included
 UNSEEN = ("math", "plays")
@@ -298,7 +299,7 @@ PHASES = {"select": select, "test": test, "recover": recover}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=(*PHASES, "join", "table"))
-    parser.add_argument("--model", choices=("reference", "smolmoe"), default="reference")
+    parser.add_argument("--model", choices=SUBJECTS, default="reference")
     parser.add_argument("--shard", default="0/1", help="this process's part of the jobs, such as 0/2")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

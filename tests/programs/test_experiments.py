@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -153,12 +154,13 @@ def test_the_page_of_the_catalogue_is_made_from_a_comparison(tiny, tmp_path, mon
         f"{name}={write_text(tmp_path / f'{name}.txt', 60_000, seed=i)}"
         for i, name in enumerate(("a", "math", "plays"))
     ]
-    monkeypatch.setattr(catalogue, "MODEL", tiny[0])
-    monkeypatch.setattr(catalogue, "reference_data", lambda: words)
-    monkeypatch.setattr(catalogue, "ASKED", catalogue.ASKED | {"methods": "mone,naee:most=0.5:limit=1", "seeds": 2})
-    monkeypatch.setattr(catalogue, "TOKENS", {"tokens": 1024, "length": 64, "measured": 1024})
-    for name in ("FILE", "PAGE"):
-        monkeypatch.setattr(catalogue, name, tmp_path / getattr(catalogue, name).name)
+    asked = catalogue.ASKED | {"seeds": 2, "tokens": 1024, "length": 64, "measured": 1024}
+    tried = dataclasses.replace(equal_bytes.subject("reference"), folder=tiny[0], data=tuple(words))
+    monkeypatch.setattr(catalogue, "subject", lambda _: tried)
+    monkeypatch.setattr(catalogue, "ASKED", asked)
+    monkeypatch.setattr(catalogue, "METHODS", {"reference": "mone,naee:most=0.5:limit=1"})
+    monkeypatch.setattr(catalogue, "RESULTS", tmp_path)
+    monkeypatch.setattr(catalogue, "PAGES", tmp_path)
     (tmp_path / "catalogue.md").write_text("# Words by hand\n\n## All of them\n\nold")
     monkeypatch.setattr(sys, "argv", ["catalogue", "run", "--out", str(tmp_path / "out")])
     catalogue.main()
