@@ -33,7 +33,9 @@ LEAST = 2e-4  # nats per token, where the picture begins
 ASKED = {"remove": "0.25,0.5", "seeds": 3, "leave_out": "math,plays", "tokens": 32768, "length": 256, "measured": 8192}
 METHODS = {
     "reference": "all,criteria",
-    "smolmoe": "criteria,lightmoe,decompose,mone,narrow,m-smoe,con-moe,d2-moe,res-moe",  # those that are built quickly
+    "smolmoe": "prune,"  # those that are built quickly
+    + ",".join(f"prune:score={name}" for name in ("frequency", "gate", "ean", "weighted_ean", "easy_ep", "diep", "ewn"))
+    + ",mone,narrow,m-smoe,con-moe",
 }
 
 

@@ -32,13 +32,14 @@ from benchmarks.smolmoe.results import commit
 from benchmarks.smolmoe.text import write_files
 
 RESULTS = Path(__file__).parents[1] / "results" / "smolmoe_recovery.jsonl"
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 LIGHTMOE = ["--method", "lightmoe", "--rank", "16"]
 METHODS = {
     "LightMoE": (LIGHTMOE, "annealed"),
     "REAP + LoRA": (["--method", "prune", "--score", "reap"], "lora"),
     "LightMoE + LoRA": (LIGHTMOE, "lora"),
     "LightMoE, layer by layer": (LIGHTMOE, "layerwise"),
+    "LightMoE, distilled": (LIGHTMOE, "kd"),
 }
 FRACTIONS = (0.25, 0.5)
 CALIBRATED = 16_384  # tokens
