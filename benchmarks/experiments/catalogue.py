@@ -34,8 +34,8 @@ ASKED = {"remove": "0.25,0.5", "seeds": 3, "leave_out": "math,plays", "tokens": 
 METHODS = {
     "reference": "all,criteria",
     "smolmoe": "prune,"  # those that are built quickly
-    + ",".join(f"prune:score={name}" for name in ("frequency", "gate", "ean", "weighted_ean", "easy_ep", "diep", "ewn"))
-    + ",mone,narrow,m-smoe,con-moe",
+    + ",".join(f"prune:score={name}" for name in ("frequency", "gate", "ean", "weighted_ean", "easy_ep", "ewn"))
+    + ",mone,diep,narrow,m-smoe,con-moe",
 }
 
 

@@ -51,7 +51,7 @@ UNSEEN = ("math", "plays")
 MEASURED = {"validation": 8192, "test": 8192}  # tokens, of each kind of domains
 LENGTH, BATCH = 256, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS, RATES, OF_RATES = 20, (3e-4, 1e-3, 3e-3, 1e-2), 2.5  # of training; rates are chosen at one size
+STEPS, RATES, OF_RATES = 20, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2.5  # of training; rates are chosen at one size
 RANDOM, AUTO = "pruned, random", "auto"
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "prune"},

@@ -46,6 +46,9 @@ class Tiles(NamedTuple):
 # By the most rows per item, on average. Not measured yet: `make gpu` is where they will be.
 FEW_TILES = Tiles(16, 32, 128, 4, 4)
 FEW_PACKED = Tiles(16, 32, 256, 4, 4)  # a thread has two scales of a tile: fewer bytes could not be fetched ahead
+LEAST_PACKED = (
+    64  # inputs of a tile in few bits: of 16 in int4, which are 8 bytes, Triton 3.6 makes wrong products on an H200
+)
 MANY_TILES = (
     (16, Tiles(16, 64, 128, 4, 4)),
     (64, Tiles(64, 128, 64, 4, 4)),
@@ -156,7 +159,8 @@ def places(weight_NOI: Weights) -> tuple[int, ...]:
 
 def _sizes(tiles: Tiles, x: Tensor, weight_NOI: Weights) -> tuple[int | bool | str, ...]:
     """The sizes of tiles, whether numbers are made wide, and how they are coded, if they are."""
-    inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), 16))
+    least = LEAST_PACKED if isinstance(weight_NOI, Packed) else 16
+    inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), least))
     # Triton's interpreter keeps bfloat16 as integers and would multiply those.
     interpreted = x.device.type == "cpu" and x.dtype == torch.bfloat16
     coded = ("", "", "", 1, 1, True)
