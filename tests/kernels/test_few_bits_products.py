@@ -234,17 +234,26 @@ def kinds(*formats: str) -> tuple[Matrices, ...]:
     return tuple(Matrices(format, 64, 32) for format in formats)
 
 
-def test_what_serves_is_chosen_by_format_and_size(monkeypatch):
+@pytest.mark.parametrize("makes", [False, True])
+def test_what_serves_is_chosen_by_format_and_size(makes, monkeypatch):
+    """Bytes are read for few rows; for more, rows of matrices become numbers, where the processor has products of bfloat16."""
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     monkeypatch.setattr(few_bits, "library", lambda: object())
+    monkeypatch.setattr(native, "available", lambda: makes)
     with torch.no_grad():
-        few = 64 * choice.FEW_BITS_ROWS
+        few, many = 64 * (choice.READ_ROWS if makes else choice.FEW_BITS_ROWS), 64 * choice.NATIVE_ROWS
         assert choice.choose(cpu, bf16, few, 64, True, in_few_bits=kinds("int4-g32", "int8-g64-z")) == "few bits"
-        assert choice.choose(cpu, bf16, few + 1, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
+        more = "native" if makes else choice.LOOP
+        assert choice.choose(cpu, bf16, few + 1, 64, True, in_few_bits=kinds("int4-g32")) == more
+        assert choice.choose(cpu, bf16, many, 64, True, in_few_bits=kinds("int4-g32")) == more
+        assert choice.choose(cpu, bf16, many, 64, True, in_few_bits=kinds("int4-g32", "nvfp4")) == choice.LOOP
+        assert choice.choose(cpu, bf16, many + 1, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
+        assert choice.choose(cpu, torch.float32, few, 64, True, in_few_bits=kinds("int4-g32")) == "few bits"
         assert choice.choose(cpu, bf16, 8, 64, True, in_few_bits=kinds("int4-g32", "int3-g32")) == choice.LOOP
         assert choice.choose(cpu, torch.float64, 8, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
         monkeypatch.setattr(few_bits, "library", lambda: None)
-        assert choice.choose(cpu, bf16, 8, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
+        assert choice.choose(cpu, bf16, 8, 64, True, in_few_bits=kinds("int4-g32")) == more
+        assert choice.choose(cpu, torch.float16, 8, 64, True, in_few_bits=kinds("int4-g32")) == choice.LOOP
 
 
 @pytest.mark.parametrize(

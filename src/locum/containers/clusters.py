@@ -56,7 +56,7 @@ class Term(NamedTuple):
     """One part of one expert, at a scale."""
 
     kind: type[Part]
-    row: Mapping[str, Tensor]
+    row: Row
     scale: float = 1.0
 
     def first(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -187,7 +187,7 @@ class Terms:
             return False
         if any(term.kind.changes_weights for term in self.own(e)) or "gate_up_bias_NG" in base.row:
             return False
-        (x_TD, *other), dtype = routed.inputs, base.row["gate_up_NGD"].dtype
+        (x_TD, *other), dtype = routed.inputs, base.row.dtype("gate_up_NGD")
         return not other and dtype == x_TD.dtype and self.container.is_compiled_activation()
 
 
@@ -279,10 +279,10 @@ def _add_products(
     base = terms.base(row)
     if len(members) == 1 and terms.is_compiled(base, members[0].expert, routed):
         item_Q = torch.zeros_like(token_Q)
-        hidden_QF = native.gated(routed.inputs[0], base.row["gate_up_NGD"][None], weight_Q1, item_Q, token_Q)
+        hidden_QF = native.gated(routed.inputs[0], base.row.alone("gate_up_NGD"), weight_Q1, item_Q, token_Q)
         if routed.down_TF is not None:
             hidden_QF = modulate(hidden_QF, routed.down_TF[token_Q])
-        return native.scatter_(total_TD, hidden_QF, base.row["down_NDF"][None], item_Q, token_Q)
+        return native.scatter_(total_TD, hidden_QF, base.row.alone("down_NDF"), item_Q, token_Q)
     each_Q = torch.arange(len(token_Q), device=token_Q.device)
     grouped = terms.grouped(members) if base is not None and terms.way is not None else []
     own = {e: terms.own(e, grouped=bool(grouped)) for e, _ in members}

@@ -227,7 +227,7 @@ class StandInExperts(nn.Module):
         held = Held.of(self.held()[path], stack, self.layout)
         weights = (held.gate_up_NGD, held.down_NDF)
         row_TM = self.table(x_TD.device)[1][routed.index_TM]
-        if all(isinstance(weight, Packed) for weight in weights):
+        if way == "few bits" and all(isinstance(weight, Packed) for weight in weights):
             return few_bits.experts(x_TD, *weights, row_TM, routed.weight_TM)
         if few_rows.serves(x_TD, *weights):
             return few_rows.experts(x_TD, *weights, row_TM, routed.weight_TM)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..formats.rows import is_packed
-from ..kernels import few_bits
+from ..kernels import few_bits, native
+from ..kernels.packed import Packed, coding
 
 
 class Stack(nn.Module):
@@ -90,6 +91,18 @@ class Row(Mapping[str, Tensor]):
         if leaf not in self._read:
             self._read[leaf] = self._rows[leaf][self._row]
         return self._read[leaf]
+
+    def alone(self, leaf: str) -> Tensor | Packed:
+        """A matrix as a stack of one, in few bits where the compiled products read its bytes."""
+        rows = self._rows.get(leaf)
+        if isinstance(rows, Matrices) and native.knows(rows.format) and coding(rows.format, *rows.shape) is not None:
+            return Packed(rows.packed[self._row][None], rows.format, (rows.shape[0], rows.shape[1]))
+        return self[leaf][None]
+
+    def dtype(self, leaf: str) -> torch.dtype:
+        """In what a tensor is multiplied."""
+        rows = self._rows.get(leaf)
+        return rows.dtype if isinstance(rows, Matrices) else self[leaf].dtype
 
     @property
     def is_packed(self) -> bool:

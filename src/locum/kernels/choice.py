@@ -39,6 +39,15 @@ LOW_RANK_ROWS = 384
 #   bfloat16, loop     21    73   242
 # Made numbers one by one (loop), 16 such experts, top-4: int4-g32 took 130, 593 and 905, where bfloat16 took 9, 32 and 114.
 FEW_BITS_ROWS = 16  # more were not measured
+# With avx512_bf16 rows of W can become numbers in the cache instead (codes.h), which costs the same for any number of tokens. One core
+# of an EPYC with VNNI, shared with other work, milliseconds of the core's time, fastest of seven:
+#   tokens                 8    16    32    64   128   512
+#   int4-g32, read      12.5  21.4  42.1  78.6   169
+#   int4-g32, made      26.1  36.5  47.8  63.2    97   290
+#   int8-g32, read      16.9  28.1  50.2  95.3   192
+#   int8-g32, made      29.6  40.3  51.8  66.9   102   291
+#   bfloat16            27.4  36.2  45.6  59.1    93   289
+READ_ROWS = 4  # the most rows per expert for which bytes are read where numbers could be made
 # A matrix gathered for every pair is written and read once more, so this is for small graphs that nothing else can hold.
 GATHERED_PAIRS = 64
 LOOP = "loop"
@@ -87,9 +96,14 @@ def _for_few_bits(
     device: torch.device, dtype: torch.dtype, pairs: int, experts: int, kinds: tuple[Matrices, ...]
 ) -> str:
     """The way where some matrices are bytes, which torch's own products cannot read."""
-    if device.type == "cpu" and dtype in few_bits.FORMATS and not torch.is_grad_enabled():
-        few = pairs <= FEW_BITS_ROWS * experts and not torch.compiler.is_compiling()
-        return "few bits" if few and all(few_bits.reads(kind.format) for kind in kinds) else LOOP
+    if device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not all(native.knows(kind.format) for kind in kinds):
+            return LOOP
+        makes = dtype == torch.bfloat16 and native.available()
+        rows = READ_ROWS if makes else FEW_BITS_ROWS
+        if pairs <= rows * experts and dtype in few_bits.FORMATS and few_bits.library() is not None:
+            return "few bits"
+        return "native" if makes and pairs <= NATIVE_ROWS * experts else LOOP
     if device.type == "cuda" and _serves("triton", dtype, False) and all(triton_reads(kind, dtype) for kind in kinds):
         return "triton op" if torch.compiler.is_compiling() else "triton"
     return LOOP

@@ -25,6 +25,7 @@
 #include <memory>
 #include <vector>
 
+#include "codes.h"
 #ifdef __AVX512VNNI__
 #include "few_bits_512.h"
 #else
@@ -39,7 +40,6 @@ constexpr long MOST = 4;       // pairs of one item that share what is decoded
 constexpr long BLOCK = 64;     // rows of W that a thread takes at a time
 constexpr long LINE = 64;      // bytes that the cache fetches together
 constexpr long AHEAD = 8192;   // bytes of codes that are fetched before they are needed, into the second cache
-constexpr long LARGEST = 128;  // columns of a group, at most
 
 // Where what lies in the bytes of one matrix; `minimums` of -1: there are none.
 struct Places {
@@ -204,55 +204,6 @@ Rows rows_for(long bits, long group, long M) {
   return group == 32 ? rows_for<8, 32>(M) : group == 64 ? rows_for<8, 64>(M) : rows_for<8, 128>(M);
 }
 
-// Matrices in few bits: N items of O outputs and I inputs.
-struct Matrices {
-  const uint8_t* bytes;
-  long item_bytes, N, O, I, bits, group, row, first, scales, minimums, scale_row;
-};
-
-inline float widened(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-inline void rounded(float x, float* to) { *to = x; }
-inline void rounded(float x, uint16_t* to) {  // to bfloat16, halves to the even one
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
-// The numbers of the first matrix, each made as formats/int_groups.py makes it: no sum is one with its product.
-template <long BITS, class Number>
-void numbers(const Matrices& w, Number* to, int threads) {
-  const long half = 1l << (BITS - 1);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (long o = 0; o < w.O; o++) {
-    const uint8_t* codes = w.bytes + (w.first + o) * w.row;
-    const uint16_t* scales = (const uint16_t*)(w.bytes + w.scales) + (w.first + o) * w.scale_row;
-    const uint16_t* minimums = w.minimums < 0 ? nullptr : (const uint16_t*)(w.bytes + w.minimums) + (w.first + o) * w.scale_row;
-    for (long begin = 0; begin < w.I; begin += w.group) {
-      float code[LARGEST];
-      const long some = std::min(w.group, w.I - begin);
-      if (BITS == 8)
-        for (long i = 0; i < some; i++) code[i] = codes[begin + i];
-      else
-        for (long i = 0; i < (some + 1) / 2; i++) {
-          const uint8_t both = codes[begin / 2 + i];
-          code[2 * i] = both & 15, code[2 * i + 1] = both >> 4;
-        }
-      const float scale = widened(scales[begin / w.group]), minimum = minimums ? widened(minimums[begin / w.group]) : 0.f;
-      Number* here = to + o * w.I + begin;
-      if (minimums)
-        for (long i = 0; i < some; i++) rounded(code[i] * scale + minimum, here + i);
-      else
-        for (long i = 0; i < some; i++) rounded((code[i] - half) * scale, here + i);
-    }
-  }
-}
-
 // silu(gate) up scale of `count` numbers, with e^x as native.cpp has it.
 void gated(const float* gate, const float* up, float scale, float* to, long count) {
   for (long f = 0; f < count; f += EIGHT) {
@@ -276,7 +227,6 @@ void gated(const float* gate, const float* up, float scale, float* to, long coun
 }
 
 }  // namespace
-
 
 extern "C" void locum_few_bits(const float* x, long x_stride, const Matrices& w, const int64_t* item, const int64_t* row, float* y,
                                long y_stride, long P, int threads) {
@@ -334,10 +284,12 @@ extern "C" void locum_few_bits_experts(const float* x, long x_stride, const Matr
     for (long d = 0; d < D && index[p] >= 0; d++) y[p / K * D + d] += out[p * D + d];
 }
 
-extern "C" void locum_numbers_bfloat16(const Matrices& w, uint16_t* to, int threads) {
-  w.bits == 4 ? numbers<4>(w, to, threads) : numbers<8>(w, to, threads);
+template <class Number>
+void all_numbers(const Matrices& w, Number* to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (long o = 0; o < w.O; o++) make_rows(w, 0, o, 1, to + o * w.I);
 }
 
-extern "C" void locum_numbers_float32(const Matrices& w, float* to, int threads) {
-  w.bits == 4 ? numbers<4>(w, to, threads) : numbers<8>(w, to, threads);
-}
+extern "C" void locum_numbers_bfloat16(const Matrices& w, uint16_t* to, int threads) { all_numbers(w, to, threads); }
+
+extern "C" void locum_numbers_float32(const Matrices& w, float* to, int threads) { all_numbers(w, to, threads); }

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..formats.int_groups import IntGroups
 from ..formats.rows import unpack
 from . import native
 from .grouped import gathered_add, gathered_scatter
+from .native import Matrices
 from .packed import Packed, coding
 from .products import Products
 
@@ -30,30 +30,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-mavx2", "-mfma", "-ffp-contract=off")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")  # for processors that have all of them
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
-BITS = {"int4": 4, "int8": 8}  # by the code
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # of x
 logger = logging.getLogger(__name__)
-
-
-class Matrices(ctypes.Structure):
-    """A stack of matrices in few bits, or some rows of each, as the library takes it."""
-
-    _fields_ = [("bytes", POINTER)] + [
-        (name, LONG)
-        for name in (
-            *("item_bytes", "items", "outputs", "inputs", "bits", "group"),
-            *("row", "first", "scales", "minimums", "scale_row"),
-        )
-    ]
-
-    @classmethod
-    def of(cls, packed: Packed) -> Matrices:
-        of, bytes_NY = packed.coding, packed.bytes_NY
-        native.check((bytes_NY, torch.uint8))
-        return cls(
-            *(bytes_NY.data_ptr(), bytes_NY.stride(0), *packed.shape, BITS[of.code], of.group, of.row, packed.first),
-            *(of.scales_at, of.more_at if of.more else -1, of.scale_row),
-        )
 
 
 ARGUMENTS = {
@@ -131,8 +109,7 @@ def numbers(bytes_Y: Tensor, format: str, shape: tuple[int, ...], dtype: torch.d
 
 def reads(format: str) -> bool:
     """Whether these products know matrices in this number format, and are there."""
-    found = IntGroups.named(format)
-    return found is not None and found.bits in BITS.values() and library() is not None
+    return native.knows(format) and library() is not None
 
 
 def is_wide() -> bool:

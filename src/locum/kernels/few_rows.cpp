@@ -1,4 +1,5 @@
-// What a step of few tokens does outside of attention, each in one call: matrices are read once, where they lie.
+// What a step of few tokens does outside of attention, each in one call: matrices are read once, where they lie. Experts also in few
+// bits (codes.h), which become numbers some rows at a time.
 //
 //   locum_linear   y[m] = W x[m] + bias
 //   locum_experts  y[t] = sum over k of weight[t][k] W_down silu(W_gate x[t]) W_up x[t],    W those of expert index[t][k]
@@ -9,6 +10,7 @@
 // between the products of an expert, in float32 but for the hidden states, which are rounded as the second product takes them.
 // Needs avx512_bf16. Letters: M rows of x, O outputs and I inputs, T tokens, K top-k, P pairs, N experts, D and F their widths.
 
+#include "codes.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -77,9 +79,8 @@ struct Pairs {
 };
 
 template <class Format, class Number = typename Format::Number>
-void experts(const Number* x, long x_stride, const Number* gate_up, long gate_up_stride, const Number* down,
-             long down_stride, const int64_t* index, const float* weight, Number* y, long T, long K, long N, long D, long F,
-             int threads) {
+void experts(const Number* x, long x_stride, const Weights<Number>& gate_up, const Weights<Number>& down, const int64_t* index,
+             const float* weight, Number* y, long T, long K, long N, long D, long F, int threads) {
   const Pairs pairs(index, T * K, N);
   const long U = pairs.pair.size(), wide = whole(D, Format::STEP), deep = whole(F, Format::STEP);
   long most = 0;
@@ -95,6 +96,7 @@ void experts(const Number* x, long x_stride, const Number* gate_up, long gate_up
   {
     const std::unique_ptr<float[]> out(new float[2 * most * BLOCK]), total(new float[T * BLOCK]);
     float *gates = out.get(), *ups = gates + most * BLOCK;
+    const std::unique_ptr<Number[]> made(new Number[BLOCK * std::max(D, F)]);  // of matrices in few bits
 #pragma omp for schedule(static)
     for (long i = 0; i < experts; i++)
       each(pairs.used[i], [&](long u, long m, long p) {
@@ -104,9 +106,9 @@ void experts(const Number* x, long x_stride, const Number* gate_up, long gate_up
 #pragma omp for schedule(dynamic, 1)
     for (long task = 0; task < experts * parts; task++) {
       const long n = pairs.used[task / parts], f = task % parts * first_share, rows = std::min(first_share, F - f);
-      const Number *units = packed.get() + pairs.begin[n] * wide, *w = gate_up + n * gate_up_stride;
-      block<Format>(w + f * D, rows, D, wide, units, pairs.count(n), gates);
-      block<Format>(w + (F + f) * D, rows, D, wide, units, pairs.count(n), ups);
+      const Number* units = packed.get() + pairs.begin[n] * wide;
+      block<Format>(gate_up.rows(n, f, rows, D, made.get()), rows, D, wide, units, pairs.count(n), gates);
+      block<Format>(gate_up.rows(n, F + f, rows, D, made.get()), rows, D, wide, units, pairs.count(n), ups);
       each(n, [&](long u, long m, long p) {
         for (long r = 0; r < rows; r += 16) {
           const __m512 gate = _mm512_loadu_ps(gates + m * BLOCK + r), up = _mm512_loadu_ps(ups + m * BLOCK + r);
@@ -127,7 +129,7 @@ void experts(const Number* x, long x_stride, const Number* gate_up, long gate_up
       std::fill(total.get(), total.get() + T * BLOCK, 0.f);
       for (const long n : pairs.used) {
         const Number* units = second.get() + pairs.begin[n] * deep;
-        block<Format>(down + n * down_stride + o * F, rows, F, deep, units, pairs.count(n), gates);
+        block<Format>(down.rows(n, o, rows, F, made.get()), rows, F, deep, units, pairs.count(n), gates);
         each(n, [&](long, long m, long p) {
           float* to = total.get() + p / K * BLOCK;
           for (long r = 0; r < rows; r++) to[r] += gates[m * BLOCK + r];
@@ -192,10 +194,12 @@ void route(const Number* x, long x_stride, const Number* w, const Number* bias, 
     linear<FORMAT>(x, x_stride, w, bias, y, O, M, O, I, threads);                                                      \
   }                                                                                                                    \
   extern "C" void locum_experts_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* gate_up,          \
-                                       long gate_up_stride, const FORMAT::Number* down, long down_stride,              \
-                                       const int64_t* index, const float* weight, FORMAT::Number* y, long T, long K,   \
-                                       long N, long D, long F, int threads) {                                          \
-    experts<FORMAT>(x, x_stride, gate_up, gate_up_stride, down, down_stride, index, weight, y, T, K, N, D, F, threads); \
+                                       long gate_up_stride, const Matrices* coded_gate_up, const FORMAT::Number* down, \
+                                       long down_stride, const Matrices* coded_down, const int64_t* index,             \
+                                       const float* weight, FORMAT::Number* y, long T, long K, long N, long D, long F, \
+                                       int threads) {                                                                  \
+    experts<FORMAT>(x, x_stride, {gate_up, gate_up_stride, coded_gate_up}, {down, down_stride, coded_down}, index,     \
+                    weight, y, T, K, N, D, F, threads);                                                                \
   }                                                                                                                    \
   extern "C" void locum_norm_##NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* weight, float plus,  \
                                     float eps, FORMAT::Number* y, long M, long D) {                                    \

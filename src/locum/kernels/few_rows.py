@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from . import native
+from .packed import Packed
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LONG, POINTER, FLOAT, INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
     "linear": (POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, INT),
-    "experts": (*(POINTER, LONG) * 3, *(POINTER,) * 3, *(LONG,) * 5, INT),
+    "experts": (POINTER, LONG, *(POINTER, LONG, POINTER) * 2, *(POINTER,) * 3, *(LONG,) * 5, INT),
     "norm": (POINTER, LONG, POINTER, FLOAT, FLOAT, POINTER, LONG, LONG),
     "route": (POINTER, LONG, POINTER, POINTER, INT, *(POINTER,) * 3, *(LONG,) * 4, INT),
 }
@@ -63,17 +64,20 @@ def library() -> dict[torch.dtype, Functions]:
     return made
 
 
-def serves(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether these products can be had for x and such weights: plain numbers of one format in this process's memory."""
+def serves(x: Tensor, *weights: Tensor | Packed | None) -> bool:
+    """Whether these products can be had for x and such weights: plain numbers of one format in this process's memory. Whole experts
+    may be in few bits."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if type(x) is not Tensor or not x.is_cpu or not x.numel() or x.dtype not in library():
         return False
-    dtype = x.dtype
-    return all(
-        w is None or (type(w) in (nn.Parameter, Tensor) and w.dtype is dtype and w.is_cpu and w.is_contiguous())
-        for w in weights
-    )
+    return all(weight is None or _reads(weight, x.dtype) for weight in weights)
+
+
+def _reads(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
+    if isinstance(weight, Packed):
+        return native.knows(weight.format) and weight.bytes_NY.is_cpu
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -89,7 +93,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return y
 
 
-def experts(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor, gate_up_EGD: Tensor | Packed, down_EDF: Tensor | Packed, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
     """Sum over k of weight W_down silu(W_gate x) W_up x, W those of expert index, gate's rows above up's; [T, D].
 
     Sums are in float32. An index that is no expert's does not run.
@@ -99,8 +105,8 @@ def experts(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, index_TK: Tenso
     index_TK, weight_TK = index_TK.to(torch.int64).contiguous(), weight_TK.float().contiguous()
     y_TD = x_TD.new_empty(len(x_TD), inputs)
     library()[x_TD.dtype].experts(
-        *(x_TD.data_ptr(), x_TD.stride(0), gate_up_EGD.data_ptr(), gate_up_EGD.stride(0)),
-        *(down_EDF.data_ptr(), down_EDF.stride(0), index_TK.data_ptr(), weight_TK.data_ptr(), y_TD.data_ptr()),
+        *(x_TD.data_ptr(), x_TD.stride(0), *native.place(gate_up_EGD), *native.place(down_EDF)),
+        *(index_TK.data_ptr(), weight_TK.data_ptr(), y_TD.data_ptr()),
         *(*index_TK.shape, num_experts, inputs, down_EDF.shape[2], torch.get_num_threads()),
     )
     return y_TD

@@ -9,6 +9,8 @@
 // Few units of an item: W is read straight from where it lies, row by row (`block`). More: 64 rows of W are turned round
 // first, so that a lane is a row and no product needs a sum over lanes (`panels`).
 //
+// W in few bits (`coded`) becomes numbers some rows at a time, which stay in the second cache until they are multiplied.
+//
 // Pairs p of one item and one token are one unit: its product is computed once; locum_scatter adds up the x of the unit
 // first. Pairs with item -1 are left out. Formats: bfloat16 and float32, sums in float32. Needs avx512_bf16.
 //
@@ -19,6 +21,7 @@
 #include <memory>
 #include <vector>
 
+#include "codes.h"
 #include "tiles.h"
 
 constexpr long PANEL = 64;   // rows of W that are turned round together: 4 registers of 16 lanes
@@ -184,15 +187,15 @@ inline void finish(const Call& c, const Units& g, long unit, long o, long rows, 
 // All M units of one item, from `first` on, times rows of W: outputs from o on, or gates and ups of half as many. There are
 // several panels only where one holds all inputs; a unit's outputs are then made side by side.
 template <class Format, Mode MODE, class Number>
-void panels(const Call& c, const Number* w, long rows, const Units& g, long first, long M, const Number* x, long o,
-            long up, Number* turned, float* sums) {
+void panels(const Call& c, const Number* w, const Number* up, long rows, const Units& g, long first, long M, const Number* x,
+            long o, Number* turned, float* sums) {
   constexpr long DEEP = DEPTH / sizeof(Number), BOTH = MODE == GATED ? 2 : 1, WIDE = PANEL / BOTH;
   for (long i = 0; i < c.I; i += DEEP) {
     const long inputs = std::min(DEEP, c.I - i), lanes = (inputs + Format::LANE - 1) / Format::LANE;
     for (long r = 0; r < rows; r += WIDE)
       for (long v = 0; v < 4; v++) {
-        const long row = r + 16 * v % WIDE, half = 16 * v / WIDE;
-        turn<Format>(w + (row + half * up) * c.I + i, rows - row, c.I, inputs, turned + r * BOTH * c.width + v * Format::STEP);
+        const long row = r + 16 * v % WIDE;
+        turn<Format>((16 * v < WIDE ? w : up) + row * c.I + i, rows - row, c.I, inputs, turned + r * BOTH * c.width + v * Format::STEP);
       }
     const bool last = i + inputs == c.I;
     for (long t = 0, m = 0; m < M; t++) {
@@ -214,7 +217,7 @@ void panels(const Call& c, const Number* w, long rows, const Units& g, long firs
 }
 
 template <class Format, Mode MODE, class Number = typename Format::Number>
-void products(const Number* x, long x_stride, const Number* w, long w_stride, const int64_t* item, const int64_t* token,
+void products(const Number* x, long x_stride, const Weights<Number>& w, const int64_t* item, const int64_t* token,
               const float* scale, void* y, long y_stride, long P, long N, long O, long I, int threads) {
   constexpr long STEP = Format::STEP;
   const Units g = group(item, token, P, N);
@@ -251,16 +254,19 @@ void products(const Number* x, long x_stride, const Number* w, long w_stride, co
     const std::unique_ptr<float[]> out(new float[most * BLOCK]);
     const long panels_of = (share + wide - 1) / wide, depth = std::min<long>(width * sizeof(Number), DEPTH);
     const std::unique_ptr<Line[]> turned(new Line[panels_of * PANEL * depth / sizeof(Line)]);
+    const long half = std::min(share, O) * I, room = w.coded ? (MODE == GATED ? 2 : 1) * half * sizeof(Number) : 0;
+    const std::unique_ptr<Line[]> made(new Line[room / sizeof(Line) + 1]);
     // A thread has some outputs of all items: no two add to one number, and the order of additions is always the same.
 #pragma omp for schedule(dynamic, 1)
     for (long o = 0; o < O; o += share) {
       const long rows = std::min(share, O - o);
       for (long n = 0; n < N; n++) {
         const long first = g.begin[n], M = g.begin[n + 1] - first;
-        const Number *units = packed.get() + first * width, *of = w + n * w_stride + o * I;
         if (M == 0) continue;
+        const Number *units = packed.get() + first * width, *of = w.rows(n, o, rows, I, (Number*)made.get()), *up = of;
+        if (MODE == GATED) up = w.rows(n, O + o, rows, I, (Number*)made.get() + half);
         const bool turns = MODE == GATED || (M >= many && rows >= wide / 2);
-        if (turns) panels<Format, MODE>(c, of, rows, g, first, M, units, o, O, (Number*)turned.get(), out.get());
+        if (turns) panels<Format, MODE>(c, of, up, rows, g, first, M, units, o, (Number*)turned.get(), out.get());
         for (long r = 0; !turns && r < rows; r += BLOCK) {
           const long some = std::min(BLOCK, rows - r);
           block<Format>(of + r * I, some, I, width, units, M, out.get());
@@ -306,11 +312,11 @@ void swiglu(const Number* x, long x_stride, const float* scale, Number* y, long 
 
 }  // namespace
 
-#define ENTRY(NAME, FORMAT, MODE)                                                                                    \
-  extern "C" void NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* w, long w_stride,               \
-                       const int64_t* item, const int64_t* token, const float* scale, void* y, long y_stride, long P, \
-                       long N, long O, long I, int threads) {                                                        \
-    products<FORMAT, MODE>(x, x_stride, w, w_stride, item, token, scale, y, y_stride, P, N, O, I, threads);          \
+#define ENTRY(NAME, FORMAT, MODE)                                                                                        \
+  extern "C" void NAME(const FORMAT::Number* x, long x_stride, const FORMAT::Number* w, long w_stride,                   \
+                       const Matrices* coded, const int64_t* item, const int64_t* token, const float* scale, void* y,    \
+                       long y_stride, long P, long N, long O, long I, int threads) {                                     \
+    products<FORMAT, MODE>(x, x_stride, {w, w_stride, coded}, item, token, scale, y, y_stride, P, N, O, I, threads);       \
   }
 
 ENTRY(locum_add_bfloat16, BFloat16, ADD)

@@ -20,12 +20,15 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import only_ours, own_folder
 from ..errors import UnsupportedModel
+from ..formats.int_groups import IntGroups
+from .packed import Packed
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a cache may be shared by machines, and the name of the library says all that it depends on.
@@ -34,25 +37,60 @@ FLAGS = (
     *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
 )
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
-PRODUCT = (*(POINTER, LONG) * 2, *(POINTER,) * 4, *(LONG,) * 5, ctypes.c_int)
+PRODUCT = (*(POINTER, LONG) * 2, *(POINTER,) * 5, *(LONG,) * 5, ctypes.c_int)
 SPREAD = (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int)
 SWIGLU = (POINTER, LONG, POINTER, POINTER, LONG, LONG, ctypes.c_int)
 FUNCTIONS = {"add": PRODUCT, "scatter": PRODUCT, "gated": PRODUCT, "spread": SPREAD, "swiglu": SWIGLU}
 FORMATS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+BITS = {"int4": 4, "int8": 8}  # by the code
 logger = logging.getLogger(__name__)
 
 
-def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
-    """y[p] += weight[item[p]] x[token[p]], all of one of FORMATS; pairs with item -1 are left as they are."""
+class Matrices(ctypes.Structure):
+    """A stack of matrices in few bits, or some rows of each, as the library takes it."""
+
+    _fields_ = [("bytes", POINTER)] + [
+        (name, LONG)
+        for name in (
+            *("item_bytes", "items", "outputs", "inputs", "bits", "group"),
+            *("row", "first", "scales", "minimums", "scale_row"),
+        )
+    ]
+
+    @classmethod
+    def of(cls, packed: Packed) -> Matrices:
+        of, bytes_NY = packed.coding, packed.bytes_NY
+        check((bytes_NY, torch.uint8))
+        return cls(
+            *(bytes_NY.data_ptr(), bytes_NY.stride(0), *packed.shape, BITS[of.code], of.group, of.row, packed.first),
+            *(of.scales_at, of.more_at if of.more else -1, of.scale_row),
+        )
+
+
+def place(weight_NOI: Tensor | Packed) -> tuple[Any, ...]:
+    """Where a stack lies, as the libraries take it: its first number and how far items are apart, or its bytes."""
+    if isinstance(weight_NOI, Packed):
+        return None, 0, ctypes.byref(Matrices.of(weight_NOI))
+    return weight_NOI.data_ptr(), weight_NOI.stride(0), None
+
+
+def knows(format: str) -> bool:
+    """Whether the products read matrices in this number format from their bytes."""
+    found = IntGroups.named(format)
+    return found is not None and found.bits in BITS.values()
+
+
+def add_(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor | Packed, item_P: Tensor, token_P: Tensor) -> None:
+    """y[p] += weight[item[p]] x[token[p]], all of one of FORMATS, or W in few bits; pairs with item -1 are left as they are."""
     _call("add", y_PO, x_XI, weight_NOI, item_P, token_P)
 
 
-def scatter_(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+def scatter_(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor | Packed, item_P: Tensor, token_P: Tensor) -> None:
     """y[token[p]] += weight[item[p]] x[p], y in float32; the x of one item and token are added up before."""
     _call("scatter", y_TO, x_PI, weight_NOI, item_P, token_P)
 
 
-def gated(x_XI: Tensor, weight_NGI: Tensor, scale_P1: Tensor, item_P: Tensor, token_P: Tensor) -> Tensor:
+def gated(x_XI: Tensor, weight_NGI: Tensor | Packed, scale_P1: Tensor, item_P: Tensor, token_P: Tensor) -> Tensor:
     """scale[p] silu(W_gate x[token[p]]) W_up x[token[p]], with W[item[p]] = W_gate above W_up; rounded once; [P, F]."""
     y_PF = x_XI.new_empty(len(item_P), weight_NGI.shape[1] // 2)
     _call("gated", y_PF, x_XI, weight_NGI, item_P, token_P, scale_P1.flatten().float().contiguous())
@@ -92,24 +130,38 @@ def check(*tensors: tuple[Tensor, torch.dtype]) -> None:
 
 
 def _call(
-    name: str, y: Tensor, x: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor, scale_P: Tensor | None = None
+    name: str,
+    y: Tensor,
+    x: Tensor,
+    weight_NOI: Tensor | Packed,
+    item_P: Tensor,
+    token_P: Tensor,
+    scale_P: Tensor | None = None,
 ) -> None:
     items, rows, inputs = weight_NOI.shape
     outputs = rows if scale_P is None else rows // 2
     x = x if x.stride(1) == 1 else x.contiguous()
-    weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
+    if isinstance(weight_NOI, Tensor):
+        weight_NOI = weight_NOI if weight_NOI.stride()[1:] == (inputs, 1) else weight_NOI.contiguous()
+        check((weight_NOI, x.dtype))
     of_y = torch.float32 if name == "scatter" else x.dtype
-    check((y, of_y), (x, x.dtype), (weight_NOI, x.dtype), (item_P, torch.int64), (token_P, torch.int64))
+    check((y, of_y), (x, x.dtype), (item_P, torch.int64), (token_P, torch.int64))
     getattr(library(), f"locum_{name}_{FORMATS[x.dtype]}")(
-        *(x.data_ptr(), x.stride(0), weight_NOI.data_ptr(), weight_NOI.stride(0)),
+        *(x.data_ptr(), x.stride(0), *place(weight_NOI)),
         *(item_P.data_ptr(), token_P.data_ptr(), None if scale_P is None else scale_P.data_ptr()),
         *(y.data_ptr(), y.stride(0), len(item_P), items, outputs, inputs, torch.get_num_threads()),
     )
 
 
 # Under torch.compile the same functions, as operators that it does not look into.
-add_op = torch.library.custom_op("locum::add", add_, mutates_args=("y_PO",))
-scatter_op = torch.library.custom_op("locum::scatter", scatter_, mutates_args=("y_TO",))
+@torch.library.custom_op("locum::add", mutates_args=("y_PO",))
+def add_op(y_PO: Tensor, x_XI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+    add_(y_PO, x_XI, weight_NOI, item_P, token_P)
+
+
+@torch.library.custom_op("locum::scatter", mutates_args=("y_TO",))
+def scatter_op(y_TO: Tensor, x_PI: Tensor, weight_NOI: Tensor, item_P: Tensor, token_P: Tensor) -> None:
+    scatter_(y_TO, x_PI, weight_NOI, item_P, token_P)
 
 
 def serves(x_XI: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..containers.clusters import Rows, Term, Terms, unbound
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout, StackLayout
-from ..containers.stack import Stack
+from ..containers.stack import Row, Stack
 from ..experts.parts.own_weights import OwnWeights
 from .rounding import Rounding
 
@@ -137,7 +137,7 @@ class TrainingTerms(Terms):
         terms, row = super().own(e, grouped), self.container.old_of[e]
         if row < 0:
             return terms
-        return [Term(OwnWeights, {leaf: rows[row] for leaf, rows in self.old.items()}, self.container.beta), *terms]
+        return [Term(OwnWeights, Row(self.old, row), self.container.beta), *terms]
 
 
 def _name_apart(path: str) -> str:
