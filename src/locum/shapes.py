@@ -47,6 +47,8 @@ class LayerShape(_Checked):
     router_numel: int = 0  # parameters and buffers of the router per expert (row, selection bias, ...)
     router_bytes: int = 0  # the same in bytes of the checkpoint
     expert_bytes: int = 0  # of one expert as a quantised checkpoint has it, scales included; 0: its parameters say it
+    around_numel: int = 0  # what its decoder layer has beside that of its experts; 0: it cannot leave the model
+    around_bytes: int = 0  # the same in bytes of the checkpoint
     refuse_dropping: str = ""  # why none of its experts may be dropped, if so
     stock_can_drop: bool = (
         True  # not where other experts, which text does not reach, share the config's number of experts

@@ -32,7 +32,8 @@ VOCABULARY = 32
 def toy_shape(
     layers: int = 3, experts: int = 16, top_k: int = 2, d: int = 256, f: int = 128, **more: int
 ) -> ModelShape:
-    """Wide enough (as numbers) that a rank-16 adapter saves most of an expert."""
+    """Wide enough (as numbers) that a rank-16 adapter saves most of an expert. Around experts a decoder layer has 500 numbers."""
+    more = {"around_numel": 500, "around_bytes": 1000} | more
     shapes = [
         LayerShape(
             f"model.layers.{i}.experts", experts, top_k, d, f, f"model.layers.{i}.gate", "softmax", False, **more

@@ -43,6 +43,7 @@ from ..plans.plan_file import save_plan
 from ..shapes import LayerShape
 from ..stats.sums import LayerStatistics, Statistics
 from .announced import settle_config
+from .fewer_layers import drop_layers, without_layers
 from .placing import LocumConfig
 from .side_files import copy_side_files
 
@@ -83,14 +84,18 @@ def apply_plan(
     check_choosing(layers.values(), plan)
     for layer_plan in plan.layers:
         check_statistics(layer_plan, _read_by(layer_plan, statistics))
-    stock = plan.is_stock(shape)
+    stock, numbering = plan.is_stock(shape), plan.numbering
+    if numbering.gone:
+        without_layers(model.config, numbering)  # whether it can be
     experts = [layer.experts for layer in layers.values()]
     selecting, top_k = _top_k_after(model, plan, [*layers.values()])
     layouts = {}
     places = {layer_plan.layer: index for index, layer_plan in enumerate(plan.layers)}
-    for name, layer in layers.items():
+    for name, layer in list(layers.items()):
         layer_plan = plan.layer(name) or LayerPlan(name, (KEPT,) * layer.shape.num_experts)
-        if not layer_plan.is_identity or (not stock and _is_uneven(layer)):
+        if layer_plan.dropped:
+            del layers[name]
+        elif not layer_plan.is_identity or (not stock and _is_uneven(layer)):
             if stock:
                 _rewrite(layer, layer_plan, statistics, seed * 1_000_003 + places.get(name, 0))
                 slice_experts(layer.experts, layer_plan.survivors)
@@ -100,18 +105,21 @@ def apply_plan(
                 slice_router(layer, layer_plan.survivors)
         if name in places:
             progress(name)
-    if stock and plan.layers:
+    if stock and plan.staying:
         above = [m for m in model.modules() if isinstance(m, PreTrainedModel) and set(m.modules()) & {*experts}]
         for holder in (
             model.config,
             *(module.config for module in experts),
             *above,
         ):  # models keep the number to balance by
-            set_expert_count(holder, len(plan.layers[0].survivors))
+            set_expert_count(holder, len(plan.staying[0].survivors))
     for holder, said in selecting:
         setattr(holder, said, top_k)
+    if numbering.gone:
+        drop_layers(model, numbering)
     if layouts:
-        model.config.quantization_config = LocumConfig({name: x.to_json() for name, x in layouts.items()})
+        named = {numbering.name_after(name): layout.to_json() for name, layout in layouts.items()}
+        model.config.quantization_config = LocumConfig(named)
     if not stock and any(_counts_differ(plan.layer(name), layer) for name, layer in layers.items()):
         leave_router_logits(model)
     return model

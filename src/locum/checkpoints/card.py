@@ -24,6 +24,8 @@ def plain(text: Any) -> str:
 def _saved(plan: Plan, shape: ModelShape) -> str:
     """What a plan saves, in words: parameters that are stored, or those that a token uses, whichever it is about."""
     said = [f"{plan.removed(shape):.1%} of the routed experts' parameters removed"] if plan.removed(shape) > 0 else []
+    if count := len(plan.numbering.gone):
+        said.append(f"{count} whole decoder layer{'s' if count > 1 else ''} dropped")
     if any(layer.routing for layer in plan.layers):
         share = 1 - active_parameters(shape, plan) / active_parameters(shape)
         words = dict.fromkeys(str(layer.routing).partition(",")[0] for layer in plan.layers if layer.routing)

@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ from ..models.families import (
     places_of_top_k,
     set_expert_count,
 )
+from ..plans.numbering import Numbering
 from ..plans.plan import KEPT, LayerPlan, Plan
 from ..runs import bytes_begun
 from ..shapes import ModelShape
 from ..stats.sums import LayerStatistics, Statistics
 from .cuts import Cut, find_cuts, kept_ranges
 from .expert_reader import ExpertReader, ExpertSplitter, one_expert_model
+from .fewer_layers import prefix_in_files, without_layers
 from .own_rows import BASES
 from .placing import LocumConfig
 from .shard_reader import Ranges, ShardReader
@@ -91,6 +93,9 @@ class Rewriting:
             save_as_stock(self._one)
         self._cuts = find_cuts(source.model, source.layers, source.headers, source.places)
         self._layouts: dict[str, Layout] = {}
+        self._numbering = plan.numbering
+        if self._numbering.gone:
+            self._numbering = replace(plan.numbering, prefix=prefix_in_files(source.model, source.places))
         self.steps = self._all_steps(bool(plan.leaves_aside(shape)))
         self.config = self._settled_config()
 
@@ -167,6 +172,9 @@ class Rewriting:
         instead: dict[str, list[Step]] = {}
         for layer in self._source.layers:
             cuts, plan = self._cuts[layer.shape.name], self._plan_of(layer)
+            if plan.dropped:
+                _replace(instead, cuts.experts, Step({}, _nothing, plan.layer))
+                continue
             keep = plan.survivors
             is_container = isinstance(layer.experts, StandInExperts) or self._becomes_container(layer)
             if self._plan.layer(plan.layer) is not None or is_container:
@@ -174,14 +182,18 @@ class Rewriting:
             if len(keep) < layer.shape.num_experts:
                 _replace(instead, cuts.router, self._cutting(cuts.router, keep, layer.shape.num_experts))
         if follow:
-            last, followers = self._source.layers[-1], self._source.followers
+            last = next(layer for layer in reversed(self._source.layers) if not self._plan_of(layer).dropped)
+            followers = self._source.followers
             keep, count = self._plan_of(last).survivors, last.shape.num_experts
             _replace(instead, followers.cuts, self._cutting(followers.cuts, keep, count))
             instead |= {name: [] for name in followers.left}
         steps = []
         for name in sorted(self._source.headers, key=dot_natural_key):
-            steps += instead[name] if name in instead else [self._copying(name)]
-        return steps
+            if name in instead:
+                steps += instead[name]
+            elif self._numbering.name_after(name) is not None:
+                steps.append(self._copying(name))
+        return [_numbered(step, self._numbering) for step in steps] if self._numbering.gone else steps
 
     def _plan_of(self, layer: MoeLayer) -> LayerPlan:
         name, count = layer.shape.name, layer.shape.num_experts
@@ -335,19 +347,23 @@ class Rewriting:
 
     def _settled_config(self) -> PreTrainedConfig:
         """What the config of the live model would be."""
-        config, layers = self._one.config, self._source.layers
+        config = self._one.config
+        layers = [layer for layer in self._source.layers if not self._plan_of(layer).dropped]
         if not self._stock and any(len(self._plan_of(x).survivors) not in self._counts(x) for x in layers):
             leave_router_logits(self._one)
-        if self._stock and self._plan.layers:
+        if self._stock and self._plan.staying:
             for holder in (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers)):
-                set_expert_count(holder, len(self._plan.layers[0].survivors))
+                set_expert_count(holder, len(self._plan.staying[0].survivors))
         if (top_k := next((each.top_k for each in self._plan.layers if each.top_k is not None), None)) is not None:
             configs = (config, *(self._one.get_submodule(layer.shape.name).config for layer in layers))
             for holder, name in places_of_top_k(layers, configs, (), top_k):
                 setattr(holder, name, top_k)
         rest = self._renumbered() if self._source.quantization else None
+        if self._numbering.gone:
+            config = without_layers(config, self._plan.numbering)
         if self._layouts:
-            config.quantization_config = LocumConfig({n: x.to_json() for n, x in self._layouts.items()}, rest=rest)
+            named = {self._plan.numbering.name_after(name): layout.to_json() for name, layout in self._layouts.items()}
+            config.quantization_config = LocumConfig(named, rest=rest)
         elif rest is not None:
             config.quantization_config = rest
         config.architectures = [type(self._one).__name__]
@@ -361,6 +377,22 @@ def _own_experts(plan: LayerPlan) -> tuple[int, ...]:
 
 def _nothing(writer: ShardWriter) -> None:
     """What is written where there is nothing to copy."""
+
+
+def _numbered(step: Step, numbering: Numbering) -> Step:
+    """A step whose tensors have the names that they get where decoder layers leave."""
+    entries = {numbering.name_after(name): entry for name, entry in step.entries.items()}
+    return Step(entries, lambda writer: step.fill(_Renaming(writer, numbering)), step.layer)
+
+
+class _Renaming:
+    """A writer that is told the names of before."""
+
+    def __init__(self, writer: ShardWriter, numbering: Numbering) -> None:
+        self._writer, self._numbering = writer, numbering
+
+    def write(self, name: str, pieces: Iterable[Any], begin: int = 0) -> None:
+        self._writer.write(self._numbering.name_after(name), pieces, begin)
 
 
 def _numbered_anew(said: Any, numbers: Mapping[str, Mapping[int, int]]) -> Any:

@@ -26,7 +26,8 @@ from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, check_supported, find_layers, notes_on, unread_tensors
 from ..models.sizes import expert_itemsize, packed_away, shape_of, stored_shapes, vocab_size
 from ..models.stored import Place, live_names, note_stored, places_of
-from ..shapes import Aside, ModelShape
+from ..plans.numbering import Numbering
+from ..shapes import Aside, LayerShape, ModelShape
 from .cuts import LayerCuts, find_cuts
 from .empty_model import is_compressed, locum_layers, skeleton
 from .fit import check_fit, check_sizes
@@ -207,8 +208,19 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
         sizes = {name: _per_expert(cut, headers) for name, cut in cuts.items()}
         sizes |= {name: _per_expert(own.cuts, own.headers) for name, own in source.own.items()}
         shapes = tuple(replace(x, expert_bytes=sizes.get(x.name, 0)) for x in shapes)
+    shapes = tuple(_with_unread_around(layer, source) for layer in shapes) if source.unread else shapes
     aside, tokens = _aside(source), vocab_size(model)
     return ModelShape(source.config.model_type, shapes, parameters, size, itemsize, notes, aside, tokens)
+
+
+def _with_unread_around(layer: LayerShape, source: Source) -> LayerShape:
+    """The shape with what lies in the layer's decoder layer and transformers does not load, which goes with it."""
+    named = Numbering.without([layer.name])
+    inside = [name for name in source.unread if named.name_after(name) is None]
+    if not layer.around_numel or not inside:
+        return layer
+    numel, size = _numel(source.headers, inside), _nbytes(source.headers, inside)
+    return replace(layer, around_numel=layer.around_numel + numel, around_bytes=layer.around_bytes + size)
 
 
 def _per_expert(cuts: LayerCuts, headers: dict[str, dict[str, Any]]) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..containers.container import StandInExperts
 from ..shapes import LayerShape, ModelShape
+from .decoder_layers import around_experts
 from .families import MoeLayer, find_layers
 from .stored import stored_dtype
 
@@ -50,11 +51,24 @@ def expert_itemsize(model: PreTrainedModel, layer: MoeLayer) -> int:
 
 
 def stored_shapes(model: PreTrainedModel, layers: tuple[MoeLayer, ...]) -> tuple[LayerShape, ...]:
-    """The shapes of layers, with routers as large as their files have them."""
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    """The shapes of layers, with routers and what is around the experts as large as their files have them."""
+    tensors = model.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    around = around_experts(model, [layer.shape.name for layer in layers])
 
     def size(layer: MoeLayer) -> int:
         tensors = ((part.numel, part.tensor) for part in layer.per_expert)
         return sum(numel * stored_dtype(model, names[id(tensor)], tensor).itemsize for numel, tensor in tensors)
 
-    return tuple(replace(layer.shape, router_bytes=size(layer)) for layer in layers)
+    def sized(layer: MoeLayer) -> LayerShape:
+        shape = replace(layer.shape, router_bytes=size(layer))
+        there = {id(tensors[name]): name for name in around.get(shape.name, ())}.values()
+        if not there:
+            return shape
+        bytes_ = sum(tensors[name].numel() * stored_dtype(model, name, tensors[name]).itemsize for name in there)
+        numel, of = sum(tensors[name].numel() for name in there), shape.num_experts
+        return replace(
+            shape, around_numel=numel - of * shape.router_numel, around_bytes=bytes_ - of * shape.router_bytes
+        )
+
+    return tuple(map(sized, layers))

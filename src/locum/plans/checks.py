@@ -12,7 +12,7 @@ from ..experts.parts.shared_base import SharedBase
 from ..experts.quantisers import QUANTISERS
 from ..formats.rows import row_format, stored_shape
 from ..shapes import LayerShape, ModelShape
-from .layer_plan import MERGES, Base, LayerPlan, Slot
+from .layer_plan import DROPPED, MERGES, Base, LayerPlan, Slot
 
 
 def check_layers(model_type: str, fingerprint: str, layers: Sequence[LayerPlan], shape: ModelShape) -> None:
@@ -34,6 +34,8 @@ def check_layers(model_type: str, fingerprint: str, layers: Sequence[LayerPlan],
             raise PlanError(f"layer {plan.layer} is in the plan twice; keep one of the two entries")
         seen.add(plan.layer)
         _check_layer(plan, shape.layer(plan.layer))
+    if sum(layer.dropped for layer in layers) == len(shape.layers):
+        raise PlanError("the plan drops the decoder layers of all experts; keep one, or what is left is no MoE model")
     _check_top_k(layers, shape)
 
 
@@ -43,6 +45,9 @@ def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
         raise PlanError(
             f"{where} lists {len(plan.slots)} experts, the model has {shape.num_experts} (0 to {shape.num_experts - 1})"
         )
+    if plan.dropped:
+        _check_dropped(where, plan, shape)
+        return
     for e, slot in enumerate(plan.slots):
         _check_slot(f"{where}, expert {e}", slot, plan, shape)
     for b, base in enumerate(plan.bases):
@@ -54,6 +59,24 @@ def _check_layer(plan: LayerPlan, shape: LayerShape) -> None:
     if plan.routing is not None and len(plan.survivors) < shape.num_experts:
         left = replace(shape, num_experts=len(plan.survivors))
         plan.routing.among(plan.survivors).check(f"{where}, routing among the experts that are left", left)
+
+
+def _check_dropped(where: str, plan: LayerPlan, shape: LayerShape) -> None:
+    """Refuse a layer that goes and has something left, and one that cannot go."""
+    if plan.slots != (DROPPED,) * shape.num_experts or plan.bases or plan.routing is not None or plan.top_k is not None:
+        raise PlanError(
+            f"{where} drops its decoder layer and has something left; let every expert of it be dropped, without bases, policy "
+            f'and top_k, or take "dropped" from the layer'
+        )
+    if shape.expert_bytes:
+        raise PlanError(
+            f"{where} drops its decoder layer, and the checkpoint is quantised; plan for the one that it was made from"
+        )
+    if not shape.around_numel:
+        raise PlanError(
+            f"{where} drops its decoder layer, and what that has beside experts is not known: it shares tensors with others, or "
+            f"the statistics are from before such layers could go; then collect them anew"
+        )
 
 
 def _selecting(where: str, plan: LayerPlan, shape: LayerShape) -> LayerShape:
@@ -74,7 +97,9 @@ def _selecting(where: str, plan: LayerPlan, shape: LayerShape) -> LayerShape:
 def _check_top_k(layers: Sequence[LayerPlan], shape: ModelShape) -> None:
     """Refuse routers that select different numbers of experts: a config has one number for all."""
     said = {plan.layer: plan.top_k for plan in layers if plan.top_k is not None}
-    if said and len(left := {said.get(layer.name, layer.top_k) for layer in shape.layers}) > 1:
+    dropped = {plan.layer for plan in layers if plan.dropped}
+    staying = [layer for layer in shape.layers if layer.name not in dropped]
+    if said and len(left := {said.get(layer.name, layer.top_k) for layer in staying}) > 1:
         raise PlanError(
             f"the plan lets layers select {' or '.join(map(str, sorted(left)))} experts, and the config has one number for all; give every "
             f"layer the same top_k"

@@ -1,6 +1,7 @@
-"""Two plans, one after the other, as one plan over the original; the first one drops experts and does nothing else.
+"""Two plans, one after the other, as one plan over the original; the first one drops experts, or decoder layers, and does nothing else.
 
-Experts that a plan drops are numbered away: the second plan counts those that are left, and is told in the original's numbers here.
+Experts and decoder layers that a plan drops are numbered away: the second plan counts those that are left, and is told in the
+original's numbers here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def following(first: Plan, second: Plan, shape: ModelShape) -> Plan:
     layers = []
     for layer in shape.layers:
         one = first.layer(layer.name) or LayerPlan(layer.name, (KEPT,) * layer.num_experts)
-        two = second.layer(layer.name)
+        two = None if one.dropped else second.layer(first.numbering.name_after(layer.name))
         layers.append(one if two is None else _of_survivors(one, two))
     return make_plan(shape, layers, method=second.method, options=second.options, provenance=second.provenance)
 
@@ -38,4 +39,5 @@ def _of_survivors(one: LayerPlan, two: LayerPlan) -> LayerPlan:
     for e, slot in zip(one.survivors, two.slots, strict=True):
         slots[e] = slot
     bases = tuple(replace(base, experts=tuple(one.survivors[e] for e in base.experts)) for base in two.bases)
-    return replace(two, slots=tuple(slots), bases=bases, top_k=one.top_k if two.top_k is None else two.top_k)
+    top_k = None if two.dropped else one.top_k if two.top_k is None else two.top_k
+    return replace(two, layer=one.layer, slots=tuple(slots), bases=bases, top_k=top_k)

@@ -126,6 +126,12 @@ class LayerPlan:
     bases: tuple[Base, ...] = ()
     routing: Policy | None = None  # None: every selected expert runs
     top_k: int | None = None  # experts that the router selects afterwards; None: as many as before
+    dropped: bool = False  # with all experts its decoder layer goes, attention and norms too
+
+    @classmethod
+    def without(cls, shape: LayerShape) -> LayerPlan:
+        """A layer whose whole decoder layer goes."""
+        return cls(shape.name, (DROPPED,) * shape.num_experts, dropped=True)
 
     @property
     def survivors(self) -> tuple[int, ...]:

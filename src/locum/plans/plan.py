@@ -26,9 +26,10 @@ from typing import Any
 
 from ..experts.policies.in_turn import InTurn
 from ..experts.policies.policy import Policy
-from ..shapes import ModelShape
+from ..shapes import LayerShape, ModelShape
 from .checks import check_layers
 from .layer_plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, stand_in
+from .numbering import Numbering
 from .plan_json import dumps, fingerprint_layers, loads
 
 __all__ = [
@@ -92,25 +93,59 @@ class Plan:
     def layer(self, name: str) -> LayerPlan | None:
         return next((layer for layer in self.layers if layer.layer == name), None)
 
+    @functools.cached_property
+    def staying(self) -> tuple[LayerPlan, ...]:
+        """The layers whose decoder layers stay."""
+        return tuple(layer for layer in self.layers if not layer.dropped)
+
+    @functools.cached_property
+    def numbering(self) -> Numbering:
+        """The numbers that decoder layers have afterwards."""
+        return Numbering.without(layer.layer for layer in self.layers if layer.dropped)
+
+    def of_result(self) -> Plan:
+        """The layers that stay, by the names that they have afterwards: for what works on the result. It fits no original."""
+        if not self.numbering.gone:
+            return self
+        named = (replace(layer, layer=self.numbering.name_after(layer.layer)) for layer in self.staying)
+        return replace(self, layers=tuple(named))
+
+    def with_result(self, result: Plan) -> Plan:
+        """The plan over the original whose `of_result` is this one."""
+        if not self.numbering.gone:
+            return result
+        changed = {layer.layer: layer for layer in result.layers}
+        layers = []
+        for layer in self.layers:
+            after = changed.get(self.numbering.name_after(layer.layer) or "")
+            layers.append(layer if after is None else replace(after, layer=layer.layer))
+        return self if tuple(layers) == self.layers else replace(self, layers=tuple(layers))
+
     def selecting(self, shape: ModelShape) -> ModelShape:
-        """The shape of a model whose routers select as many experts as they do afterwards."""
+        """The shape of a model with the MoE layers that stay, whose routers select as many experts as they do afterwards."""
         top_k = {plan.layer: plan.top_k for plan in self.layers if plan.top_k is not None}
-        layers = tuple(replace(layer, top_k=top_k.get(layer.name, layer.top_k)) for layer in shape.layers)
-        return replace(shape, layers=layers)
+        layers = (replace(x, top_k=top_k.get(x.name, x.top_k)) for x in self._staying_of(shape))
+        return replace(shape, layers=tuple(layers))
+
+    def _staying_of(self, shape: ModelShape) -> list[LayerShape]:
+        dropped = {layer.layer for layer in self.layers if layer.dropped}
+        return [layer for layer in shape.layers if layer.name not in dropped]
 
     def is_stock(self, shape: ModelShape) -> bool:
         """Whether a stock checkpoint can hold the result: dense layers, equally many experts in each of them."""
         if not all(layer.is_dense for layer in self.layers):
             return False
-        counts = {layer.name: layer.num_experts for layer in shape.layers}
-        counts |= {layer.layer: len(layer.survivors) for layer in self.layers}
-        can = all(x.stock_can_drop or counts[x.name] == x.num_experts for x in shape.layers)
+        staying = self._staying_of(shape)
+        counts = {layer.name: layer.num_experts for layer in staying}
+        counts |= {layer.layer: len(layer.survivors) for layer in self.staying}
+        can = all(x.stock_can_drop or counts[x.name] == x.num_experts for x in staying)
         return can and len(set(counts.values())) == 1
 
     def leaves_aside(self, shape: ModelShape) -> int:
         """How many experts leave what is beside the model: as many as the last MoE layer, where the result is stock."""
-        last = self.layer(shape.layers[-1].name)
-        dropped = shape.layers[-1].num_experts - len(last.survivors) if last is not None else 0
+        of = self._staying_of(shape)[-1]
+        last = self.layer(of.name)
+        dropped = of.num_experts - len(last.survivors) if last is not None else 0
         return dropped if self.is_stock(shape) else 0
 
     def size(self, shape: ModelShape) -> Size:
@@ -124,6 +159,9 @@ class Plan:
             parameters += change - dropped * layer.router_numel
             bytes_ += plan.bytes(layer, shape) - layer.num_experts * shape.bytes_of_expert(layer)
             bytes_ -= dropped * layer.router_bytes
+            if plan.dropped:
+                parameters -= layer.around_numel
+                bytes_ -= layer.around_bytes
         if gone := self.leaves_aside(shape):
             parameters -= gone * shape.aside.expert_numel + shape.aside.left_numel
             bytes_ -= gone * shape.aside.expert_bytes + shape.aside.left_bytes
@@ -169,6 +207,10 @@ def diff(a: Plan, b: Plan) -> list[str]:
         for what, *sides in (("expert", one.slots, two.slots), ("base", one.bases, two.bases)):
             pairs = enumerate(itertools.zip_longest(*sides, fillvalue="none"))
             lines += [f"{name} {what} {i}: {x} -> {y}" for i, (x, y) in pairs if x != y]
+        if one.dropped != two.dropped:
+            lines.append(
+                f"{name} decoder layer: {' -> '.join('dropped' if x.dropped else 'stays' for x in (one, two))}"
+            )
         if one.top_k != two.top_k:
             lines.append(f"{name} top-k: {one.top_k or 'as before'} -> {two.top_k or 'as before'}")
         if one.routing != two.routing:
@@ -188,5 +230,6 @@ def with_routing(plan: Plan, routing: Mapping[str, Policy], shape: ModelShape) -
     """
     kept = {s.name: LayerPlan(s.name, (KEPT,) * s.num_experts) for s in shape.layers if s.name in routing}
     layers = kept | {layer.layer: layer for layer in plan.layers}
-    made = [replace(layer, routing=InTurn.of(layer.routing, routing.get(name))) for name, layer in layers.items()]
+    routed = {name: InTurn.of(layer.routing, routing.get(name)) for name, layer in layers.items() if not layer.dropped}
+    made = [replace(layer, routing=routed.get(name)) for name, layer in layers.items()]
     return replace(plan, layers=tuple(made)).validate(shape)

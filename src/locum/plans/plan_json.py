@@ -5,6 +5,7 @@
       {"layer": "model.layers.0.mlp.experts",
        "policy": {"policy": "main_with_vectors", "main": 2, ...},                 where the layer has one
        "top_k": 2,                                                                where its router selects fewer than before
+       "dropped": true,                                                           where its decoder layer goes, and all experts with it
        "bases": [{"experts": [1, 3], "weights": [0.75, 0.25], "align": false}],
        "experts": [
         {"expert": 0, "parts": [{"part": "own_weights"}]},                        kept
@@ -47,7 +48,7 @@ PLAN_ENTRIES = {
     "options": dict,
     "provenance": dict,
 }
-LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list, "policy": dict, "top_k": int}
+LAYER_ENTRIES = {"layer": str, "experts": list, "bases": list, "policy": dict, "top_k": int, "dropped": bool}
 
 
 def layer_to_json(plan: LayerPlan) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any]:
     if plan.routing is not None:
         policy = {"policy": plan.routing.to_json()}
     top_k = {} if plan.top_k is None else {"top_k": plan.top_k}
-    return {"layer": plan.layer, **policy, **top_k, "bases": bases, "experts": experts}
+    dropped = {"dropped": True} if plan.dropped else {}
+    return {"layer": plan.layer, **policy, **top_k, **dropped, "bases": bases, "experts": experts}
 
 
 def fingerprint_layers(layers: Sequence[LayerPlan]) -> str:
@@ -84,7 +86,9 @@ def dumps(plan: Mapping[str, Any]) -> str:
         bases = ",\n   ".join(json.dumps(base) for base in data["bases"])
         experts = ",\n   ".join(json.dumps(expert) for expert in data["experts"])
         name = f'  {{"layer": {json.dumps(layer.layer)},\n'
-        said = "".join(f'  "{key}": {json.dumps(data[key])},\n' for key in ("policy", "top_k") if key in data)
+        said = "".join(
+            f'  "{key}": {json.dumps(data[key])},\n' for key in ("policy", "top_k", "dropped") if key in data
+        )
         layers.append(f'{name}{said}  "bases": [\n   {bases}],\n  "experts": [\n   {experts}]}}')
     text = json.dumps(head, indent=1)
     return text[: text.rindex("\n}")] + ',\n "layers": [\n' + ",\n".join(layers) + "\n ]\n}\n"
@@ -115,7 +119,7 @@ def layer_from_json(data: Any, where: str) -> LayerPlan:
     slots = by_expert(data["experts"], where, _slot_from_json)
     bases = bases_from_json(data.get("bases", ()), where)
     policy = _kind_from_json(data["policy"], POLICIES, "policy", f"{where}, policy") if "policy" in data else None
-    return LayerPlan(name, slots, bases, policy, data.get("top_k"))
+    return LayerPlan(name, slots, bases, policy, data.get("top_k"), data.get("dropped", False))
 
 
 def _slot_from_json(entry: dict[str, Any], where: str) -> Slot:

@@ -55,7 +55,7 @@ def layer_to_json(plan: LayerPlan) -> dict[str, Any] | None:
     """What version 1 would say of a layer; None where it cannot."""
     if plan.routing is not None and type(plan.routing) is not MainWithVectors:
         return None
-    if plan.top_k is not None or any(base.merge != "mean" for base in plan.bases):
+    if plan.top_k is not None or plan.dropped or any(base.merge != "mean" for base in plan.bases):
         return None
     experts = []
     for e, slot in enumerate(plan.slots):

@@ -210,7 +210,8 @@ def of_recovery(
     begun, options = begin_model(model, device, dtype), training.options
     names, plan = {layer.shape.name for layer in find_layers(begun.model)}, training.plan
     if plan is not None:
-        plan = dataclasses.replace(plan, layers=tuple(layer for layer in plan.layers if layer.layer in names))
+        layers = tuple(layer for layer in plan.of_result().layers if layer.layer in names)
+        plan = dataclasses.replace(plan, layers=layers)
     short = dataclasses.replace(options, steps=3, validate_every=0, checkpoint_every=0)
     few = some_blocks(validation, torch.arange(min(len(validation), options.batch_size)))
     original, theirs = _original(training, begun.model, device)

@@ -110,7 +110,7 @@ def recover(
     by_layer = goes_by_layer(chosen, stream)
     streamed = by_layer and is_to_stream([model, source], stream, device, torch.float32)
     whole = decided or keep_all(shape)
-    after = _becomes(whole, chosen.way, shape, by_layer)
+    after = whole.with_result(_becomes(whole.of_result(), chosen.way, shape, by_layer))
     trained = count_trainable(open_source(model).model, decided, chosen, uses)
     written = _written_bytes(model, shape, trained, chosen, by_layer, _old_bytes(decided, chosen.way, source, device))
     written += 0 if after is whole else after.size(before).bytes - whole.size(before).bytes
@@ -127,7 +127,7 @@ def recover(
         forget(workdir)
         forget(logits)
     ranks.wait()
-    training = (whole, blocks, validation, chosen)
+    training = (whole.of_result(), blocks, validation, chosen)
     where = {"device": device, "workdir": workdir, "progress": _told(progress, chosen)}
     with _forgotten_unless_begun(workdir):
         if by_layer:

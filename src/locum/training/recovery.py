@@ -46,6 +46,10 @@ def check_fits(way: Way, plan: Plan | None, flag: str = "--how") -> None:
         raise OptionError(
             f"{flag} {way.name} trains no masked experts, whose zeros would not stay; train before, and mask the result"
         )
+    if plan is not None and plan.numbering.gone and way.layer_by_layer:
+        raise OptionError(
+            f"{flag} {way.name} goes by the original's layers, and the plan drops some of them; use {flag} kd, lora or full"
+        )
     objection = way.objection(plan)
     if objection is not None:
         others = [f"{flag} {name}" for name, cls in WAYS.items() if cls().objection(plan) is None]
@@ -58,7 +62,7 @@ def count_trainable(
     """How many parameters recovery would train: for a way that chooses by use, without it, at most. `model` is used up; it may be on
     the meta device (skeleton)."""
     check_recovery(options)
-    context = Context(model, plan, options.steps, options.seed, uses=uses)
+    context = Context(model, plan and plan.of_result(), options.steps, options.seed, uses=uses)
     check_layers(context)
     options.way.prepare(context, options.steps)  # the end of training, when no old weights are needed
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -94,8 +98,9 @@ def recover_model(
     live model is left as it was in training: load it again. Raises OptionError, PlanError, DataError, UnsupportedModel.
     """
     check_recovery(options)
-    way, context = options.way, Context(model, plan, options.steps, options.seed, original, workdir)
-    check_fits(way, plan)
+    check_fits(way := options.way, plan)
+    plan = plan and plan.of_result()
+    context = Context(model, plan, options.steps, options.seed, original, workdir)
     if original is None and way.needs_original(plan):
         raise OptionError(f"--how {way.name} needs the original model; give it with --original (original=...)")
     check_tokens(model, tokens, options)

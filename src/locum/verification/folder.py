@@ -143,16 +143,21 @@ def check_plan(folder: Folder) -> str:
     if folder.before is None:
         return f"plan {plan.id}; the shape of the original is not known, so nothing more can be said"
     plan.validate(folder.before)
+    if len(folder.shape.layers) != len(folder.before.layers) - (len(plan.layers) - len(plan.staying)):
+        raise PlanError("plan.json leaves another number of layers than config.json has; one of the two was changed")
     for shape in folder.before.layers:
         layer = plan.layer(shape.name) or LayerPlan(shape.name, (KEPT,) * shape.num_experts)
-        there = folder.shape.layer(shape.name)
+        if layer.dropped:
+            continue
+        now = plan.numbering.name_after(shape.name)
+        there = folder.shape.layer(now)
         if there.num_experts != len(layer.survivors):
             raise PlanError(
                 f"plan.json leaves {len(layer.survivors)} experts in {shape.name}, config.json has {there.num_experts}; "
                 f"one of the two was changed"
             )
-        is_container = shape.name in layouts
-        if is_container and layouts[shape.name] != Layout.of(layer, shape):
+        is_container = now in layouts
+        if is_container and layouts[now] != Layout.of(layer, shape):
             raise PlanError(f"config.json lays {shape.name} out in another way than plan.json says; one was changed")
         if not (is_container or layer.is_dense):
             raise PlanError(

@@ -44,6 +44,7 @@ class Way(abc.ABC):
     changes_weights: ClassVar[bool] = True  # False: only routers and vectors change
     across_ranks: ClassVar[bool] = False  # whether several ranks can share a run: its loss is of the model's output
     experts_alone: ClassVar[bool] = False  # whether of the original its experts are enough, read one at a time
+    layer_by_layer: ClassVar[bool] = False  # whether it has the original's layers beside the model's own
     top_logits: ClassVar[int] = 0  # of the original's logits that are kept on the disk in its place
     reads_use: ClassVar[bool] = False  # whether `context.uses` is read: how text uses the experts
 

@@ -67,6 +67,7 @@ class Annealed(Way):
 
     across_ranks: ClassVar[bool] = True
     experts_alone: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     keep_size: bool = keep_size_option()

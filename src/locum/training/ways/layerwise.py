@@ -56,6 +56,7 @@ class Layerwise(Way):
     across_ranks: ClassVar[bool] = (
         False  # gradients do not come through the model's outputs, where weights are gathered
     )
+    layer_by_layer: ClassVar[bool] = True
     rank: int = rank_option()
     train_bases: bool = train_bases_option()
     keep_size: bool = keep_size_option()
