@@ -49,6 +49,7 @@ RANKED = "--budget --distinct --floor --multiple --protect --score"
 SEARCH = f"{RANKS} --block --candidates --counts --decompose --generations --importance --population --pruned"
 METHOD_OPTIONS = {
     "auto": "--checks --costs --draw --noise --only --price --prior --protect --protect-domains --seed --serves",
+    "block-drop": "--keep",
     "compressed-experts": "--main --renormalise --vectors",
     "con-moe": "--alike --score",
     "d2-moe": "--align --multiple --score --start",

@@ -20,7 +20,7 @@ from locum.methods import Method, Weights
 from locum.plans.plan import LayerPlan
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
-from locum.stats.events import EveryExpertEvent, RoutedEvent, RouterEvent, WeightsEvent
+from locum.stats.events import DecoderLayerEvent, EveryExpertEvent, RoutedEvent, RouterEvent, WeightsEvent
 from locum.stats.origin import Origin
 from locum.stats.stand_ins import CANDIDATES
 from locum.stats.sums import Statistics, Sums
@@ -70,7 +70,7 @@ def _made(shape: ModelShape, seed: int, never: tuple[int, ...], domains: int) ->
 
     of_text = tuple(name for name, definition in STATISTICS.items() if definition.event in (RouterEvent, RoutedEvent))
     summed = (*of_text, "output_cosine", "output_hsic", "every_output_sum", "weight_product", "router_product")
-    summed += ("stable_rank",)
+    summed += ("stable_rank", "decoder_turn_sum")
     domain_sums = [Sums(f"domain{i}", summed) for i in range(domains)]
     for index, layer in enumerate(shape.layers):
         num_experts, d = layer.num_experts, layer.hidden_size
@@ -95,7 +95,10 @@ def _made(shape: ModelShape, seed: int, never: tuple[int, ...], domains: int) ->
         weights = tuple(
             (normal(4, 6), normal(4, 6), normal(6, 4)) for _ in range(num_experts)
         )  # small: numbers are all that counts
+        apart = torch.Generator().manual_seed(1000 * seed + index)
         for sums in domain_sums:
+            before_TD, change_TD = torch.randn(2, sum(SAMPLES), 8, generator=apart)
+            sums.add(layer.name, DecoderLayerEvent(before_TD, before_TD + (1 + index % 3) * change_TD))
             sums.add(layer.name, WeightsEvent(weights, normal(num_experts, 6)))
     return with_weights(with_search(statistics_of(domain_sums, shape)), generator)
 

@@ -14,6 +14,7 @@ from locum.errors import OptionError, StatisticsError
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.definitions import STATISTICS
 from locum.stats.events import (
+    DecoderLayerEvent,
     EveryExpertEvent,
     HiddenGradientEvent,
     RoutedEvent,
@@ -82,7 +83,8 @@ def others(seed: int = 0) -> tuple[object, ...]:
     out_TED = torch.randn(6, E, D, generator=generator, dtype=torch.float64)
     counts = (2, 0, 3, 1, 0)
     back = HiddenGradientEvent(counts, torch.randn(sum(counts), F, generator=generator))
-    return WEIGHTS, EveryExpertEvent(out_TED), back, WeightGradientEvent(matrices(generator))
+    around = DecoderLayerEvent(*torch.randn(2, 6, D, generator=generator))
+    return WEIGHTS, EveryExpertEvent(out_TED), back, WeightGradientEvent(matrices(generator)), around
 
 
 FOUND = SearchEvent(
@@ -276,7 +278,7 @@ def slow_hsic(outputs: list[list[list[float]]]) -> list[list[float]]:
 
 
 def slow_others() -> dict[str, object]:
-    weights, every, back, gradient = others()
+    weights, every, back, gradient, around = others()
     numbers = [[v for m in expert for row in m.tolist() for v in row] for expert in weights.experts]
     gram = every.gram_TEE.tolist()
     cosine = [[sum(g[i][j] / math.sqrt(g[i][i] * g[j][j]) for g in gram) for j in range(E)] for i in range(E)]
@@ -305,7 +307,13 @@ def slow_others() -> dict[str, object]:
         "hidden_gradient_square": squares,
         "gate_up_gradient": [[*x[0].tolist(), *x[1].tolist()] for x in gradient.experts],
         "down_gradient": [x[2].tolist() for x in gradient.experts],
+        "decoder_turn_sum": sum(map(slow_turn, around.before_TD.tolist(), around.after_TD.tolist())),
     }
+
+
+def slow_turn(one: list[float], two: list[float]) -> float:
+    lengths = math.sqrt(sum(v * v for v in one)) * math.sqrt(sum(v * v for v in two))
+    return max(0.0, 1 - sum(a * b for a, b in zip(one, two, strict=True)) / lengths)
 
 
 def whole(increment: torch.Tensor | Rows) -> torch.Tensor:

@@ -56,9 +56,6 @@ LEFT_OUT = """
 ## What is left out, and why
 
 - MESA's score (arXiv 2609.04453): its formula could not be read. `mesa` has its rule for routers of high entropy.
-- Block Drop (arXiv 2406.02500) takes out whole decoder layers, attention and norms too. A plan says what becomes of experts, and a
-  stock config with fewer decoder layers differs from family to family (layer types, caches, dense first layers). `layer-drop` does
-  what it does of experts.
 - PuzzleMoE (arXiv 2511.04805) lets two experts share their weights, each with a mask and signs of its own. An expert computes with
   the sum of its parts, which are numbers or few bits of numbers; no part or format holds bits that multiply another part's weights
   yet. `masked` experts have zeros and are as large as they were.

@@ -30,6 +30,7 @@ from .. import ranks
 from ..data.tokens import check_vocabulary, cut, take
 from ..errors import DataError, OptionError, StatisticsError, UnsupportedModel
 from ..files import provenance as make_provenance
+from ..models.decoder_layers import decoder_stack, place_in
 from ..models.families import MoeLayer, read_expert
 from ..models.layer_major import passes, together
 from ..models.routers import router_logits
@@ -38,6 +39,7 @@ from ..models.watch import evaluating, experts_implementation, observable_layers
 from ..shapes import LayerShape
 from ..stats.definitions import STATISTICS
 from ..stats.events import (
+    DecoderLayerEvent,
     Event,
     EveryExpertEvent,
     HiddenGradientEvent,
@@ -327,6 +329,19 @@ class Observer:
         logits_TE = batch.text(logits.detach().reshape(-1, num_experts))
         batch.sums.add(layer.shape.name, RouterEvent(logits_TE, batch.sample_lengths))
 
+    def saw_decoder_layer(self, name: str, before: Any, after: Any) -> None:
+        states, batch = [x[0] if isinstance(x, tuple) else x for x in (before, after)], self.batch
+        if (
+            any(not isinstance(x, Tensor) or x.numel() % batch.num_rows for x in states)
+            or states[0].shape != states[1].shape
+        ):
+            raise UnsupportedModel(
+                f"{name}: its decoder layer does not give one hidden state for each that it is given, so how far it turns a token is "
+                f"not known; leave out what asks for it (method block-drop)"
+            )
+        before_TD, after_TD = (batch.text(x.detach().reshape(batch.num_rows, -1)) for x in states)
+        batch.sums.add(name, DecoderLayerEvent(before_TD, after_TD))
+
     def experts_forward(self, experts: nn.Module, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """An implementation of transformers' experts interface that also looks."""
         y_TD, event = run_experts(experts, x_TD, index_TK, gate_TK, self.inside)
@@ -406,6 +421,28 @@ def watch_experts(observer: Observer) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def watch_decoder_layers(observer: Observer) -> Iterator[None]:
+    """A hook on every decoder layer with experts, where a statistic reads what it makes of a hidden state."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            observer.saw_decoder_layer(name, given or named.get("hidden_states"), output)
+
+        return hook
+
+    hooks = []
+    if DecoderLayerEvent in observer.events:
+        names = [layer.shape.name for layer in observer.layers]
+        prefix, stack = decoder_stack(observer.model, names)
+        hooks = [stack[place_in(prefix, n)].register_forward_hook(hook_of(n), with_kwargs=True) for n in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def watch_gradients(observer: Observer) -> contextlib.AbstractContextManager[None]:
     """Gradients go where they are asked for, and nowhere else."""
     return contextlib.nullcontext() if observer.gradients is None else observer.gradients.ready()
@@ -419,6 +456,7 @@ def watched_with_experts(_observer: Observer) -> contextlib.AbstractContextManag
 WATCHERS: dict[type[Event], Callable[[Observer], contextlib.AbstractContextManager[None]]] = {
     RouterEvent: watch_routers,
     RoutedEvent: watch_experts,
+    DecoderLayerEvent: watch_decoder_layers,
     WeightsEvent: watched_with_experts,
     EveryExpertEvent: watched_with_experts,
     HiddenGradientEvent: watch_gradients,

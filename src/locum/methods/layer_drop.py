@@ -34,7 +34,7 @@ class LayerDrop:
     Edges:    `keep` layers stay, whatever is asked. Of equal similarities the earlier layer goes, of equal masses the expert
               with the lower index. A layer without tokens goes first.
     Source:   Layer Drop of the holistic study, arXiv 2406.02500. Differs: there shared experts, norm and router go too, and their
-              output counts in S_l; layers go whole; Block Drop, which takes attention along, is not there.
+              output counts in S_l; layers go whole. Block Drop, which takes attention along, is `block-drop`.
     """
 
     keep: int = option(1, "fewest layers that keep their experts", at_least=0)

@@ -136,6 +136,14 @@ class EveryExpertEvent(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class DecoderLayerEvent(Event):
+    """What went into the decoder layer that some experts are in, and what came out of it, padding left out."""
+
+    before_TD: Tensor
+    after_TD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class HiddenGradientEvent(Event):
     """What came back from the loss to the hidden states of a layer's experts: its pairs sorted by expert, no padding."""
 

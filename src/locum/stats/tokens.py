@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .definitions import statistic
-from .events import RoutedEvent, Rows
+from .events import DecoderLayerEvent, RoutedEvent, Rows
 from .merging import sample_of
 
 
@@ -65,6 +66,23 @@ def turn_sum(event: RoutedEvent) -> Tensor:
     """
     pairs_T = torch.bincount(event.token_P)
     return (event.turn_P.double() / pairs_T[event.token_P]).sum()
+
+
+@statistic("decoder_turn_sum", axes="", event=DecoderLayerEvent, on_demand=True)
+def decoder_turn_sum(event: DecoderLayerEvent) -> Tensor:
+    """How far the whole decoder layer turns a token, over all tokens.
+
+    sum_t max(0, 1 - cos(h_t, h'_t)),  h and h' the hidden state before and after the decoder layer
+
+    Needs:    the hidden states around the decoder layer; collected on demand only.
+    Shapes:   a single number.
+    Units:    none; a token adds 0 where its direction stays, 2 at most.
+    Edges:    0 for a domain without tokens. Where a model keeps several hidden states of a token, they count as one long one.
+    Cost:     one cosine per token.
+    Source:   Block Drop, arXiv 2406.02500, whose similarity is one less the mean of it.
+    """
+    turn_T = 1 - functional.cosine_similarity(event.before_TD.double(), event.after_TD.double(), dim=-1)
+    return turn_T.clamp(min=0).sum()
 
 
 @statistic("input_sample", axes="UD", event=RoutedEvent, on_demand=True, inside=True, merge="sample")
