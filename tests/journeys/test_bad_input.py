@@ -82,6 +82,7 @@ LINES = [
     (f"{APPLY} {{lacks_expert}}", "expert 3 is missing; every expert needs a line"),
     (f"{APPLY} {{rank_too_large}}", "expert 0 has rank 1000; allowed: 1 to 16"),
     (f"{APPLY} {{too_few}}", "leaves 1 experts|top_k=2|keep at least 2"),
+    (f"{APPLY} {{half_gone}}", "drops its decoder layer and has something left|let every expert of it be dropped"),
     (f"{APPLY} {{layer_twice}}", "is in the plan twice; keep one"),
     (f"{APPLY} {{unknown_layer}}", "unknown layer in the plan 'model.layers.77.mlp.experts': did you mean"),
     (f"{APPLY} {{unknown_fate}}", "unknown part 'own_weigths': did you mean 'own_weights'"),

@@ -230,6 +230,10 @@ def make_too_few(place):
     return edited(place, lambda plan, layer: layer.update(experts=drop, bases=[]))
 
 
+def make_half_gone(place):
+    return edited(place, lambda plan, layer: layer.update(dropped=True))
+
+
 def make_layer_twice(place):
     return edited(place, lambda plan, layer: plan["layers"].append(layer))
 

@@ -29,7 +29,10 @@ Plain = bool | int | float | str | None
 
 
 def prefix_in_files(model: PreTrainedModel, places: Mapping[str, Place]) -> str:
-    """What the files' names of decoder layers have before the number that the model gives them. Raises UnsupportedModel where that is not one thing."""
+    """What the files' names of decoder layers have before the number that the model gives them.
+
+    Raises UnsupportedModel where that is not one thing.
+    """
     stack = f"{_stack_of(model)[0]}."
     prefixes = set()
     for name, place in places.items():
@@ -69,7 +72,7 @@ def without_layers(config: PreTrainedConfig, numbering: Numbering) -> PreTrained
 def shorten(config: PreTrainedConfig, numbering: Numbering, count: int) -> None:
     """Take these of `count` decoder layers out of what a config says, in place."""
     for name, value in list(vars(config).items()):
-        if name.startswith("_") or not isinstance(value, (list, tuple)):
+        if name.startswith("_") or "token" in name or not isinstance(value, (list, tuple)):
             continue
         numbers = all(type(x) is int and 0 <= x < count for x in value) and list(value) == sorted({*value})
         if NUMBERS.search(name) and numbers:
