@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
-from locum.containers.build import build_layer
+from locum.containers.build import build_layer, build_layers
 from locum.containers.container import StandInExperts
 from locum.containers.costs import container_work
 from locum.containers.layout import Layout
@@ -26,7 +27,7 @@ from locum.experts.quantisers import errors
 from locum.experts.weights import ExpertWeights, mean_expert
 from locum.plans import plan_json
 from locum.plans.bits import FewBits
-from locum.plans.plan import KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
+from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import LayerStatistics
 from making.containers import KINDS, assert_near, routing
@@ -93,6 +94,42 @@ def container_of(plan: LayerPlan, kind: str = "swiglu") -> StandInExperts:
     container = StandInExperts(layout, KINDS[kind][0], torch.float32, "meta")
     container.load_state_dict(tensors, strict=True, assign=True)
     return container
+
+
+def candidates_of(base: Base) -> list[LayerPlan]:
+    """Plans in which all experts become one thing, some on a base."""
+    slots = [Slot((OwnWeights(format=f"int{b}-g32", quantiser="gptq"),)) for b in (8, 4, 3)]
+    slots += [Slot((LowRank(rank, "whitened", **INT4),)) for rank in (2, 4)]
+    slots += [Slot((slots[1].parts[0], LowRank(rank, "whitened", **INT4))) for rank in (2, 3)]
+    over = [Slot((SharedBase(0, **INT4),)), Slot((SharedBase(0, **INT4), LowRank(4, "whitened", **INT4)))]
+    return [LayerPlan("experts", (slot,) * E, (base,) if slot in over else ()) for slot in slots + over]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_that_are_built_together_are_built_as_each_alone(kind):
+    """Bases of other experts, aligned ones, drawn starts and mixed plans among them, to the bit."""
+    shape, read = layer_shape(kind), experts_of(kind).__getitem__
+    drawn = LayerPlan("experts", (Slot((LowRank(3, "gaussian"),)), DROPPED, *PLAN.slots[2:]), PLAN.bases)
+    bases = [Base((0, 6), (0.5, 0.5)), Base((5,), (1.0,)), Base((0, 6), (0.5, 0.5), align=True)]
+    plans = [PLAN, *(plan for base in bases for plan in candidates_of(base)), drawn]
+    together = list(build_layers(plans, shape, read, statistics(shape), 3))
+    for plan, (layout, tensors) in zip(plans, together, strict=True):
+        alone, expected = build_layer(plan, shape, read, statistics(shape), 3)
+        assert layout == alone and tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected), plan.slots
+
+
+def test_a_gram_matrix_is_factored_once_for_all_that_an_expert_may_become():
+    shape, base, sizes = layer_shape(), Base((5,), (1.0,)), []
+    factored = torch.linalg.cholesky
+
+    def counted(matrix: torch.Tensor, **how: bool) -> torch.Tensor:
+        sizes.append(len(matrix))
+        return factored(matrix, **how)
+
+    with mock.patch("torch.linalg.cholesky", counted):
+        list(build_layers(candidates_of(base), shape, experts_of("swiglu").__getitem__, statistics(shape), 3))
+    assert sizes.count(D) == sizes.count(F) == 2 * (E + 1)  # two for each expert, and for the base
 
 
 def every(part_of: object) -> LayerPlan:

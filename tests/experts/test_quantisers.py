@@ -10,7 +10,7 @@ import torch
 
 from locum.experts.factors import refitted
 from locum.experts.parts.low_rank import LowRank
-from locum.experts.quantisers import BORROWED, DAMPING, QUANTISERS, errors, gptq, seen_by, shrunk, writer
+from locum.experts.quantisers import BORROWED, DAMPING, QUANTISERS, Gram, errors, gptq, seen_by, shrunk, writer
 from locum.formats.int_groups import IntGroups
 from locum.formats.rows import row_format, stored_shape, unpack
 
@@ -53,10 +53,10 @@ def textbook(weight_OI: torch.Tensor, gram_II: torch.Tensor, item: IntGroups) ->
 @pytest.mark.parametrize("name", ["int4-g32", "int2-g32-z"])
 def test_gptq_is_the_textbook_s(name):
     weight, gram, item = drawn(3, IN), gram_of(inputs()), row_format(name)
-    found = item.read(gptq(weight, gram, item))[:, :IN]
+    found = item.read(gptq(weight, Gram(gram), item))[:, :IN]
     assert torch.equal(found, textbook(weight, gram, item))
     wide = weight.double()
-    gptq(wide, gram, item)
+    gptq(wide, Gram(gram), item)
     assert torch.equal(wide, weight.double())  # what it is given stays
 
 
@@ -67,7 +67,7 @@ def test_gptq_loses_no_row_more_than_nearest_on_what_it_was_given(name, tokens):
     gram = gram_of(inputs(tokens)) if tokens else torch.zeros(IN, IN, dtype=torch.float64)
     losses = {}
     for quantiser in QUANTISERS:
-        written = writer(name, quantiser)(weight, gram)
+        written = writer(name, quantiser)(weight, Gram(gram))
         assert torch.equal(written.numbers, unpack(name, written.stored, (OUT, IN), torch.float32))
         losses[quantiser] = errors(weight, written.numbers, gram)
     assert bool((losses["gptq"] <= losses["nearest"]).all())
@@ -84,19 +84,19 @@ def test_errors_are_those_of_the_outputs():
 @pytest.mark.parametrize("quantiser", QUANTISERS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_huge_weights_and_weights_that_are_alike(name, quantiser):
-    write, gram = writer(name, quantiser), gram_of(inputs())
+    write, gram = writer(name, quantiser), Gram(gram_of(inputs()))
     assert torch.equal(write(torch.zeros(OUT, IN), gram).numbers, torch.zeros(OUT, IN))
     weight = drawn(OUT, IN)
     numbers, huge = (write(weight * size, gram).numbers for size in (1.0, 2.0**80))
     assert torch.allclose(huge / 2.0**80, numbers, rtol=1e-5, atol=1e-6)
     alike = torch.full((OUT, IN), 0.75)
     assert torch.allclose(write(alike, gram).numbers, alike, rtol=0.02)
-    one, two = write(weight, gram), write(weight.clone(), gram.clone())
+    one, two = write(weight, gram), write(weight.clone(), Gram(gram.matrix_II.clone()))
     assert torch.equal(one.stored, two.stored) and one.stored.shape == stored_shape(name, (OUT, IN))
 
 
 def test_without_a_gram_matrix_and_for_floats_gptq_is_nearest():
-    weight, gram = drawn(OUT, 64), gram_of(inputs())[:64, :64]
+    weight, gram = drawn(OUT, 64), Gram(gram_of(inputs())[:64, :64])
     assert torch.equal(
         writer("int4-g32", "gptq")(weight, None).stored, writer("int4-g32", "nearest")(weight, None).stored
     )
@@ -148,7 +148,7 @@ def test_an_adapter_in_few_bits_loses_less_than_its_factors_apart(has_gate):
     row |= {"down_B_DR": drawn(d, r, seed=3)} | ({"gate_B_FR": drawn(f, r, seed=4)} if has_gate else {})
     x_TD, h_TF = inputs(), drawn(T, 3, seed=5) @ drawn(3, f, seed=6) + 0.1 * drawn(T, f, seed=7)
     write = writer(name, "gptq")
-    stored = LowRank.store(row, write, {"up_FD": gram_of(x_TD), "down_DF": gram_of(h_TF)})
+    stored = LowRank.store(row, write, {"up_FD": Gram(gram_of(x_TD)), "down_DF": Gram(gram_of(h_TF))})
     assert stored.keys() == row.keys()
     numbers = {leaf: unpack(name, stored[leaf], tuple(t.shape), torch.float32) for leaf, t in row.items()}
     apart = {leaf: write(t, None).numbers for leaf, t in row.items()}

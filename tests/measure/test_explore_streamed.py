@@ -54,7 +54,8 @@ def test_stand_ins_and_noise_are_those_of_the_whole_model(two):
     variants = [{first: plans[first], last: dropping}, {}, plans, {middle: plans[middle]}]
     for held in (2**30, 3 * held_bytes(streamed.model, 32)):
         with mock.patch("locum.models.layer_major.HELD", held), mock.patch("locum.measure.stand_ins.HELD", held):
-            assert streamed.together == max(1, held // held_bytes(streamed.model, 32) // 2) and whole.together == 1
+            assert streamed.together == max(1, held // held_bytes(streamed.model, 32) // 2)
+            assert whole.together > len(more)
             for with_losses in (True, False):
                 asked = [explorer.stand_ins(more, with_losses) for explorer in two]
                 assert all(map(torch.equal, *asked))

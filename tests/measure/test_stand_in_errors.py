@@ -6,6 +6,7 @@ Letters: E experts.
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -196,3 +197,15 @@ def test_a_model_that_predicts_nothing_has_no_price(explorer, monkeypatch):
     monkeypatch.setattr(type(explorer.model), "get_output_embeddings", lambda _: None)
     with pytest.raises(UnsupportedModel, match="does not predict tokens"):
         explorer.noise_price(0.1)
+
+
+def test_plans_built_in_turn_and_together_lose_the_same(model, explorer):
+    """With room for all of them, and for one at a time."""
+    name = explorer.shape.layers[0].name
+    plans = [plan_of(name), *(LayerPlan(name, (Slot((LowRank(rank, "svd"),)),) * 8) for rank in (8, 4, 2))]
+    asked = []
+    for built in (0, 2**30):
+        with mock.patch("locum.measure.stand_ins.BUILT", built):
+            asked.append(explorer.stand_ins(plans, with_losses=True))
+        assert len(explorer._trials._made) == (len(plans) if built else 1)
+    assert all(map(torch.equal, *asked))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..containers.build import build_layer, check_statistics, rewritten, stack_dense
+from ..containers.build import build_layers, check_statistics, rewritten, stack_dense
 from ..containers.container import StandInExperts
 from ..containers.layout import Layout
 from ..containers.rows import tensors_of
@@ -57,11 +57,23 @@ def make_container(
     seed: int,
 ) -> StandInExperts:
     """The container of one layer, filled. It does not matter where `read` takes the experts from."""
-    layout, tensors = build_layer(plan, shape, read, statistics, seed, activate)
+    return next(make_containers([plan], shape, read, activate, statistics, seed))
+
+
+def make_containers(
+    plans: Sequence[LayerPlan],
+    shape: LayerShape,
+    read: Callable[[int], ExpertWeights],
+    activate: Callable[[Tensor], Tensor],
+    statistics: LayerStatistics | None,
+    seed: int,
+) -> Iterator[StandInExperts]:
+    """The containers of several plans of one layer; what they share is made once (`build_layers`)."""
     like = read(0).down_DF
-    container = StandInExperts(layout, activate, like.dtype, "meta")
-    container.load_state_dict(tensors, assign=True, strict=True)
-    return container.to(like.device)
+    for layout, tensors in build_layers(plans, shape, read, statistics, seed, activate):
+        container = StandInExperts(layout, activate, like.dtype, "meta")
+        container.load_state_dict(tensors, assign=True, strict=True)
+        yield container.to(like.device)
 
 
 def apply_plan(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key
 
 from ..errors import CheckpointError
-from ..experts.quantisers import QUANTISERS
+from ..experts.quantisers import QUANTISERS, Gram
 from ..formats.format import part_name
 from ..formats.plain import ENTRIES, FLOAT_ENTRIES
 from ..formats.schemes import Scheme, quantization_config
@@ -164,11 +164,11 @@ class Compression:
             yield piece_OI
 
     def _levels(self, piece_OI: Tensor, weight: Weight) -> dict[str, Tensor]:
-        gram_II = None
+        gram = None
         if self._grams is not None and weight.layer:
-            gram_II = self._grams(weight.layer, weight.expert)[weight.is_down]
-        quantiser = QUANTISERS["nearest" if gram_II is None else "gptq"]
-        return quantiser.parts(piece_OI, gram_II, weight.scheme.levels)
+            gram = Gram(self._grams(weight.layer, weight.expert)[weight.is_down])
+        quantiser = QUANTISERS["nearest" if gram is None else "gptq"]
+        return quantiser.parts(piece_OI, gram, weight.scheme.levels)
 
 
 def expert_weights(source: Source, scheme: Scheme) -> dict[str, Weight]:

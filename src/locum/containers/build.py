@@ -10,7 +10,7 @@ Letters: E experts, D model width, F expert width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..experts.fitting import Activation, fit_down
 from ..experts.parts.own_weights import OwnWeights, rows_of, weights_of
 from ..experts.parts.part import Part
 from ..experts.parts.shared_base import SharedBase
-from ..experts.quantisers import QUANTISERS, layer_means, seen_by, writer
+from ..experts.quantisers import QUANTISERS, Gram, layer_means, seen_by, writer
 from ..experts.weights import ExpertWeights, alignment, mean_expert, permute_hidden
 from ..plans.layer_plan import MERGES
 from ..plans.plan import LayerPlan
@@ -45,8 +45,32 @@ def check_statistics(plan: LayerPlan, layer: Mapping[str, Tensor] | None) -> Non
         )
 
 
+class Shared:
+    """What plans of one layer are built from alike, made once. Of an expert there is one thing by each name, until the next expert: its
+    factored Gram matrices are as large as all of its weights in float64, several times."""
+
+    def __init__(self) -> None:
+        self._e = -1
+        self._of_expert: dict[Hashable, tuple[Hashable, Any]] = {}
+        self._of_layer: dict[Hashable, Any] = {}
+
+    def of_layer(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        if name not in self._of_layer:
+            self._of_layer[name] = make()
+        return self._of_layer[name]
+
+    def of_expert(self, e: int, name: Hashable, which: Hashable, make: Callable[[], Any]) -> Any:
+        """The thing of this name, if it is still the one that is asked for."""
+        if e != self._e:
+            self._e, self._of_expert = e, {}
+        if name not in self._of_expert or self._of_expert[name][0] != which:
+            self._of_expert.pop(name, None)  # first, as both may be large
+            self._of_expert[name] = which, make()
+        return self._of_expert[name][1]
+
+
 class BuildSite:
-    """One layer, as parts are built from it (experts/parts/part.py: Site)."""
+    """One layer, as parts are built from it (experts/parts/part.py: Site). Several plans of it may share what they are built from."""
 
     def __init__(
         self,
@@ -55,11 +79,12 @@ class BuildSite:
         statistics: LayerStatistics | None,
         seed: int,
         activate: Activation | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.plan, self._read, self.statistics, self._activate = plan, read, statistics, activate
         self.generator = torch.Generator().manual_seed(seed)
-        self._bases: dict[int, ExpertWeights] = {}
-        self._stored: dict[Part, tuple[int, dict[str, Tensor]]] = {}
+        own_order = any(base.align for base in plan.bases)  # of hidden units: other plans have another
+        self._shared = Shared() if shared is None or own_order else shared
         self._once: dict[Hashable, Any] = {}
 
     def read(self, e: int) -> ExpertWeights:
@@ -86,26 +111,35 @@ class BuildSite:
         return None if index is None else self.orders[index].get(e)
 
     def original(self, e: int) -> ExpertWeights:
-        order_F = self._order(e)
-        return self.read(e) if order_F is None else permute_hidden(self.read(e), order_F)
+        def made() -> ExpertWeights:
+            order_F = self._order(e)
+            return self.read(e) if order_F is None else permute_hidden(self.read(e), order_F)
+
+        return self._shared.of_expert(e, "original", None, made)
 
     def base(self, index: int) -> ExpertWeights:
-        if index not in self._bases:
-            base, order = self.plan.bases[index], self.orders[index]
+        base = self.plan.bases[index]
+
+        def made() -> ExpertWeights:
+            order = self.orders[index]
 
             def members() -> Iterator[ExpertWeights]:
                 return (permute_hidden(self.read(e), order[e]) if e in order else self.read(e) for e in base.experts)
 
-            made = mean_expert(members(), base.weights)
-            if base.merge == "least-squares":
-                if self._activate is None:
-                    raise ValueError("a base that is fitted needs the family's activation")
-                made = fit_down(made, members(), base.weights, self.statistics["input_sample"], self._activate)
-            self._bases[index] = made
-        return self._bases[index]
+            mean = mean_expert(members(), base.weights)
+            if base.merge != "least-squares":
+                return mean
+            if self._activate is None:
+                raise ValueError("a base that is fitted needs the family's activation")
+            return fit_down(mean, members(), base.weights, self.statistics["input_sample"], self._activate)
+
+        return self._shared.of_layer(("base", base), made)
+
+    def _whole_part(self, e: int) -> Part | None:
+        return next((part for part in self.plan.slots[e].parts if isinstance(part, (OwnWeights, SharedBase))), None)
 
     def others(self, e: int) -> ExpertWeights | None:
-        part = next((part for part in self.plan.slots[e].parts if isinstance(part, (OwnWeights, SharedBase))), None)
+        part = self._whole_part(e)
         if part is None:
             return None
         weights = self.base(part.base) if isinstance(part, SharedBase) else self.original(e)
@@ -121,25 +155,39 @@ class BuildSite:
         """A part's row as it is stored. What others of the expert, or of its base, ask for next is not made again."""
         if not part.format:
             return part.build(e, self)
-        known, found = self._stored.get(part, (-1, {}))
-        if known != e and not (found and isinstance(part, SharedBase)):
+
+        def made() -> dict[str, Tensor]:
             grams = self._seen_by(part, e) if QUANTISERS[part.quantiser].needs else {}
-            found = part.store(part.build(e, self), writer(part.format, part.quantiser), grams)
-            if part.is_whole:
-                self._stored[part] = e, found
-        return found
+            return part.store(part.build(e, self), writer(part.format, part.quantiser), grams)
 
-    def _seen_by(self, part: Part, e: int) -> dict[str, Tensor]:
-        """The mean Gram matrices of the inputs of a part's whole weights; a base sees what all experts see that use it."""
         if isinstance(part, SharedBase):
-            return self.seen(*self.members(part))
-        return self.seen(e)
+            return self._shared.of_layer(("row", *self._which(part)), made)
+        return self._shared.of_expert(e, "row", part, made) if part.is_whole else made()
 
-    def seen(self, *experts: int) -> dict[str, Tensor]:
-        """The same of experts together."""
-        grams = [self.input_grams(x) for x in experts]
-        sums = {name: torch.stack([gram[name] for gram in grams]).sum(0) for name in ("up_FD", "down_DF")}
-        return seen_by(sums, float(self.statistics["count"][list(experts)].sum()), *self._means)
+    def _which(self, part: Part | None) -> tuple[Hashable, ...]:
+        """What tells a part's whole weights from others that an expert may have in other plans."""
+        if isinstance(part, SharedBase):
+            return part.format, part.quantiser, self.plan.bases[part.base], self.members(part)
+        return (part,)
+
+    def _seen_by(self, part: Part, e: int) -> dict[str, Gram]:
+        """The mean Gram matrices of the inputs of a part's whole weights; a base sees what all experts see that use it."""
+        return self._seen(*self.members(part)) if isinstance(part, SharedBase) else self.seen(e)
+
+    def seen(self, e: int) -> dict[str, Gram]:
+        return self._shared.of_expert(e, "seen", None, lambda: self._seen(e))
+
+    def _seen(self, *experts: int) -> dict[str, Gram]:
+        """The same of experts together, added up one by one."""
+        grams = (self.input_grams(x) for x in experts)
+        sums = {name: gram.clone() for name, gram in next(grams).items() if name != "gate_FD"}
+        for gram in grams:
+            for name, total in sums.items():
+                total += gram[name]
+        seen = seen_by(sums, float(self.statistics["count"][list(experts)].sum()), *self._means)
+        device = self.original(experts[0]).up_FD.device
+        inputs, hidden = Gram(seen["up_FD"].to(device)), Gram(seen["down_DF"].to(device))
+        return {"gate_FD": inputs, "up_FD": inputs, "down_DF": hidden}
 
     def members(self, part: Part) -> tuple[int, ...]:
         return tuple(e for e in self.plan.survivors if part in self.plan.slots[e].all_parts(has_bias=False))
@@ -149,18 +197,23 @@ class BuildSite:
             self._once[key] = make()
         return self._once[key]
 
-    @functools.cached_property
+    def once_over(self, e: int, key: Hashable, make: Callable[[], Any]) -> Any:
+        return self._shared.of_expert(e, key, self._which(self._whole_part(e)), make)
+
+    @property
     def _means(self) -> tuple[Tensor, float]:
         """The mean of x x^T over what the layer gives its experts, and the mean square of a hidden unit."""
-        return layer_means(self._each_gram("input_gram"), self._each_gram("hidden_gram"), self.statistics["count"])
+        both = (self._each_gram(name) for name in ("input_gram", "hidden_gram"))
+        return self._shared.of_layer("means", lambda: layer_means(*both, self.statistics["count"]))
 
     def _each_gram(self, name: str) -> Iterator[Tensor]:
         """Of every expert. All of a layer's may be more than memory holds: one is mapped from its file whenever it is asked for."""
         return (self.statistics[name][e] for e in range(len(self.plan.slots)))
 
-    @functools.cached_property
+    @property
     def _has_finite_grams(self) -> bool:
-        return all(bool(x.isfinite().all()) for name in ("input_gram", "hidden_gram") for x in self._each_gram(name))
+        grams = (x for name in ("input_gram", "hidden_gram") for x in self._each_gram(name))
+        return self._shared.of_layer("finite", lambda: all(bool(x.isfinite().all()) for x in grams))
 
     def _gram(self, name: str, e: int) -> Tensor:
         if not self._has_finite_grams:
@@ -215,11 +268,34 @@ def build_layer(
     family's activation, for bases that are fitted to outputs.
     Raises PlanError where they are missing.
     """
-    layout = Layout.of(plan, shape)
-    rows: dict[str, dict[int, Tensor]] = {name: {} for name in layout.tensor_shapes()}
-    for name, row, tensor in build_rows(plan, shape, read, layer, seed, activate=activate):
-        rows[name][row] = tensor
-    return layout, {name: torch.stack([rows[name][row] for row in range(len(rows[name]))]) for name in rows}
+    return next(build_layers([plan], shape, read, layer, seed, activate))
+
+
+def build_layers(
+    plans: Sequence[LayerPlan],
+    shape: LayerShape,
+    read: Read,
+    layer: LayerStatistics | None = None,
+    seed: int = 0,
+    activate: Activation | None = None,
+) -> Iterator[tuple[Layout, dict[str, Tensor]]]:
+    """What `build_layer` makes of each plan, expert by expert, so that what an expert's Gram matrices are taken apart into serves all of
+    them. All of the results are in memory."""
+    shared = Shared()
+    made = [_Rows(plan, shape, read, layer, seed, activate, shared) for plan in plans]
+    rows: list[dict[str, dict[int, Tensor]]] = [{name: {} for name in each.layout.tensor_shapes()} for each in made]
+    for e in range(shape.num_experts):
+        for each, found in zip(made, rows, strict=True):
+            for name, row, tensor in each.of_expert(e):
+                found[name][row] = tensor
+    for each, found in zip(made, rows, strict=True):
+        for name, row, tensor in each.of_routing():
+            found[name][row] = tensor
+        stacked = {}
+        for name in list(found):
+            of_name = found.pop(name)
+            stacked[name] = torch.stack([of_name[row] for row in range(len(of_name))])
+        yield each.layout, stacked
 
 
 def build_rows(
@@ -235,23 +311,52 @@ def build_rows(
 
     Own weights of the experts in `but` are left out.
     """
-    check_statistics(plan, layer)
-    layout, site = Layout.of(plan, shape), BuildSite(plan, read, layer, seed, activate)
-    prefixes = {(stack.part, stack.variant, stack.format): (prefix, stack.rows) for prefix, stack in layout.prefixed()}
-    built = set()
-    for place, e in enumerate(plan.survivors):
-        for part in plan.slots[e].all_parts(shape.has_bias):
-            if e in but and isinstance(part, OwnWeights):
+    rows = _Rows(plan, shape, read, layer, seed, activate)
+    for e in plan.survivors:
+        yield from rows.of_expert(e, e in but)
+    yield from rows.of_routing()
+
+
+class _Rows:
+    """One layer of a plan, as its rows are built."""
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        shape: LayerShape,
+        read: Read,
+        layer: LayerStatistics | None,
+        seed: int,
+        activate: Activation | None,
+        shared: Shared | None = None,
+    ) -> None:
+        check_statistics(plan, layer)
+        self.layout, self._plan, self._shape, self._read = Layout.of(plan, shape), plan, shape, read
+        self._site = BuildSite(plan, read, layer, seed, activate, shared)
+        self._places = {e: place for place, e in enumerate(plan.survivors)}
+        stacks = self.layout.prefixed()
+        self._prefixes = {(stack.part, stack.variant, stack.format): (prefix, stack.rows) for prefix, stack in stacks}
+        self._built: set[tuple[str, int]] = set()
+
+    def of_expert(self, e: int, but_own: bool = False) -> Iterator[tuple[str, int, Tensor]]:
+        """What has not been built yet; nothing of an expert that is dropped."""
+        if e not in self._places:
+            return
+        for part in self._plan.slots[e].all_parts(self._shape.has_bias):
+            if but_own and isinstance(part, OwnWeights):
                 continue
-            prefix, rows = prefixes[part.stack.name, part.variant(), part.format]
-            if (prefix, rows[place]) not in built:
-                built.add((prefix, rows[place]))
-                for leaf, tensor in _built(part, e, site).items():
-                    yield prefix + leaf, rows[place], tensor
-    stored = layout.routing.tensors(layout) if layout.routing else {}
-    for name, (count, *size) in stored.items():
-        zeros = read(0).down_DF.new_zeros(size)
-        yield from ((name, row, zeros) for row in range(count))
+            prefix, rows = self._prefixes[part.stack.name, part.variant(), part.format]
+            row = rows[self._places[e]]
+            if (prefix, row) not in self._built:
+                self._built.add((prefix, row))
+                for leaf, tensor in _built(part, e, self._site).items():
+                    yield prefix + leaf, row, tensor
+
+    def of_routing(self) -> Iterator[tuple[str, int, Tensor]]:
+        stored = self.layout.routing.tensors(self.layout) if self.layout.routing else {}
+        for name, (count, *size) in stored.items():
+            zeros = self._read(0).down_DF.new_zeros(size)
+            yield from ((name, row, zeros) for row in range(count))
 
 
 def _built(part: Part, e: int, site: BuildSite) -> dict[str, Tensor]:

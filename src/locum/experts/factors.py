@@ -5,6 +5,8 @@ Letters: R rank, I inputs, O outputs, M the smaller of the two.
 
 from __future__ import annotations
 
+import functools
+
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -54,25 +56,44 @@ def refitted(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None)
 
 
 def whitened_factors(matrix: Tensor, gram_II: Tensor, rank: int, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """The rank-`rank` factors A [R, I], B [O, R] that lose least of what a matrix [O, I] says about its inputs.
+    """The factors of one rank of `Whitened`."""
+    return Whitened(matrix, gram_II, ridge).factors(rank)
+
+
+class Whitened:
+    """The factors A [R, I], B [O, R] of every rank that lose least of what a matrix [O, I] says about its inputs.
 
     They minimise ||(W - B A) S||_F, S S^T = G + r I, with G = sum x x^T over the inputs: SVD-LLM, arXiv 2403.07378,
     which truncates W S = U Sigma V^T and takes B A = U_R Sigma_R V_R^T S^-1. That product is U_R U_R^T W, and U are the
     eigenvectors of W S S^T W^T, so neither S nor its inverse is needed, and a singular G (fewer tokens than inputs)
     does no harm: r, the share `ridge` of G's mean diagonal, decides directions that no token saw. G = 0 (no token
     at all) gives the plain SVD. Both factors of a direction get the same norm. In float64, or in steps (`_in_steps`) where the rank
-    is small beside the matrix.
+    is small beside the matrix. All eigenvectors are found at once, so that any rank has the same as all others.
     """
-    if _few(rank, matrix):
-        return _on(_in_steps(matrix, gram_II, rank, ridge), matrix)
-    q_OM, rest_MI = None, matrix.double()
-    if len(rest_MI) > rest_MI.shape[1]:
-        q_OM, rest_MI = torch.linalg.qr(rest_MI)  # so that eigenvectors are of the smaller side, M = min(O, I)
-    gram_II = gram_II.to(rest_MI)
-    ridge_II = torch.eye(len(gram_II)).to(gram_II) * _ridge(gram_II, ridge)
-    a_RI, b_MR = _on(_leading(rest_MI @ (gram_II + ridge_II) @ rest_MI.T, rank), rest_MI)
-    b_OR = b_MR if q_OM is None else q_OM @ b_MR
-    return a_RI.to(matrix.dtype), b_OR.to(matrix.dtype)
+
+    def __init__(self, matrix: Tensor, gram_II: Tensor, ridge: float = 1e-6) -> None:
+        self._matrix, self._gram_II, self._ridge = matrix, gram_II, ridge
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A and B in the matrix's dtype. Raises torch.linalg.LinAlgError."""
+        matrix = self._matrix
+        if _few(rank, matrix):
+            return _on(_in_steps(matrix, self._gram_II, rank, self._ridge), matrix)
+        q_OM, rest_MI, u_MM = self._directions
+        a_RI, b_MR = _on(u_MM[:, :rank], rest_MI)
+        b_OR = b_MR if q_OM is None else q_OM @ b_MR
+        return a_RI.to(matrix.dtype), b_OR.to(matrix.dtype)
+
+    @functools.cached_property
+    def _directions(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Q and R of a matrix that is taller than wide, or none and the matrix, and the eigenvectors, largest first."""
+        q_OM, rest_MI = None, self._matrix.double()
+        if len(rest_MI) > rest_MI.shape[1]:
+            q_OM, rest_MI = torch.linalg.qr(rest_MI)  # so that eigenvectors are of the smaller side, M = min(O, I)
+        gram_II = self._gram_II.to(rest_MI)
+        ridge_II = torch.eye(len(gram_II)).to(gram_II) * _ridge(gram_II, self._ridge)
+        spread_MM = rest_MI @ (gram_II + ridge_II) @ rest_MI.T
+        return q_OM, rest_MI, torch.linalg.eigh(spread_MM).eigenvectors.flip(1)
 
 
 def _ridge(gram_II: Tensor, share: float) -> float:

@@ -17,6 +17,7 @@ Letters: O outputs, I inputs, J inputs of a group, E experts, D model width, F e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -39,25 +40,35 @@ class Written(NamedTuple):
     numbers: Tensor
 
 
-Write = Callable[
-    [Tensor, Tensor | None], Written
-]  # a matrix [O, I], and the Gram matrix of its inputs where it is known
+class Gram:
+    """The mean of x x^T over the inputs of matrices, and what gptq makes of it, which is made once for all of them and all formats."""
+
+    def __init__(self, matrix_II: Tensor) -> None:
+        self.matrix_II = matrix_II.double()
+
+    @functools.cached_property
+    def upper_II(self) -> Tensor:
+        """U with U^T U = the inverse of the damped matrix: its row c, from c on, is what the inverse has of the columns that are left
+        when c is reached."""
+        scale = float(self.matrix_II.diagonal().mean())
+        unit_II = torch.eye(len(self.matrix_II)).to(self.matrix_II)
+        damped_II = self.matrix_II + unit_II * (DAMPING * scale if scale > 0 else 1.0)
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+
+
+Write = Callable[[Tensor, Gram | None], Written]  # a matrix [O, I], and the Gram matrix of its inputs where it is known
 
 
 class Quantiser(NamedTuple):
     needs: tuple[str, ...]  # statistics
     only: type | None  # the one kind of format that it knows
-    parts: Callable[[Tensor, Tensor | None, Format], dict[str, Tensor]]
+    parts: Callable[[Tensor, Gram | None, Format], dict[str, Tensor]]
 
 
-def gptq(weight_OI: Tensor, gram_II: Tensor, format: IntGroups) -> dict[str, Tensor]:
+def gptq(weight_OI: Tensor, gram: Gram, format: IntGroups) -> dict[str, Tensor]:
     """The parts of a matrix by GPTQ, in the order of its columns. The levels of a group are chosen when it is reached."""
     rest_OI, columns = weight_OI.to(torch.float64, copy=True), weight_OI.shape[1]
-    gram_II = gram_II.to(rest_OI)
-    scale = float(gram_II.diagonal().mean())
-    damped_II = gram_II + torch.eye(columns).to(gram_II) * (DAMPING * scale if scale > 0 else 1.0)
-    # U with U^T U = the inverse: its row c, from c on, is what the inverse has of the columns that are left when c is reached.
-    upper_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    upper_II = gram.upper_II.to(rest_OI.device)
     price_I = (
         upper_II.diagonal().square().reciprocal()
     )  # of a column's squared error, once all later ones made up for it
@@ -98,16 +109,16 @@ def errors(weight_OI: Tensor, numbers_OI: Tensor, gram_II: Tensor) -> Tensor:
     return (lost_OI @ gram_II.to(lost_OI) * lost_OI).sum(1)
 
 
-def _nearest(weight: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
+def _nearest(weight: Tensor, gram: Gram | None, format: Format) -> dict[str, Tensor]:
     return format.write(weight.float())
 
 
-def _gptq(weight: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
+def _gptq(weight: Tensor, gram: Gram | None, format: Format) -> dict[str, Tensor]:
     near = format.write(weight.float())
     if gram is None or not isinstance(format, IntGroups):
         return near
     found = gptq(weight, gram, format)
-    error_O, least_O = (errors(weight, format.read(x)[:, : weight.shape[1]], gram) for x in (found, near))
+    error_O, least_O = (errors(weight, format.read(x)[:, : weight.shape[1]], gram.matrix_II) for x in (found, near))
     better_O1 = (error_O < least_O)[:, None]
     return {part: torch.where(better_O1, found[part], near[part]) for part in near}
 
@@ -122,7 +133,7 @@ def writer(format: str, quantiser: str) -> Write:
     """What writes matrices in a format."""
     item, made = row_format(format), QUANTISERS[quantiser].parts
 
-    def write(weight: Tensor, gram: Tensor | None) -> Written:
+    def write(weight: Tensor, gram: Gram | None) -> Written:
         parts = made(weight, gram, item)
         return Written(pack(format, parts), item.read(parts)[:, : weight.shape[1]].to(weight.dtype))
 

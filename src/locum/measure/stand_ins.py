@@ -6,17 +6,20 @@ L layers, D model width, Y sums per block.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.application import make_container
+from ..checkpoints.application import make_containers
 from ..containers.container import StandInExperts
+from ..containers.layout import Layout
 from ..data.tokens import Batch
 from ..models.families import MoeLayer, canonical_activation, read_expert
 from ..models.layer_major import HELD, held_bytes, is_streamed
@@ -29,14 +32,15 @@ from .changes import Change, ChangingModel
 from .loss import SUMS, Output, batch_sums, body_output
 
 ROOM = 2**24  # numbers of inputs that go through a stand-in at a time
+BUILT = 2**30  # bytes of containers that are built together
 
 
 class StandIns:
     """Trying stand-ins and noise on a live model, whole or streamed. Its divergence is KL(model || changed model), the mean over the sample's
     predicted tokens, in nats.
 
-    Where a streamed model is asked, what stands in is built when its layer is there, once for its errors and its divergence, and goes
-    after the last job that it serves. Cost: a pass over the sample for each thing that is tried.
+    Plans of one layer are built together, as many as take BUILT bytes, or one: what they share is made once. Where a streamed model is
+    asked, that is when its layer is there, once for errors and divergence. Cost: a pass over the sample for each thing that is tried.
     """
 
     def __init__(self, live: ChangingModel, batches: Sequence[Batch], statistics: Statistics | None, seed: int) -> None:
@@ -48,9 +52,11 @@ class StandIns:
 
     @property
     def together(self) -> int:
-        """How many plans are best tried at once: as many as have room where the model is streamed, else one."""
+        """How many plans are best tried at once: all, or as many as have room where the model is streamed."""
         model = self.live.model
-        return max(1, HELD // held_bytes(model, self._tokens) // len(self.batches)) if is_streamed(model) else 1
+        return (
+            max(1, HELD // held_bytes(model, self._tokens) // len(self.batches)) if is_streamed(model) else sys.maxsize
+        )
 
     def stand_ins(self, plans: Sequence[LayerPlan], pairs: RoutedEvent, with_losses: bool) -> tuple[Tensor, Tensor]:
         """For plans of one layer, whose pairs of the sample these are: [C, E] of each expert sum g^2 |f(x) - f'(x)|^2, f' what the plan
@@ -58,17 +64,21 @@ class StandIns:
         error_CE = torch.full((len(plans), len(plans[0].slots)), torch.nan, dtype=torch.float64)
 
         def tried(c: int, layer: MoeLayer) -> AbstractContextManager[None]:
-            container = self._stand_in(layer, plans[c])
+            container = self._stand_in(layer, plans[c], plans[c + 1 :])
             if error_CE[c].isnan().all():
                 error_CE[c] = stand_in_errors(container, pairs)
             return standing_in(self.live.model, layer, plans[c], container)
 
-        if with_losses:
-            return error_CE, self._divergences([{plan.layer: partial(tried, c)} for c, plan in enumerate(plans)])
-        with self.live.quiet():
-            for c, plan in enumerate(plans):
-                tried(c, self.live.layers[plan.layer])
-        return error_CE, torch.full((len(plans),), torch.inf, dtype=torch.float64)
+        try:
+            if with_losses:
+                return error_CE, self._divergences([{plan.layer: partial(tried, c)} for c, plan in enumerate(plans)])
+            with self.live.quiet():
+                for c, plan in enumerate(plans):
+                    tried(c, self.live.layers[plan.layer])
+            return error_CE, torch.full((len(plans),), torch.inf, dtype=torch.float64)
+        finally:
+            if is_streamed(self.live.model):
+                self._made = {}
 
     def divergences(self, variants: Sequence[Mapping[str, LayerPlan]]) -> Tensor:
         """[C] the divergence where these layers are what their plans make of them."""
@@ -96,12 +106,16 @@ class StandIns:
         square_L = torch.tensor([sum(each) for each in squares], dtype=torch.float64)
         return torch.where(square_L > 0, lost_L / torch.where(square_L > 0, square_L, 1.0), 0.0)
 
-    def _stand_in(self, layer: MoeLayer, plan: LayerPlan) -> StandInExperts:
-        """The last one is kept, as it is asked for again at once; where the whole model is there and several are tried, all of them."""
+    def _stand_in(self, layer: MoeLayer, plan: LayerPlan, after: Sequence[LayerPlan] = ()) -> StandInExperts:
+        """What was built last is kept, as it is asked for again at once; where the whole model is there and several are tried, all of it.
+        `after` are plans of the same layer that are asked for next."""
         if plan not in self._made:
             if not self._keeps_made:
                 self._made = {}
-            self._made[plan] = stand_in(layer, plan, self.statistics, self.seed)
+            sizes = [Layout.of(each, layer.shape).nbytes(self.live.model.dtype.itemsize) for each in (plan, *after)]
+            count = max(1, sum(total <= BUILT for total in accumulate(sizes)))
+            some = (plan, *after)[:count]
+            self._made |= zip(some, stand_ins(layer, some, self.statistics, self.seed), strict=True)
         return self._made[plan]
 
     def _divergences(self, changes: Sequence[Mapping[str, Change]]) -> Tensor:
@@ -118,20 +132,23 @@ class StandIns:
         return sum_CBY[..., 0].sum(1) / sum_CBY[..., 1].sum(1).clamp(min=1)
 
 
-def stand_in(layer: MoeLayer, plan: LayerPlan, statistics: Statistics | None, seed: int) -> StandInExperts:
-    """The container of a layer as a plan has it: number formats, biases and norms are what they will be. Dropped experts keep their
+def stand_ins(
+    layer: MoeLayer, plans: Sequence[LayerPlan], statistics: Statistics | None, seed: int
+) -> Iterator[StandInExperts]:
+    """The containers of a layer as plans have it: number formats, biases and norms are what they will be. Dropped experts keep their
     places, with nothing in them."""
-    slots = tuple(slot if slot.survives else NOTHING for slot in plan.slots)
-    container = make_container(
-        replace(plan, slots=slots),
+    all_there = [replace(x, slots=tuple(slot if slot.survives else NOTHING for slot in x.slots)) for x in plans]
+    containers = make_containers(
+        all_there,
         layer.shape,
         lambda e: read_expert(layer.experts, e),
         canonical_activation(layer.experts),
-        statistics.layer(plan.layer) if statistics is not None and plan.needs else None,
+        statistics.layer(layer.shape.name) if statistics is not None and any(x.needs for x in plans) else None,
         seed,
     )
-    container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
-    return container
+    for container in containers:
+        container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
+        yield container
 
 
 def stand_in_errors(container: StandInExperts, pairs: RoutedEvent) -> Tensor:

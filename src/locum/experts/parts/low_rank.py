@@ -26,8 +26,8 @@ from torch.nn.functional import linear
 from ...errors import PlanError, unknown
 from ...kernels.grouped import add_halves
 from ...kernels.products import Products
-from ..factors import gaussian_factors, refitted, svd_factors, whitened_factors
-from ..quantisers import Write
+from ..factors import Whitened, gaussian_factors, refitted, svd_factors
+from ..quantisers import Gram, Write
 from .own_weights import first_product
 from .part import Part, Place, Site, Sizes, part
 
@@ -68,7 +68,10 @@ def _svd(task: Task) -> Factors:
 
 
 def _whitened(task: Task) -> Factors:
-    return whitened_factors(_rest(task), task.site.input_grams(task.e)[task.name], task.rank, RIDGE)
+    def made() -> Whitened:
+        return Whitened(_rest(task), task.site.input_grams(task.e)[task.name], RIDGE)
+
+    return task.site.once_over(task.e, ("whitened", task.name), made).factors(task.rank)
 
 
 STARTS: dict[str, Start] = {
@@ -142,13 +145,14 @@ class LowRank(Part):
         return first | {"up_B_FR": up_b, "down_A_RF": down_a, "down_B_DR": down_b}
 
     @classmethod
-    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Gram]) -> dict[str, Tensor]:
         """A first; then B, made anew for what became of A, on what that gives it."""
 
-        def second(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None) -> Tensor:
+        def second(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram: Gram | None) -> Tensor:
+            gram_II = None if gram is None else gram.matrix_II
             fitted_OR = refitted(b_OR, a_RI, new_RI, gram_II).to(b_OR.dtype)
             wide_RI = new_RI.double()
-            return write(fitted_OR, None if gram_II is None else wide_RI @ gram_II.to(wide_RI) @ wide_RI.T).stored
+            return write(fitted_OR, None if gram_II is None else Gram(wide_RI @ gram_II.to(wide_RI) @ wide_RI.T)).stored
 
         of_input, of_hidden, rank = grams.get("up_FD"), grams.get("down_DF"), row["up_B_FR"].shape[1]
         first, down = write(row["gate_up_A"], of_input), write(row["down_A_RF"], of_hidden)

@@ -71,7 +71,7 @@ class Masked(Part):
             inputs_D, hidden_F = (site.statistics[name][e] for name in mask.squares)
             known = {"gate_FD": inputs_D, "up_FD": inputs_D, "down_DF": hidden_F}
         elif mask.needs:
-            known = site.seen(e)
+            known = {name: gram.matrix_II for name, gram in site.seen(e).items()}
         return rows_of(
             site.original(e).map(
                 lambda name, tensor: mask.masked(tensor, known[name], pattern) if name in known else tensor

@@ -28,7 +28,7 @@ from ...kernels.products import Products
 from ...registry import Registry
 from ...shapes import LayerShape
 from ...stats.sums import LayerStatistics
-from ..quantisers import QUANTISERS, Write
+from ..quantisers import QUANTISERS, Gram, Write
 from ..weights import ExpertWeights
 
 
@@ -74,7 +74,7 @@ class Site(Protocol):
     def input_grams(self, e: int) -> dict[str, Tensor]:
         """The Gram matrix of each weight's inputs, by the weight's name, in the order of `original`."""
 
-    def seen(self, e: int) -> dict[str, Tensor]:
+    def seen(self, e: int) -> dict[str, Gram]:
         """The mean of x x^T over each weight's inputs, with what an expert that saw few tokens borrows (quantisers.py)."""
 
     def members(self, part: Part) -> tuple[int, ...]:
@@ -82,6 +82,9 @@ class Site(Protocol):
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, made once a layer: what several experts share is found together."""
+
+    def once_over(self, e: int, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives for an expert over its whole weights, as they are stored: made once for all plans that are built together."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Part(abc.ABC):
         """One row of every tensor."""
 
     @classmethod
-    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def store(cls, row: Mapping[str, Tensor], write: Write, grams: Mapping[str, Gram]) -> dict[str, Tensor]:
         """A row as a stack in few bits has it: bytes in place of matrices. `grams` are of the inputs of whole weights, by the
         weight's name; none where the quantiser reads none."""
         return {
