@@ -21,16 +21,18 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..formats.format import Format
 from ..formats.int_groups import Grid, IntGroups
 from ..formats.rows import pack, row_format
+from ..kernels.rounding import in_order, least
 
 DAMPING = 0.01  # of the mean diagonal of a Gram matrix, added to its diagonal: the value of the paper
 BORROWED = 0.125  # tokens of the layer's mean, for each input
+TOGETHER = 128  # columns, whole groups: what they lost reaches those after them in one product
+DOUBT = 0.01  # of two errors, the difference that float32 does not say
 
 
 class Written(NamedTuple):
@@ -47,12 +49,15 @@ class Gram:
         self.matrix_II = matrix_II.double()
 
     @functools.cached_property
+    def damping(self) -> float:
+        scale = float(self.matrix_II.diagonal().mean())
+        return DAMPING * scale if scale > 0 else 1.0
+
+    @functools.cached_property
     def upper_II(self) -> Tensor:
         """U with U^T U = the inverse of the damped matrix: its row c, from c on, is what the inverse has of the columns that are left
         when c is reached."""
-        scale = float(self.matrix_II.diagonal().mean())
-        unit_II = torch.eye(len(self.matrix_II)).to(self.matrix_II)
-        damped_II = self.matrix_II + unit_II * (DAMPING * scale if scale > 0 else 1.0)
+        damped_II = self.matrix_II + torch.eye(len(self.matrix_II)).to(self.matrix_II) * self.damping
         return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
 
 
@@ -65,42 +70,63 @@ class Quantiser(NamedTuple):
     parts: Callable[[Tensor, Gram | None, Format], dict[str, Tensor]]
 
 
-def gptq(weight_OI: Tensor, gram: Gram, format: IntGroups) -> dict[str, Tensor]:
-    """The parts of a matrix by GPTQ, in the order of its columns. The levels of a group are chosen when it is reached."""
+class Rounded(NamedTuple):
+    """A matrix by GPTQ: its parts, and of each row what it loses [O], with and without the damping."""
+
+    parts: dict[str, Tensor]
+    damped_O: Tensor
+    error_O: Tensor
+
+
+def gptq(weight_OI: Tensor, gram: Gram, format: IntGroups) -> Rounded:
+    """By GPTQ, in the order of the columns. The levels of a group are chosen when it is reached.
+
+    The squares of what columns lost, each over the diagonal of U, add up to trace (W - W') (G + d I) (W - W')^T.
+    """
     rest_OI, columns = weight_OI.to(torch.float64, copy=True), weight_OI.shape[1]
     upper_II = gram.upper_II.to(rest_OI.device)
     price_I = (
         upper_II.diagonal().square().reciprocal()
     )  # of a column's squared error, once all later ones made up for it
-    codes, grids = [], []
+    codes, grids, losses = [], [], []
+    damped_O, square_O = torch.zeros_like(rest_OI[:, 0]), torch.zeros_like(rest_OI[:, 0])
     for begin in range(0, columns, format.group):
-        end = min(begin + format.group, columns)
-        price = (price_I[begin:end] / price_I.max()).float()
-        grid = format.grid(rest_OI[:, begin:end].float(), price)
-        code, lost = _in_order(rest_OI[:, begin:end], upper_II[begin:end, begin:end], format, grid)
-        rest_OI[:, end:] -= lost @ upper_II[begin:end, end:]
+        here = slice(begin, min(begin + format.group, columns))
+        near = slice(here.stop, min(begin - begin % TOGETHER + TOGETHER, columns))
+        price = (price_I[here] / price_I.max()).float()
+        grid = format.grid(rest_OI[:, here].float(), price, least)
+        code, lost = _in_order(rest_OI[:, here], upper_II[here, here], format, grid)
+        losses.append(lost)
+        rest_OI[:, near].addmm_(lost, upper_II[here, near], alpha=-1)
+        if here.stop == near.stop:  # all further columns make up for these together
+            far, lost_OJ = slice(near.stop - sum(x.shape[1] for x in losses), near.stop), torch.cat(losses, 1)
+            rest_OI[:, near.stop :].addmm_(lost_OJ, upper_II[far, near.stop :], alpha=-1)
+            losses = []
+        damped_O += lost.square().sum(1)
+        square_O += (weight_OI[:, here] - format.numbers(code, grid)).double().square().sum(1)
         codes.append(code)
         grids.append(grid)
-    return format.packed(torch.cat(codes, 1), format.joined(grids))
+    parts = format.packed(torch.cat(codes, 1), format.joined(grids))
+    return Rounded(parts, damped_O, damped_O - gram.damping * square_O)
 
 
 def _in_order(rest_OJ: Tensor, upper_JJ: Tensor, format: IntGroups, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The codes of a group's columns, one column after the other, and what each of them lost.
-
-    `IntGroups.codes` and `numbers` in numpy, to the same bits: single columns are so small that calling torch would take most of the time.
-    """
-    rest_JO, upper_JJ = rest_OJ.T.cpu().numpy().copy(), upper_JJ.cpu().numpy()
-    scale_O, low_O = (None if x is None else x[:, 0].cpu().numpy() for x in grid)
-    half, divisor_O = np.float32(2 ** (format.bits - 1)), np.where(scale_O == 0, np.float32(1), scale_O)
-    code_JO, lost_JO = np.empty(rest_JO.shape, np.float32), np.empty_like(rest_JO)
+    """The codes of a group's columns, one column after the other, and what each of them lost: `IntGroups.codes` and `numbers`, to the same
+    bits, in few calls for a column. Where the processor can, in one call for all."""
+    half = 2 ** (format.bits - 1)
+    if (found := in_order(rest_OJ, upper_JJ, grid, half)) is not None:
+        return found
+    rest_JO, scale_O = rest_OJ.T.contiguous(), grid.scale[:, 0]
+    low_O = -half * scale_O if grid.minimum is None else grid.minimum[:, 0]  # the number of code 0
+    divisor_O = torch.where(scale_O == 0, 1.0, scale_O)
+    code_JO, lost_JO = torch.empty_like(rest_JO, dtype=torch.float32), torch.empty_like(rest_JO)
     for j, column_O in enumerate(rest_JO):
-        wide_O = column_O.astype(np.float32)
-        code_O = wide_O / divisor_O + half if low_O is None else (wide_O - low_O) / divisor_O
-        code_O = np.where(scale_O == 0, half, np.rint(code_O).clip(0, 2 * half - 1))
-        number_O = (code_O - half) * scale_O if low_O is None else code_O * scale_O + low_O
-        code_JO[j], lost_JO[j] = code_O, (column_O - number_O) / upper_JJ[j, j]
+        wide_O = column_O.float()
+        code_O = wide_O / divisor_O + half if grid.minimum is None else (wide_O - low_O) / divisor_O
+        code_JO[j] = code_O.round_().clamp_(0, 2 * half - 1)
+        torch.div(column_O - (code_O * scale_O + low_O), upper_JJ[j, j], out=lost_JO[j])
         rest_JO[j + 1 :] -= upper_JJ[j, j + 1 :, None] * lost_JO[j]
-    return tuple(torch.from_numpy(x).T.to(rest_OJ.device) for x in (code_JO, lost_JO))
+    return torch.where(scale_O == 0, float(half), code_JO).T, lost_JO.T
 
 
 def errors(weight_OI: Tensor, numbers_OI: Tensor, gram_II: Tensor) -> Tensor:
@@ -110,17 +136,32 @@ def errors(weight_OI: Tensor, numbers_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def _nearest(weight: Tensor, gram: Gram | None, format: Format) -> dict[str, Tensor]:
-    return format.write(weight.float())
+    return format.write(weight.float(), least) if isinstance(format, IntGroups) else format.write(weight.float())
 
 
 def _gptq(weight: Tensor, gram: Gram | None, format: Format) -> dict[str, Tensor]:
-    near = format.write(weight.float())
+    near = _nearest(weight, gram, format)
     if gram is None or not isinstance(format, IntGroups):
         return near
     found = gptq(weight, gram, format)
-    error_O, least_O = (errors(weight, format.read(x)[:, : weight.shape[1]], gram.matrix_II) for x in (found, near))
-    better_O1 = (error_O < least_O)[:, None]
-    return {part: torch.where(better_O1, found[part], near[part]) for part in near}
+    better_O1 = _is_better(found, near, weight, gram.matrix_II, format)[:, None]
+    return {part: torch.where(better_O1, found.parts[part], near[part]) for part in near}
+
+
+def _is_better(
+    found: Rounded, near: Mapping[str, Tensor], weight_OI: Tensor, gram_II: Tensor, format: IntGroups
+) -> Tensor:
+    """Which rows lose less by GPTQ [O]. The other error is a product in float32; where that is too near to say, both are in float64."""
+    columns, unit = weight_OI.shape[1], weight_OI.abs().max().float().clamp(min=torch.finfo(torch.float32).tiny)
+    lost_OI = (weight_OI.float() - format.read(near)[:, :columns]) / unit  # so that squares are numbers
+    least_O = (lost_OI @ gram_II.to(lost_OI) * lost_OI).sum(1).double() * unit.double().square()
+    clear_O = (found.error_O - least_O).abs() > DOUBT * torch.maximum(found.damped_O, least_O)
+    better_O, o = found.error_O < least_O, (~clear_O).nonzero()[:, 0]
+    if len(o):
+        both = ({part: tensor[o] for part, tensor in parts.items()} for parts in (found.parts, near))
+        error_O, least_O = (errors(weight_OI[o], format.read(x)[:, :columns], gram_II) for x in both)
+        better_O[o] = error_O < least_O
+    return better_O
 
 
 QUANTISERS: dict[str, Quantiser] = {

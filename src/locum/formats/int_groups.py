@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,6 +37,9 @@ class Grid(NamedTuple):
 
     scale: Tensor
     minimum: Tensor | None
+
+
+Least = Callable[[Tensor, Tensor, Grid, int], Tensor]  # `least_range`, or what is it to the bit
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class IntGroups:
         scale, *minimum = (x.float().repeat_interleave(self.group, -1)[..., : codes.shape[-1]] for x in groups)
         return self.numbers(codes, Grid(scale, minimum[0] if minimum else None))
 
-    def write(self, weight: Tensor) -> dict[str, Tensor]:
+    def write(self, weight: Tensor, least: Least | None = None) -> dict[str, Tensor]:
         """The nearest levels, for the scale of each group with which they are nearest."""
         if weight.dim() != 2 or not weight.numel():
             raise OptionError(f"{self.name} holds a matrix, not a tensor of shape {list(weight.shape)}")
@@ -92,39 +95,32 @@ class IntGroups:
             x_OI = torch.cat([x_OI, x_OI[:, -1:].expand(-1, missing)], dim=1)
             cost_I = torch.cat([cost_I, cost_I.new_zeros(missing)])
         x_OHJ = x_OI.unflatten(-1, (-1, self.group))
-        grid = self.grid(x_OHJ, cost_I.unflatten(-1, (-1, self.group)))
+        grid = self.grid(x_OHJ, cost_I.unflatten(-1, (-1, self.group)), least)
         return self.packed(self.codes(x_OHJ, grid).flatten(-2)[:, :columns], grid)
 
     # --- levels, codes and numbers of groups
 
-    def grid(self, x: Tensor, cost: Tensor) -> Grid:
-        """The levels of each group [..., J], among some ranges the one with the least sum of cost times squared error.
+    def grid(self, x: Tensor, cost: Tensor, least: Least | None = None) -> Grid:
+        """The levels of each group [..., J], among some ranges the one with the least sum of cost times squared error, as `least` finds it.
 
         Ties go to the wider range. A few rows at a time, each in all ranges.
         """
         room = ROOM // (2 * CLIPS[self.bits] * max(1, math.prod(x.shape[1:])))
-        grids = [self._grid(rows, cost) for rows in x.split(max(1, room))]
+        grids = [self._grid(rows, cost, least) for rows in ([x] if x.is_meta else x.split(max(1, room)))]
         minimums = [grid.minimum for grid in grids if grid.minimum is not None]
         return Grid(torch.cat([grid.scale for grid in grids]), torch.cat(minimums) if minimums else None)
 
-    def _grid(self, x: Tensor, cost: Tensor) -> Grid:
-        tried, most = self._ranges(x), x.abs().amax(-1, keepdim=True)
-        unit = torch.where(most > 0, most, 1.0)  # squares of huge or tiny numbers would be none
-        off = (self.numbers(self.codes(x, tried), tried) - x) / unit
-        error = (off.square() * cost).sum(-1, keepdim=True)
-        best = torch.where(error.isnan(), torch.inf, error).argmin(0, keepdim=True)
+    def _grid(self, x: Tensor, cost: Tensor, least: Least | None) -> Grid:
+        tried = self._ranges(x)
+        best = (least or least_range)(x, cost, tried, 2 ** (self.bits - 1))[None]
         return Grid(*(None if part is None else part.gather(0, best)[0] for part in tried))
 
     def codes(self, x: Tensor, grid: Grid) -> Tensor:
         """The codes of the nearest levels, in float32. Halves go to the even code."""
-        half, scale = 2 ** (self.bits - 1), torch.where(grid.scale == 0, 1.0, grid.scale)
-        codes = x / scale + half if grid.minimum is None else (x - grid.minimum) / scale
-        return torch.where(grid.scale == 0, float(half), codes.round().clamp(0, 2 * half - 1))
+        return _codes(x, grid, 2 ** (self.bits - 1))
 
     def numbers(self, codes: Tensor, grid: Grid) -> Tensor:
-        if grid.minimum is None:
-            return (codes - 2 ** (self.bits - 1)) * grid.scale
-        return codes * grid.scale + grid.minimum
+        return _numbers(codes, grid, 2 ** (self.bits - 1))
 
     def packed(self, codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The parts of a matrix, from its codes and the levels of its groups."""
@@ -150,6 +146,35 @@ class IntGroups:
         most = torch.where(high > -low, high, low)
         either, neither = most / -half * share, most.abs() / (half - 1) * share
         return Grid(_rounded(torch.stack([either, neither], 1).flatten(0, 1)), None)
+
+
+def _codes(x: Tensor, grid: Grid, half: int) -> Tensor:
+    scale = torch.where(grid.scale == 0, 1.0, grid.scale)
+    codes = x / scale + half if grid.minimum is None else (x - grid.minimum) / scale
+    return torch.where(grid.scale == 0, float(half), codes.round().clamp(0, 2 * half - 1))
+
+
+def _numbers(codes: Tensor, grid: Grid, half: int) -> Tensor:
+    return (codes - half) * grid.scale if grid.minimum is None else codes * grid.scale + grid.minimum
+
+
+def least_range(x: Tensor, cost: Tensor, tried: Grid, half: int) -> Tensor:
+    """Of each group [..., J] which of the ranges [Y, ..., 1] loses least [..., 1], the first of equals: costs [J], or [H, J], times squared
+    errors."""
+    most = x.abs().amax(-1, keepdim=True)
+    unit = torch.where(most > 0, most, 1.0)  # squares of huge or tiny numbers would be none
+    off = (_numbers(_codes(x, tried, half), tried, half) - x) / unit
+    error = _summed(off.square() * cost)
+    return torch.where(error.isnan(), torch.inf, error).argmin(0)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Over the last axis, by halves: an order that every processor can keep."""
+    x = torch.nn.functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    while x.shape[-1] > 1:
+        one, other = x.chunk(2, -1)
+        x = one + other
+    return x
 
 
 def _rounded(x: Tensor) -> Tensor:
