@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 KINDS = {"int": int, "str": str, "bool": bool}
+LATER = ("around_numel", "around_bytes")  # fields that came later: in JSON only where they say something, since ids hash it
 
 
 class _Checked:
@@ -141,7 +142,9 @@ class ModelShape(_Checked):
         return hashlib.sha256(json.dumps([self.model_type, layers]).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        made = asdict(self)
+        layers = [{key: x for key, x in layer.items() if x or key not in LATER} for layer in made["layers"]]
+        return made | {"layers": layers}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelShape:

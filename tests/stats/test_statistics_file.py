@@ -178,3 +178,12 @@ def test_statistics_that_may_not_be_read_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr("locum.files.Path.open", refuse)
     with pytest.raises(StatisticsError, match=r"s\.safetensors cannot be read: Permission denied; let this user"):
         load_statistics(tmp_path / "s.safetensors")
+
+
+def test_ids_of_files_that_were_written_before_stay(tmp_path):
+    """What a shape says of layers since then is in no file that was written before, and plans name their statistics by the id."""
+    shape = ModelShape("toy", (LayerShape("a.b.experts", 4, 2, 3, 5, "r", "softmax", True),), 10, 40, 4)
+    sums = {"count": torch.arange(8.0, dtype=torch.float64).view(2, 4)}
+    origin, searched = Origin(shape, "m", "t", ("d", "e")), SearchedBy("moe-i2", {"seed": 3})
+    made = Statistics(("code", "prose"), {"a.b.experts": sums}, origin, 15, {}, searched, 7, {"batch_size": 8})
+    assert made.id == "9bf7998499767ddc"  # by version 5ba11d5 of the sources

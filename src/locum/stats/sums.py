@@ -319,7 +319,8 @@ class Statistics:
     def id(self) -> str:
         """A hash of what these are of, what was asked, and a sample of every sum: by it a plan names them."""
         searched = None if self.searched is None else asdict(self.searched)
-        said = [self.domains, asdict(self.origin), self.tokens, searched, self.asked]
+        origin = asdict(self.origin) | {"shape": self.shape.to_json()}
+        said = [self.domains, origin, self.tokens, searched, self.asked]
         parts: list[bytes | str] = [json.dumps(said, sort_keys=True, default=str)]
         for layer, named in sorted(self.layers.items()):
             for name, tensor in sorted(named.items()):
