@@ -12,8 +12,10 @@ from torch.nn import functional
 import locum
 from engines.made import PLANS, REFERENCE, original
 from locum.bundled import sample_texts
+from locum.checkpoints.load import load_model
 from locum.checkpoints.read import load_tokenizer
 from locum.checkpoints.skeleton import read_shape
+from locum.engines import timing
 from locum.engines.engines import ENGINES, ask
 from locum.exports.gguf import Gguf
 from locum.exports.target import write_form
@@ -51,6 +53,37 @@ def test_the_engine_says_what_transformers_says(folders, name):
     assert {"logits", "greedy tokens", "tokenizer"} <= {c.check for c in checks if c.result == OK}
     tokens = next(c for c in checks if c.check == "greedy tokens")
     assert tokens.detail == "8 x 32 tokens are the same"
+
+
+def test_it_is_timed_beside_transformers(folders, tmp_path):
+    """From a file that is exported for it, and from one that is given, which has half of the bytes."""
+    short = {"prompt": 24, "new_tokens": 4, "batch_sizes": (1, 3), "rounds": 1, "threads": 1}
+    write_form(Gguf("f16"), folders["pruned"], file := tmp_path / "half.gguf")
+    shares = []
+    for given in (None, file):
+        result = locum.bench(folders["pruned"], engine="llamacpp,transformers", gguf=given, **short)
+        assert result["not_run"] == []
+        rows = {(r["batch"], r["phase"]): r for r in result["rows"] if r["engine"] == "llamacpp"}
+        assert set(rows) == {(size, phase) for size in (1, 3) for phase in ("prefill", "decode")}
+        assert rows[3, "prefill"]["tokens"] == 72 and all(min(row["seconds"]) > 0 for row in rows.values())
+        shares.append(result["models"]["model"]["engines"]["llamacpp"]["share"])
+    assert 1 <= shares[0] < 1.2  # it holds a tied head twice
+    assert shares[1] == pytest.approx(shares[0] / 2, rel=0.05)
+
+
+def test_several_prompts_at_a_time_are_read_as_one_by_one(folders, tmp_path):
+    """What is timed are the logits of these tokens: the last ones of each prompt are those of transformers."""
+    write_form(Gguf("f32"), folders["pruned"], file := tmp_path / "model.gguf")
+    tokenizer = load_tokenizer(REFERENCE)
+    ids = [tokenizer(text)["input_ids"][:12] for text in sample_texts(3, 400)]
+    subject = timing.LlamaCpp()
+    subject.load(str(file), ids, 8, 1)
+    subject.generate(3)  # leaves the logits of the last pass, over the tokens before the last
+    library = subject.library
+    logits_BV = torch.tensor([library.llama_get_logits_ith(subject.context, b)[:4096] for b in range(3)])
+    with torch.no_grad():
+        expected_BV = load_model(folders["pruned"], torch.float32)(torch.tensor(ids)[:, :-1]).logits[:, -1]
+    assert (logits_BV - expected_BV).abs().max() < 0.05  # its cache is in 16 bits
 
 
 def perplexity(file: Path, ids: list[list[int]], workdir: Path) -> float:

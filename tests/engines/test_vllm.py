@@ -360,3 +360,13 @@ def test_a_quantised_checkpoint_with_containers_is_served_from_a_folder(tmp_path
     said = json.loads((made / "config.json").read_text())["quantization_config"]
     with pytest.raises(UnsupportedModel, match="from a folder; fetch"):
         LocumQuantization.from_config(said).maybe_update_config("somebody/model", read_config(made))
+
+
+def test_it_is_timed_beside_transformers():
+    short = {"prompt": 24, "new_tokens": 4, "batch_sizes": (1, 3), "rounds": 1, "threads": 1}
+    result = locum.bench(REFERENCE, engine="vllm,transformers", **short)
+    assert result["not_run"] == []
+    rows = {(r["batch"], r["phase"]): r for r in result["rows"] if r["engine"] == "vllm"}
+    assert set(rows) == {(size, phase) for size in (1, 3) for phase in ("prefill", "decode")}
+    assert all(min(row["seconds"]) > 0 for row in rows.values())
+    assert result["models"]["model"]["engines"]["vllm"]["share"] == 1.0

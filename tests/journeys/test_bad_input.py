@@ -263,6 +263,8 @@ LINES = [
     ("bench {model} --batch-sizes 0", "--batch-sizes is 0; allowed: whole numbers from 1"),
     ("bench {model} --precision int8", "--precision is 'int8'; allowed: auto, fp32, bf16, fp16"),
     ("bench {model} --prompt 511", "543 tokens together|has 512 positions"),
+    ("bench {model} --engine lamacpp", "unknown engine 'lamacpp'|llamacpp"),
+    ("bench {model} --gguf {file}", "--gguf is for llama.cpp; give --engine llamacpp too"),
     ("bench {model} --device cuda:7", "--device cuda:7 cannot be used"),
     ("bench {model} --out {file}", "exists already|--force"),
     ("bench {model} --picture {inside_file}", "is a file, not a folder"),

@@ -107,7 +107,7 @@ TARGET_OPTIONS = {
 }
 COMMANDS = {
     "apply": "MODEL --dry-run --force --json --out --plan --seed --shard-size --statistics",
-    "bench": "MODEL --against --batch-sizes --device --force --json --new-tokens --out --picture --precision --prompt "
+    "bench": "MODEL --against --batch-sizes --device --engine --force --gguf --json --new-tokens --out --picture --precision --prompt "
     "--rounds --threads",
     "calibrate": "MODEL --also --batch-size --data --device --dry-run --force --gram --json --length --out --precision --seed "
     "--split --stream --tokens",
@@ -368,7 +368,7 @@ def test_commands_and_options_are_frozen():
         assert options == {name: sorted(flags.split()) for name, flags in frozen.items()}
 
 
-READ = {"against", "model", "onto", "original", "plan", "task_path"}  # options that name what is read
+READ = {"against", "gguf", "model", "onto", "original", "plan", "task_path"}  # options that name what is read
 WRITTEN = {"bench": ["picture"], "compress": ["statistics"], "frontier": ["picture"]}  # beside --out, if it is named
 WRITTEN = {
     "bench": ["picture"],

@@ -20,6 +20,7 @@ from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.containers.costs import container_work, row_sizes
 from locum.containers.layout import Layout, StackLayout
+from locum.engines.engines import ENGINES, Engine
 from locum.errors import EngineError, UnsupportedModel
 from locum.kernels import few_rows
 from locum.measure.costs import counted
@@ -197,6 +198,7 @@ def test_floor_and_ratios_follow_from_what_was_measured():
         {"tokens": 1, "bytes": 300, "operations": 100, "experts": [1, 1]},
     ]
     runs = {("model", "container", 1): 1.0, ("original", "eager", 1): 4.0, ("original", "grouped_mm", 1): 2.0}
+    runs["original", "toy", 1] = 3.0
     said = {
         run: [{"prefill": 10 * s * k, "decode": s * k, "peak_bytes": 7 * k} for k in (1, 2, 3)]
         for run, s in runs.items()
@@ -210,6 +212,7 @@ def test_floor_and_ratios_follow_from_what_was_measured():
         },
         "said": said,
         "not_run": [],
+        "engines": {("original", "toy"): {"version": "1", "bytes": 5, "share": 0.5}},
     }
     found = results({"model": {}, "original": {}}, measured, {})
     rows = {(row["model"], row["implementation"], row["phase"]): row for row in found["rows"]}
@@ -224,6 +227,12 @@ def test_floor_and_ratios_follow_from_what_was_measured():
     assert prefill["peak_bytes"] == 21
     assert decode["times_the_original"] == 2.0  # beside the faster of its implementations
     assert rows["original", "eager", "decode"]["times_the_original"] == 0.5
+    elsewhere = rows[
+        "original", "toy", "decode"
+    ]  # whose file has half of the bytes; one pass is still bound by operations
+    assert (elsewhere["engine"], decode["engine"]) == ("toy", "transformers")
+    assert (elsewhere["floor_seconds"], elsewhere["bytes_per_token"]) == (400 / 100 + 150 / 100, 100)
+    assert found["models"]["original"]["engines"] == {"toy": {"version": "1", "bytes": 5, "share": 0.5}}
 
 
 # --- the whole command ----------------------------------------------------------------------------------------------
@@ -306,6 +315,94 @@ def test_a_model_alone_and_a_terminal(checkpoint, tmp_path):
 
 def test_a_row_has_a_cell_for_every_head(compared):
     assert {len(page.cells(row)) for row in compared[0]["rows"]} == {len(page.HEADS)}
+
+
+# --- other engines --------------------------------------------------------------------------------------------------
+
+TOY = """
+import json, sys
+SECONDS = {"answer": {"prefill": 0.5, "decode": 0.25, "peak_bytes": None}}
+for line in sys.stdin:
+    with open(sys.argv[0] + ".said", "a") as file:
+        file.write(line)
+    print(json.dumps(%r if json.loads(line)["do"] == "load" else SECONDS), flush=True)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """An engine that answers at once; what it was asked is in the file beside its script."""
+
+    def made(error=None, **more):
+        answer = {"error": error} if error else {"answer": {"version": "7"} | ({"bytes": 4000} if more else {})}
+        (tmp_path / "toy.py").write_text(TOY % (answer,))
+        engine = Engine("toy", "Toy", **({"package": "json", "timing": tmp_path / "toy.py"} | more))
+        monkeypatch.setitem(ENGINES._items, "toy", engine)
+        return tmp_path / "toy.py.said"
+
+    return made
+
+
+def test_another_engine_is_timed_beside_transformers(checkpoint, toy):
+    said = toy()
+    result = locum.bench(checkpoint, engine="transformers,toy", **SHORT)
+    rows = {(r["implementation"], r["batch"], r["phase"]): r for r in result["rows"] if r["engine"] == "toy"}
+    assert set(rows) == {("toy", size, phase) for size in (1, 2) for phase in ("prefill", "decode")}
+    assert rows["toy", 2, "decode"]["tokens_per_second"] == 2 * 2 / 0.25
+    assert {r["implementation"] for r in result["rows"]} == {*STOCK, *OURS, "toy"}
+    told = [json.loads(line) for line in said.read_text().splitlines()]
+    assert told[0]["folder"] == str(checkpoint.resolve()) and told[0]["threads"] == 1 and told[0]["dtype"] == "float32"
+    assert [len(row) for row in told[0]["ids"]] == [SHORT["prompt"] + SHORT["new_tokens"]] * 2
+    assert [(one["do"], one["batch"]) for one in told[1:]].count(("generate", 2)) == 1 + SHORT["rounds"]
+    assert result["models"]["model"]["engines"]["toy"]["share"] == 1.0
+
+
+def test_another_engine_alone(checkpoint, toy):
+    toy()
+    result = locum.bench(checkpoint, engine="toy", **SHORT)
+    assert {r["implementation"] for r in result["rows"]} == {"toy"}
+    assert all(r["floor_seconds"] > 0 for r in result["rows"])
+
+
+def test_a_model_that_an_engine_refuses_is_said_not_to_run(checkpoint, toy):
+    toy(error=["ValueError", "no such architecture"])
+    result = locum.bench(checkpoint, engine="transformers,toy", **SHORT)
+    refused = {(x["implementation"], x["batch"], x["why"]) for x in result["not_run"]}
+    assert refused == {("toy", size, "no such architecture") for size in SHORT["batch_sizes"]}
+    with pytest.raises(EngineError, match="the model could not be timed at all: no such architecture"):
+        locum.bench(checkpoint, engine="toy", **SHORT)
+
+
+def test_a_form_that_cannot_hold_the_model_is_said_not_to_run(small, toy):
+    """Containers are no GGUF; the engine is not asked."""
+    said = toy(form="gguf")
+    result = locum.bench(small, engine="transformers,toy", **SHORT)
+    assert all("GGUF cannot hold" in x["why"] for x in result["not_run"]) and len(result["not_run"]) == 2
+    assert not said.exists()
+
+
+def test_a_given_file_is_what_the_engine_runs(checkpoint, toy, tmp_path):
+    said, file = toy(form="gguf"), tmp_path / "q4_0.gguf"
+    file.touch()
+    result = locum.bench(checkpoint, engine="toy", gguf=file, **SHORT)
+    assert json.loads(said.read_text().splitlines()[0])["folder"] == str(file)
+    model = result["models"]["model"]
+    assert model["engines"]["toy"]["share"] == 4000 / model["weights_bytes"]
+
+
+def test_engines_that_are_not_there_or_cannot_be_timed_are_refused(checkpoint, toy, monkeypatch):
+    toy(variable="LOCUM_TOY_PYTHON", folder=".venv-toy", package="no_such_package")
+    with pytest.raises(locum.OptionError, match=r"--engine toy is not there; `make engines` .* LOCUM_TOY_PYTHON"):
+        locum.bench(checkpoint, engine="toy", **SHORT)
+    monkeypatch.setenv("LOCUM_TOY_PYTHON", "/no/such/python")
+    with pytest.raises(locum.OptionError, match="LOCUM_TOY_PYTHON=/no/such/python is not there"):
+        locum.bench(checkpoint, engine="toy", **SHORT)
+    monkeypatch.setitem(ENGINES._items, "toy", Engine("toy", "Toy", "json"))
+    with pytest.raises(locum.OptionError, match="--engine toy cannot be timed; locum verify can ask it"):
+        locum.bench(checkpoint, engine="toy", **SHORT)
+    toy(form="gguf")
+    with pytest.raises(locum.OptionError, match="no such file: nowhere; --gguf is a model as"):
+        locum.bench(checkpoint, engine="toy", gguf="nowhere", **SHORT)
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

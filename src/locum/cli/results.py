@@ -216,6 +216,8 @@ def show_bench(result: dict[str, Any], as_json: bool) -> None:
         print_table(table, 170)
         for name, model in d["models"].items():
             say(page.memory_line(name, model))
+            for line in page.engine_lines(name, model):
+                say(line)
         for x in d["not_run"]:
             say(f"not run: {x['model']}, {x['implementation']}, {x['batch']} prompts: {x['why']}")
 

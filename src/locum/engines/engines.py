@@ -25,7 +25,7 @@ from ..files import write_text
 from ..json_text import parse_json
 from ..registry import Registry
 
-SCRIPT = Path(__file__).with_name("run.py")
+SCRIPT, TIMING = (Path(__file__).with_name(name) for name in ("run.py", "timing.py"))
 LAST_LINES = 3  # of what a process printed before it died
 
 
@@ -46,6 +46,7 @@ class Engine:
     form: str = ""  # of `locum export`, where it reads that alone and no checkpoint folder
     form_options: Mapping[str, Any] = field(default_factory=dict)
     script: Path = SCRIPT  # what its interpreter runs; it answers as run.py does
+    timing: Path | None = None  # what its interpreter runs to time it, which answers as timing.py does
     adapters: bool = False  # whether an adapter folder can be put over its base there
 
     def python(self) -> Path | None:
@@ -89,6 +90,7 @@ register_engine(
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
         },
+        timing=TIMING,
     )
 )
 register_engine(
@@ -100,6 +102,7 @@ register_engine(
         ".venv-llamacpp",
         form="gguf",
         form_options={"type": "f32"},
+        timing=TIMING,
     )
 )
 

@@ -5,18 +5,18 @@
 Every round asks each model, implementation and number of prompts once, in an order that moves on by one each time, so
 that other load on the machine hits all of them alike. Prefill is the pass over the prompts up to their first new token,
 decode the passes after it. The floor of a pass is what reading its weights takes at the measured bandwidth, or what its
-operations take at the measured rate, whichever is longer (measure/costs.py says what is counted).
+operations take at the measured rate, whichever is longer (measure/costs.py says what is counted). In another engine the same is
+counted, in proportion to the bytes of the weights that it holds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,18 +24,19 @@ from ..bundled import sample_texts
 from ..checkpoints.notes import plan_of
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer, read_config
 from ..checkpoints.skeleton import check_vocabularies, read_shape
-from ..engines.engines import last_words
-from ..errors import EngineError, OptionError
+from ..engines.engines import ENGINES, Engine, chosen_engines
+from ..errors import EngineError, LocumError, OptionError
 from ..files import check_output, or_else_printed, provenance, write_text
-from ..json_text import parse_json
 from ..places import name_of
 from ..stages.opening import Precision, dtype_of
 from ..stages.options import Device, Force, Help, Out, Progress, alone, check_number, device_of, silent
 from . import page
+from .asking import Asked, Elsewhere, Failed, worker
 
 KIND, FORMAT_VERSION = "locum-bench", 1
 CHARACTERS_PER_TOKEN = 10  # of text, on the safe side
 PHASES = ("prefill", "decode")
+OWN = "transformers"  # the engine whose implementations run.py times
 
 
 @alone
@@ -43,6 +44,16 @@ def bench(
     model: Path,
     *,
     against: Annotated[Path | None, Help("the original, timed in the same rounds")] = None,
+    engine: Annotated[
+        str,
+        Help(
+            lambda: f"engines, separated by commas: {', '.join(n for n, e in ENGINES.items() if n == OWN or e.timing)}"
+        ),
+    ] = OWN,
+    gguf: Annotated[
+        Path | None,
+        Help("the model as llama.cpp is to run it, such as in 4 bits; default: exported in its own precision"),
+    ] = None,
     prompt: Annotated[int, Help("tokens of a prompt")] = 128,
     new_tokens: Annotated[int, Help("tokens to generate after each prompt")] = 32,
     batch_sizes: Annotated[Sequence[int], Help("prompts at a time; may be given several times")] = (1, 8),
@@ -58,13 +69,20 @@ def bench(
     """Tokens per second, time to the first token, memory, and the work behind them, with the floor that the machine sets.
 
     With --against, side by side with the original under each of transformers' implementations of experts. On the processor, both
-    also as locum.optimize makes them.
+    also as locum.optimize makes them, and in other engines, each in an environment of its own (`make engines`).
     """
     folders = {"model": Path(model)} | ({} if against is None else {"original": Path(against)})
-    given = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "precision": precision, "threads": threads}
+    engines = _engines(engine, gguf, device := device_of(device))
+    given = {
+        "engines": [one.name for one in engines],
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "precision": precision,
+        "threads": threads,
+    }
     settings = given | {"batch_sizes": list(batch_sizes), "device": device}
     _check(settings)
-    settings["device"] = device_of(device)
     for path in (out, picture):
         if path is not None:
             check_output(path, force, inputs=list(folders.values()))
@@ -72,9 +90,15 @@ def bench(
     if against is not None:
         check_vocabularies(model, against)
     ids = _text_ids(folders["model"], max(batch_sizes), prompt + new_tokens)
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        workers = {name: stack.enter_context(_worker(name, Path(scratch) / name)) for name in folders}
-        measured = measure(workers, folders, ids, settings, progress)
+    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="locum-bench-") as scratch:
+        workers = {name: stack.enter_context(worker(name, Path(scratch) / name)) for name in folders}
+        others = {}
+        for name, one in ((name, one) for name in folders for one in engines if one.name != OWN):
+            (place := Path(scratch) / f"{name}-{one.name}").mkdir()
+            ask = stack.enter_context(worker(f"{name} in {one.title}", place / "said", one))
+            given = gguf if name == "model" else None
+            others[name, one.name] = Elsewhere(one, folders[name], given, ask, place)
+        measured = measure(workers, others, folders, ids, settings, progress)
     result = {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
@@ -103,6 +127,25 @@ def _check(settings: dict[str, Any]) -> None:
     for size in settings["batch_sizes"]:
         check_number("batch-sizes", size, 1)
     dtype_of(settings["precision"])
+
+
+def _engines(names: str, gguf: Path | None, device: str) -> list[Engine]:
+    """The engines named, all of which are there and can be timed. Raises OptionError where one is not."""
+    chosen = list(chosen_engines(names).values())
+    others = [engine for engine in chosen if engine.name != OWN]
+    for engine in others:
+        if engine.timing is None:
+            raise OptionError(f"--engine {engine.name} cannot be timed; locum verify can ask it")
+        if engine.python() is None:
+            raise OptionError(f"--engine {engine.name} is {engine.absence}")
+    if others and device != "cpu":
+        raise OptionError(f"--engine {others[0].name} is timed on the processor alone; give --device cpu")
+    if gguf is not None:
+        if not any(engine.form == "gguf" for engine in others):
+            raise OptionError("--gguf is for llama.cpp; give --engine llamacpp too")
+        if not Path(gguf).is_file():
+            raise OptionError(f"no such file: {gguf}; --gguf is a model as `locum export --to gguf` writes it")
+    return chosen
 
 
 def _about(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -144,79 +187,41 @@ def _text_ids(folder: Path, count: int, length: int) -> list[list[int]]:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-class Asked:
-    """The process that times one model."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str], said: Path) -> None:
-        self.name, self.process, self.said = name, process, said
-
-    def __call__(self, do: str, **question: Any) -> Any:
-        """Its answer. Raises EngineError where it has none, with the type of its error first."""
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **question}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise EngineError(
-                f"the process that times the {self.name} ended with code {self.process.wait()} (-9: the system ended it, as "
-                f"it does when memory runs out): {last_words(self.said.read_text(errors='replace'))}"
-            )
-        answer = parse_json(line)
-        if "error" in answer:
-            raise _Failed(self.name, *answer["error"])
-        return answer["answer"]
-
-
-class _Failed(EngineError):
-    """What a process could not do, and went on after."""
-
-    def __init__(self, name: str, kind: str, message: str) -> None:
-        self.why = " ".join(message.split()) or kind
-        super().__init__(f"the {name} could not be timed: {kind}: {self.why}")
-
-
-@contextmanager
-def _worker(name: str, said: Path) -> Iterator[Asked]:
-    """A process that ends with the block, however that ends."""
-    command = [sys.executable, "-P", "-m", f"{__package__}.run"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    with said.open("w") as errors:
-        process = subprocess.Popen(command, stderr=errors, **pipes)
-    try:
-        yield Asked(name, process, said)
-    finally:
-        process.kill()
-        process.communicate()
+Runs = dict[tuple[str, str], Asked]  # who is asked, by model and implementation
 
 
 def measure(
     workers: dict[str, Asked],
+    others: dict[tuple[str, str], Elsewhere],
     folders: dict[str, Path],
     ids: list[list[int]],
     settings: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Everything that the processes say, by model, and by model, implementation and number of prompts."""
+    """Everything that the processes say, by model, and by model, implementation (or engine) and number of prompts."""
     how = {"ids": ids, "prompt": settings["prompt"], "threads": settings["threads"], "device": settings["device"]}
     how["dtype"] = str(dtype_of(settings["precision"]) or "auto").removeprefix("torch.")
     loaded, work, told = {}, {}, {name: [] for name in workers}
     for number, (name, ask) in enumerate(workers.items()):
-        progress("bench: loading", number, len(workers))
+        progress("bench: loading", number, len(workers) + len(others))
         loaded[name] = ask("load", folder=str(folders[name]), **how)
         work |= {(name, size): ask("work", batch=size) for size in settings["batch_sizes"]}
-    runs, not_run = [], []
-    for name, ask in workers.items():
-        for implementation in loaded[name]["implementations"]:
-            for size in settings["batch_sizes"]:
-                try:
-                    ask("generate", implementation=implementation, batch=size)  # warms caches and thread pools
-                    runs.append((name, implementation, size))
-                except _Failed as error:
-                    not_run.append({"model": name, "implementation": implementation, "batch": size, "why": error.why})
+    asked: Runs = {(name, one): workers[name] for name in workers for one in loaded[name]["implementations"]}
+    if OWN not in settings["engines"]:
+        asked = {}
+    engines, failed = {}, {}
+    for number, (who, other) in enumerate(others.items(), len(workers)):
+        progress("bench: loading", number, len(workers) + len(others))
+        try:
+            engines[who] = other.load(loaded[who[0]], how)
+            asked[who] = other.ask
+        except LocumError as error:
+            failed[who] = getattr(error, "why", str(error))
+    runs, not_run = _warmed(asked, failed, settings["batch_sizes"])
+    for name in workers:
         if not any(run[0] == name for run in runs):
-            raise EngineError(f"the {name} could not be timed at all: {not_run[-1]['why']}")
+            why = next(x["why"] for x in reversed(not_run) if x["model"] == name)
+            raise EngineError(f"the {name} could not be timed at all: {why}")
     said: dict[tuple[str, str, int], list[dict[str, Any]]] = {run: [] for run in runs}
     for number in range(settings["rounds"]):
         for name, ask in workers.items():
@@ -227,9 +232,26 @@ def measure(
             progress(
                 f"bench: {name}, {implementation}, {size}", number * len(runs) + done, settings["rounds"] * len(runs)
             )
-            said[run].append(workers[name]("generate", implementation=implementation, batch=size))
+            said[run].append(asked[name, implementation]("generate", implementation=implementation, batch=size))
     progress("bench: done", settings["rounds"] * len(runs), settings["rounds"] * len(runs))
-    return {"loaded": loaded, "work": work, "machine": told, "said": said, "not_run": not_run}
+    return {"loaded": loaded, "work": work, "machine": told, "said": said, "not_run": not_run, "engines": engines}
+
+
+def _warmed(
+    asked: Runs, failed: dict[tuple[str, str], str], sizes: Sequence[int]
+) -> tuple[list[tuple[str, str, int]], list[dict[str, Any]]]:
+    """What runs, each once by now, which warms caches and thread pools; and what does not, with the reason."""
+    runs, not_run = [], []
+    for (name, implementation), size in itertools.product([*asked, *failed], sizes):
+        try:
+            if (why := failed.get((name, implementation))) is None:
+                asked[name, implementation]("generate", implementation=implementation, batch=size)
+                runs.append((name, implementation, size))
+        except Failed as error:
+            why = error.why
+        if why is not None:
+            not_run.append({"model": name, "implementation": implementation, "batch": size, "why": why})
+    return runs, not_run
 
 
 # --- what it comes to -------------------------------------------------------------------------------------------------
@@ -242,7 +264,8 @@ def results(about: dict[str, Any], measured: dict[str, Any], settings: dict[str,
         told = measured["machine"][name]
         best = {key: max(one[key] for one in told) for key in told[0]}  # a peak is the most that was ever reached
         loaded = {k: v for k, v in measured["loaded"][name].items() if k != "implementations"}
-        models[name] = known | loaded | best
+        engines = {engine: said for (of, engine), said in measured["engines"].items() if of == name}
+        models[name] = known | loaded | best | {"engines": engines}
     rows = [
         _row(run, phase, said, measured["work"][run[0], run[2]], models[run[0]])
         for run, said in measured["said"].items()
@@ -261,9 +284,11 @@ def _row(
     run: tuple[str, str, int], phase: str, said: list[dict[str, Any]], work: list[dict[str, Any]], model: dict[str, Any]
 ) -> dict[str, Any]:
     calls = work[:1] if phase == "prefill" else work[1:]
+    elsewhere = model["engines"].get(run[1])
+    share = elsewhere["share"] if elsewhere else 1.0  # of the bytes that transformers' process holds
     tokens, read, operations = (sum(call[key] for call in calls) for key in ("tokens", "bytes", "operations"))
     floor = sum(
-        max(call["bytes"] / model["bytes_per_second"], call["operations"] / model["operations_per_second"])
+        max(call["bytes"] * share / model["bytes_per_second"], call["operations"] / model["operations_per_second"])
         for call in calls
     )
     seconds = [one[phase] for one in said]
@@ -271,6 +296,7 @@ def _row(
     peaks = [one["peak_bytes"] for one in said if one["peak_bytes"] is not None]
     return {
         **dict(zip(("model", "implementation", "batch"), run, strict=True)),
+        "engine": run[1] if elsewhere else OWN,
         "phase": phase,
         "tokens_per_second": tokens / middle,
         "low": tokens / slow,
@@ -279,7 +305,7 @@ def _row(
         "median_seconds": middle,
         "seconds": seconds,
         "tokens": tokens,
-        "bytes_per_token": read / tokens,
+        "bytes_per_token": read * share / tokens,
         "operations_per_token": operations / tokens,
         "experts_per_layer": statistics.mean(count for call in calls for count in call["experts"]),
         "floor_seconds": floor,

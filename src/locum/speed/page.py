@@ -11,7 +11,7 @@ from ..reports.page import figure, page, section, table
 
 HEADS = (
     "model",
-    "experts",
+    "implementation",
     "prompts",
     "phase",
     "tokens/s",
@@ -59,6 +59,14 @@ def memory_line(name: str, model: dict[str, Any]) -> str:
     )
 
 
+def engine_lines(name: str, model: dict[str, Any]) -> list[str]:
+    """In which other engines a model was timed."""
+    return [
+        f"{name} in {engine} {said['version']}: {describe_size(said['bytes'])}"
+        for engine, said in model["engines"].items()
+    ]
+
+
 def make_page(result: dict[str, Any]) -> str:
     """One self-contained HTML page."""
     settings, models = result["settings"], result["models"]
@@ -69,7 +77,7 @@ def make_page(result: dict[str, Any]) -> str:
     )
     head = f'<section id="headline">\n<h1>{escape(title)}</h1>\n<p class="dim">{escape(measured)}</p>\n</section>'
     charts = "".join(_chart(result, phase) for phase in TITLES)
-    notes = [memory_line(name, model) for name, model in models.items()]
+    notes = [line for name, model in models.items() for line in (memory_line(name, model), *engine_lines(name, model))]
     notes += [f"not run: {x['model']}, {x['implementation']}, {x['batch']}: {x['why']}" for x in result["not_run"]]
     said = "".join(f"<p>{escape(note)}</p>" for note in notes)
     rows = [cells(row) for row in result["rows"]]
