@@ -58,7 +58,7 @@ def test_the_engine_says_what_transformers_says(folders, name):
 def test_it_is_timed_beside_transformers(folders, tmp_path):
     """From a file that is exported for it, and from one that is given, which has half of the bytes."""
     short = {"prompt": 24, "new_tokens": 4, "batch_sizes": (1, 3), "rounds": 1, "threads": 1}
-    write_form(Gguf("f16"), folders["pruned"], file := tmp_path / "half.gguf")
+    write_form(Gguf("q8_0"), folders["pruned"], file := tmp_path / "eight.gguf")
     shares = []
     for given in (None, file):
         result = locum.bench(folders["pruned"], engine="llamacpp,transformers", gguf=given, **short)
@@ -68,7 +68,7 @@ def test_it_is_timed_beside_transformers(folders, tmp_path):
         assert rows[3, "prefill"]["tokens"] == 72 and all(min(row["seconds"]) > 0 for row in rows.values())
         shares.append(result["models"]["model"]["engines"]["llamacpp"]["share"])
     assert 1 <= shares[0] < 1.2  # it holds a tied head twice
-    assert shares[1] == pytest.approx(shares[0] / 2, rel=0.05)
+    assert 0.5 < shares[1] / shares[0] < 0.65  # 8.5 bits for 16, norms and routers apart
 
 
 def test_several_prompts_at_a_time_are_read_as_one_by_one(folders, tmp_path):
