@@ -64,7 +64,17 @@ from .options import (
     needed,
     silent,
 )
-from .planning import check_statistics_of, check_target, chosen_method, decide, few_bits, plan, planned, reads_text
+from .planning import (
+    check_statistics_of,
+    check_target,
+    chosen_method,
+    decide,
+    few_bits,
+    of_weights,
+    plan,
+    planned,
+    reads_text,
+)
 from .recovery import check_across_ranks
 from .recovery import recover as recover_stage
 from .rounds import Rounds, check_only_drops
@@ -145,9 +155,11 @@ def compress(
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress, "target": target}
     said = {"remove": remove, "fit": fit}
     decide_from = functools.partial(planned, chosen=chosen, options=options, target=target, said=said, few=few)
-    if not reads_text(chosen):
+    if not reads_text(chosen) and rounds == 1:
         return _finish(model, decide_from([model]), None, out, recovery, packed, **shared)
-    if statistics is None:
+    if not reads_text(chosen):
+        loaded = None
+    elif statistics is None:
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample, also=also)
     else:
         loaded = _named(keep, model)
@@ -162,7 +174,7 @@ def compress(
         decided = check_plan(model, shape, decided, chosen, loaded, target, out=out, sample=sample, **observed)
         decided = decided if statistics is None else _naming(decided, loaded, statistics)
         made = _finish(model, decided, loaded, out, recovery, packed, **shared)
-    if statistics is None and ranks.is_first():
+    if statistics is None and reads_text(chosen) and ranks.is_first():
         kept.keep(keep, loaded)  # until here, a run that was cut short goes on from them
     return made
 
@@ -170,7 +182,9 @@ def compress(
 def _observe(
     model: Path, chosen: Method, how: dict[str, Any], also: tuple[str, ...], **observed: Any
 ) -> Statistics | Estimate:
-    """What the method and a quantiser need to know of the model, by a search or a calibration."""
+    """What the method and a quantiser need to know of the model, by a search or a calibration; or of its weights alone."""
+    if not reads_text(chosen):
+        return of_weights(model, chosen.needs())
     if isinstance(chosen, SearchingMethod):
         return search(model, **how, **observed)
     return calibrate(model, gram=False, also=(*to_collect(chosen), *also), **observed)
@@ -294,9 +308,9 @@ def check_rounds(
         )
     if chosen.saves != "stored":
         raise OptionError(f"--rounds share what is to be removed, and method {chosen.name} saves {SAVED[chosen.saves]}")
-    if not reads_text(chosen):
+    if not chosen.needs():
         raise OptionError(
-            f"--rounds estimate anew what text shows, and method {chosen.name} reads none; leave --rounds out"
+            f"--rounds estimate anew what experts are worth, and method {chosen.name} estimates nothing; leave --rounds out"
         )
     if chosen.reads_weights or isinstance(chosen, SearchingMethod):
         return

@@ -203,7 +203,7 @@ def _planned_from(
         known |= {"statistics": total.id, "domains": list(total.domains)}
         return total.shape, total, _named(named, total) | known
     if not reads_text(chosen) and chosen.needs() and len(files) == 1:
-        total = _of_weights(Path(folder), chosen.needs())
+        total = of_weights(Path(folder), chosen.needs())
         return total.shape, total, {"model_fingerprint": total.origin.model_fingerprint}
     if chosen.needs() or len(files) > 1:
         alone = {name for name in chosen.needs() if STATISTICS[name].event is not WeightsEvent} == {*SUPER_EXPERTS_NEED}
@@ -228,7 +228,7 @@ def reads_text(chosen: Method) -> bool:
     return any(STATISTICS[name].event is not WeightsEvent for name in chosen.needs())
 
 
-def _of_weights(folder: Path, names: tuple[str, ...]) -> Statistics:
+def of_weights(folder: Path, names: tuple[str, ...]) -> Statistics:
     """Statistics of a checkpoint's weights, without any text."""
     shape = read_shape(folder)
     layers = {
