@@ -105,18 +105,29 @@ def candidates_of(base: Base) -> list[LayerPlan]:
     return [LayerPlan("experts", (slot,) * E, (base,) if slot in over else ()) for slot in slots + over]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plans_that_are_built_together_are_built_as_each_alone(kind):
-    """Bases of other experts, aligned ones, drawn starts and mixed plans among them, to the bit."""
+def test_plans_that_are_built_together_are_built_as_each_alone(kind, workers):
+    """Bases of other experts, aligned ones, drawn starts and mixed plans among them, to the bit; by threads too, but for what is drawn."""
     shape, read = layer_shape(kind), experts_of(kind).__getitem__
     drawn = LayerPlan("experts", (Slot((LowRank(3, "gaussian"),)), DROPPED, *PLAN.slots[2:]), PLAN.bases)
     bases = [Base((0, 6), (0.5, 0.5)), Base((5,), (1.0,)), Base((0, 6), (0.5, 0.5), align=True)]
-    plans = [PLAN, *(plan for base in bases for plan in candidates_of(base)), drawn]
-    together = list(build_layers(plans, shape, read, statistics(shape), 3))
+    plans = [PLAN, *(plan for base in bases for plan in candidates_of(base)), *[drawn] * (workers == 1)]
+    assert drawn.parts[0].is_drawn and not any(part.is_drawn for part in PLAN.parts)
+    threads = torch.get_num_threads()
+    together = list(build_layers(plans, shape, read, statistics(shape), 3, workers=workers))
+    assert torch.get_num_threads() == threads
     for plan, (layout, tensors) in zip(plans, together, strict=True):
         alone, expected = build_layer(plan, shape, read, statistics(shape), 3)
         assert layout == alone and tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected), plan.slots
+
+
+def test_what_is_drawn_is_drawn_in_the_order_of_experts_whoever_builds_it():
+    shape, read = layer_shape(), experts_of("swiglu").__getitem__
+    plan = LayerPlan("experts", (Slot((LowRank(3, "gaussian"),)),) * E)
+    one, other = (next(build_layers([plan], shape, read, None, 3, workers=n))[1] for n in (1, 4))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_gram_matrix_is_factored_once_for_all_that_an_expert_may_become():

@@ -67,10 +67,11 @@ def make_containers(
     activate: Callable[[Tensor], Tensor],
     statistics: LayerStatistics | None,
     seed: int,
+    workers: int = 1,
 ) -> Iterator[StandInExperts]:
-    """The containers of several plans of one layer; what they share is made once (`build_layers`)."""
+    """The containers of several plans of one layer; what they share is made once, by so many threads (`build_layers`)."""
     like = read(0).down_DF
-    for layout, tensors in build_layers(plans, shape, read, statistics, seed, activate):
+    for layout, tensors in build_layers(plans, shape, read, statistics, seed, activate, workers):
         container = StandInExperts(layout, activate, like.dtype, "meta")
         container.load_state_dict(tensors, assign=True, strict=True)
         yield container.to(like.device)

@@ -10,7 +10,9 @@ Letters: E experts, D model width, F expert width.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -46,27 +48,30 @@ def check_statistics(plan: LayerPlan, layer: Mapping[str, Tensor] | None) -> Non
 
 
 class Shared:
-    """What plans of one layer are built from alike, made once. Of an expert there is one thing by each name, until the next expert: its
-    factored Gram matrices are as large as all of its weights in float64, several times."""
+    """What plans of one layer are built from alike, made once. Of an expert a thread has one thing by each name, until its next expert:
+    its factored Gram matrices are as large as all of its weights in float64, several times."""
 
     def __init__(self) -> None:
-        self._e = -1
-        self._of_expert: dict[Hashable, tuple[Hashable, Any]] = {}
-        self._of_layer: dict[Hashable, Any] = {}
+        self._of_expert, self._of_layer = threading.local(), {}
+        self._one_by_one = threading.RLock()
 
     def of_layer(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        if name not in self._of_layer:
-            self._of_layer[name] = make()
-        return self._of_layer[name]
+        with self._one_by_one:
+            if name not in self._of_layer:
+                self._of_layer[name] = make()
+            return self._of_layer[name]
 
     def of_expert(self, e: int, name: Hashable, which: Hashable, make: Callable[[], Any]) -> Any:
         """The thing of this name, if it is still the one that is asked for."""
-        if e != self._e:
-            self._e, self._of_expert = e, {}
-        if name not in self._of_expert or self._of_expert[name][0] != which:
-            self._of_expert.pop(name, None)  # first, as both may be large
-            self._of_expert[name] = which, make()
-        return self._of_expert[name][1]
+        mine = self._of_expert
+        if getattr(mine, "e", -1) != e:
+            mine.e, mine.found = e, {}
+        found: dict[Hashable, tuple[Hashable, Any]] = mine.found
+        if name not in found or found[name][0] != which:
+            found.pop(name, None)  # first, as both may be large
+            made = make()  # which may ask for another expert, and so end the things of this one
+            found[name] = which, made
+        return found[name][1]
 
 
 class BuildSite:
@@ -278,16 +283,22 @@ def build_layers(
     layer: LayerStatistics | None = None,
     seed: int = 0,
     activate: Activation | None = None,
+    workers: int = 1,
 ) -> Iterator[tuple[Layout, dict[str, Tensor]]]:
     """What `build_layer` makes of each plan, expert by expert, so that what an expert's Gram matrices are taken apart into serves all of
-    them. All of the results are in memory."""
+    them. All of the results are in memory. So many `workers`, each a thread that computes by itself, take an expert each; but one where
+    something is drawn, in the order of the experts."""
     shared = Shared()
     made = [_Rows(plan, shape, read, layer, seed, activate, shared) for plan in plans]
     rows: list[dict[str, dict[int, Tensor]]] = [{name: {} for name in each.layout.tensor_shapes()} for each in made]
-    for e in range(shape.num_experts):
+
+    def of_expert(e: int) -> None:
         for each, found in zip(made, rows, strict=True):
             for name, row, tensor in each.of_expert(e):
                 found[name][row] = tensor
+
+    are_drawn = any(part.is_drawn for plan in plans for part in plan.parts)
+    _side_by_side(of_expert, range(shape.num_experts), 1 if are_drawn else workers)
     for each, found in zip(made, rows, strict=True):
         for name, row, tensor in each.of_routing():
             found[name][row] = tensor
@@ -296,6 +307,25 @@ def build_layers(
             of_name = found.pop(name)
             stacked[name] = torch.stack([of_name[row] for row in range(len(of_name))])
         yield each.layout, stacked
+
+
+def _side_by_side(work: Callable[[int], None], items: Sequence[int], workers: int) -> None:
+    if workers < 2:
+        for item in items:
+            work(item)
+        return
+    threads = torch.get_num_threads()
+
+    def alone(item: int) -> None:
+        with torch.no_grad():
+            work(item)
+
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(alone, items):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def build_rows(

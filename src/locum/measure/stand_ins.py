@@ -26,6 +26,7 @@ from ..models.layer_major import HELD, held_bytes, is_streamed
 from ..models.masking import MaskedRouters
 from ..models.output_head import check_predicts
 from ..plans.layer_plan import NOTHING, LayerPlan
+from ..shapes import LayerShape
 from ..stats.events import RoutedEvent
 from ..stats.sums import Statistics
 from .changes import Change, ChangingModel
@@ -33,6 +34,10 @@ from .loss import SUMS, Output, batch_sums, body_output
 
 ROOM = 2**24  # numbers of inputs that go through a stand-in at a time
 BUILT = 2**30  # bytes of containers that are built together
+BESIDE = (
+    2**30,
+    2**33,
+)  # bytes of experts that are taken apart side by side, of a streamed model and of one that is in memory
 
 
 class StandIns:
@@ -115,8 +120,15 @@ class StandIns:
             sizes = [Layout.of(each, layer.shape).nbytes(self.live.model.dtype.itemsize) for each in (plan, *after)]
             count = max(1, sum(total <= BUILT for total in accumulate(sizes)))
             some = (plan, *after)[:count]
-            self._made |= zip(some, stand_ins(layer, some, self.statistics, self.seed), strict=True)
+            made = stand_ins(layer, some, self.statistics, self.seed, self._workers(layer.shape))
+            self._made |= zip(some, made, strict=True)
         return self._made[plan]
+
+    def _workers(self, layer: LayerShape) -> int:
+        """Threads that build an expert each. One takes its Gram matrices and weights in float64, some of them several times."""
+        d, f = layer.hidden_size, layer.expert_width
+        room = BESIDE[0 if is_streamed(self.live.model) else 1] // (8 * (4 * d * d + 3 * f * f + 8 * d * f))
+        return max(1, min(torch.get_num_threads(), layer.num_experts, room))
 
     def _divergences(self, changes: Sequence[Mapping[str, Change]]) -> Tensor:
         model = self.live.model
@@ -133,21 +145,24 @@ class StandIns:
 
 
 def stand_ins(
-    layer: MoeLayer, plans: Sequence[LayerPlan], statistics: Statistics | None, seed: int
+    layer: MoeLayer, plans: Sequence[LayerPlan], statistics: Statistics | None, seed: int, workers: int = 1
 ) -> Iterator[StandInExperts]:
     """The containers of a layer as plans have it: number formats, biases and norms are what they will be. Dropped experts keep their
-    places, with nothing in them."""
+    places, with nothing in them. They are built in the host's memory, as a checkpoint's are, whatever device the model is on: steps are
+    many and small."""
     all_there = [replace(x, slots=tuple(slot if slot.survives else NOTHING for slot in x.slots)) for x in plans]
     containers = make_containers(
         all_there,
         layer.shape,
-        lambda e: read_expert(layer.experts, e),
+        lambda e: read_expert(layer.experts, e).map(lambda _, tensor: tensor.cpu()),
         canonical_activation(layer.experts),
         statistics.layer(layer.shape.name) if statistics is not None and any(x.needs for x in plans) else None,
         seed,
+        workers,
     )
+    device = next(layer.experts.parameters()).device
     for container in containers:
-        container.post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
+        container.to(device).post_expert_norm = getattr(layer.experts, "post_expert_norm", None)
         yield container
 
 

@@ -110,6 +110,10 @@ class LowRank(Part):
     def needs(self) -> tuple[str, ...]:
         return STARTS[self.start].needs
 
+    @property
+    def is_drawn(self) -> bool:
+        return self.start == "gaussian"
+
     def variant(self) -> tuple[int, ...]:
         return (self.rank,)
 

@@ -134,6 +134,11 @@ class Part(abc.ABC):
         """The statistics that building reads, beside those of the quantiser."""
         return ()
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether building draws from the site's generator."""
+        return False
+
     def reads(self) -> tuple[str, ...]:
         """All statistics that building reads."""
         return (*self.needs(), *(QUANTISERS[self.quantiser].needs if self.format else ()))
