@@ -1,6 +1,7 @@
-"""How long MoE-I2's genetic search takes on one layer of OLMoE's shape, and what trying each candidate naively would.
+"""How long searches take on one layer: MoE-I2's genetic one, beside what trying each candidate naively would, and that of auto.
 
     python -m benchmarks.speed.search [--threads 2] [--dtype bfloat16] [--out results/search_speed.jsonl]
+    python -m benchmarks.speed.search --method auto --threads 1 --experts 8 --top-k 2 --width 576 --expert-width 1536
 
 One decoder layer with random weights and a wide router (64 experts, top-8, width 2,048, expert width 1,024), 2,048 tokens,
 a quarter of the experts removed, a population of 100 and 50 generations, which is the paper's search. `seconds_cache` is
@@ -8,6 +9,10 @@ the pass that runs every expert once on every token; `seconds_search` is everyth
 its floor: the operations of its evaluations over the peak that a large float64 product reaches here, on as many threads.
 `seconds_naive` is what the same number of candidates would take one at a time, each with a forward pass of the layer's
 router and experts over the same tokens: measured on a few candidates and multiplied.
+
+With `--method auto`, all of its candidates are built for the layer's experts and tried on the tokens, but for the model's losses
+(`--price output`), which depend on the other layers. A few experts do: candidates are built expert by expert. PYTHONPATH and COMMIT take another
+commit's sources, so that two take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +28,9 @@ from torch import Tensor
 
 from benchmarks.speed.timing import publish, random_tokens
 from locum.budgets.sets import search_sets
+from locum.measure.calibration import calibrate
 from locum.measure.removals import ModelExplorer
+from locum.methods.auto import Auto
 from locum.models.families import find_layers
 from locum.models.masking import MaskedRouters
 
@@ -36,7 +43,7 @@ def one_layer(options: argparse.Namespace) -> transformers.PreTrainedModel:
         hidden_size=options.width,
         intermediate_size=options.expert_width,
         num_hidden_layers=1,
-        num_attention_heads=16,
+        num_attention_heads=options.width // 64,
         num_experts=options.experts,
         num_experts_per_tok=options.top_k,
     )
@@ -70,6 +77,25 @@ def naive_seconds(explorer: ModelExplorer, name: str, masks_CE: Tensor) -> float
     return torch.tensor([seconds(lambda m=mask_E: run(m)) for mask_E in masks_CE]).median().item()
 
 
+def auto_seconds(options: argparse.Namespace) -> dict[str, float]:
+    """Wall-clock and processor seconds of the search of auto, after its calibration on twice as many tokens."""
+    model, method = one_layer(options), Auto(price="output")
+    tokens = random_tokens(4096, max(1, options.tokens // 64), 128)
+    needs = [name for name in method.needs() if name not in ("candidate_error", "candidate_loss", "error_price")]
+    statistics = calibrate(model, tokens, needs=tuple(needs))
+    explorer = ModelExplorer(model, tokens, sample=options.tokens, statistics=statistics)
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    (found,) = method.explore(explorer, lambda *_: None).values()
+    ends = time.perf_counter(), time.process_time()
+    error_EC = found["candidate_error"]
+    return {
+        "seconds_search": round(ends[0] - begin, 1),
+        "processor_seconds_search": round(ends[1] - cpu_begin, 1),
+        "candidates": int(error_EC.isfinite().all(0).sum()),
+        "error_sum": float(error_EC[error_EC.isfinite()].sum()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in (
@@ -85,10 +111,21 @@ def main() -> None:
         ("--naive", 3),
     ):
         parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--method", choices=("moe-i2", "auto"), default="moe-i2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, help="append the result to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.method == "auto":
+        sizes = {
+            name: getattr(options, name) for name in ("experts", "top_k", "width", "expert_width", "tokens", "dtype")
+        }
+        publish(
+            {"benchmark": "search_speed", "method": "auto", **auto_seconds(options), **sizes},
+            options.threads,
+            options.out,
+        )
+        return
     model = one_layer(options)
     name = find_layers(model)[0].shape.name
     explorer = ModelExplorer(model, random_tokens(4096, max(1, options.tokens // 128), 128), sample=options.tokens)

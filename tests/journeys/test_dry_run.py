@@ -155,13 +155,16 @@ def test_search_is_a_calibration_and_what_it_tries(checkpoint, words, tmp_path):
         pytest.param(
             "--method moe-i2 --remove 0.5 --sample 128 --generations 2 --population 4", marks=pytest.mark.journeys
         ),
+        pytest.param("--method auto --remove 0.5 --sample 128", marks=pytest.mark.journeys),
     ],
 )
 def test_compress_is_all_of_it(checkpoint, words, tmp_path, how):
     said = command("compress", checkpoint, "--data", words, *SHORT, *how.split(), "--out", tmp_path / "small", "--json")
     assert said.exit_code == 0, said.output
     made = json.loads(said.stdout)
-    assert [part["stage"] for part in made["parts"]] == ["search" if "moe-i2" in how else "calibrate", "apply"]
+    first = ["calibrate"] if "lightmoe" in how else ["search"]
+    assert [part["stage"] for part in made["parts"]] == [*first, *["check"] * ("auto" in how), "apply"]
+    assert all(part["seconds"] > 0 for part in made["parts"])
     assert not list(tmp_path.iterdir())
 
 

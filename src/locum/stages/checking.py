@@ -29,7 +29,9 @@ from ..plans.plan import Plan, with_provenance
 from ..runs import beside_for_rank
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
-from .calibration import prepare
+from .calibration import prepare, read_text
+from .dry_run import Running, of_check
+from .estimate import Estimate
 from .opening import is_to_stream
 from .options import Progress, device_of
 from .planning import as_searched, decided_from
@@ -83,6 +85,31 @@ def check_plan(
         return corrected(plan, checked, statistics, shape, target.in_bytes(shape), answers, progress)
     finally:
         answers.save()
+
+
+def estimated_check(
+    model: Path,
+    shape: ModelShape,
+    chosen: Method,
+    target: Target | None,
+    *,
+    data: Sequence[str],
+    sample: int,
+    batch_size: int,
+    device: str,
+    progress: Progress,
+    **cut: Any,
+) -> list[Estimate]:
+    """What the check would take, of a method and a target that have one; nothing where there is no text to check on."""
+    if not isinstance(chosen, CheckingMethod) or not chosen.checks or target is None:
+        return []
+    try:
+        blocks, _ = read_text(model, shape, data, split=SPLIT, **cut)
+    except DataError:
+        return []
+    device = device_of(device)
+    how = Running(device, None, is_to_stream([model], None, device), batch_size)
+    return [of_check(model, shape, blocks, chosen, sample, cut["seed"], how)]
 
 
 def corrected(

@@ -36,7 +36,7 @@ from ..training.recovery import check_fits
 from . import kept
 from .application import Whole, apply, carry_out
 from .calibration import calibrate, finished, for_all_ranks, read_text
-from .checking import check_plan
+from .checking import check_plan, estimated_check
 from .dry_run import of_application
 from .estimate import Estimate
 from .inspection import even_statistics
@@ -135,8 +135,7 @@ def compress(
     paths = [source.path for source in parse_sources(data)] if data or reads_text(chosen) or recover else []
     out = check_output(needed(out, "out"), force, "folder", inputs=[model, statistics, *paths])
     check_number("seed", seed, 0)
-    recovery = recovery_of(recover, of_training, seed)
-    few = few_bits(bits, group, quantiser, chosen)
+    recovery, few = recovery_of(recover, of_training, seed), few_bits(bits, group, quantiser, chosen)
     also, shape = _read_besides(few, chosen), read_shape(model)
     packed, saved = _packing(model, rest, group)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few, saved=saved)
@@ -151,7 +150,8 @@ def compress(
     if dry_run:
         is_known = not reads_text(chosen) or (statistics is not None and keep.is_file())
         before = [] if is_known else [_observe(model, chosen, how, also, out=keep, dry_run=True, **observed)]
-        return Estimate.joined("compress", [*before, _making(model, chosen, target, out, few, saved)] * rounds)
+        making = _making(model, chosen, target, out, few, saved, sample=sample, **observed)
+        return Estimate.joined("compress", [*before, *making] * rounds)
     shared = {"data": data, "device": device, "seed": seed, "force": force, "progress": progress, "target": target}
     said = {"remove": remove, "fit": fit}
     decide_from = functools.partial(planned, chosen=chosen, options=options, target=target, said=said, few=few)
@@ -200,14 +200,15 @@ def _least_bytes(shape: ModelShape, target: Target | None, few: FewBits | None) 
 
 
 def _making(
-    model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None, saved: int = 0
-) -> Estimate:
-    """Of applying a plan, and of writing it once more where packing its rest saves bytes."""
+    model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None, saved: int, **observed: Any
+) -> list[Estimate]:
+    """Of checking a plan, and of applying it, and of writing that once more where packing its rest saves bytes."""
+    checks = estimated_check(model, read_shape(model), chosen, target, **observed)
     making = _applying(model, chosen, target, out, few)
     if not saved:
-        return making
+        return [*checks, making]
     twice = {name: 2 * getattr(making, name) for name in ("seconds", "read_bytes", "written_bytes")}
-    return dataclasses.replace(making, **twice | {"written_bytes": twice["written_bytes"] - saved})
+    return [*checks, dataclasses.replace(making, **twice | {"written_bytes": twice["written_bytes"] - saved})]
 
 
 def _applying(model: Path, chosen: Method, target: Target | None, out: Path, few: FewBits | None) -> Estimate:

@@ -34,7 +34,7 @@ from ..measure.forward_times import ForwardTimes
 from ..measure.loss import evaluate
 from ..measure.memory import free_bytes, peak_bytes, start_peak
 from ..measure.removals import CACHE_BYTES, ModelExplorer
-from ..methods import Explorer, SearchingMethod
+from ..methods import CheckingMethod, Explorer, SearchingMethod
 from ..models.families import find_layers
 from ..models.layer_major import HELD, held_bytes
 from ..plans.plan import LayerPlan, Plan
@@ -111,7 +111,7 @@ def of_search(
         chosen.explore(explorer, lambda phase, done, total: phases.add(phase))
         seconds = time.perf_counter() - begin
     layers = len(shape.layers)
-    seconds -= explorer.whole_seconds + explorer.once_seconds
+    seconds -= explorer.whole_seconds - explorer.saved_seconds + explorer.once_seconds
     searching = layers * (seconds + times.of_all(explorer.whole_seconds, begun.of))
     searching += times.of_all(explorer.once_seconds, begun.of)
     cached = min(CACHE_BYTES, sum(8 * sample * layer.num_experts**2 for layer in shape.layers))
@@ -139,6 +139,32 @@ def of_search(
         written_bytes=0,
     )
     return Estimate.joined("search", [calibrated, tried])
+
+
+def of_check(
+    model: Path, shape: ModelShape, blocks: Tokens, chosen: CheckingMethod, sample: int, seed: int, how: Running
+) -> Estimate:
+    """Of a check of plans on the model (checking.py), each in as many passes as there are layers, and one. Building layers is not counted."""
+    begun = begin_model(model, how.device, how.dtype)
+    explorer = ModelExplorer(begun.model, blocks, sample=sample, batch_size=how.batch_size, seed=seed)
+    with ForwardTimes(begun.model, begun.layers) as times:
+        explorer.divergences([{}])  # with a pass of the original
+        begin = time.perf_counter()
+        explorer.divergences([{}])
+        taken = time.perf_counter() - begin
+    count = (1 + chosen.checks) * (1 + len(shape.layers))
+    together = max(1, HELD // held_bytes(begun.model, max(x.ids_BS.numel() for x in explorer.batches)))
+    reads = math.ceil(count * len(explorer.batches) / together) if how.streamed else 1
+    seconds = (1 + count) * times.of_all(taken, begun.of)
+    return Estimate(
+        "check",
+        ONE_LAYER.format(how.batch_size),
+        seconds + reads * begun.of * begun.layer_seconds,
+        _peak(how.device) + (0 if how.streamed else begun.missing_bytes),
+        reads * shape.bytes,
+        0,
+        free_bytes(how.device),
+    )
 
 
 def of_evaluation(
@@ -295,6 +321,7 @@ class _Timed:
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self.shape, self.whole_seconds, self.once_seconds = explorer, explorer.shape, 0.0, 0.0
+        self.saved_seconds = 0.0  # of those that run the whole model: what was not run
         self.stand_ins_of_layer = self.noises = 0
         self.asked_of_layer: list[int] = []
         self.asked_of_all: list[int] = []
@@ -316,7 +343,9 @@ class _Timed:
             self.stand_ins_of_layer += len(plans)
             begin = time.perf_counter()
             (last,) = self._explorer.divergences([{plans[-1].layer: plans[-1]}])
-            self.whole_seconds += len(plans) * (time.perf_counter() - begin)
+            taken = time.perf_counter() - begin
+            self.whole_seconds += len(plans) * taken
+            self.saved_seconds += (len(plans) - 1) * taken
             loss_C = last.expand(len(plans))
         return error_CE, loss_C
 
