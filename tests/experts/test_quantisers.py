@@ -144,7 +144,7 @@ def test_the_second_factor_makes_up_for_the_first():
     b_OR, a_RI, x_TI = drawn(OUT, 5), drawn(5, IN, seed=1), inputs()
     new_RI = a_RI + 0.1 * drawn(5, IN, seed=2)
     expected = torch.linalg.lstsq((x_TI @ new_RI.T).double(), (x_TI @ a_RI.T @ b_OR.T).double()).solution.T
-    assert torch.allclose(refitted(b_OR, a_RI, new_RI, gram_of(x_TI)), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(refitted(b_OR, a_RI, new_RI, new_RI.double() @ gram_of(x_TI)), expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(refitted(b_OR, a_RI, a_RI, None).float(), b_OR, rtol=1e-4, atol=1e-5)
     assert torch.equal(refitted(b_OR, a_RI, torch.zeros(5, IN), None).float(), b_OR)
 

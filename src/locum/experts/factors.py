@@ -40,13 +40,13 @@ def svd_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a_RI.to(matrix.dtype), b_OR.to(matrix.dtype)
 
 
-def refitted(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram_II: Tensor | None) -> Tensor:
+def refitted(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, seen_RI: Tensor | None) -> Tensor:
     """The factor B' for which B' A' comes nearest to B A, where A became A': B A G A'^T (A' G A'^T)^-1, in float64.
 
-    G is the Gram matrix of the inputs; without one, all inputs are alike. Rows of A' that are zero get nothing.
+    `seen_RI` is A' G, G the Gram matrix of the inputs; without one, all inputs are alike. Rows of A' that are zero get nothing.
     """
     b_OR, a_RI, new_RI = b_OR.double(), a_RI.double(), new_RI.double()
-    seen_RI = new_RI if gram_II is None else new_RI @ gram_II.to(new_RI)
+    seen_RI = new_RI if seen_RI is None else seen_RI.to(new_RI)
     square_RR = seen_RI @ new_RI.T
     scale = float(square_RR.diagonal().mean())
     if not scale > 0:

@@ -169,8 +169,8 @@ class LeftFactors(Part):
 
 def _fitted(w_OI: Tensor, a_RI: Tensor, gram_II: Tensor | None) -> Tensor:
     """[O, R] float64: the U for which U V comes nearest to W on the inputs; on all alike, where none are known."""
-    w_OI, damped_II = w_OI.double(), None
+    w_OI, seen_RI = w_OI.double(), None
     scale = 0.0 if gram_II is None else float(gram_II.diagonal().mean())
     if scale > 0:
-        damped_II = gram_II.to(w_OI) + torch.eye(len(gram_II)).to(w_OI) * (JITTER * scale)
-    return refitted(w_OI, torch.eye(w_OI.shape[1]).to(w_OI), a_RI, damped_II)
+        seen_RI = a_RI.double() @ (gram_II.to(w_OI) + torch.eye(len(gram_II)).to(w_OI) * (JITTER * scale))
+    return refitted(w_OI, torch.eye(w_OI.shape[1]).to(w_OI), a_RI, seen_RI)

@@ -153,10 +153,10 @@ class LowRank(Part):
         """A first; then B, made anew for what became of A, on what that gives it."""
 
         def second(b_OR: Tensor, a_RI: Tensor, new_RI: Tensor, gram: Gram | None) -> Tensor:
-            gram_II = None if gram is None else gram.matrix_II
-            fitted_OR = refitted(b_OR, a_RI, new_RI, gram_II).to(b_OR.dtype)
             wide_RI = new_RI.double()
-            return write(fitted_OR, None if gram_II is None else Gram(wide_RI @ gram_II.to(wide_RI) @ wide_RI.T)).stored
+            seen_RI = None if gram is None else wide_RI @ gram.matrix_II.to(wide_RI)
+            fitted_OR = refitted(b_OR, a_RI, new_RI, seen_RI).to(b_OR.dtype)
+            return write(fitted_OR, None if seen_RI is None else Gram(seen_RI @ wide_RI.T)).stored
 
         of_input, of_hidden, rank = grams.get("up_FD"), grams.get("down_DF"), row["up_B_FR"].shape[1]
         first, down = write(row["gate_up_A"], of_input), write(row["down_A_RF"], of_hidden)
