@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..budgets.groups import join_dominant, merged, ranked, routing_likeness
-from ..budgets.ranking import layer_scores
+from ..budgets.groups import join_dominant, merged, routing_likeness
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import LayerPlan
 from ..shapes import ModelShape
 from ..stats.sums import Statistics
 from . import Weights, method
+from .dominant import Dominance, dominance
 
 BUDGETS = ("uniform", "global")
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What grouping reads of every layer."""
-
-    scores_LE: Sequence[Tensor]
-    ranked_L: Sequence[list[int]]  # its experts, the highest score first
-    alike_LEE: Sequence[Tensor]
 
 
 @method("m-smoe", paper="arXiv 2310.01334 (M-SMoE)")
@@ -54,22 +42,18 @@ class MSMoE:
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, "logit_cosine", "samples", "softmax_sum")
 
-    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
-        scores_LE = layer_scores(statistics, shape, self.score)
-        layers = [statistics.layer(layer.name) for layer in shape.layers]
-        ranked_L = tuple(ranked(x, layer) for x, layer in zip(scores_LE, layers, strict=True))
-        return Scores(scores_LE, ranked_L, tuple(map(routing_likeness, layers)))
+    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Dominance:
+        return dominance(statistics, shape, self.score, routing_likeness)
 
-    def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
+    def plan(self, scored: Dominance, shape: ModelShape, amount: float) -> list[LayerPlan]:
         plans = []
         counts = self._counts(scored, shape, amount)
-        layers = zip(shape.layers, scored.scores_LE, scored.ranked_L, scored.alike_LEE, counts, strict=True)
-        for layer, scores_E, order, alike_EE, count in layers:
+        for layer, scores_E, order, alike_EE, count in zip(shape.layers, *scored, counts, strict=True):
             groups = join_dominant(alike_EE, order[: len(order) - count], order[len(order) - count :])
             plans.append(merged(layer, groups, scores_E, self.align))
         return plans
 
-    def _counts(self, scored: Scores, shape: ModelShape, amount: float) -> list[int]:
+    def _counts(self, scored: Dominance, shape: ModelShape, amount: float) -> list[int]:
         """Experts of every layer that are merged into others."""
         most = [layer.num_experts - 1 for layer in shape.layers]
         if self.budget == "uniform":

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
-from ..budgets.groups import groups_left, join_dominant, merged, ranked
-from ..budgets.ranking import layer_scores
+from ..budgets.groups import groups_left, join_dominant, merged
 from ..criteria.criterion import CRITERIA
 from ..options import option
 from ..plans.plan import LayerPlan
 from ..shapes import ModelShape
 from ..stats.sums import LayerStatistics, Statistics
 from . import Weights, method
-
-
-class Scores(NamedTuple):
-    """What every layer's experts weigh, and how near their weights are."""
-
-    scores_LE: Sequence[Tensor]
-    ranked_L: Sequence[list[int]]  # its experts, the highest score first
-    near_LEE: Sequence[Tensor]
+from .dominant import Dominance, dominance
 
 
 @method("merge-moe", paper="arXiv 2510.14436 (MergeMoE)")
@@ -54,13 +44,10 @@ class MergeMoE:
     def needs(self) -> tuple[str, ...]:
         return (*CRITERIA[self.score].needs, "softmax_sum", "weight_product", *(("input_sample",) if self.fit else ()))
 
-    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Scores:
-        scores_LE = layer_scores(statistics, shape, self.score)
-        layers = [statistics.layer(layer.name) for layer in shape.layers]
-        ranked_L = tuple(ranked(x, layer) for x, layer in zip(scores_LE, layers, strict=True))
-        return Scores(scores_LE, ranked_L, tuple(map(nearness, layers)))
+    def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Dominance:
+        return dominance(statistics, shape, self.score, nearness)
 
-    def plan(self, scored: Scores, shape: ModelShape, amount: float) -> list[LayerPlan]:
+    def plan(self, scored: Dominance, shape: ModelShape, amount: float) -> list[LayerPlan]:
         plans = []
         for layer, scores_E, order, near_EE in zip(shape.layers, *scored, strict=True):
             left = groups_left(layer, amount)
