@@ -12,14 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.rewrite import Rewriting
+from locum.checkpoints.skeleton import Source, read_shape
 from locum.data.tokens import Tokens
 from locum.measure.calibration import calibrate
 from locum.models.sizes import shape_of
+from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape, ModelShape
 from locum.stats.sums import Statistics
@@ -143,6 +147,23 @@ def stored(folder: str) -> tuple[int, int]:
                 tensor = tensors.get_tensor(name)
                 numbers, size = numbers + tensor.numel(), size + tensor.numel() * tensor.element_size()
     return numbers, size
+
+
+def both_ways(
+    source: Source, shape: ModelShape, live: PreTrainedModel, plan: Plan, seen: Statistics, out: Path
+) -> PreTrainedModel:
+    """What a plan makes of a checkpoint, as files in `out`, and of its live model: the same to the bit, of the promised size."""
+    out.mkdir()
+    Rewriting(source, shape, plan, seen, seed=3).write(out)
+    model = apply_plan(copy.deepcopy(live), plan, seen, seed=3)
+    saved = out.with_name(f"{out.name} saved")
+    write_model(model, saved)
+    here, there = (load_file(x / "model.safetensors") for x in (out, saved))
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert (out / "config.json").read_text() == (saved / "config.json").read_text()
+    size = plan.size(shape)
+    assert stored(str(out))[1] == size.bytes == read_shape(out).bytes and read_shape(out).parameters == size.parameters
+    return model
 
 
 def reloaded(model_class: type[PreTrainedModel], folder: str) -> PreTrainedModel:

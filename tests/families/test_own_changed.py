@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers.utils import logging
 
-from families.case import Case, copied, near, stored, tokens_of
+from families.case import Case, both_ways, copied, near, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.rewrite import Rewriting
-from locum.checkpoints.skeleton import open_source, read_shape, shape_in
+from locum.checkpoints.skeleton import open_source, shape_in
 from locum.containers.container import StandInExperts
 from locum.errors import LocumError
 from locum.experts.columns import COLUMNS, highest
@@ -30,7 +28,6 @@ from locum.experts.parts.masked import Masked
 from locum.experts.parts.narrowed import Narrowed
 from locum.measure.calibration import calibrate
 from locum.models.families import family_of, find_layers, read_expert, write_expert
-from locum.models.stored import write_model
 from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 
@@ -102,14 +99,8 @@ def test_family(family: str) -> None:
         shape, live = shape_in(original, source), load_model(original)
         seen = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2, needs=(*NEEDED, *MASKS["wanda"].needs))
         for plan in (narrowed(shape), masked(shape), shared(shape)):
-            out, saved = Path(folder) / plan.id, Path(folder) / f"{plan.id}-saved"
-            out.mkdir()
-            Rewriting(source, shape, plan, seen, seed=3).write(out)
-            model = apply_plan(copy.deepcopy(live), plan, seen, seed=3)
-            write_model(model, saved)
-            here, there = (load_file(x / "model.safetensors") for x in (out, saved))
-            assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
-            assert stored(str(out))[1] == plan.size(shape).bytes == read_shape(out).bytes
+            out = Path(folder) / plan.id
+            model = both_ways(source, shape, live, plan, seen, out)
             again = copied(load_model(out))
             assert torch.equal(case.logits_of(again), case.logits_of(copied(model)))
             is_stock = [not isinstance(layer.experts, StandInExperts) for layer in find_layers(again)]
