@@ -178,7 +178,7 @@ def test_with_recovery_and_what_a_method_refuses(checkpoint, text, tmp_path):
         ("--methods prune:group=64", "group without bits; give bits=4 too"),
         ("--methods prune:bits=4:group=x", "group=x: the value must be a whole number"),
         ("--methods moe-i2:bits=4:quantiser=gptq", "which a search does not collect; take quantiser=nearest"),
-        ("--bits 4 --recover lora", "adds to the bytes of weights in few bits, as con-moe:bits=4 has"),
+        ("--bits 4 --recover lora", "adds to the bytes of weights in few bits, as block-drop:bits=4 has"),
     ],
 )
 def test_nonsense_is_refused_before_any_work(checkpoint, text, tmp_path, given, said):
