@@ -73,6 +73,45 @@ def test_experts_equal_float64(dtype, tokens, top_k, experts, width, inner, thre
 
 
 @DTYPES
+@pytest.mark.parametrize(
+    ("prompts", "heads", "groups", "positions", "width", "wide"),
+    [
+        (1, 4, 4, 130, 128, 128),
+        (3, 6, 2, 33, 40, 24),
+        (2, 2, 1, 1, 8, 130),
+        (1, 5, 5, 16, 1, 1),
+        (2, 8, 2, 300, 96, 65),
+    ],
+)
+@torch.no_grad()
+def test_attention_of_one_query_is_as_near_to_float64_as_torch(
+    dtype, prompts, heads, groups, positions, width, wide, threads
+):
+    """Heads may share keys and values; scores of any size, among them some that only a softmax less its largest can hold."""
+    query = random(prompts, 1, heads, width, dtype=dtype).transpose(1, 2) * 3
+    key = random(prompts, groups, positions, width, seed=1, dtype=dtype)
+    value = random(prompts, groups, positions, wide, seed=2, dtype=dtype)
+    for scale in (width**-0.5, 20.0):
+        made = few_rows.attend(query, key, value, scale)
+        given = [x.repeat_interleave(heads // groups, 1) for x in (key, value)]
+        exact = functional.scaled_dot_product_attention(query.double(), *(x.double() for x in given), scale=scale)
+        exact = exact.transpose(1, 2)
+        theirs = functional.scaled_dot_product_attention(query, *given, scale=scale).transpose(1, 2)
+        assert made.dtype == dtype and made.shape == (prompts, 1, heads, wide)
+        assert relative_error(made, exact) <= 1.05 * relative_error(theirs, exact) + (1e-5 if scale == 20.0 else 1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@torch.no_grad()
+def test_attention_does_not_lose_what_is_no_number(dtype, wrong):
+    query, key, value = (random(2, 1, n, 16, seed=n, dtype=dtype) for n in (1, 20, 20))
+    key[1, 0, 5, 3] = wrong
+    made = few_rows.attend(query, key, value, 1.0)
+    assert made[0].isfinite().all() and not made[1].isfinite().any()
+
+
+@DTYPES
 @pytest.mark.parametrize("plus", [0.0, 1.0])
 @torch.no_grad()
 def test_norm_equals_float64(dtype, plus):

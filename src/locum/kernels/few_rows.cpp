@@ -6,9 +6,12 @@
 //   locum_norm     y[m] = (plus + weight) x[m] / sqrt(mean of x[m]^2 + eps)
 //   locum_route    logits[t] = W x[t] + bias; their softmax's K largest, first the largest, those of one size by their index
 //
+//   locum_attend   y[b][h] = sum over s of p[s] v[b][h / (H / G)][s], p the softmax over s of scale k[b][h / (H / G)][s] q[b][h]
+//
 // Experts that are none (an index below 0, or N and above) do not run. Formats: bfloat16 and float32; sums, and what comes
 // between the products of an expert, in float32 but for the hidden states, which are rounded as the second product takes them.
-// Needs avx512_bf16. Letters: M rows of x, O outputs and I inputs, T tokens, K top-k, P pairs, N experts, D and F their widths.
+// Needs avx512_bf16. Letters: M rows of x, O outputs and I inputs, T tokens, K top-k, P pairs, N experts, D and F their widths; B prompts,
+// H heads, G heads of keys and values, S positions, D and C widths of keys and of values.
 
 #include "codes.h"
 #include "tiles.h"
@@ -185,6 +188,56 @@ void route(const Number* x, long x_stride, const Number* w, const Number* bias, 
   }
 }
 
+// A tensor [B, heads, S, width], by how far its items are apart; the last ones lie side by side.
+template <class Number>
+struct Heads {
+  Number* numbers;
+  long of_prompt, of_head, of_position;
+  Number* at(long b, long h, long s) const { return numbers + b * of_prompt + h * of_head + s * of_position; }
+};
+
+// Softmax of S numbers, but for the division by their sum, which it returns. What is no number makes the sum none.
+inline float exponentials(float* x, long S) {
+  const float most = *std::max_element(x, x + S);
+  __m512 sum = _mm512_setzero_ps();
+  for (long s = 0; s < S; s += 16) {
+    const __mmask16 mask = rest(S - s);
+    const __m512 here = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + s), _mm512_set1_ps(most)), e = exponential(here);
+    _mm512_mask_storeu_ps(x + s, mask, e);
+    sum = _mm512_mask_add_ps(sum, mask, sum, _mm512_fmadd_ps(here, _mm512_setzero_ps(), e));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+template <class Format, class Number = typename Format::Number>
+void attend(const Heads<const Number>& q, const Heads<const Number>& k, const Heads<const Number>& v, const Heads<Number>& y,
+            float scale, long B, long H, long G, long S, long D, long C, int threads) {
+  constexpr long STEP = Format::STEP, WIDE = 4;  // registers of outputs at a time
+#pragma omp parallel num_threads(threads) if (threads > 1 && B * H * S * D > ALONE)
+  {
+    const std::unique_ptr<float[]> p(new float[S]);
+#pragma omp for schedule(static)
+    for (long head = 0; head < B * H; head++) {
+      const long b = head / H, h = head % H, g = h / (H / G);
+      for (long s = 0; s < S; s++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (long d = 0; d < D; d += STEP)
+          sum = Format::plus(sum, Format::load(rest(D - d, STEP), k.at(b, g, s) + d), Format::load(rest(D - d, STEP), q.at(b, h, 0) + d));
+        p[s] = scale * _mm512_reduce_add_ps(sum);
+      }
+      const __m512 whole = _mm512_set1_ps(1.f / exponentials(p.get(), S));
+      for (long c = 0; c < C; c += 16 * WIDE) {
+        __m512 sum[WIDE] = {};
+        for (long s = 0; s < S; s++)
+          for (long w = 0; w < WIDE && c + 16 * w < C; w++)
+            sum[w] = _mm512_fmadd_ps(_mm512_set1_ps(p[s]), Format::widen(rest(C - c - 16 * w), v.at(b, g, s) + c + 16 * w), sum[w]);
+        for (long w = 0; w < WIDE && c + 16 * w < C; w++)
+          Format::narrow(rest(C - c - 16 * w), y.at(b, h, 0) + c + 16 * w, _mm512_mul_ps(sum[w], whole));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #define ENTRIES(FORMAT, NAME)                                                                                          \
@@ -209,6 +262,12 @@ void route(const Number* x, long x_stride, const Number* w, const Number* bias, 
                                      const FORMAT::Number* bias, int sums_to_one, FORMAT::Number* logits,              \
                                      int64_t* index, float* weight, long T, long K, long N, long D, int threads) {     \
     route<FORMAT>(x, x_stride, w, bias, sums_to_one, logits, index, weight, T, K, N, D, threads);                      \
+  }                                                                                                                    \
+  extern "C" void locum_attend_##NAME(const FORMAT::Number* q, const FORMAT::Number* k, const FORMAT::Number* v,       \
+                                      FORMAT::Number* y, const long* apart, float scale, long B, long H, long G,       \
+                                      long S, long D, long C, int threads) {                                           \
+    attend<FORMAT>({q, apart[0], apart[1], 0}, {k, apart[2], apart[3], apart[4]}, {v, apart[5], apart[6], apart[7]},   \
+                   {y, apart[8], apart[9], 0}, scale, B, H, G, S, D, C, threads);                                      \
   }
 
 ENTRIES(BFloat16, bfloat16)

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "linear": (POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, INT),
     "experts": (POINTER, LONG, *(POINTER, LONG, POINTER) * 2, *(POINTER,) * 3, *(LONG,) * 5, INT),
     "norm": (POINTER, LONG, POINTER, FLOAT, FLOAT, POINTER, LONG, LONG),
+    "attend": (*(POINTER,) * 5, FLOAT, *(LONG,) * 6, INT),
     "route": (POINTER, LONG, POINTER, POINTER, INT, *(POINTER,) * 3, *(LONG,) * 4, INT),
 }
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Functions(NamedTuple):
     linear: Callable[..., None]
     experts: Callable[..., None]
     norm: Callable[..., None]
+    attend: Callable[..., None]
     route: Callable[..., None]
 
 
@@ -72,6 +74,11 @@ def serves(x: Tensor, *weights: Tensor | Packed | None) -> bool:
     if type(x) is not Tensor or not x.is_cpu or not x.numel() or x.dtype not in library():
         return False
     return all(weight is None or _reads(weight, x.dtype) for weight in weights)
+
+
+def has_rows(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the last axis of a plain tensor lies in this process's memory, number by number; the others lie anyhow."""
+    return type(x) is Tensor and x.dtype is dtype and x.is_cpu and x.stride(-1) == 1
 
 
 def _reads(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
@@ -120,6 +127,21 @@ def norm(x: Tensor, weight_D: Tensor, plus: float, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype)
     library()[x.dtype].norm(
         x_XD.data_ptr(), x_XD.stride(0), weight_D.data_ptr(), plus, eps, y.data_ptr(), len(x_XD), width
+    )
+    return y
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The attention of one query in each head [prompts, heads, 1, width] over all keys and values of its group of heads [prompts,
+    groups, positions, width], which have such rows, with sums in float32: [prompts, 1, heads, width of values]."""
+    prompts, heads, _, width = query.shape
+    _, groups, positions, wide = value.shape
+    query = query if query.stride(3) == 1 else query.contiguous()
+    y = query.new_empty(prompts, 1, heads, wide)
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], y.stride(0), y.stride(2))
+    library()[query.dtype].attend(
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), (LONG * len(strides))(*strides), scale),
+        *(prompts, heads, groups, positions, width, wide, torch.get_num_threads()),
     )
     return y
 

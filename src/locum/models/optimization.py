@@ -5,6 +5,9 @@ everything else to the module's class, as before: many rows, gradients, autocast
 format. Weights stay where they are and are read when they are used, so nothing is held twice, and saving, casting, hooks and
 adapters work as before. A module whose `forward` somebody has replaced already is left alone.
 
+Attention is chosen by a name in transformers: `sdpa` becomes `locum_sdpa`, which is the same but for one query over a cache of which
+nothing is masked. Models whose code asks for that very name keep it.
+
 No family is named here. Norms, routers and activations are known by their numbers: each is tried on a few rows, and is replaced if
 the compiled product gives what it gives.
 
@@ -15,11 +18,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..containers.container import is_swiglu
 from ..errors import OptionError
@@ -61,11 +69,13 @@ def optimize(model: Model) -> Model:
                 _set(module, _linear)
             elif not [*module.children()]:
                 _set(module, _norming(module))
+    _exchange(model, TORCH, ATTENTION)
     return model
 
 
 def restore(model: nn.Module) -> None:
     """Take back what `optimize` did, in place."""
+    _exchange(model, ATTENTION, TORCH)
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, functools.partial) and getattr(forward.func, "__module__", None) == __name__:
@@ -82,6 +92,44 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     if x.numel() <= ROWS * module.in_features and few_rows.serves(x, module.weight, module.bias):
         return few_rows.linear(x, module.weight, module.bias)
     return type(module).forward(module, x)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+ATTENTION, TORCH = "locum_sdpa", "sdpa"  # the implementations of attention, as transformers calls them
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one query of each prompt over all that is in the cache, where nothing is masked; all other by torch."""
+    one = query.ndim == 4 and query.shape[2] == 1 and attention_mask is None and not more.get("dropout")
+    known = all(more.get(name) is None for name in UNKNOWN) and key.shape[:3] == value.shape[:3]
+    if one and known and few_rows.serves(query) and all(few_rows.has_rows(x, query.dtype) for x in (key, value)):
+        scale = more.get("scaling")
+        return few_rows.attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+
+
+UNKNOWN = ("softcap", "position_bias", "s_aux", "output_attentions")  # which torch's attention knows, or refuses
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[TORCH])
+
+
+def _exchange(model: nn.Module, found: str, wanted: str) -> None:
+    """Another implementation of attention, where it is this one; sliding windows are in its masks, as in torch's."""
+    if getattr(model.config, "_attn_implementation", None) == found and not _asks_for(model, TORCH):
+        model.set_attn_implementation(wanted)
+
+
+def _asks_for(model: nn.Module, name: str) -> bool:
+    """Whether the code of any of its modules names an implementation: another one would do something else there."""
+    modules = {type(module).__module__ for module in model.modules()}
+    own = [module for module in modules if module.partition(".")[0] not in ("torch", "locum")]
+    try:
+        return any(f'"{name}"' in inspect.getsource(sys.modules[module]) for module in own)
+    except (OSError, TypeError, KeyError):  # without its source
+        return True
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
