@@ -18,7 +18,7 @@ from making.handmade import layers_of, make_statistics, restrict, tokens_of, toy
 from making.tiny_models import tiny_ids, tiny_model
 
 
-def slow(peaks: list[list[float]], all_alike: bool) -> list[set[int]]:
+def slow(peaks: list[list[float]]) -> list[set[int]]:
     """The rule with plain lists: quantile by linear interpolation, tenth of the largest, ten medians, three quarters."""
     every = sorted(p for layer in peaks for p in layer)
     place = 0.995 * (len(every) - 1)
@@ -26,7 +26,7 @@ def slow(peaks: list[list[float]], all_alike: bool) -> list[set[int]]:
     high = min(low + 1, len(every) - 1)
     quantile = every[low] + (place - low) * (every[high] - every[low])
     lower_median = every[(len(every) - 1) // 2]
-    least = max(0 if all_alike else quantile, every[-1] / 10, 10 * lower_median)
+    least = max(quantile, every[-1] / 10, 10 * lower_median)
     assert plain.median_low(every) == lower_median
     return [
         {e for e, p in enumerate(layer) if p > least} if i < max(1, len(peaks) * 3 // 4) else set()
@@ -40,32 +40,9 @@ def test_equals_a_slow_loop_with_planted_peaks(seed: int) -> None:
     peak_LE = torch.rand(8, 64, generator=generator, dtype=torch.float64) + 0.5
     peak_LE[2, 7], peak_LE[5, 9], peak_LE[7, 1], peak_LE[4, 4] = 400.0, 300.0, 500.0, 20.0
     found = find_super_experts(list(peak_LE))
-    assert found == slow(peak_LE.tolist(), False)
-    assert find_super_experts(list(peak_LE), all_alike=True) == slow(peak_LE.tolist(), True)
+    assert found == slow(peak_LE.tolist())
     assert found[2] == {7} and found[5] == {9}
     assert found[7] == set() and found[4] == set()  # too deep in the model; below a tenth of the largest
-
-
-def test_of_copies_that_are_alike_some_are_not_dropped_and_none_is_replaced() -> None:
-    """As in a model whose experts began as one MLP: seven of the eight of a layer make the massive activation."""
-    model = tiny_model("olmoe")
-    layer, tokens = find_layers(model)[0], tokens_of(tiny_ids(4, 16))
-    needs = (*Prune(score="frequency").needs(), *MoNE(score="frequency").needs())
-    with torch.no_grad():
-        layer.experts.down_proj[1:] *= torch.linspace(1000, 1100, len(layer.experts.down_proj) - 1)[:, None, None]
-    seen, shape = calibrate(model, tokens, needs=needs), shape_of(model)
-    alike = super_experts(seen, shape, all_alike=True)[0]
-    assert len(alike) > len(super_experts(seen, shape)[0]) == 1
-    replaced, dropped = (
-        {
-            e
-            for e, slot in enumerate(layers_of(method(score="frequency"), seen, shape, 1.0)[0].slots)
-            if not slot.is_kept
-        }
-        for method in (MoNE, Prune)
-    )
-    assert replaced == set(range(shape.layers[0].num_experts)) - alike
-    assert dropped & alike
 
 
 def test_a_model_whose_experts_are_alike_has_none() -> None:

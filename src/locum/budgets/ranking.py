@@ -36,24 +36,16 @@ def layer_scores(statistics: Statistics, shape: ModelShape, score: str) -> tuple
     return tuple(CRITERIA[score](statistics.layer(layer.name)) for layer in shape.layers)
 
 
-def ranking(
-    statistics: Statistics, shape: ModelShape, score: str, protect: bool, floor: int = 0, replacing: bool = False
-) -> Ranking:
-    """Scores by a criterion, Super Experts kept where they are protected; where others are replaced and not dropped, all that are alike.
-    Needs what both read."""
-    return protected(layer_scores(statistics, shape, score), statistics, shape, protect, floor, replacing)
+def ranking(statistics: Statistics, shape: ModelShape, score: str, protect: bool, floor: int = 0) -> Ranking:
+    """Scores by a criterion, Super Experts kept where they are protected. Needs what both read."""
+    return protected(layer_scores(statistics, shape, score), statistics, shape, protect, floor)
 
 
 def protected(
-    scores_LE: Sequence[Tensor],
-    statistics: Statistics,
-    shape: ModelShape,
-    protect: bool,
-    floor: int = 0,
-    replacing: bool = False,
+    scores_LE: Sequence[Tensor], statistics: Statistics, shape: ModelShape, protect: bool, floor: int = 0
 ) -> Ranking:
     """The same by scores that are there."""
-    kept_L = super_experts(statistics, shape, all_alike=replacing) if protect else [set() for _ in shape.layers]
+    kept_L = super_experts(statistics, shape) if protect else [set() for _ in shape.layers]
     scores_LE = tuple(
         scores_E.index_fill(
             0, torch.tensor(sorted(kept), dtype=torch.int64), torch.inf

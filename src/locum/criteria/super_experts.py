@@ -20,19 +20,15 @@ MEDIANS = 10
 DEPTH = 0.75
 
 
-def super_experts(statistics: Statistics, shape: ModelShape, all_alike: bool = False) -> list[set[int]]:
+def super_experts(statistics: Statistics, shape: ModelShape) -> list[set[int]]:
     """The Super Experts of every layer. Raises StatisticsError for statistics without output_peak."""
-    return find_super_experts([statistics.layer(layer.name)["output_peak"] for layer in shape.layers], all_alike)
+    return find_super_experts([statistics.layer(layer.name)["output_peak"] for layer in shape.layers])
 
 
-def find_super_experts(peak_LE: Sequence[Tensor], all_alike: bool = False) -> list[set[int]]:
+def find_super_experts(peak_LE: Sequence[Tensor]) -> list[set[int]]:
     """Experts whose largest output stands out of those of all experts of the model.
 
     peak_e > max( 99.5% quantile of all peaks, largest peak / 10, 10 * median peak ),  e in the first 75% of the layers
-
-    Where experts began as copies of one MLP, all of a layer make the same massive activation, and the quantile holds a few of them. That will
-    do where the others are dropped, since tokens then go to those that stay. Where they are replaced, tokens still go to them, and what
-    stands in makes no such activation: `all_alike` leaves the quantile out.
 
     Needs:    output_peak.
     Units:    hidden state.
@@ -42,9 +38,7 @@ def find_super_experts(peak_LE: Sequence[Tensor], all_alike: bool = False) -> li
               alone the loudest expert of any model is one, also where no activation is massive.
     """
     peaks = torch.cat([peak_E.double() for peak_E in peak_LE])
-    least = max(OF_LARGEST * float(peaks.max()), MEDIANS * float(peaks.median()))
-    if not all_alike:
-        least = max(least, float(peaks.quantile(QUANTILE)))
+    least = max(float(peaks.quantile(QUANTILE)), OF_LARGEST * float(peaks.max()), MEDIANS * float(peaks.median()))
     deep = max(1, int(DEPTH * len(peak_LE)))
     found = [(peak_E > least).nonzero().flatten().tolist() for peak_E in peak_LE[:deep]]
     return [set(experts) for experts in found] + [set() for _ in peak_LE[deep:]]

@@ -179,10 +179,8 @@ class Auto:
                 raise OptionError(unknown("domain for --protect-domains", name, statistics.domains))
         pairs = zip(shape.layers, found, strict=True)
         cost_L = self._compared(shape, [_costs(layer, x, self.prior) for layer, x in pairs])
-        kept = [[set()] * len(found)] * 2
-        if self.protect:
-            kept = [super_experts.super_experts(statistics, shape, all_alike) for all_alike in (False, True)]
-        layers = zip(shape.layers, found, cost_L, *kept, strict=True)
+        kept = super_experts.super_experts(statistics, shape) if self.protect else [set()] * len(found)
+        layers = zip(shape.layers, found, cost_L, kept, strict=True)
         return tuple(self._layer(layer, shape, x, *rest, _shares(statistics, layer)) for layer, x, *rest in layers)
 
     @property
@@ -195,8 +193,7 @@ class Auto:
         shape: ModelShape,
         statistics: LayerStatistics,
         cost_EC: np.ndarray,
-        not_dropped: set[int],
-        not_replaced: set[int],
+        protected: set[int],
         share: Mapping[str, np.ndarray],
     ) -> Layer:
         found = candidates(layer, statistics)
@@ -205,7 +202,7 @@ class Auto:
             if candidate.plan is None or not self._tried(candidate):
                 cost_EC[:, c] = np.inf
             elif not _keeps_weights(candidate.plan.slots[0]):
-                cost_EC[sorted(not_dropped if candidate.kind == "drop" else not_replaced), c] = np.inf
+                cost_EC[sorted(protected), c] = np.inf
         gone_C = np.array([candidate.kind == "drop" for candidate in found])
         if not np.isfinite(cost_EC[:, ~gone_C]).any(1).all():
             raise OptionError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..budgets.ranking import Ranking
 from ..options import option
@@ -22,11 +21,9 @@ class MoNE(Ranked):
 
     Needs:    output_sum, count, what criterion and budget need, and output_peak, by which Super Experts are found.
     Edges:    an expert that no token selected has no mean output and becomes the constant zero. Super Experts stay unless
-              told not to, and all that are alike: a constant makes no massive activation.
+              told not to.
     Source:   MoNE, arXiv 2507.00390, as in its released code (see the criterion for where code and paper differ).
     """
-
-    replacing: ClassVar = True
 
     score: str = option("mone", "criterion by which experts are ranked; see locum list criteria")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..budgets.budget import BUDGETS, Limits, taken
 from ..budgets.ranking import Ranking, ranking
@@ -19,7 +18,6 @@ from . import Weights
 class Ranked:
     """Options that say which experts go: a criterion, a budget, and what holds whatever these say."""
 
-    replacing: ClassVar = False  # whether tokens still go to those that go, and something else stands there
     score: str = option("reap", "criterion by which experts are ranked; see locum list criteria")
     budget: str = option("uniform", "how many go from each layer; see locum list budgets")
     protect: bool = option(True, "keep Super Experts, which make massive activations, whatever their score")
@@ -32,7 +30,7 @@ class Ranked:
         return (*CRITERIA[self.score].needs, *BUDGETS[self.budget].needs, *protecting)
 
     def score_experts(self, statistics: Statistics, shape: ModelShape, weights: Weights | None = None) -> Ranking:
-        return ranking(statistics, shape, self.score, self.protect, self.floor, self.replacing)
+        return ranking(statistics, shape, self.score, self.protect, self.floor)
 
     def taken(self, scored: Ranking, shape: ModelShape, amount: float) -> list[set[int]]:
         """For every layer, the experts that go."""
