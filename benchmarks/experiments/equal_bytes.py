@@ -51,7 +51,8 @@ UNSEEN = ("math", "plays")
 MEASURED = {"validation": 8192, "test": 8192}  # tokens, of each kind of domains
 LENGTH, BATCH = 256, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS, RATES, OF_RATES = 20, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2.5  # of training; rates are chosen at one size
+STEPS, OF_RATES = 20, 2.5  # of training; rates are chosen at one size
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 RANDOM, AUTO = "pruned, random", "auto"
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "prune"},
@@ -263,9 +264,13 @@ def recover(of: Subject, shard: tuple[int, int]) -> None:
     jobs = [job for job in of_test(of) if (of.name, *job, None) not in refused]
     tried = [(*job, rate) for job in jobs if job[1] == OF_RATES and job[3] == 0 for rate in RATES]
     run(of, "rates", "validation", tried, shard)
-    rates = {method: best("rates", of, "rate", method=method) for method in METHODS}
-    whole = [(*job, rate) for job in jobs for rate in rates[job[0]] or rates[RANDOM]]
+    whole = [(*job, rate) for job in jobs for rate in trained_at(of, job[0])]
     run(of, "recovered", "test", sorted(whole, key=lambda job: job[3]), shard)
+
+
+def trained_at(of: Subject, method: str) -> list[float]:
+    """The rate that was chosen; that of random pruning where a method could not be made at the size of the choice."""
+    return best("rates", of, "rate", method=method) or best("rates", of, "rate", method=RANDOM)
 
 
 def cells(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -286,7 +291,8 @@ def table(of: Subject) -> str:
     for size, method in ((size, method) for size in SIZES for method in METHODS):
         for trained, rows in stages.items():
             wanted = {"subject": of.name, "size": size, "method": method}
-            mine = [row for row in rows if wanted.items() <= row.items() and "value" in row]
+            rates = [None] if trained == "no" else trained_at(of, method)
+            mine = [r for r in rows if wanted.items() <= r.items() and "value" in r and r.get("rate") in rates]
             if mine:
                 told = [f"{size:g}", method, mine[0]["bits"], trained, str(len({row["seed"] for row in mine}))]
                 lines.append(f"| {' | '.join([*told, *cells(mine)])} |")

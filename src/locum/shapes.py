@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 KINDS = {"int": int, "str": str, "bool": bool}
-LATER = ("around_numel", "around_bytes")  # fields that came later: in JSON only where they say something, since ids hash it
+LATER = (
+    "around_numel",
+    "around_bytes",
+)  # fields that came later: in JSON only where they say something, since ids hash it
 
 
 class _Checked:

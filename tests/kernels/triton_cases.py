@@ -174,7 +174,7 @@ def test_zero_tiny_and_huge_weights_in_few_bits(format, size, regime):
 
 
 @pytest.mark.parametrize("shape", [(128, 16), (16, 128), (64, 8)])
-@pytest.mark.parametrize("format", ["int8-g32", "int4-g32", "int2-g32-z", "nvfp4"])
+@pytest.mark.parametrize("format", ["int8-g32", "int4-g32", "int2-g32-z"])
 def test_few_columns_and_few_rows_in_few_bits(format, shape):
     """Adapters of rank 16: on an H200 with Triton 3.6, products with 16 columns in int4 were wrong (`LEAST_PACKED`)."""
     assert triton_ways.fault(Matrices(format, *shape), torch.bfloat16, DEVICE) == ""
