@@ -17,6 +17,7 @@ from torch import Tensor
 from locum.shapes import LayerShape
 from locum.stats.definitions import STATISTICS
 from locum.stats.events import (
+    DecoderLayerEvent,
     EveryExpertEvent,
     HiddenGradientEvent,
     RoutedEvent,
@@ -87,6 +88,7 @@ class Layer:
             HiddenGradientEvent(counts, self.hidden_back_TKF.flatten(0, 1)[pair_P]),
             WeightGradientEvent(tuple(self.weights_back[e] for e in order)),
             SearchEvent({name: found_E[order].double() for name, found_E in self.found.items()}),
+            DecoderLayerEvent(self.before_TD, self.in_TD),
         ]
 
     def turns(self) -> Tensor:

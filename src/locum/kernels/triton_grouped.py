@@ -43,13 +43,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By the most rows per item, on average. Not measured yet: `make gpu` is where they will be.
 FEW_TILES = Tiles(16, 32, 128, 4, 4)
 FEW_PACKED = Tiles(16, 32, 256, 4, 4)  # a thread has two scales of a tile: fewer bytes could not be fetched ahead
-LEAST_PACKED = (
-    64  # inputs of a tile in few bits: of 16 in int4, which are 8 bytes, Triton 3.6 makes wrong products on an H200
-)
-MANY_TILES = (
+LEAST_PACKED = 64  # inputs of a tile in few bits: with 16 in int4 Triton 3.6 makes wrong products on an H200
+MANY_TILES = (  # by the most rows per item, on average
     (16, Tiles(16, 64, 128, 4, 4)),
     (64, Tiles(64, 128, 64, 4, 4)),
     (None, Tiles(128, 128, 64, 8, 3)),
@@ -159,14 +156,13 @@ def places(weight_NOI: Weights) -> tuple[int, ...]:
 
 def _sizes(tiles: Tiles, x: Tensor, weight_NOI: Weights) -> tuple[int | bool | str, ...]:
     """The sizes of tiles, whether numbers are made wide, and how they are coded, if they are."""
-    least = LEAST_PACKED if isinstance(weight_NOI, Packed) else 16
-    inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(weight_NOI.shape[2]), least))
+    packed, columns = isinstance(weight_NOI, Packed), weight_NOI.shape[2]
+    least = LEAST_PACKED if packed else 16
+    inputs = min(tiles.inputs * 2 // x.element_size(), max(triton.next_power_of_2(columns), least))
     # Triton's interpreter keeps bfloat16 as integers and would multiply those.
     interpreted = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    coded = ("", "", "", 1, 1, True)
-    if isinstance(weight_NOI, Packed):
-        of = weight_NOI.coding
-        coded = (of.code, of.scale, of.more, of.group, of.block, weight_NOI.shape[2] % inputs == 0)
+    of = weight_NOI.coding if packed else None
+    coded = (of.code, of.scale, of.more, of.group, of.block, columns % inputs == 0) if of else ("", "", "", 1, 1, True)
     return tiles.rows, tiles.outputs, inputs, interpreted, *coded
 
 

@@ -157,12 +157,9 @@ def compress(
     decide_from = functools.partial(planned, chosen=chosen, options=options, target=target, said=said, few=few)
     if not reads_text(chosen) and rounds == 1:
         return _finish(model, decide_from([model]), None, out, recovery, packed, **shared)
-    if not reads_text(chosen):
-        loaded = None
-    elif statistics is None:
+    loaded = _named(keep, model) if reads_text(chosen) and statistics is not None else None
+    if reads_text(chosen) and statistics is None:
         loaded = _made_before(keep, model, chosen, text, batch_size=batch_size, sample=sample, also=also)
-    else:
-        loaded = _named(keep, model)
     loaded = _observe(model, chosen, how, also, out=keep, **observed) if loaded is None else loaded
     if rounds > 1:
         question = {**loaded.origin.words(), **(loaded.asked or {}), **asked, "recovery": _said(recovery, model, data)}
