@@ -42,6 +42,7 @@ def fill(checkpoint, words, statistics_file, plan_file, small, tmp_path, monkeyp
 WAITING = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 from locum import cli
 {patch}
 cli.main()
