@@ -201,7 +201,11 @@ def _expert_products(layer: MoeLayer) -> Callable[..., Any] | None:
     experts = layer.experts
     if not is_stock_experts(experts) or experts.is_transposed or not experts.is_concatenated or not experts.has_gate:
         return None
-    if experts.has_bias or experts.has_post_expert_norm or getattr(experts, "_is_expert_parallel", False):
+    if (
+        experts.has_bias
+        or getattr(experts, "has_post_expert_norm", False)
+        or getattr(experts, "_is_expert_parallel", False)
+    ):
         return None
     return _experts if is_swiglu(canonical_activation(experts)) else None
 
