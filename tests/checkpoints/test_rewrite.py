@@ -507,7 +507,7 @@ def test_no_model_is_built(checkpoint, plan_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("plan", [even, light])
 def test_few_experts_are_in_memory_at_a_time(plan, checkpoint, tmp_path, monkeypatch):
-    """However many there are: the mean of four, their adapters and four that are kept."""
+    """However many there are: the mean of four, their adapters and four that are kept; an expert is held until the next one is built."""
     alive, most, read = 0, 0, ExpertReader.__call__
 
     def gone() -> None:
@@ -524,4 +524,4 @@ def test_few_experts_are_in_memory_at_a_time(plan, checkpoint, tmp_path, monkeyp
 
     monkeypatch.setattr(ExpertReader, "__call__", count)
     locum.apply(checkpoint, plan=plan(read_shape(checkpoint)), out=tmp_path / "out")
-    assert (alive, most) == (0, 0) if plan is even else most <= 4
+    assert (alive, most) == (0, 0) if plan is even else most <= 5

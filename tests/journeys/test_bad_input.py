@@ -129,7 +129,7 @@ LINES = [
     (f"{COMPRESS} --fit lots", "cannot read size 'lots'"),
     (
         "plan {stats} --method prun --remove 0.5",
-        "unknown method 'prun': did you mean 'prune' or 'stun'? allowed: auto, compressed-experts",
+        "unknown method 'prun': did you mean 'prune' or 'stun'? allowed: auto, block-drop",
     ),
     (f"{COMPRESS} --method prun --remove 0.5", "unknown method 'prun': did you mean 'prune' or 'stun'?"),
     ("plan {stats} --method prune --score reep --remove 0.5", "unknown criterion 'reep': did you mean 'reap'"),
