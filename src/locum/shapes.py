@@ -11,10 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 KINDS = {"int": int, "str": str, "bool": bool}
-LATER = (
-    "around_numel",
-    "around_bytes",
-)  # fields that came later: in JSON only where they say something, since ids hash it
+# Fields that came later: in JSON only where they say something, since ids of statistics hash it.
+LATER = ("around_numel", "around_bytes")
 
 
 class _Checked:

@@ -34,10 +34,8 @@ from .loss import SUMS, Output, batch_sums, body_output
 
 ROOM = 2**24  # numbers of inputs that go through a stand-in at a time
 BUILT = 2**30  # bytes of containers that are built together
-BESIDE = (
-    2**30,
-    2**33,
-)  # bytes of experts that are taken apart side by side, of a streamed model and of one that is in memory
+# Bytes of experts that are taken apart side by side: of a streamed model, and of one that is in memory.
+BESIDE_STREAMED, BESIDE_HELD = 2**30, 2**33
 
 
 class StandIns:
@@ -127,7 +125,8 @@ class StandIns:
     def _workers(self, layer: LayerShape) -> int:
         """Threads that build an expert each. One takes its Gram matrices and weights in float64, some of them several times."""
         d, f = layer.hidden_size, layer.expert_width
-        room = BESIDE[0 if is_streamed(self.live.model) else 1] // (8 * (4 * d * d + 3 * f * f + 8 * d * f))
+        beside = BESIDE_STREAMED if is_streamed(self.live.model) else BESIDE_HELD
+        room = beside // (8 * (4 * d * d + 3 * f * f + 8 * d * f))
         return max(1, min(torch.get_num_threads(), layer.num_experts, room))
 
     def _divergences(self, changes: Sequence[Mapping[str, Change]]) -> Tensor:
