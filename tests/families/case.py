@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
+from locum.checkpoints.load import load_model
 from locum.checkpoints.rewrite import Rewriting
-from locum.checkpoints.skeleton import Source, read_shape
+from locum.checkpoints.skeleton import Source, open_source, read_shape, shape_in
 from locum.data.tokens import Tokens
+from locum.errors import LocumError
 from locum.measure.calibration import calibrate
 from locum.models.sizes import shape_of
 from locum.models.stored import write_model
@@ -147,6 +150,16 @@ def stored(folder: str) -> tuple[int, int]:
                 tensor = tensors.get_tensor(name)
                 numbers, size = numbers + tensor.numel(), size + tensor.numel() * tensor.element_size()
     return numbers, size
+
+
+def checkpoint_of(case: Case, folder: Path) -> tuple[Source, ModelShape, PreTrainedModel]:
+    """A family's model saved to `folder` and opened: as files, and live. Skips a family that Locum refuses to open."""
+    case.model().save_pretrained(folder)
+    try:
+        source = open_source(folder)
+    except LocumError as error:
+        pytest.skip(str(error))
+    return source, shape_in(folder, source), load_model(folder)
 
 
 def both_ways(

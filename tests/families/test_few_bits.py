@@ -9,12 +9,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from families.case import Case, both_ways, copied, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.load import load_model
-from locum.checkpoints.skeleton import open_source, shape_in
 from locum.containers.container import StandInExperts
-from locum.errors import LocumError
 from locum.measure.calibration import calibrate
 from locum.models.families import family_of, find_layers
 from locum.plans.bits import FewBits
@@ -43,12 +41,7 @@ def test_family(family):
     case = Case(family)
     with tempfile.TemporaryDirectory() as folder:
         original, out = (Path(folder) / name for name in ("original", "out"))
-        case.model().save_pretrained(original)
-        try:
-            source = open_source(original)
-        except LocumError as error:
-            pytest.skip(str(error))
-        shape, live = shape_in(original, source), load_model(original)
+        source, shape, live = checkpoint_of(case, original)
         observed = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2, needs=NEEDED)
         plan = in_int4(shape)
         model = both_ways(source, shape, live, plan, observed, out)

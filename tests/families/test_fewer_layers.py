@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from families.case import Case, both_ways, copied, mixed, stored, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, mixed, stored, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.skeleton import open_source, shape_in
-from locum.errors import LocumError, UnsupportedModel
+from locum.errors import UnsupportedModel
 from locum.measure.calibration import calibrate
 from locum.models.families import family_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, make_plan
@@ -82,12 +81,7 @@ def test_family(family: str, tmp_path: Path) -> None:
 def check_files(case: Case, folder: Path) -> None:
     """Files that were rewritten, and the live model saved: the same config and tensors to the bit, the size that was promised."""
     original = folder / "original"
-    case.model().save_pretrained(original)
-    try:
-        source = open_source(original)
-    except LocumError as error:
-        pytest.skip(str(error))
-    shape, live = shape_in(original, source), load_model(original)
+    source, shape, live = checkpoint_of(case, original)
     observed = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2)
     for others in (False, True):
         plan, out = without_first(shape, others), folder / f"out {others}"

@@ -12,13 +12,11 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from families.case import Case, both_ways, copied, near, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, near, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
-from locum.checkpoints.skeleton import open_source, shape_in
 from locum.containers.container import StandInExperts
-from locum.errors import LocumError
 from locum.experts.columns import COLUMNS, highest
 from locum.experts.masks import MASKS
 from locum.experts.parts.basis_mixture import BasisMixture
@@ -91,12 +89,7 @@ def test_family(family: str) -> None:
     case = Case(family)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original"
-        case.model().save_pretrained(original)
-        try:
-            source = open_source(original)
-        except LocumError as error:
-            pytest.skip(str(error))
-        shape, live = shape_in(original, source), load_model(original)
+        source, shape, live = checkpoint_of(case, original)
         seen = calibrate(case.model(), tokens_of(case.ids_BS), batch_size=2, needs=(*NEEDED, *MASKS["wanda"].needs))
         for plan in (narrowed(shape), masked(shape), shared(shape)):
             out = Path(folder) / plan.id
