@@ -1,4 +1,4 @@
-"""What users get who choose nothing: every method at half of the experts, before and after `--recover lora`.
+"""What users get who choose nothing: every method, at half of the experts if it can, before and after `--recover lora`.
 
     python -m benchmarks.experiments.defaults select [--steps 60]     learning rates and schedules, on validation
     python -m benchmarks.experiments.defaults test   [--steps 60]     every method with its default options, on test
@@ -27,17 +27,26 @@ import locum
 from benchmarks.experiments.experiment import RESULTS, SEEDS, made_once, read
 from benchmarks.speed.timing import commit
 from locum.bundled import MODEL, reference_data
+from locum.methods import METHODS as REGISTERED
+from locum.methods import TARGETED, SearchingMethod
+from locum.stages.searching import to_collect
 
+REMOVED = 0.5  # where a method can be asked for an amount
 METHODS: dict[str, dict[str, Any]] = {
-    "lightmoe": {"method": "lightmoe", "remove": 0.5},
-    "prune, REAP": {"method": "prune", "remove": 0.5, "score": "reap"},
-    "prune, random": {"method": "prune", "remove": 0.5, "score": "random"},
-    "decompose": {"method": "decompose", "remove": 0.5},
-    "mone": {"method": "mone", "remove": 0.5},
-    "replace": {"method": "replace", "remove": 0.5},
+    "lightmoe": {"method": "lightmoe", "remove": REMOVED},
+    "prune, REAP": {"method": "prune", "remove": REMOVED, "score": "reap"},
+    "prune, random": {"method": "prune", "remove": REMOVED, "score": "random"},
+    "decompose": {"method": "decompose", "remove": REMOVED},
+    "mone": {"method": "mone", "remove": REMOVED},
+    "replace": {"method": "replace", "remove": REMOVED},
     "compressed-experts": {"method": "compressed-experts"},
-    "moe-i2": {"method": "moe-i2", "remove": 0.5},
-    "prune, frequency": {"method": "prune", "remove": 0.5, "score": "frequency"},
+    "moe-i2": {"method": "moe-i2", "remove": REMOVED},
+    "prune, frequency": {"method": "prune", "remove": REMOVED, "score": "frequency"},
+}
+METHODS |= {
+    name: {"method": name, **({"remove": REMOVED} if REGISTERED[name].saves in TARGETED else {})}
+    for name in sorted(REGISTERED)
+    if name not in {asked["method"] for asked in METHODS.values()}
 }
 # The way, the method that stands for its use, the rates tried with a cosine, and those tried without a schedule.
 TRIED = (
@@ -61,13 +70,20 @@ def file_of(phase: str) -> Path:
 
 def compress(name: str, seed: int, out: Path) -> Path:
     """One method with its default options, from calibration (or a search) with this seed."""
-    options: dict[str, Any] = {"data": reference_data(), "seed": seed, "tokens": CALIBRATED}
-    if name == "moe-i2":
-        asked = {"method": "moe-i2", "tokens": CALIBRATED, "seed": seed}
-        options["statistics"] = made_once("searched", locum.search, **asked)
-    elif name != "compressed-experts":
-        options["statistics"] = made_once("statistics", locum.calibrate, tokens=CALIBRATED, seed=seed)
+    asked = {"tokens": CALIBRATED, "seed": seed}
+    options: dict[str, Any] = {"data": reference_data(), **asked}
+    chosen = REGISTERED[METHODS[name]["method"]]()
+    if isinstance(chosen, SearchingMethod):
+        options["statistics"] = made_once("searched", locum.search, method=chosen.name, **asked)
+    elif chosen.needs():
+        options["statistics"] = made_once("statistics", locum.calibrate, also=collected(), **asked)
     return locum.compress(MODEL, out=out, **options, **METHODS[name])
+
+
+def collected() -> list[str]:
+    """What calibration gives to all methods here, so that one file serves them."""
+    methods = [REGISTERED[asked["method"]]() for asked in METHODS.values()]
+    return sorted({need for one in methods if not isinstance(one, SearchingMethod) for need in to_collect(one)})
 
 
 def recover(small: Path, out: Path, how: str, seed: int, steps: int, **options: Any) -> dict[str, Any]:
