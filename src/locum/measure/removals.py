@@ -406,13 +406,8 @@ class ModelExplorer:
         """The model's loss on the sample without what each candidate removes."""
         runs = [functools.partial(_loss_of, self.model, batch) for batch in self.batches]
         removed = [{name: functools.partial(_removing, x) for name, x in each.items()} for each in candidates]
-        jobs, each = [(changes, run) for changes in removed for run in runs], len(self.batches)
-        sums = self._live.results(jobs, max(batch.ids_BS.numel() for batch in self.batches))
-        means = []
-        for first in range(0, len(sums), each):
-            mine = sums[first : first + each]
-            means.append(sum(loss for loss, _ in mine) / max(1, sum(count for _, count in mine)))
-        return means
+        sums = self._live.results(removed, runs, max(batch.ids_BS.numel() for batch in self.batches))
+        return [sum(loss for loss, _ in mine) / max(1, sum(count for _, count in mine)) for mine in sums]
 
     def _without(self, candidate: Mapping[str, Tensor]) -> MaskedRouters:
         return MaskedRouters([(self.layers[name], removed_E) for name, removed_E in candidate.items()])

@@ -43,7 +43,8 @@ class StandIns:
     predicted tokens, in nats.
 
     Plans of one layer are built together, as many as take BUILT bytes, or one: what they share is made once. Where a streamed model is
-    asked, that is when its layer is there, once for errors and divergence. Cost: a pass over the sample for each thing that is tried.
+    asked, that is when its layer is there, once for errors and divergence. Cost: a pass over the sample for each thing that is
+    tried, of a whole model from the first changed layer on.
     """
 
     def __init__(self, live: ChangingModel, batches: Sequence[Batch], statistics: Statistics | None, seed: int) -> None:
@@ -135,10 +136,10 @@ class StandIns:
         with self.live.quiet():
             if self._original is None:
                 runs = [partial(body_output, model, batch) for batch in self.batches]
-                made = self.live.results([({}, run) for run in runs], self._tokens)
+                (made,) = self.live.results([{}], runs, self._tokens)
                 self._original = [(x, type(output)(last_hidden_state=output.last_hidden_state)) for x, output in made]
             runs = [partial(divergence, model, *pair) for pair in zip(self._original, self.batches, strict=True)]
-            found = self.live.results([(each, run) for each in changes for run in runs], self._tokens)
+            found = self.live.results(changes, runs, self._tokens)
         sum_CBY = torch.tensor(found, dtype=torch.float64).view(len(changes), len(runs), 2)
         return sum_CBY[..., 0].sum(1) / sum_CBY[..., 1].sum(1).clamp(min=1)
 

@@ -112,7 +112,9 @@ def of_search(
         seconds = time.perf_counter() - begin
     layers = len(shape.layers)
     seconds -= explorer.whole_seconds - explorer.saved_seconds + explorer.once_seconds
-    searching = layers * (seconds + times.of_all(explorer.whole_seconds, begun.of))
+    # A pass of a whole model begins at the layer that is asked about: it runs half of them in the mean.
+    run = begun.of if how.streamed else (begun.of + 1) // 2
+    searching = layers * (seconds + times.of_all(explorer.whole_seconds, run))
     searching += times.of_all(explorer.once_seconds, begun.of)
     cached = min(CACHE_BYTES, sum(8 * sample * layer.num_experts**2 for layer in shape.layers))
     states = begun.of * held_bytes(begun.model, sample)
