@@ -153,10 +153,11 @@ def _norming(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def _norm(module: nn.Module, x: Tensor, plus: float, eps: float) -> Tensor:
-    if x.numel() <= NORM_NUMBERS and few_rows.serves(x, module.weight):
+def _norm(module: nn.Module, x: Tensor, *more: Any, plus: float, eps: float, **named: Any) -> Tensor:
+    alone = not more and not named  # a gate may come along
+    if alone and x.numel() <= NORM_NUMBERS and few_rows.serves(x, module.weight):
         return few_rows.norm(x, module.weight, plus, eps)
-    return type(module).forward(module, x)
+    return type(module).forward(module, x, *more, **named)
 
 
 # --- routers and experts ----------------------------------------------------------------------------------------------
