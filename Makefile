@@ -28,7 +28,7 @@ test-families: $(READY)
 # The oldest transformers that is supported and has a release on the GPU machines: families and round trips.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest tests/models/test_families.py tests/models/test_optimization.py tests/models/test_one_query.py tests/checkpoints/test_checkpoint.py tests/checkpoints/test_apply.py
+	$(OLDEST)/bin/python -m pytest tests/models/test_families.py tests/models/test_optimization.py tests/models/test_one_query.py tests/models/test_decoder_steps.py tests/checkpoints/test_checkpoint.py tests/checkpoints/test_apply.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks

@@ -124,6 +124,49 @@ def test_norm_equals_float64(dtype, plus):
     torch.testing.assert_close(made.double(), exact, rtol=NEAR[dtype], atol=1e-6)
 
 
+def turned(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("prompts", "width", "heads", "groups", "head", "of_qk", "has_bias"),
+    [(1, 64, 4, 2, 16, None, False), (3, 96, 3, 1, 32, "head", True), (2, 80, 5, 5, 24, "all", True)],
+)
+@torch.no_grad()
+def test_a_layer_up_to_its_experts_is_its_parts_in_turn(
+    dtype, prompts, width, heads, groups, head, of_qk, has_bias, threads
+):
+    """To the bit: everything is rounded where the parts round, and a rotation where torch does."""
+    seeds = iter(range(99))
+
+    def drawn(*size):
+        return random(*size, seed=next(seeds), dtype=dtype)
+
+    x, cos, sin = drawn(prompts, 1, width), drawn(prompts, 1, head), drawn(prompts, 1, head)
+    before, after = few_rows.Norm(drawn(width), 0.0, 1e-5), few_rows.Norm(drawn(width), 1.0, 1e-6)
+    weights = [drawn(n * head, width) / 8 for n in (heads, groups, groups)]
+    biases = [drawn(len(w)) if has_bias else None for w in weights]
+    sizes = [head if of_qk == "head" else n * head for n in (heads, groups)]
+    norms = [few_rows.Norm(drawn(size), 1.0, 1e-6) if of_qk else None for size in sizes]
+    made = few_rows.project(x, before, weights, biases, *norms, cos, sin)
+    expected = []
+    for w, bias, norm in zip(weights, biases, (*norms, None), strict=True):
+        y = few_rows.linear(few_rows.norm(x, *before), w, bias)
+        y = y if norm is None or of_qk == "head" else few_rows.norm(y, *norm)
+        y = y.view(prompts, 1, -1, head)
+        expected.append((y if norm is None or of_qk == "all" else few_rows.norm(y, *norm)).transpose(1, 2))
+    expected[:2] = [turned(y, cos[:, None], sin[:, None]) for y in expected[:2]]
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+    keys, values = drawn(prompts, groups, 7, head), drawn(prompts, groups, 7, head)
+    last, bias = drawn(width, heads * head) / 8, drawn(width) if has_bias else None
+    hidden, given = few_rows.attended(x, made[0], keys, values, 0.3, last, bias, after)
+    expected = x + few_rows.linear(few_rows.attend(made[0], keys, values, 0.3).flatten(2), last, bias)
+    assert torch.equal(hidden, expected) and torch.equal(given, few_rows.norm(expected, *after))
+
+
 @DTYPES
 @pytest.mark.parametrize("has_bias", [False, True])
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import locum
 from locum.kernels import few_rows
-from locum.models import optimization
+from locum.models import decoder_steps, optimization
 from making.containers import relative_error
 from making.tiny_models import tiny_ids, tiny_model
 
@@ -29,12 +29,27 @@ GREEDY = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many positions each compiled call read."""
-    found, made = [], few_rows.attend
+    """How many positions each compiled call read, of attention alone or of a decoder layer's first half."""
+    found, alone, within = [], few_rows.attend, few_rows.attended
+    monkeypatch.setattr(few_rows, "attend", lambda q, key, *more: found.append(key.shape[2]) or alone(q, key, *more))
     monkeypatch.setattr(
-        few_rows, "attend", lambda query, key, *more: found.append(key.shape[2]) or made(query, key, *more)
+        few_rows, "attended", lambda x, q, key, *more: found.append(key.shape[2]) or within(x, q, key, *more)
     )
+    without_trials(monkeypatch, found)
     return found
+
+
+def without_trials(monkeypatch, found: list[int]) -> None:
+    """Let what a trial of a decoder layer adds to a list be taken off again."""
+    tried = decoder_steps._computes_that
+
+    def computes_that(*given):
+        before = len(found)
+        known = tried(*given)
+        del found[before:]
+        return known
+
+    monkeypatch.setattr(decoder_steps, "_computes_that", computes_that)
 
 
 def logits(model, ids, **more):

@@ -1,4 +1,4 @@
-// What a step of few tokens does outside of attention, each in one call: matrices are read once, where they lie. Experts also in few
+// What a step of few tokens does, each in one call: matrices are read once, where they lie. Experts also in few
 // bits (codes.h), which become numbers some rows at a time.
 //
 //   locum_linear   y[m] = W x[m] + bias
@@ -7,6 +7,9 @@
 //   locum_route    logits[t] = W x[t] + bias; their softmax's K largest, first the largest, those of one size by their index
 //
 //   locum_attend   y[b][h] = sum over s of p[s] v[b][h / (H / G)][s], p the softmax over s of scale k[b][h / (H / G)][s] q[b][h]
+//
+//   locum_project  n = norm(x); q, k, v = W n + bias of it, q and k through norms of their own if they have some, and turned by position
+//   locum_attended h = x + W attend(q, k, v) + bias, and norm(h): with what comes before, a decoder layer up to its experts
 //
 // Experts that are none (an index below 0, or N and above) do not run. Formats: bfloat16 and float32; sums, and what comes
 // between the products of an expert, in float32 but for the hidden states, which are rounded as the second product takes them.
@@ -238,6 +241,66 @@ void attend(const Heads<const Number>& q, const Heads<const Number>& k, const He
   }
 }
 
+// x = x cos + (-second half of x, first half) sin, for heads of width D: products and sum are rounded, as torch does.
+template <class Format, class Number = typename Format::Number>
+void turn(Number* x, const Number* cos, const Number* sin, long heads, long D) {
+  const long half = D / 2;
+  Number two[2 * 16];
+  const auto rounded = [&](__m512 a, __m512 b) {  // each alone, then their sum
+    Format::narrow(0xffff, two, a);
+    Format::narrow(0xffff, two + 16, b);
+    return _mm512_add_ps(Format::widen(0xffff, two), Format::widen(0xffff, two + 16));
+  };
+  for (long h = 0; h < heads; h++, x += D)
+    for (long d = 0; d < half; d += 16) {
+      const __mmask16 mask = rest(half - d);
+      const auto at = [&](const Number* from, long i) { return Format::widen(mask, from + i); };
+      const __m512 first = at(x, d), second = at(x, half + d), minus = _mm512_sub_ps(_mm512_setzero_ps(), second);
+      Format::narrow(mask, x + d, rounded(_mm512_mul_ps(first, at(cos, d)), _mm512_mul_ps(minus, at(sin, d))));
+      Format::narrow(mask, x + half + d,
+                     rounded(_mm512_mul_ps(second, at(cos, half + d)), _mm512_mul_ps(first, at(sin, half + d))));
+    }
+}
+
+// A norm's weights; none, for none.
+template <class Number>
+struct Norm {
+  const Number* weight;
+  float plus, eps;
+};
+
+// `qk_width`: of q's and k's norms, a head's or all of them.
+template <class Format, class Number = typename Format::Number>
+void project(const Number* x, long x_stride, const Norm<Number>& before, const Number* const* weights, const Number* const* biases,
+             const Norm<Number>* of_qk, bool by_head, const Number* cos, const Number* sin, long of_prompt, Number* const* made,
+             const long* outputs, long M, long D, long head, int threads) {
+  const std::unique_ptr<Number[]> normed(new Number[M * D]);
+  norm<Format>(x, x_stride, before.weight, before.plus, before.eps, normed.get(), M, D);
+  for (long i = 0; i < 3; i++) {
+    const long O = outputs[i], width = by_head ? head : O;
+    linear<Format>(normed.get(), D, weights[i], biases[i], made[i], O, M, O, D, threads);
+    if (i == 2) break;  // values stay as they are
+    if (of_qk[i].weight) norm<Format>(made[i], width, of_qk[i].weight, of_qk[i].plus, of_qk[i].eps, made[i], M * O / width, width);
+    for (long m = 0; m < M; m++) turn<Format>(made[i] + m * O, cos + m * of_prompt, sin + m * of_prompt, O / head, head);
+  }
+}
+
+template <class Format, class Number = typename Format::Number>
+void attended(const Heads<const Number>& q, const Heads<const Number>& k, const Heads<const Number>& v, float scale, const Number* w,
+              const Number* bias, const Number* x, long x_stride, const Norm<Number>& after, Number* h, Number* n, long B, long H,
+              long G, long S, long head, long C, long D, int threads) {
+  const std::unique_ptr<Number[]> y(new Number[B * H * C]);
+  attend<Format>(q, k, v, {y.get(), H * C, C, 0}, scale, B, H, G, S, head, C, threads);
+  linear<Format>(y.get(), H * C, w, bias, h, D, B, D, H * C, threads);
+  for (long b = 0; b < B; b++)
+    for (long d = 0; d < D; d += 16) {
+      const __mmask16 mask = rest(D - d);
+      Format::narrow(mask, h + b * D + d,
+                     _mm512_add_ps(Format::widen(mask, x + b * x_stride + d), Format::widen(mask, h + b * D + d)));
+    }
+  norm<Format>(h, D, after.weight, after.plus, after.eps, n, B, D);
+}
+
 }  // namespace
 
 #define ENTRIES(FORMAT, NAME)                                                                                          \
@@ -268,6 +331,20 @@ void attend(const Heads<const Number>& q, const Heads<const Number>& k, const He
                                       long S, long D, long C, int threads) {                                           \
     attend<FORMAT>({q, apart[0], apart[1], 0}, {k, apart[2], apart[3], apart[4]}, {v, apart[5], apart[6], apart[7]},   \
                    {y, apart[8], apart[9], 0}, scale, B, H, G, S, D, C, threads);                                      \
+  }                                                                                                                    \
+  extern "C" void locum_project_##NAME(const FORMAT::Number* const* in, FORMAT::Number* const* out, const long* size,  \
+                                       const float* number, int threads) {                                             \
+    const Norm<FORMAT::Number> before{in[1], number[0], number[1]};                                                    \
+    const Norm<FORMAT::Number> of_qk[2] = {{in[8], number[2], number[3]}, {in[9], number[4], number[5]}};              \
+    project<FORMAT>(in[0], size[0], before, in + 2, in + 5, of_qk, size[1], in[10], in[11], size[2], out, size + 3,    \
+                    size[6], size[7], size[8], threads);                                                               \
+  }                                                                                                                    \
+  extern "C" void locum_attended_##NAME(const FORMAT::Number* const* in, FORMAT::Number* const* out,                   \
+                                        const long* apart, const long* size, const float* number, int threads) {       \
+    attended<FORMAT>({in[0], apart[0], apart[1], 0}, {in[1], apart[2], apart[3], apart[4]},                            \
+                     {in[2], apart[5], apart[6], apart[7]}, number[0], in[3], in[4], in[5], apart[8],                  \
+                     {in[6], number[1], number[2]}, out[0], out[1], size[0], size[1], size[2], size[3], size[4],       \
+                     size[5], size[6], threads);                                                                       \
   }
 
 ENTRIES(BFloat16, bfloat16)

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import logging
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ ARGUMENTS = {
     "norm": (POINTER, LONG, POINTER, FLOAT, FLOAT, POINTER, LONG, LONG),
     "attend": (*(POINTER,) * 5, FLOAT, *(LONG,) * 6, INT),
     "route": (POINTER, LONG, POINTER, POINTER, INT, *(POINTER,) * 3, *(LONG,) * 4, INT),
+    "project": (*(POINTER,) * 4, INT),
+    "attended": (*(POINTER,) * 5, INT),
 }
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class Functions(NamedTuple):
     norm: Callable[..., None]
     attend: Callable[..., None]
     route: Callable[..., None]
+    project: Callable[..., None]
+    attended: Callable[..., None]
 
 
 @functools.cache
@@ -144,6 +148,77 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         *(prompts, heads, groups, positions, width, wide, torch.get_num_threads()),
     )
     return y
+
+
+class Norm(NamedTuple):
+    """A root-mean-square norm: (plus + weight) x / sqrt(mean of x^2 + eps)."""
+
+    weight: Tensor
+    plus: float
+    eps: float
+
+
+def project(
+    x: Tensor,
+    before: Norm,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    of_queries: Norm | None,
+    of_keys: Norm | None,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [prompts, heads, 1, width] of x [prompts, 1, D]: W norm(x) + bias, for W of each, whose outputs are heads of the
+    width of `cos` and `sin` [prompts or 1, 1, width]; queries and keys through norms of their own, if they have some, of a head or of all
+    heads, and turned: y cos + (minus the second half of y, its first half) sin. Rounded wherever torch rounds."""
+    prompts, width, head = len(x), x.shape[2], cos.shape[2]
+    made = [x.new_empty(prompts, len(w) // head, 1, head) for w in weights]
+    norms = [norm or Norm(x.new_empty(0), 0.0, 0.0) for norm in (of_queries, of_keys)]
+    given = [x, before.weight, *weights, *biases, *(norm.weight for norm in norms), cos, sin]
+    by_head = of_queries is not None and len(of_queries.weight) == head
+    of_prompt = cos.stride(0) if len(cos) > 1 else 0
+    sizes = (x.stride(0), by_head, of_prompt, *map(len, weights), prompts, width, head)
+    numbers = [number for norm in (before, *norms) for number in norm[1:]]
+    library()[x.dtype].project(_places(given), _places(made), _longs(sizes), _floats(numbers), torch.get_num_threads())
+    queries, keys, values = made
+    return queries, keys, values
+
+
+def attended(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    weight_DI: Tensor,
+    bias_D: Tensor | None,
+    after: Norm,
+) -> tuple[Tensor, Tensor]:
+    """h = x + W y + bias and norm(h), [prompts, 1, D], y what `attend` gives."""
+    prompts, heads, _, head = query.shape
+    _, groups, positions, wide = value.shape
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2)]
+    apart = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], x.stride(0))
+    sizes = (prompts, heads, groups, positions, head, wide, x.shape[2])
+    given = [query, key, value, weight_DI, bias_D, x, after.weight]
+    numbers = (scale, *after[1:])
+    library()[x.dtype].attended(
+        *(_places(given), _places(made), _longs(apart), _longs(sizes), _floats(numbers), torch.get_num_threads())
+    )
+    hidden, normed = made
+    return hidden, normed
+
+
+def _places(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (POINTER * len(tensors))(*[None if x is None else x.data_ptr() or None for x in tensors])
+
+
+def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:
+    return (LONG * len(numbers))(*numbers)
+
+
+def _floats(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    return (FLOAT * len(numbers))(*numbers)
 
 
 def route(

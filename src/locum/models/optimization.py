@@ -8,6 +8,8 @@ adapters work as before. A module whose `forward` somebody has replaced already 
 Attention is chosen by a name in transformers: `sdpa` becomes `locum_sdpa`, which is the same but for one query over a cache of which
 nothing is masked. Models whose code asks for that very name keep it.
 
+One token of each prompt goes through a decoder layer, up to its experts, in two calls where the layer is known (decoder_steps.py).
+
 No family is named here. Norms, routers and activations are known by their numbers: each is tried on a few rows, and is replaced if
 the compiled product gives what it gives.
 
@@ -20,7 +22,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,8 +32,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..containers.container import is_swiglu
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModel
 from ..kernels import choice, few_rows
+from .decoder_layers import decoder_stack, place_in
+from .decoder_steps import first_half, step
 from .families import MoeLayer, canonical_activation, find_layers, is_stock_experts
 
 # Measured on one core of an EPYC with avx512_bf16, shared with other work: a matrix of 2048 x 2048 in bfloat16 times M rows,
@@ -42,6 +46,8 @@ from .families import MoeLayer, canonical_activation, find_layers, is_stock_expe
 ROWS = 32  # the most of a linear layer
 NORM_NUMBERS = 2**17  # the most of a norm's input: it has one thread
 TRIED, NEAR = 16, 1e-5  # rows that a norm and a router are tried on, and how near they come
+
+OURS = (__name__, step.__module__)  # whose functions stand for forwards
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,6 +67,7 @@ def optimize(model: Model) -> Model:
     if not few_rows.library():
         return model
     with torch.no_grad():
+        _set_steps(model, layers)
         for layer in layers:
             _set(layer.router, _routing(layer))
             _set(layer.experts, _expert_products(layer))
@@ -78,7 +85,7 @@ def restore(model: nn.Module) -> None:
     _exchange(model, ATTENTION, TORCH)
     for module in model.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, functools.partial) and getattr(forward.func, "__module__", None) == __name__:
+        if isinstance(forward, functools.partial) and getattr(forward.func, "__module__", None) in OURS:
             del module.forward
 
 
@@ -86,6 +93,22 @@ def _set(module: nn.Module, function: Callable[..., Any] | None) -> None:
     """Let a function of the module and its arguments be its forward. Copies and pickles of the module have it too."""
     if function is not None and "forward" not in vars(module):
         module.forward = functools.partial(function, module)
+
+
+def _set_steps(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+    """Let decoder layers with one MoE block take one token of each prompt in few calls, where they are known (decoder_steps.py)."""
+    names = [layer.shape.name for layer in layers]
+    try:
+        prefix, stack = decoder_stack(model, names)
+    except UnsupportedModel:
+        return
+    tried: dict[Any, bool] = {}
+    for name in names:
+        index = place_in(prefix, name)
+        block = name.removeprefix(f"{prefix}.{index}.").partition(".")[0]
+        half = first_half(stack[index], block, _plus_and_eps, tried)
+        if half is not None:
+            _set(stack[index], functools.partial(step, half=half, implementation=ATTENTION))
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -137,6 +160,12 @@ def _asks_for(model: nn.Module, name: str) -> bool:
 
 def _norming(module: nn.Module) -> Callable[..., Any] | None:
     """What stands for a root-mean-square norm's forward; None for what is none that the compiled products know."""
+    known = _plus_and_eps(module)
+    return None if known is None else functools.partial(_norm, plus=known[0], eps=known[1])
+
+
+def _plus_and_eps(module: nn.Module) -> tuple[float, float] | None:
+    """What a root-mean-square norm adds to its weights, and to the mean of squares; None for what is no such norm."""
     eps = next((value for name in ("variance_epsilon", "eps") if (value := vars(module).get(name)) is not None), None)
     weight_D = getattr(module, "weight", None)
     if [*module.state_dict()] != ["weight"] or weight_D.ndim != 1 or not isinstance(eps, float) or not weight_D.is_cpu:
@@ -149,7 +178,7 @@ def _norming(module: nn.Module) -> Callable[..., Any] | None:
     for plus in (0.0, 1.0):
         made_XD = few_rows.norm(x_XD, twin.weight, plus, eps)
         if isinstance(expected_XD, Tensor) and torch.allclose(made_XD, expected_XD, NEAR, NEAR):
-            return functools.partial(_norm, plus=plus, eps=eps)
+            return plus, eps
     return None
 
 
