@@ -13,6 +13,7 @@ import locum
 from locum.checkpoints.card import head_of, model_card
 from locum.checkpoints.card_data import TASKS, card_data, hub_id, in_hub_cache
 from locum.checkpoints.skeleton import read_shape
+from locum.plans.bits import FewBits
 from locum.plans.plan import KEPT, LayerPlan, make_plan
 from making.cards import checked
 from making.checkpoints import locum as command
@@ -197,6 +198,17 @@ def test_the_text_says_what_the_head_cannot(original):
     assert "The licence is that of the original: apache-2.0." in card and "is not known here" not in card
 
 
+def test_the_text_says_in_which_numbers_experts_are(original):
+    shape = read_shape(original)
+    kept = [LayerPlan(x.name, (KEPT,) * x.num_experts) for x in shape.layers]
+    plan = make_plan(shape, FewBits.of("4", 32, "nearest").applied(kept, shape), method="prune")
+    card = model_card(plan, shape, "small", {}, CAUSAL, card_data(original, CAUSAL))
+    left = plan.size(shape).bytes - (shape.bytes - shape.bytes_of_experts)
+    saved = 100 * (1 - left / shape.bytes_of_experts)
+    assert f"experts in int4-g32, which take {saved:.1f}% fewer bytes than they did by prune." in card
+    assert 50 < saved < 90 and "nothing removed" not in card
+
+
 # --- along the way ------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +240,20 @@ def test_every_card_on_the_way_is_one_that_a_hub_takes(chain):
     assert "base_model_relation" not in heads["small"] and "datasets" not in heads["small"]
     assert heads["recovered"]["base_model_relation"] == "finetune" and heads["recovered"]["datasets"] == ["org/text"]
     assert "Calibrated on a." in (chain / "small" / "README.md").read_text()
+
+
+def test_what_was_trained_alone_comes_from_the_model_that_it_was(original, words, tmp_path):
+    """It is compared with that, and no method made it."""
+    asked = {"data": [str(words)], "steps": 1, "length": 32, "batch_size": 1, "validation_tokens": 64}
+    locum.recover(original, how="router", out=tmp_path / "trained", **asked)
+    assert (
+        "Made with Locum from original: trained, nothing removed." in (tmp_path / "trained" / "README.md").read_text()
+    )
+    assert json.loads((tmp_path / "trained" / "locum.json").read_text())["original"] == "original"
+    rows = locum.evaluate(tmp_path / "trained", data=[str(words)], tokens=64, length=32)
+    assert {"original", "trained"} == {row.model for row in rows}
+    locum.recover(tmp_path / "trained", how="router", out=tmp_path / "again", **asked)
+    assert json.loads((tmp_path / "again" / "locum.json").read_text())["original"] == "original"
 
 
 def test_a_recovery_says_its_validation_at_both_ends(chain):

@@ -246,3 +246,19 @@ def test_it_is_streamed_where_its_numbers_do_not_fit(both, monkeypatch):
     for free, streamed in ((files + 1000, True), (4 * files, False)):
         monkeypatch.setattr("locum.stages.opening.free_bytes", lambda device, free=free: free)
         assert is_to_stream([both[0]], None, "cpu") == streamed
+
+
+def test_training_makes_numbers_of_what_was_packed_and_says_so(tmp_path):
+    """No plan promises their bytes: a limit is refused before any work, the card and `verify` say why there is no size."""
+    model, _ = write_quantised(tmp_path, "fp8-block")
+    text = ("--data", write_text(tmp_path / "words.txt"), "--tokens", 256, "--length", 32)
+    training = ("--recover", "router", "--recover-steps", 1, "--recover-length", 32)
+    asked = ("compress", model, "--method", "prune", *text, *training, "--out", tmp_path / "small")
+    said = command(*asked, "--fit", "1MiB")
+    assert said.exit_code == 2 and "makes numbers in bfloat16 of all that" in said.stderr
+    assert not (tmp_path / "small").exists()
+    said = command(*asked, "--remove", 0.25)
+    assert said.exit_code == 0, said.output
+    assert "numbers in bfloat16 since training" in (tmp_path / "small" / "README.md").read_text()
+    said = command("verify", tmp_path / "small", "--engine", "transformers", "--json")
+    assert "no plan promises their bytes" in said.stdout and said.exit_code == 0, said.output

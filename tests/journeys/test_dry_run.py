@@ -168,6 +168,14 @@ def test_compress_is_all_of_it(checkpoint, words, tmp_path, how):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["prune", "lightmoe", "mone"])
+def test_what_a_quantiser_reads_is_estimated_too(checkpoint, words, tmp_path, method):
+    asked = {"data": [str(words)], "tokens": 512, "length": 64, "remove": 0.25, "bits": "4", "quantiser": "gptq"}
+    said = locum.compress(checkpoint, method=method, out=tmp_path / "small", dry_run=True, **asked)
+    assert checked(said, "compress").parts[-1].stage == "apply"
+    assert not list(tmp_path.iterdir())
+
+
 def test_people_see_a_table_and_nothing_is_touched(checkpoint, words, tmp_path):
     out = tmp_path / "s"
     (tmp_path / ".s.partial").write_bytes(b"what an interrupted run left")

@@ -34,7 +34,17 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
         )
     if masked := sum(len(layer.rewritten) for layer in plan.layers):
         said.append(f"nothing removed, weights of {masked} experts set to zero where they lie")
+    if plan.formats:
+        saved = 1 - (plan.size(shape).bytes - shape.bytes + shape.bytes_of_experts) / shape.bytes_of_experts
+        said.append(f"experts in {' and '.join(plan.formats)}, which take {saved:.1%} fewer bytes than they did")
     return ", ".join(said) or "nothing removed"
+
+
+def _made(plan: Plan, shape: ModelShape) -> str:
+    """What was done, and by which method; a plan that does nothing was made by none."""
+    if all(layer.is_identity and not layer.dropped for layer in plan.layers):
+        return "trained, nothing removed"
+    return f"{_saved(plan, shape)} by {plain(plan.method)}"
 
 
 def _loading(name: str, opens: str, stock: bool, over: Mapping[str, Any] | None) -> list[str]:
@@ -142,12 +152,18 @@ def model_card(
         ("active parameters of a token", f"{active_parameters(shape):,}", f"{active_parameters(shape, plan):,}"),
         ("tensor bytes", f"{shape.bytes:,}", f"{size.bytes:,}"),
     ]
+    if numbers := (provenance.get("recovery") or {}).get("numbers"):  # no plan promised these bytes
+        rows[-1] = (
+            "tensor bytes",
+            f"{shape.bytes:,}",
+            f"numbers in {plain(numbers)} since training, where the original has them packed",
+        )
     experts = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()))
     lines = [
         head_of(data),
         f"# {plain(name)}",
         "",
-        f"Made with Locum from {plain(data.get('base_model') or original)}: {_saved(plan, shape)} by {plain(plan.method)}"
+        f"Made with Locum from {plain(data.get('base_model') or original)}: {_made(plan, shape)}"
         + (f" ({options})." if options else "."),
         "",
         *what_it_is_from(data, original if over is None else over["base"]),

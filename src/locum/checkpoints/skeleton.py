@@ -58,6 +58,11 @@ class Source:
     packed: dict[str, Seen]
     quantization: dict[str, Any]  # what config.json says of the packed weights
 
+    @property
+    def numbers(self) -> str:
+        """What packed weights are read as."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     @functools.cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
         return {name: entry for header in self.files.values() for name, entry in header.items()}
@@ -201,8 +206,8 @@ def shape_in(path: str | Path, source: Source) -> ModelShape:
         )
     if source.packed:
         formats = [one.format.name for one in source.packed.values() if isinstance(one, Packed)]
-        names, computed = ", ".join(sorted({*formats})), str(model.dtype).removeprefix("torch.")
-        notes += (f"{len(formats)} weights are stored in {names}; they are read as {computed}",)
+        names = ", ".join(sorted({*formats}))
+        notes += (f"{len(formats)} weights are stored in {names}; they are read as {source.numbers}",)
         stock = [layer for layer in layers if not isinstance(layer.experts, StandInExperts)]
         cuts = find_cuts(model, stock, headers, source.places)
         sizes = {name: _per_expert(cut, headers) for name, cut in cuts.items()}

@@ -161,7 +161,11 @@ def show_summary(result: dict[str, Any], as_json: bool) -> None:
             for words, count in Counter(d["routing"].values()).items():
                 say(f"{'routing':>18}: {words} ({count} layers)")
         say(f"{'removed':>18}: {d['removed']:.2%} of the routed experts' parameters; stock layout: {d['stock_layout']}")
-        say(f"{'replaced per layer':>18}: {d['replaced_per_layer']}")
+        if d["formats"]:
+            say(f"{'experts in':>18}: {', '.join(d['formats'])}")
+        for fate in ("dropped", "replaced"):
+            if any(d[f"{fate}_per_layer"]):
+                say(f"{fate + ' per layer':>18}: {d[f'{fate}_per_layer']}")
         if d["super_experts"]:
             total, lost = sum(map(len, d["super_experts"].values())), d["super_experts_lost"]
             say(f"{'super experts':>18}: {total}, {'all of them kept' if not lost else 'lost: ' + ', '.join(lost)}")

@@ -139,6 +139,11 @@ def compress(
     also, shape = _read_besides(few, chosen), read_shape(model)
     packed, saved = _packing(model, rest, group)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few, saved=saved)
+    if recovery is not None and fit is not None and (source := open_source(model)).packed:
+        raise OptionError(
+            f"--recover makes numbers in {source.numbers} of all that {model} has packed, so no --fit holds; compress without "
+            f"--recover, or give --remove in place of --fit"
+        )
     check_rounds(rounds, chosen, shape, few, packed)
     copies = (1 if recovery is None else 2) + (rounds > 1) + (packed is not None)
     check_room(out, _least_bytes(shape, target, few) * copies, bytes_begun(out))
@@ -213,16 +218,17 @@ def _applying(model: Path, chosen: Method, target: Target | None, out: Path, few
     method cannot plan from that, keeps every expert."""
     source = open_source(model)
     shape = shape_in(model, source)
+    needs = chosen.needs() if not isinstance(chosen, SearchingMethod) else ()
+    even = even_statistics(shape, (*needs, *(() if few is None else few.needs)))
     try:
         if chosen.reads_weights or isinstance(chosen, SearchingMethod):
             raise PlanError("it plans from what is not known yet")
-        even = even_statistics(shape, chosen.needs())
-        decided = decide(chosen, even if chosen.needs() else None, shape, target, None, few)
+        decided = decide(chosen, even if needs else None, shape, target, None, few)
         return of_application(Rewriting(source, shape, decided, even), decided, shape, out, side_files(model))
     except LocumError:
         layers = [LayerPlan(layer.name, (KEPT,) * layer.num_experts) for layer in shape.layers]
         decided = make_plan(shape, layers if few is None else few.applied(layers, shape))
-        return of_application(Rewriting(source, shape, decided), decided, shape, out, side_files(model))
+        return of_application(Rewriting(source, shape, decided, even), decided, shape, out, side_files(model))
 
 
 def _packing(model: Path, rest: str | None, group: int) -> tuple[Scheme | None, int]:

@@ -399,6 +399,8 @@ def plan_summary(decided: Plan, shape: ModelShape) -> dict[str, Any]:
         "routing": {layer.layer: str(layer.routing) for layer in decided.layers if layer.routing},
         "bytes": [shape.bytes, size.bytes],
         "stock_layout": decided.is_stock(shape),
+        "formats": list(decided.formats),
+        "dropped_per_layer": [len(layer.slots) - len(layer.survivors) for layer in decided.layers],
         "replaced_per_layer": [len(layer.replaced) for layer in decided.layers],
         "experts_per_layer": [len(layer.survivors) for layer in decided.layers],
         "super_experts": decided.provenance.get("super_experts"),

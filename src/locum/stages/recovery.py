@@ -31,7 +31,7 @@ from ..measure.use import Use
 from ..models.families import opening_class
 from ..models.output_head import vocabulary
 from ..models.stored import write_model
-from ..places import name_of
+from ..places import name_of, remember
 from ..plans.plan import Plan, keep_all
 from ..runs import beside
 from ..shapes import ModelShape
@@ -137,6 +137,7 @@ def recover(
             read = source if is_read else None
             live, summary = _train(model, read, *training, uses=uses, logits=logits, **where)
     if ranks.is_first():  # the others have none of the model
+        summary |= {"numbers": opened.numbers} if (opened := open_source(model)).packed else {}
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         notes |= {} if after is whole else {"plan": after.id}
         _save(live, tokenizer, out, after, before, model, notes, workdir / LOG, base, paths)
@@ -346,10 +347,20 @@ def _base_of(model: Path, plan: Plan | None, notes: dict[str, Any]) -> Path:
 
 
 def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterable[str], model: Path) -> dict[str, Any]:
-    """What is noted of a training: its summary, and the domains of this training and of those before it."""
+    """What is noted of a training: its summary, the domains of this training and of those before it, and the original, which is the
+    model itself where none was noted."""
     seen = before.get("recovery", {}).get("domains")
     all_seen = dict.fromkeys(map(str, [*(seen if isinstance(seen, list) else ()), *domains]))
-    return provenance(recovery={**recovery, "domains": list(all_seen)}, recovered_from=name_of(model))
+    original: dict[str, Any] = {}
+    if "original" not in before:
+        mark = fingerprint_checkpoint(model)
+        original = {
+            "original": name_of(model),
+            "original_fingerprint": mark,
+            "original_shape": read_shape(model).to_json(),
+        }
+        remember(mark, model)
+    return provenance(recovery={**recovery, "domains": list(all_seen)}, recovered_from=name_of(model), **original)
 
 
 def _original_shape(notes: dict[str, Any], shape: ModelShape) -> ModelShape:

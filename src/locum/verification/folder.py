@@ -171,6 +171,8 @@ def check_size(folder: Folder) -> str:
         raise NotApplicable("an adapter, whose weights are those of its base")
     if folder.plan is None or folder.before is None:
         raise NotApplicable("no plan.json that promises a size" if folder.plan is None else "the original is not known")
+    if numbers := folder.notes.get("recovery", {}).get("numbers"):
+        raise NotApplicable(f"training made numbers in {numbers} of what was packed, and no plan promises their bytes")
     saved = folder.notes.get("rest", {}).get("saved_bytes", 0)  # of weights outside of the experts, in few bits
     promised, of_model = (folder.plan.size(shape).bytes - saved for shape in (folder.before, folder.before.model))
     found = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in folder.headers.values())
