@@ -38,7 +38,13 @@ POLICY_FIELDS = {
     "skip": {"threshold": 0.5},
     "soft_lora": {"experts": 3, "rank": 2},
     "group_local": {"groups": (0, 1) * (E // 2)},
-    "in_turn": {"policies": ({"policy": "main_with_vectors", "main": 2}, {"policy": "skip", "threshold": 0.5})},
+    "in_turn": {
+        "policies": (
+            {"policy": "main_with_vectors", "main": 2},
+            {"policy": "skip", "threshold": 0.5},
+            {"policy": "soft_lora", "experts": 2, "rank": 1, "set": "b-2"},
+        )
+    },
 }
 PLANNED = sorted(name for name, kind in PARTS.items() if not kind.follows)
 CHOSEN = sorted(POLICIES)

@@ -22,6 +22,7 @@ from locum.experts.policies.in_turn import InTurn
 from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.experts.policies.policy import Policy, read_policy
 from locum.experts.policies.skip import Skip
+from locum.experts.policies.soft_lora import SoftLora
 from locum.experts.policies.top_p import TopP
 from locum.plans.plan import DROPPED, KEPT, LayerPlan
 from making.containers import D, E, F, assert_near, filled, layer_shape, routing, swiglu
@@ -265,6 +266,12 @@ def test_gradients_reach_the_gates_of_those_that_run():
         (InTurn((TopP(0.5),)), "has 1 policies in turn; it takes two or more"),
         (InTurn((TopP(0.5), Skip(3))), "skip has threshold 3"),
         (InTurn((MainWithVectors(1), MainWithVectors(2))), "each of which must be the first"),
+        (InTurn((TopP(0.5), Skip(0.5), Skip(0.6))), "has skip more than once in turn; keep one"),
+        (InTurn((SoftLora(3, 2), SoftLora(2, 1, "a"), SoftLora(3, 2, "a"))), "has soft_lora a more than once in turn"),
+        (
+            InTurn((SoftLora(3, 2), SoftLora(2, 1, "a b"))),
+            "soft_lora has a set called 'a b'; allowed: names of up to 64",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(policy, words):

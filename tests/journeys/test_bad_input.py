@@ -191,6 +191,8 @@ LINES = [
         f"{RECOVER} --how vectors --rank 2",
         "way to recover vectors has no option '--rank'|annealed or kd or layerwise or lora or seer or smola has it",
     ),
+    (f"{RECOVER} --how smola --set a.b", "--how smola trains no set called 'a.b'; allowed: names of up to 64 letters"),
+    (f"{COMPRESS} {TARGET} --recover smola --recover-set a.b", "trains no set called 'a.b'"),
     (f"{RECOVER} --schedule cosin", "--schedule 'cosin': did you mean 'cosine'?"),
     (f"{RECOVER} --learning-rate 0", "--learning-rate is 0; allowed: more than 0"),
     (f"{RECOVER} --learning-rate nan", "--learning-rate is nan"),

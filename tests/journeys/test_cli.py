@@ -93,7 +93,7 @@ WAY_OPTIONS = {
     "router": "",
     "router-kd": "--share --temperature --top-logits",
     "seer": "--end-fraction --keep-size --rank --train-bases",
-    "smola": "--experts --rank",
+    "smola": "--experts --rank --set",
     "vectors": "",
 }
 TARGET_OPTIONS = {

@@ -37,9 +37,9 @@ class InTurn(Policy):
 
     @classmethod
     def of(cls, first: Policy | None, then: Policy | None) -> Policy | None:
-        """A policy and another one on top, which takes the place of one of its kind."""
+        """A policy and another one on top, which takes the place of the one of its kind; of a kind with names, of the one of its name."""
         given = [each for x in (first, then) if x for each in (x.policies if isinstance(x, InTurn) else (x,))]
-        kept = {type(each): each for each in given}
+        kept = {each.place: each for each in given}
         return next(iter(kept.values()), None) if len(kept) < 2 else cls(tuple(kept.values()))
 
     @property
@@ -56,6 +56,9 @@ class InTurn(Policy):
         for test in ("chooses", "reads_all"):
             if len(found := [each.name for each in self.policies if getattr(each, test)]) > 1:
                 raise PlanError(f"{where} has {' and '.join(found)} in turn, each of which must be the first; keep one")
+        places = [each.place for each in self.policies]
+        if twice := [place for place in dict.fromkeys(places) if places.count(place) > 1]:
+            raise PlanError(f"{where} has {twice[0]} more than once in turn; keep one")
         for each in self.policies:
             each.check(f"{where}, {each.name}", shape)
 

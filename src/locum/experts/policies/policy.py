@@ -106,6 +106,11 @@ class Policy(abc.ABC):
         False  # whether it must see every expert that the router selected, so that others follow it
     )
 
+    @property
+    def place(self) -> str:
+        """What a layer has one of: a policy on top takes the place of the one with the same."""
+        return self.name
+
     def check(self, where: str, shape: LayerShape | None) -> None:
         """Raise PlanError where the policy does not fit the layer; without a shape, where it can fit none."""
 
