@@ -210,7 +210,7 @@ LINES = [
     ),
     (
         f"{RECOVER} --how lora --adapter-only",
-        "--adapter-only keeps the base's weights|use --how esft or --how router or --how router-kd or --how vectors",
+        "--adapter-only keeps the base's weights|use --how esft or --how router or --how router-kd or --how smola or --how vectors",
     ),
     (f"{RECOVER} --original {{changed}}", "is not what {small} was made from, or has changed since|--original"),
     (f"{RECOVER} --original {{other_model}}", "is not what {small} was made from"),

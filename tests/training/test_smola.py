@@ -11,12 +11,15 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import locum
 from locum.checkpoints.load import load_model
 from locum.checkpoints.notes import plan_of
+from locum.checkpoints.patch import load_adapter
 from locum.checkpoints.skeleton import read_shape
-from locum.errors import OptionError, PlanError, UnsupportedModel
+from locum.checkpoints.weight_files import ADAPTER
+from locum.errors import CheckpointError, OptionError, PlanError, UnsupportedModel
 from locum.experts.policies.in_turn import InTurn
 from locum.experts.policies.policy import read_policy
 from locum.experts.policies.soft_lora import DOWN, PHI, UP, SoftLora
@@ -234,3 +237,32 @@ def test_a_second_set_beside_the_first_one_is_saved_with_it(checkpoint, words, t
     assert found.shape == (2, 14)
     with pytest.raises(UnsupportedModel, match="a routing policy"):
         locum.export(tmp_path / "both", to="gguf", out=tmp_path / "file.gguf")
+
+
+@pytest.mark.journeys
+@pytest.mark.parametrize("which", ["checkpoint", "small"])
+def test_sets_are_small_files_that_are_put_together_and_left_away(which, request, words, tmp_path):
+    """Over a stock model and over a compressed one, which both stay as they are."""
+    source = request.getfixturevalue(which)
+    asked = {"how": "smola", "data": str(words), "length": 32, "validation_tokens": 256, "batch_size": 2, "steps": 4}
+    asked |= {"adapter_only": True, "learning_rate": 0.03}
+    locum.recover(source, out=tmp_path / "a", set="a", **asked)
+    locum.recover(source, out=tmp_path / "b", set="b", experts=3, rank=2, **asked)
+    locum.recover(tmp_path / "a", out=tmp_path / "ab", set="b", rank=2, **asked)
+    a, b, ab, bare = (load_model(x, dtype=torch.float32) for x in (*(tmp_path / n for n in ("a", "b", "ab")), source))
+    tensors = load_file(tmp_path / "a" / ADAPTER)
+    assert all("router" in name or ".gate." in name or name.endswith("_a") for name in tensors)
+    assert all(torch.equal(ab.state_dict()[name], tensor) for name, tensor in tensors.items())
+    both = load_adapter(load_adapter(copy.deepcopy(bare), tmp_path / "a"), tmp_path / "b")
+    policy = InTurn((SoftLora(8, 4, "a"), SoftLora(3, 2, "b")))
+    assert {layer.experts.layout.routing for layer in find_layers(both)} == {policy}
+    now = both.state_dict()
+    for one, end in ((a, "_a"), (b, "_b")):
+        assert all(torch.equal(now[name], x) for name, x in one.state_dict().items() if name.endswith(end))
+        assert all(torch.equal(now[name], x) for name, x in one.state_dict().items())
+    assert torch.equal(logits(load_adapter(bare, tmp_path / "b")), logits(b)) and not torch.equal(logits(a), logits(b))
+    both.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(load_model(tmp_path / "whole")), logits(both))
+    with pytest.raises(CheckpointError, match="not what the adapter was made for"):
+        load_adapter(ab, tmp_path / "b")
+    near(logits(ab), logits(load_model(tmp_path / "ab")), 0)

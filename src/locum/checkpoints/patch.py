@@ -1,6 +1,6 @@
 """Adapters: vectors, routers and a few experts in a small file of their own, over a base checkpoint whose weights stay as they are.
 
-    folder/vectors.safetensors    vectors of auxiliary experts and routers, under the names they have in the whole model; of experts
+    folder/vectors.safetensors    what routing policies store and routers, under the names they have in the whole model; of experts
                                   that were trained, the rows of stacks that are theirs alone, LAYER.dense.down_NDF.ROW
     folder/config.json            that of the whole model, routing policies included
     folder/plan.json, locum.json  the plan, and the base: its name, its fingerprint, a hash of weights of the live model; and the
@@ -13,7 +13,7 @@ make together. Where the plan changes nothing but routing, the base is the origi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from ..containers.layout import Layout
 from ..errors import CheckpointError
 from ..experts.parts.own_weights import OwnWeights, rows_of
 from ..experts.parts.own_weights import weights_of as weights_of_row
+from ..experts.policies.in_turn import each_of
+from ..experts.policies.policy import Policy
 from ..files import fingerprint
 from ..formats.plain import FLOAT_ENTRIES
 from ..models.families import MoeLayer, find_layers, read_expert, write_expert
@@ -36,8 +38,9 @@ from ..models.stored import stored_tensors
 from ..places import name_of, remember
 from ..plans.plan import KEPT, LayerPlan
 from ..plans.plan_file import load_plan
-from .application import apply_plan
+from .application import add_policy, apply_plan
 from .convert import open_containers
+from .placing import note_containers
 from .read import about_adapter, base_of, fingerprint_checkpoint
 from .skeleton import Source, layouts_of
 from .weight_files import ADAPTER, is_adapter
@@ -148,8 +151,9 @@ def weights_of(model: nn.Module, experts: Experts | None = None) -> str:
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Put the routing policies, vectors, routers and experts of an adapter folder into its base, in place.
 
-    `model` is the live base, stock or compressed, in any precision. Raises CheckpointError, before anything is changed,
-    for another base, and for an adapter whose tensors are not those that its config asks for.
+    `model` is the live base, stock or compressed, in any precision. Sets of small experts (soft_lora) that it has from another adapter
+    stay beside those that this one brings. Raises CheckpointError, before anything is changed, for another base, and for an adapter
+    whose tensors are not those that its config asks for.
     """
     folder = Path(folder)
     about, layouts, plan = about_adapter(folder), layouts_of(folder), load_plan(folder / "plan.json")
@@ -163,24 +167,30 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     tensors = _read(folder / ADAPTER)
     layers = find_layers(model)
     experts = {layer.shape.name: layer.experts for layer in layers}
-    expected = {name: tuple(p.shape) for name, p in vectors_and_routers(model).items()}
+    there = {layer.shape.name: _layout_of(layer) for layer in layers}
     for name, layout in layouts.items():
         if name not in experts or not (
-            _layout(experts[name]) == layout or (plan.keeps_experts and _whole(experts[name]))
+            _goes_over(layout, there[name]) or (plan.keeps_experts and _whole(experts[name]))
         ):
             raise CheckpointError(f"{folder}: the model's {name} is not what the adapter was made for; load its base")
-        stored = layout.routing.tensors(layout) if layout.routing else {}
-        expected |= {f"{name}.{tensor}": size for tensor, size in stored.items()}
-    rows = _rows_in(folder, brought, {layer.shape.name: _layout_of(layer) for layer in layers} | layouts)
+    stored = {f"{name}.{tensor}": size for name, layout in layouts.items() for tensor, size in _stored(layout).items()}
+    others = {f"{name}.{tensor}" for name, layout in there.items() for tensor in _stored(layout)}
+    expected = {name: tuple(p.shape) for name, p in vectors_and_routers(model).items() if name not in others} | stored
+    rows = _rows_in(folder, brought, there | layouts)
     expected |= {row.name: row.shape for row in rows}
     _check_tensors(folder, expected, {name: _form(t.shape, t.is_floating_point()) for name, t in tensors.items()})
     if plan.keeps_experts and all(_whole(module) for module in experts.values()):
         if any(map(_layout, experts.values())):
             open_containers(model)
         apply_plan(model, plan)
+    elif more := [x for x in layers if x.shape.name in layouts and layouts[x.shape.name] != there[x.shape.name]]:
+        for layer in more:
+            add_policy(model, layer, layouts[layer.shape.name].routing)
+        note_containers(model)
     with torch.no_grad():
         for name, parameter in vectors_and_routers(model).items():
-            parameter.copy_(tensors[name])
+            if name in expected:
+                parameter.copy_(tensors[name])
         _put_rows(model, rows, tensors)
     return model
 
@@ -242,6 +252,23 @@ def _layout_of(layer: MoeLayer) -> Layout:
     """A layer's layout, or that of the container that would hold a stock one."""
     kept = LayerPlan(layer.shape.name, (KEPT,) * layer.shape.num_experts)
     return _layout(layer.experts) or Layout.of(kept, layer.shape)
+
+
+def _goes_over(layout: Layout, there: Layout) -> bool:
+    """Whether a container is what an adapter is for: all is alike but sets of small experts, of which those of a name have one size."""
+    brought = _stored(layout)
+    sizes_fit = all(brought.get(name, size) == size for name, size in _stored(there).items())
+    return _without_sets(layout) == _without_sets(there) and sizes_fit
+
+
+def _without_sets(layout: Layout) -> tuple[Layout, list[Policy]]:
+    """A layout's experts, and its policies but those that only add to what the experts put out."""
+    return replace(layout, routing=None), [each for each in each_of(layout.routing) if not each.beside]
+
+
+def _stored(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """What a layer's policies store, by name."""
+    return layout.routing.tensors(layout) if layout.routing else {}
 
 
 def _layout(experts: nn.Module) -> Layout | None:

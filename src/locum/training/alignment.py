@@ -14,15 +14,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..experts.policies.group_local import GroupLocal
-from ..experts.policies.in_turn import InTurn
+from ..experts.policies.in_turn import each_of
 from ..experts.policies.policy import Policy
 from ..models.routing import Routed
 
 
 def grouping(policy: Policy | None) -> GroupLocal | None:
     """The policy itself, or the one of those in turn, that chooses in groups."""
-    among = policy.policies if isinstance(policy, InTurn) else (policy,)
-    return next((each for each in among if isinstance(each, GroupLocal)), None)
+    return next((each for each in each_of(policy) if isinstance(each, GroupLocal)), None)
 
 
 def alignment(routed: Routed, mask_T: Tensor) -> Tensor:

@@ -38,8 +38,7 @@ class InTurn(Policy):
     @classmethod
     def of(cls, first: Policy | None, then: Policy | None) -> Policy | None:
         """A policy and another one on top, which takes the place of the one of its kind; of a kind with names, of the one of its name."""
-        given = [each for x in (first, then) if x for each in (x.policies if isinstance(x, InTurn) else (x,))]
-        kept = {each.place: each for each in given}
+        kept = {each.place: each for each in (*each_of(first), *each_of(then))}
         return next(iter(kept.values()), None) if len(kept) < 2 else cls(tuple(kept.values()))
 
     @property
@@ -109,3 +108,10 @@ class InTurn(Policy):
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.policies))
+
+
+def each_of(policy: Policy | None) -> tuple[Policy, ...]:
+    """The policies of a layer one by one, in their order."""
+    if isinstance(policy, InTurn):
+        return policy.policies
+    return () if policy is None else (policy,)

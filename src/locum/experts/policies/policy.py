@@ -106,6 +106,8 @@ class Policy(abc.ABC):
         False  # whether it must see every expert that the router selected, so that others follow it
     )
 
+    beside: ClassVar[bool] = False  # whether all that it does is add to the experts' output
+
     @property
     def place(self) -> str:
         """What a layer has one of: a policy on top takes the place of the one with the same."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ NAME = re.compile("[A-Za-z0-9_-]{0,64}")
 class SoftLora(Policy):
     """Low-rank experts beside the layer's own, softly mixed for every token."""
 
+    beside: ClassVar[bool] = True
     experts: int  # how many
     rank: int
     set: str = ""  # its name; one set of a layer needs none

@@ -11,7 +11,7 @@ import torch
 from ...checkpoints.application import add_policy
 from ...checkpoints.placing import LocumConfig, containers_of, note_containers
 from ...errors import OptionError
-from ...experts.policies.in_turn import InTurn
+from ...experts.policies.in_turn import InTurn, each_of
 from ...experts.policies.soft_lora import SoftLora, name_fault
 from ...models.families import MoeLayer, find_layers
 from ...options import option
@@ -31,7 +31,8 @@ class SoftMixture(Way):
     Trained:  Phi, A and B of every layer, which stay beside it as a routing policy of the plan (soft_lora).
     Loss:     cross entropy of the next token.
     Edges:    before the first step the model computes what it did. Sets of other names stay there to the bit and add up with this one;
-              a set of the same name goes on. Layers without experts get none. A stock model becomes one that Locum loads.
+              a set of the same name goes on. Layers without experts get none. A stock model becomes one that Locum loads;
+              `--adapter-only` writes sets and routers alone, to be attached to the model and left away.
     Raises:   OptionError for a rank above the model's width, for a set of the same name and another size, and for a quantised stock
               checkpoint.
     Cost:     every token computes all sets: 2 N R + N numbers of each for each of the model's width, in time and in bytes.
@@ -40,7 +41,6 @@ class SoftMixture(Way):
     """
 
     changes_weights: ClassVar[bool] = False
-    fits_adapter: ClassVar[bool] = False  # an adapter brings numbers for tensors that its base has
     experts: int = option(8, "low-rank experts in a layer", at_least=1)
     rank: int = option(4, "rank of each of them", at_least=1)
     set: str = option("", "name of the set; those of other names stay as they are")
@@ -99,8 +99,7 @@ class SoftMixture(Way):
     def _there(self, layer: MoeLayer) -> SoftLora | None:
         """The set of this name that a layer has, of any size."""
         policy = getattr(getattr(layer.experts, "layout", None), "routing", None)
-        among = policy.policies if isinstance(policy, InTurn) else (policy,)
-        return next((each for each in among if isinstance(each, SoftLora) and each.set == self.set), None)
+        return next((each for each in each_of(policy) if isinstance(each, SoftLora) and each.set == self.set), None)
 
     def _draw(self, context: Context, name: str, index: int) -> None:
         """Give a new mixture what it starts from; one without weights has none."""
