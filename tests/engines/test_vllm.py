@@ -34,6 +34,7 @@ from locum.experts.policies.in_turn import InTurn
 from locum.experts.policies.main_with_vectors import MainWithVectors
 from locum.experts.policies.policy import POLICIES
 from locum.experts.policies.skip import Skip
+from locum.experts.policies.soft_lora import SoftLora
 from locum.experts.policies.top_p import TopP
 from locum.models.sizes import shape_of
 from locum.plans.plan import KEPT, LayerPlan, Slot, make_plan
@@ -109,18 +110,24 @@ def test_the_engine_writes_what_transformers_writes(served, family, name):
 
 
 def test_policies_run_the_experts_that_they_run_in_transformers(tmp_path):
-    """One in each layer: fewer experts, skipped ones, experts of one of two groups, and vectors with top-p among the others."""
+    """One in each layer: fewer experts, skipped ones with two sets of small experts beside, experts of one of two groups, and vectors with
+    top-p among the others."""
     model = original("reference", torch.float32)
     shape = shape_of(model)
     policies = [
         TopP(0.6),
-        Skip(0.4, renormalise=True),
+        InTurn((Skip(0.4, renormalise=True), SoftLora(3, 2), SoftLora(2, 4, "b-2"))),
         GroupLocal((0, 1) * (shape.layers[2].num_experts // 2)),
         InTurn((GroupLocal((0, 0, 1, 1) * (shape.layers[3].num_experts // 4)), MainWithVectors(3), TopP(0.7))),
     ]
     layers = zip(shape.layers, policies, strict=True)
     plan = [LayerPlan(x.name, (KEPT,) * x.num_experts, routing=policy) for x, policy in layers]
-    apply_plan(model, make_plan(shape, plan)).save_pretrained(tmp_path / "out")
+    apply_plan(model, make_plan(shape, plan))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "soft_" in name:  # at first they add nothing
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "out")
     ids = prompts("reference")
     expected, plain = greedy(model, ids), greedy(original("reference", torch.float32), ids)
     (answer,) = serve(tmp_path / "out", [{"folder": str(tmp_path / "out"), "prompts": ids}])
