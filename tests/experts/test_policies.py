@@ -239,6 +239,14 @@ def test_a_policy_on_top_takes_the_place_of_one_of_its_kind():
     assert InTurn.of(None, None) is None
 
 
+def test_policies_that_add_something_compile_into_one_graph():
+    container = container_with(InTurn((Skip(0.4), SoftLora(3, 2), SoftLora(2, 1, "b-2"))))
+    torch.compiler.reset()
+    with torch.no_grad():
+        given = routing(E, 12, TOP_K, 5)
+        assert_near(torch.compile(container, fullgraph=True, backend="eager")(*given), container(*given), 1e-6)
+
+
 def test_gradients_reach_the_gates_of_those_that_run():
     container = container_with(InTurn((TopP(0.6, renormalise=True), Skip(0.4, "heaviest", True)))).double()
     x, index, gates = routing(E, 2, TOP_K, 5, torch.float64)

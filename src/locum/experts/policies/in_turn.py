@@ -81,7 +81,8 @@ class InTurn(Policy):
         return sum(each.active(counts, top_k) for each in self.policies)
 
     def added(self, tensors: Mapping[str, Tensor], x_TD: Tensor) -> Tensor | None:
-        found = [more for each in self.policies if (more := each.added(tensors, x_TD)) is not None]
+        found = [each.added(tensors, x_TD) for each in self.policies]
+        found = [more_TD for more_TD in found if more_TD is not None]
         return torch.stack(found).sum(dim=0) if found else None
 
     def route(
