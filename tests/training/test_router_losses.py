@@ -15,7 +15,9 @@ from locum.errors import OptionError
 from locum.experts.columns import COLUMNS
 from locum.experts.parts.narrowed import Narrowed
 from locum.experts.policies.group_local import GroupLocal
+from locum.experts.policies.in_turn import InTurn
 from locum.experts.policies.main_with_vectors import MainWithVectors
+from locum.experts.policies.soft_lora import SoftLora
 from locum.experts.policies.top_p import TopP
 from locum.measure.use import in_short, uses_of
 from locum.models.families import find_layers
@@ -143,6 +145,26 @@ def test_fewer_and_fewer_experts_run_until_the_policy_is_kept(tmp_path):
     way.finish(context)
     near(logits(context.model), before)
     assert {x.experts.layout.routing for x in find_layers(context.model)} == {policy}
+
+
+def test_sets_of_small_experts_stay_while_fewer_and_fewer_of_the_others_run():
+    original, sets = tiny_model("olmoe", **TOP_4), SoftLora(3, 2, "math")
+
+    def with_sets(policy):
+        model = apply_plan(copy.deepcopy(original), policy_plan(original, lambda _: policy))
+        with torch.no_grad():
+            for layer in find_layers(model):
+                for leaf in sets.leaves:
+                    layer.experts.get_parameter(leaf).normal_(generator=torch.Generator().manual_seed(len(leaf)))
+        return model
+
+    policy = InTurn((MainWithVectors(2, "none"), sets))
+    context = Context(with_sets(policy), policy_plan(original, lambda _: policy), 6, 0)
+    way = make_recovery({"how": "seer", "steps": 6}).way
+    way.prepare(context, 0)
+    for step, expected in ((0, sets), (2, InTurn((MainWithVectors(3, "none"), sets))), (3, policy)):
+        way.at_step(context, step)
+        near(logits(context.model), logits(with_sets(expected)))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])

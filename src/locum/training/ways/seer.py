@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ...experts.policies.in_turn import InTurn, each_of
 from ...experts.policies.main_with_vectors import MainWithVectors
 from ...experts.policies.policy import Policy
 from ...options import option
@@ -92,7 +93,10 @@ class Seer(Way):
         return step >= self.end_fraction * context.steps
 
 
-def _first(policy: Policy, running: int) -> MainWithVectors:
-    """So many experts with the largest weights, with weights as the policy makes them where it is of this kind."""
-    alike = policy if isinstance(policy, MainWithVectors) else MainWithVectors(running)
-    return replace(alike, main=running, vectors="none")
+def _first(policy: Policy, running: int) -> Policy:
+    """So many experts with the largest weights, with weights as the policy makes them where it is of this kind. What is added beside
+    experts stays."""
+    alike = next((each for each in each_of(policy) if isinstance(each, MainWithVectors)), MainWithVectors(running))
+    beside = tuple(each for each in each_of(policy) if each.beside)
+    first = replace(alike, main=running, vectors="none")
+    return InTurn((first, *beside)) if beside else first
