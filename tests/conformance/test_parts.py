@@ -198,6 +198,8 @@ def test_a_policy_never_names_an_expert_that_there_is_not_and_both_ways_agree(na
     assert int(routed.index_TM.min()) >= -1 and int(routed.index_TM.max()) < E
     assert bool((routed.weight_TM[routed.index_TM < 0] == 0).all())
     assert routed.index_TM.shape[1] <= container.layout.routing.most(3)
+    if container.layout.routing.only_adds is not False:
+        assert torch.equal(routed.index_TM, index) and torch.equal(routed.weight_TM, weights) and routed.inputs == (x,)
     wide = copy.deepcopy(container).double()
     assert 0 < container.layout.routing.average(3) <= container.layout.routing.most(3)
     with torch.no_grad():  # float32 goes all at once where it can, float64 cluster by cluster

@@ -263,7 +263,7 @@ def _goes_over(layout: Layout, there: Layout) -> bool:
 
 def _without_sets(layout: Layout) -> tuple[Layout, list[Policy]]:
     """A layout's experts, and its policies but those that only add to what the experts put out."""
-    return replace(layout, routing=None), [each for each in each_of(layout.routing) if not each.beside]
+    return replace(layout, routing=None), [each for each in each_of(layout.routing) if not each.only_adds]
 
 
 def _stored(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -106,7 +106,7 @@ class Policy(abc.ABC):
         False  # whether it must see every expert that the router selected, so that others follow it
     )
 
-    beside: ClassVar[bool] = False  # whether all that it does is add to the experts' output
+    only_adds: ClassVar[bool] = False  # whether all that it does is add to the experts' output
 
     @property
     def place(self) -> str:

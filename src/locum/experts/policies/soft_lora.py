@@ -38,7 +38,7 @@ NAME = re.compile("[A-Za-z0-9_-]{0,64}")
 class SoftLora(Policy):
     """Low-rank experts beside the layer's own, softly mixed for every token."""
 
-    beside: ClassVar[bool] = True
+    only_adds: ClassVar[bool] = True
     experts: int  # how many
     rank: int
     set: str = ""  # its name; one set of a layer needs none

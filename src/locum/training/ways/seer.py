@@ -97,6 +97,6 @@ def _first(policy: Policy, running: int) -> Policy:
     """So many experts with the largest weights, with weights as the policy makes them where it is of this kind. What is added beside
     experts stays."""
     alike = next((each for each in each_of(policy) if isinstance(each, MainWithVectors)), MainWithVectors(running))
-    beside = tuple(each for each in each_of(policy) if each.beside)
+    beside = tuple(each for each in each_of(policy) if each.only_adds)
     first = replace(alike, main=running, vectors="none")
     return InTurn((first, *beside)) if beside else first
