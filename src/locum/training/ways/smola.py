@@ -31,8 +31,9 @@ class SoftMixture(Way):
     Trained:  Phi, A and B of every layer, which stay beside it as a routing policy of the plan (soft_lora).
     Loss:     cross entropy of the next token.
     Edges:    before the first step the model computes what it did. Sets of other names stay there to the bit and add up with this one;
-              a set of the same name goes on. Layers without experts get none. A stock model becomes one that Locum loads;
-              `--adapter-only` writes sets and routers alone, to be attached to the model and left away.
+              a set of the same name goes on. What a set adds, it adds to all text, so tasks disturb each other in one model (docs/log.md,
+              2026-11-28); `--adapter-only` makes files of sets, to be attached for their task. Layers without experts get no set. A
+              stock model becomes one that Locum loads.
     Raises:   OptionError for a rank above the model's width, for a set of the same name and another size, and for a quantised stock
               checkpoint.
     Cost:     every token computes all sets: 2 N R + N numbers of each for each of the model's width, in time and in bytes.
