@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from .arguments import in_declared_forms
 from .budgets.budget import BUDGETS
 from .criteria.criterion import CRITERIA
 from .engines.engines import ENGINES
@@ -66,6 +67,7 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+@in_declared_forms
 def catalogue(
     kind: Annotated[str | None, Help(f"{', '.join(KINDS)}; default: all of them")] = None,
 ) -> dict[str, dict[str, Any]]:
@@ -76,6 +78,7 @@ def catalogue(
     return {each: {name: describe(each, name) for name in KINDS[each].registry} for each in kinds}
 
 
+@in_declared_forms
 def show(name: str) -> list[dict[str, Any]]:
     """All that is known of a name that is registered: formula, needs, cost, paper, options; of every kind that has it."""
     holders = [kind for kind, item in KINDS.items() if name in item.registry]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import locum
 
-ROOMS = """errors options registry json_text ranks cache places files runs shapes bundled; stats data; formats kernels; experts; plans;
+ROOMS = """errors options arguments registry json_text ranks cache places files runs shapes bundled; stats data; formats kernels; experts; plans;
     criteria budgets methods; containers; models checkpoints; measure training reports; stages;
     engines exports verification speed; demonstration registries cli __init__ __main__"""
 SRC = Path(locum.__file__).parent

@@ -51,10 +51,11 @@ DECISIVE = ("original_fingerprint", "plan", "statistics", "seed")  # notes on wh
 def apply(
     model: Path,
     *,
-    plan: Annotated[Path, Help("the plan file")],
+    plan: Annotated[Path | Plan, Help("the plan file")],
     out: Out,
     statistics: Annotated[
-        Path | None, Help("statistics for a plan with parts made from them; default: those it was made from")
+        Path | Statistics | None,
+        Help("statistics for a plan with parts made from them; default: those it was made from"),
     ] = None,
     shard_size: Annotated[str, Help("most bytes of tensors in a weight file")] = "5GiB",
     seed: Seed = 0,

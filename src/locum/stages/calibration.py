@@ -87,7 +87,7 @@ def calibrate(
     paths = [source.path for source in parse_sources(data)]
     out = check_output(needed(out, "out"), force, inputs=[model, *paths])
     check_number("batch-size", batch_size, 1)
-    needs = with_defaults([*(WHITENED if gram else ()), *([also] if isinstance(also, str) else also)])
+    needs = with_defaults([*(WHITENED if gram else ()), *also])
     device = device_of(device)
     shape = read_shape(model)  # refuses what is not supported
     check_openable(model, "calibrate the original checkpoint")

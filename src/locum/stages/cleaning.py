@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import in_declared_forms
 from ..errors import OutputError
 from ..files import clear
 from ..runs import RANK, STATES, asides_of, clear_states, reserved
@@ -16,11 +17,11 @@ _STATE = "|".join([*map(re.escape, STATES), RANK.pattern.removeprefix(r"\.")])
 LEFT = re.compile(rf"\.+(?P<out>.+?)((\.({_STATE}))+(\.(part|old)-\d+|\.aside(-\d+)?)*|\.(part|old)-\d+|\.lock)")
 
 
+@in_declared_forms
 def clean(outputs: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Remove what killed and interrupted runs left beside these outputs: what was being written, and states from which the
     same command would go on. Without a name, what there is in the current folder is listed, and nothing is removed.
     """
-    outputs = [Path(outputs)] if isinstance(outputs, (str, Path)) else [Path(out) for out in outputs]
     if not outputs:
         return [_row(path, found["out"], False) for path, found in _found(Path()) if not path.name.endswith(".lock")]
     for out in outputs:

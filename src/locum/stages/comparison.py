@@ -20,7 +20,7 @@ from ..budgets.target import Target
 from ..checkpoints.convert import check_openable
 from ..checkpoints.read import fingerprint_checkpoint, load_tokenizer
 from ..checkpoints.skeleton import read_shape
-from ..data.documents import parse_sources
+from ..data.documents import Source, parse_sources
 from ..data.tokens import Tokens, load_tokens
 from ..errors import OptionError, PlanError, UnsupportedModel, unknown
 from ..files import check_output, clear, provenance, write_text
@@ -125,7 +125,7 @@ def compare(
     check_number("seeds", seeds, 1, MOST_SEEDS)
     check_number("measured", measured, 1)
     check_openable(model, "compare methods on the original checkpoint")
-    seen = [word for word, source in zip(data, sources, strict=True) if source.domain not in leave_out.split(",")]
+    seen = [source for source in sources if source.domain not in leave_out.split(",")]
     _check_left_out(leave_out, sources, seen)
     shape = read_shape(model)
     asked = Asked(
@@ -170,7 +170,7 @@ class Asked:
     candidates: tuple[Candidate, ...]
     amounts: tuple[float, ...]
     seeds: tuple[int, ...]
-    seen: tuple[str, ...]  # the text of calibration and training
+    seen: tuple[Source, ...]  # the text of calibration and training
     recovery: Recovery | None
     cut: dict[str, Any]  # how calibration runs
 
@@ -202,7 +202,7 @@ def _amounts(remove: str) -> tuple[float, ...]:
     return found
 
 
-def _check_left_out(leave_out: str, sources: Sequence[Any], seen: Sequence[str]) -> None:
+def _check_left_out(leave_out: str, sources: Sequence[Source], seen: Sequence[Source]) -> None:
     domains = dict.fromkeys(source.domain for source in sources)
     for name in filter(None, leave_out.split(",")):
         if name not in domains:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import in_declared_forms
 from ..budgets.target import Target
 from ..checkpoints.notes import plan_of, read_notes
 from ..checkpoints.patch import check_adapter
@@ -38,6 +39,7 @@ from .planning import decide
 METHOD_OF_CHOICE, REMOVED = "lightmoe", 0.5  # what a first try would be
 
 
+@in_declared_forms
 def inspect(model: Path) -> dict[str, Any]:
     """Layers, experts, routers and sizes of a checkpoint, from its config and file headers; no weight is read.
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +19,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 
 from .. import ranks
+from ..arguments import in_declared_forms
+from ..data.documents import Source
 from ..errors import OptionError
 from ..files import watched
 from ..formats.schemes import SCHEMES
@@ -43,7 +45,10 @@ class Help:
         return self.text if isinstance(self.text, str) else self.text()
 
 
-Data = Annotated[Sequence[str], Help("text, folder, JSONL, Parquet or datasets folder as [domain=]PATH[@WEIGHT]")]
+Data = Annotated[
+    Sequence[str | Path | Source] | Mapping[str, Any],
+    Help("text, folder, JSONL, Parquet or datasets folder as [domain=]PATH[@WEIGHT]"),
+]
 Out = Annotated[Path | None, Help("where to write")]
 Force = Annotated[bool, Help("replace an output that exists")]
 Seed = Annotated[int, Help("seed of everything random")]
@@ -75,8 +80,10 @@ Stage = TypeVar("Stage", bound=Callable[..., Any])
 def alone(stage: Stage) -> Stage:
     """A stage beside which no other run writes to its outputs: reserved before they are looked at, and until the end.
     What a program that is no run puts there meanwhile stays, unless `force`. Runs that `append` to one file take turns in
-    writing alone. A stage that ends well removes what it had kept to go on from, and what runs before it had."""
+    writing alone. A stage that ends well removes what it had kept to go on from, and what runs before it had. Its arguments
+    come in the forms that it declares (arguments.py)."""
 
+    stage = in_declared_forms(stage)
     parameters = inspect.signature(stage).parameters
     defaults = {name: parameters[name].default for name in OUTPUTS if name in parameters}
 

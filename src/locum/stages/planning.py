@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..arguments import in_declared_forms
 from ..budgets.target import Target, check_met, meet_target, parse_size
 from ..checkpoints.convert import check_openable
 from ..checkpoints.experts_of import expert_readers, weights_events
@@ -61,7 +62,7 @@ def plan(
     A method that needs no statistics takes a checkpoint folder as well, one that reads weights needs the checkpoint too. With
     --bits alone, as little is removed as the method can.
     """
-    files = [statistics] if isinstance(statistics, (str, Path, Statistics)) else list(statistics)
+    files = list(statistics)
     out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
     chosen = chosen_method(method, options, preset)
     few = few_bits(bits, group, quantiser, chosen)
@@ -304,6 +305,7 @@ def shape_behind(path: Path) -> ModelShape:
     return read_shape(path) if Path(path).is_dir() else load_statistics(path).shape
 
 
+@in_declared_forms
 def diff(a: Path, b: Path) -> list[str]:
     """What two plans do differently, one line per expert."""
     return diff_plans(load_plan(a), load_plan(b))

@@ -21,10 +21,9 @@ def report(
     force: Force = False,
 ) -> Path:
     """One self-contained HTML page from results files, statistics files (.safetensors) or both: pictures first."""
-    files = [results] if isinstance(results, (str, Path)) else list(results)
-    out = check_output(needed(out, "out"), force, inputs=files)
-    statistics = [file for file in files if Path(file).suffix == ".safetensors"]
-    rows = [file for file in files if file not in statistics]
+    out = check_output(needed(out, "out"), force, inputs=list(results))
+    statistics = [file for file in results if file.suffix == ".safetensors"]
+    rows = [file for file in results if file not in statistics]
     made = make_report(rows, statistics=statistics, frontiers=curves_of(statistics), title=title)
     write_text(out, made)
     return out

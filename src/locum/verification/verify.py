@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from ..arguments import in_declared_forms
 from ..bundled import sample_texts
 from ..checkpoints.application import apply_plan
 from ..checkpoints.load import load_model, open_model, set_dtype
@@ -56,6 +57,7 @@ class Promise:
     agree: float | None = None  # in 16 bits: the share of positions whose likeliest token has to be the same
 
 
+@in_declared_forms
 def verify(
     model: Path,
     *,
@@ -65,7 +67,7 @@ def verify(
     ] = None,
     original: Annotated[Path | None, Help("the checkpoint this one was made from; default: as its notes say")] = None,
     statistics: Annotated[
-        Path | None, Help("statistics that the plan was applied with; default: those it was made from")
+        Path | Statistics | None, Help("statistics that the plan was applied with; default: those it was made from")
     ] = None,
     precision: Annotated[
         str,
@@ -136,7 +138,7 @@ def prompt_ids(tokenizer: Any, count: int) -> Tensor:
 
 
 def make_promise(
-    folder: Folder, questions: Questions, dtype: torch.dtype, new_tokens: int, statistics: Path | None
+    folder: Folder, questions: Questions, dtype: torch.dtype, new_tokens: int, statistics: Path | Statistics | None
 ) -> tuple[Promise, list[Check]]:
     """What the model should say, and lines about collapse, which is looked for while model and original are in memory."""
     live, theirs = folder.live, None
@@ -160,7 +162,7 @@ def make_promise(
     return promise, questions.checks(ours, theirs)
 
 
-def _statistics_for(folder: Folder, given: Path | None) -> Statistics:
+def _statistics_for(folder: Folder, given: Path | Statistics | None) -> Statistics:
     return statistics_for(folder.plan, given, folder.original, Path(os.path.abspath(folder.path)).parent)
 
 
