@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from locum.measure.rows import Row, write_rows
 from locum.methods.auto import Auto
 from locum.plans.plan import Plan, with_provenance
 from locum.plans.plan_file import save_plan
+from locum.reports import frontier
 from locum.reports.report import make_report
 from locum.stats.origin import SearchedBy
 from locum.stats.statistics_file import save_statistics
@@ -71,10 +73,31 @@ def test_the_command_prints_a_table_and_writes_what_it_says(searched: Statistics
     assert said.exit_code == 0, said.output
     kept = json.loads(out.read_text(encoding="utf-8"))
     assert kept["points"] == json.loads(command("frontier", file, "--points", 5, "--json").output)["points"]
-    assert "bits per weight" in said.output and "--fit BYTES" in said.output
+    assert "bits per weight" in said.output and str(kept["points"][2]["bytes"]) in said.output
     page = picture.read_text(encoding="utf-8")
     assert page.count("<circle") == len(kept["points"]) and kept["points"][0]["plan"] in page
     assert str(tmp_path) not in page
+
+
+@pytest.mark.parametrize("options", [[], ["--only", "keep,bits"], ["--no-protect", "--preset", "paper"]])
+def test_what_it_advises_makes_a_plan_of_one_of_its_rows(searched: Statistics, options: list, tmp_path: Path) -> None:
+    """As it is printed: with the folder, whatever its name, the options that were given, and a size."""
+    file = tmp_path / "a folder" / "found.safetensors"
+    file.parent.mkdir()
+    save_statistics(searched, file)
+    points = json.loads(command("frontier", file, *options, "--json").output)["points"]
+    said = command("frontier", file, *options, "--points", 24, "--out", tmp_path / "f.json").output
+    words = shlex.split(said.splitlines()[-1].partition("locum ")[2])
+    made = command(*words, "--json")
+    assert made.exit_code == 0, made.output
+    fits = next(p for p in points if str(p["bytes"]) == words[-1])
+    assert json.loads(made.output)["bytes"][1] == fits["bytes"]
+
+
+def test_rows_can_be_told_apart(searched: Statistics) -> None:
+    found = locum.frontier(searched, points=24)
+    sizes = [row[0] for row in (frontier.cells(point, found["bytes"]) for point in found["points"])]
+    assert len(set(sizes)) == len(sizes) > 4
 
 
 def test_a_report_draws_it_and_says_of_each_expert_what_it_was_not(searched: Statistics, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import did_you_mean
 from ..options import option_fields
@@ -66,6 +67,23 @@ def options_of(options: type | None, prefix: str = "") -> list[click.Option]:
 def flags_of(options: Sequence[click.Parameter]) -> list[str]:
     """Every flag of these options, `--no-x` too."""
     return [flag for option in options for flag in (*option.opts, *option.secondary_opts) if flag.startswith("-")]
+
+
+def typed_again(ctx: click.Context, without: Sequence[str]) -> list[str]:
+    """The arguments and options that were typed, but for these, as words of another command line."""
+    words: list[str] = []
+    for parameter in ctx.command.get_params(ctx):
+        if parameter.name in without or ctx.get_parameter_source(parameter.name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[parameter.name]
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(parameter, click.Argument):
+                words.append(str(each))
+            elif isinstance(each, bool):
+                words.append((parameter.opts if each else parameter.secondary_opts)[0])
+            else:
+                words += [parameter.opts[0], str(each)]
+    return words
 
 
 def _field_option(field: Any, prefix: str) -> click.Option:

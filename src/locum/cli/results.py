@@ -19,6 +19,7 @@ from ..speed import page
 from ..stages.calibration import coverage
 from ..stages.estimate import Estimate
 from ..verification.folder import FAILED, Check
+from .parameters import typed_again
 from .shown import add_row, print_table, say, shown
 
 
@@ -234,7 +235,8 @@ def show_frontier(result: dict[str, Any], as_json: bool) -> None:
         for point in d["points"]:
             add_row(shown, *frontier.cells(point, d["bytes"]))
         print_table(shown, 150)
-        say(f"a plan of any of these sizes: locum plan {d['statistics_file']} --method {d['method']} --fit BYTES")
+        given = typed_again(click.get_current_context(), without=("method", "points", "out", "picture", "force"))
+        say(f"a plan of one of these sizes: {frontier.plan_command(d, [*given, '--method', d['method']])}")
 
     emit(result, as_json, human)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +11,14 @@ from ..files import describe_size
 from .charts import Series, curves, escape
 from .page import figure, page, section, table
 
-HEADS = ("size", "of the original", "bits per weight", "predicted KL", "what became of the experts", "plan")
+HEADS = ("bytes", "size", "of the original", "bits per weight", "predicted KL", "what became of the experts", "plan")
 SHOWN = 4  # kinds of what became of experts
 
 
 def cells(point: dict[str, Any], whole: int) -> list[str]:
     """A row as text, in the order of HEADS."""
     return [
+        f"{point['bytes']:,}",
         describe_size(point["bytes"]),
         f"{point['bytes'] / whole:.1%}",
         f"{point['bits_per_weight']:.2f}",
@@ -24,6 +26,12 @@ def cells(point: dict[str, Any], whole: int) -> list[str]:
         became(point["became"]),
         point["plan"],
     ]
+
+
+def plan_command(result: dict[str, Any], given: Sequence[str]) -> str:
+    """What to type for the plan of one of the rows, from a statistics file and the options that the frontier was asked with."""
+    points = result["points"]
+    return shlex.join(["locum", "plan", *given, "--fit", str(points[len(points) // 2]["bytes"])])
 
 
 def became(counts: dict[str, int]) -> str:
@@ -47,8 +55,8 @@ def frontier_section(results: Sequence[dict[str, Any]]) -> str:
     parts = []
     for result in results:
         whole = result["bytes"]
-        how = f"locum plan {result['statistics_file']} --method {result['method']} --fit BYTES"
-        parts.append(f'<p class="dim">A plan of any size from the same file: <code>{escape(how)}</code></p>')
+        how = plan_command(result, [result["statistics_file"], "--method", result["method"]])
+        parts.append(f'<p class="dim">A plan of one of these sizes, from the same file: <code>{escape(how)}</code></p>')
         rows = [
             [
                 (text, number) if number is not None else text
@@ -63,7 +71,7 @@ def frontier_section(results: Sequence[dict[str, Any]]) -> str:
 def numbers(point: dict[str, Any]) -> list[float | None]:
     """By what the columns are sorted; None for words."""
     size = point["bytes"]
-    return [size, size, point["bits_per_weight"], point["predicted_kl"], None, None]
+    return [size, size, size, point["bits_per_weight"], point["predicted_kl"], None, None]
 
 
 def make_page(result: dict[str, Any]) -> str:
