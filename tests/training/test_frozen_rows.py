@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import weakref
 from dataclasses import replace
 
@@ -490,12 +491,73 @@ def test_layer_by_layer_what_is_there_is_trained(few, words, tmp_path, monkeypat
     assert changed and all(".experts.adapters." in name or ".experts.dense." in name for name in changed), changed
 
 
+def advice_of(said) -> str:
+    """One line of an error, without the breaks of the terminal."""
+    assert said.exit_code == 2, said.output
+    return " ".join(said.output.split())
+
+
 def test_compress_holds_what_fit_promised(checkpoint, words, tmp_path):
+    """And what it advises instead does what was asked: to the byte, with options that the way has."""
     shape = read_shape(checkpoint)
     given = ("compress", checkpoint, "--method", "prune", "--data", words, "--tokens", 256, "--length", 32)
-    given += ("--bits", 4, "--quantiser", "nearest", "--recover", "lora", "--recover-steps", 1, "--recover-length", 32)
-    most = shape.bytes - shape.bytes_of_experts // 2
-    said = command(*given, "--fit", most, "--out", tmp_path / "no")
-    assert said.exit_code == 2 and "--recover-keep-size, or a smaller --fit" in " ".join(said.output.split()), (
-        said.output
+    given += ("--bits", 4, "--quantiser", "nearest")
+    training = ("--recover", "lora", "--recover-rank", 2, "--recover-steps", 1, "--recover-length", 32)
+    most = shape.bytes - shape.bytes_of_experts * 3 // 4
+    why = advice_of(command(*given, *training, "--fit", most, "--out", tmp_path / "no"))
+    assert "keep-size" not in why  # all is in few bits, and nothing else is there to train
+    left = int(re.search(r"give --fit ([\d,]+) without --recover", why)[1].replace(",", ""))
+    whole = int(re.search(r"give --fit ([\d,]+), or", why)[1].replace(",", ""))
+    added, before = (
+        int(n.replace(",", "")) for n in re.search(r"adds ([\d,]+) bytes .* to the ([\d,]+)", why).groups()
     )
+    assert left == most - added and before + added > most
+    assert command(*given, "--fit", left, "--out", tmp_path / "small").exit_code == 0
+    how = why.partition("by locum ")[2].split()[:3]
+    quick = ("--rank", 2, "--steps", 1, "--length", 32)
+    said = command(how[0], tmp_path / "small", *how[1:], *quick, "--data", words, "--out", tmp_path / "yes")
+    assert said.exit_code == 0, said.output
+    assert left < read_shape(tmp_path / "yes").bytes <= most
+    assert command(*given, *training, "--fit", whole, "--out", tmp_path / "whole").exit_code == 0
+    assert read_shape(tmp_path / "whole").bytes == whole
+
+
+def test_keep_size_is_advised_where_something_is_left_to_train(checkpoint, words, tmp_path):
+    shape = read_shape(checkpoint)
+    given = ("compress", checkpoint, "--rank", 2, "--data", words, "--tokens", 256, "--length", 32, "--bits", 4)
+    given += (
+        "--recover",
+        "lora",
+        "--recover-rank",
+        8,
+        "--recover-steps",
+        1,
+        "--recover-length",
+        32,
+        "--quantiser",
+        "nearest",
+    )
+    most = shape.bytes - int(0.86 * shape.bytes_of_experts)
+    assert "give --recover-keep-size, or" in advice_of(command(*given, "--fit", most, "--out", tmp_path / "no"))
+    said = command(*given, "--recover-keep-size", "--fit", most, "--out", tmp_path / "yes")
+    assert said.exit_code == 0 and read_shape(tmp_path / "yes").bytes <= most, said.output
+
+
+def test_what_another_way_adds_is_not_said_to_be_on_few_bits(checkpoint, words, tmp_path):
+    shape = read_shape(checkpoint)
+    given = ("compress", checkpoint, "--method", "prune", "--data", words, "--tokens", 256, "--length", 32)
+    given += ("--recover", "smola", "--recover-steps", 1, "--recover-length", 32)
+    most = shape.bytes - shape.bytes_of_experts // 4
+    why = advice_of(command(*given, "--fit", most, "--out", tmp_path / "no"))
+    assert "--recover smola adds" in why and "few bits" not in why and "keep-size" not in why
+    out = tmp_path / "yes"
+    assert command(*given, "--remove", 0.25, "--out", out).exit_code == 0
+
+
+def test_a_training_that_no_size_has_room_for_is_refused_so(checkpoint, words, tmp_path):
+    shape = read_shape(checkpoint)
+    given = ("compress", checkpoint, "--method", "prune", "--data", words, "--tokens", 256, "--length", 32)
+    given += ("--bits", 2, "--quantiser", "nearest", "--recover", "lora", "--recover-rank", 16, "--recover-steps", 1)
+    most = shape.bytes - shape.bytes_of_experts + shape.bytes_of_experts // 20
+    why = advice_of(command(*given, "--fit", most, "--out", tmp_path / "no"))
+    assert "give --remove in place of --fit" in why and "without --recover" not in why

@@ -19,6 +19,7 @@ from ..checkpoints.skeleton import open_source, read_shape, shape_in
 from ..data.documents import parse_sources
 from ..data.tokens import load_tokens
 from ..errors import LocumError, OptionError, PlanError
+from ..experts.parts.low_rank import LowRank
 from ..files import check_output, check_room, clear, versions, write_text
 from ..formats.schemes import Scheme, scheme_of
 from ..measure.removals import SAMPLE
@@ -439,11 +440,29 @@ def _make(
 
 
 def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, target: Target | None) -> None:
-    """Refuse a training that leaves more than --fit allows."""
-    after = recovery.way.becomes(decided, shape.layers)
-    if target is not None and target.fit is not None and after is not decided and target.excess(after, shape) > 0:
-        size = after.size(shape).bytes - target.saved
-        raise OptionError(
-            f"adapters that --recover {recovery.way.name} adds to weights in few bits stay, and make {size:,} bytes of them, more "
-            f"than --fit allows ({target.fit:,}); give --recover-keep-size, or a smaller --fit"
+    """Refuse a training that leaves more than --fit allows, and say what does what is asked.
+
+    A smaller --fit would not, as its plan fills that. A plan for what is left of it, made first, has no more experts to train.
+    """
+    way = recovery.way
+    after = way.becomes(decided, shape.layers)
+    if target is None or target.fit is None or after is decided or target.excess(after, shape) <= 0:
+        return
+    before, size = (plan.size(shape).bytes - target.saved for plan in (decided, after))
+    left = target.fit - (size - before)
+    slots = [slot for layer in decided.layers for slot in layer.slots]
+    parts, keeps_all = [part for slot in slots for part in slot.parts], all(slot.is_kept for slot in slots)
+    trains_without = any(isinstance(part, LowRank) or (part.is_whole and not part.format) for part in parts)
+    advice = ["give --recover-keep-size"] if hasattr(way, "keep_size") and trains_without else []
+    if keeps_all and METHODS[decided.method].saves != "bytes":  # more room would change nothing
+        advice.append(f"give --fit {size:,}")
+    if not target.saved and left > shape.bytes - shape.bytes_of_experts:
+        advice.append(
+            f"give --fit {left:,} without --recover, and train what that makes, with the same options, by locum recover --how {way.name}"
         )
+    elif not keeps_all or not advice:
+        advice.append("give --remove in place of --fit: it does not count what a training adds")
+    raise OptionError(
+        f"--recover {way.name} adds {size - before:,} bytes that stay to the {before:,} of its plan, more than --fit allows "
+        f"({target.fit:,}); {', or '.join(advice)}"
+    )
