@@ -10,6 +10,7 @@ from ..errors import OptionError, PlanError
 from ..plans.plan import Plan
 from ..shapes import ModelShape
 
+Levers = Callable[[], list[str]]  # what may be given, in words; asked for only where it is said
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base ** (i + 1) for unit, base in (("B", 1000), ("IB", 1024)) for i, prefix in enumerate("KMGT")
 }
@@ -60,44 +61,64 @@ class Target:
             return self.remove - plan.removed(shape)
         return plan.size(shape).bytes - self.saved - self.fit
 
-    def check_reached(self, plan: Plan, shape: ModelShape) -> None:
-        """Raise PlanError where the most that a method can do, this plan, is too little."""
+    def check_reached(self, plan: Plan, shape: ModelShape, levers: Levers = list) -> None:
+        """Raise PlanError where the most that a method can do, this plan, is too little. `levers` are what lets it do more."""
+        removed = plan.removed(shape)
         if self.fit is not None and self.excess(plan, shape) > 0:
             smallest = plan.size(shape).bytes - self.saved
-            raise PlanError(
+            said = (
                 f"--fit {self.fit:,} bytes is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
-                f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}; allow more, or choose another method or a lower rank"
+                f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}{_why(plan, shape)}"
             )
-        if self.remove is not None and self.excess(plan, shape) > 0.5 / max(s.num_experts for s in shape.layers):
-            raise PlanError(
-                f"--remove {self.remove:g} is out of reach: this method can remove {plan.removed(shape):.4f} of the expert "
-                f"parameters at best here; ask for less, or choose another method, a lower rank or fewer bases"
+        elif self.remove is not None and (removed <= 0 or self.excess(plan, shape) > _least_step(shape)):
+            most = f"{removed:.4f}" if removed > 0 else "none"
+            said = (
+                f"--remove {self.remove:g} is out of reach: this method can remove {most} of the expert parameters at best "
+                f"here{_why(plan, shape)}"
             )
+        else:
+            return
+        less = ["allow more"] if self.fit is not None else ["ask for less"] * (removed > 0)
+        other = "a method that makes experts smaller, such as narrow" if _why(plan, shape) else "another method"
+        raise PlanError(f"{said}; {', or '.join([*less, *levers(), f'choose {other}'])}")
 
-    def check_not_passed(self, plan: Plan, shape: ModelShape) -> None:
-        """Raise PlanError where the least that a method does, this plan, removes far more than asked."""
+    def check_not_passed(self, plan: Plan, shape: ModelShape, levers: Levers = list) -> None:
+        """Raise PlanError where the least that a method does, this plan, removes far more than asked. `levers` let it do less."""
         if self.remove is not None and -self.excess(plan, shape) > _half_step(shape):
+            advice = ", or ".join(["ask for that or more", *levers()])
             raise PlanError(
                 f"--remove {self.remove:g} is too little for this method: the least it removes here is "
-                f"{plan.removed(shape):.4f} of the expert parameters, and below that nothing at all; ask for that or more, "
-                f"or search again for fewer experts to drop"
+                f"{plan.removed(shape):.4f} of the expert parameters, and below that nothing at all; {advice}"
             )
 
 
-def check_met(plan: Plan, shape: ModelShape, target: Target) -> Plan:
+def _why(plan: Plan, shape: ModelShape) -> str:
+    """That the routers need the experts that are left, where they do; else nothing."""
+    left = {layer.layer: len(layer.survivors) for layer in plan.layers if not layer.dropped}
+    if any(left.get(layer.name, layer.num_experts) > layer.top_k for layer in shape.layers):
+        return ""
+    if any(slot.is_replaced for layer in plan.layers for slot in layer.slots):
+        return ""
+    counts = dict.fromkeys(str(layer.top_k) for layer in shape.layers)
+    return f", as a layer keeps as many experts as its router selects ({', '.join(counts)})"
+
+
+def check_met(plan: Plan, shape: ModelShape, target: Target, more: Levers = list, less: Levers = list) -> Plan:
     """A plan that was made for a target. Raises PlanError, as `meet_target` does, where it does not meet it."""
-    target.check_reached(plan, shape)
-    target.check_not_passed(plan, shape)
+    target.check_reached(plan, shape, more)
+    target.check_not_passed(plan, shape, less)
     return plan
 
 
-def meet_target(build: Callable[[float], Plan], shape: ModelShape, target: Target) -> Plan:
+def meet_target(
+    build: Callable[[float], Plan], shape: ModelShape, target: Target, more: Levers = list, less: Levers = list
+) -> Plan:
     """The plan that meets a target, by bisection.
 
     `build(amount)` makes a plan for an amount from 0 to 1, more amount meaning less left. Plans change in steps of
     whole experts: for `remove` the nearest step is taken (as LightMoE, App. D), for `fit` the largest that fits. Where the
     first step removes much at once (the experts that a search dropped), a target far below it is refused.
-    Raises PlanError, with the best that can be had, for a target out of reach.
+    Raises PlanError, with the best that can be had, for a target out of reach; `more` and `less` are what a user may give then.
     """
 
     def excess(plan: Plan) -> float:
@@ -107,7 +128,7 @@ def meet_target(build: Callable[[float], Plan], shape: ModelShape, target: Targe
     if target.fit is not None and excess(low) <= 0:
         return low
     if excess(high) > 0:
-        target.check_reached(high, shape)
+        target.check_reached(high, shape, more)
         return high
     a, b = 0.0, 1.0
     for _ in range(48):
@@ -120,8 +141,13 @@ def meet_target(build: Callable[[float], Plan], shape: ModelShape, target: Targe
     if target.fit is not None:
         return high
     if a == 0 and abs(excess(low)) > _half_step(shape):
-        target.check_not_passed(high, shape)
+        target.check_not_passed(high, shape, less)
     return low if abs(excess(low)) < abs(excess(high)) else high
+
+
+def _least_step(shape: ModelShape) -> float:
+    """Half of what one expert is of the largest layer."""
+    return 0.5 / max(layer.num_experts for layer in shape.layers)
 
 
 def _half_step(shape: ModelShape) -> float:

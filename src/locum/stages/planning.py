@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from ..data.tokens import fingerprint_tokenizer
 from ..errors import OptionError, StatisticsError, unknown
 from ..files import check_output, provenance
 from ..methods import METHODS, SAVED, TARGETED, ExplainingMethod, Method, SearchingMethod, TargetMethod, Weights
+from ..methods.levers import REMOVE_LESS, REMOVE_MORE, levers
 from ..options import make_options
 from ..places import find, name_of, remember
 from ..plans.bits import FewBits
@@ -130,13 +132,25 @@ def decide(
 
     Sizes are those in few bits. A method that plans for a target itself does not know of them, and may do more than it must.
     """
-    return decided_from(chosen, chosen.score_experts(statistics, shape, weights), shape, target, few)
+
+    def meet(other: Method) -> Plan:
+        return decided_from(other, other.score_experts(statistics, shape, weights), shape, target, few)
+
+    return decided_from(chosen, chosen.score_experts(statistics, shape, weights), shape, target, few, meet)
 
 
 def decided_from(
-    chosen: Method, scored: Any, shape: ModelShape, target: Target | None, few: FewBits | None = None
+    chosen: Method,
+    scored: Any,
+    shape: ModelShape,
+    target: Target | None,
+    few: FewBits | None = None,
+    meet: Callable[[Method], Plan] | None = None,
 ) -> Plan:
-    """The same from what the method has scored."""
+    """The same from what the method has scored. Where it misses the target, `meet` plans for it with other options, to advise."""
+    more, less = (
+        functools.partial(levers, chosen, known, meet) if meet else list for known in (REMOVE_MORE, REMOVE_LESS)
+    )
     made = {"method": chosen.name, "options": dataclasses.asdict(chosen)}
     if target is not None and chosen.saves == "bytes":
         target = target.in_bytes(shape)
@@ -151,8 +165,8 @@ def decided_from(
     if target is None:
         return build(0.0 if chosen.saves in TARGETED else 1.0)
     if isinstance(chosen, TargetMethod):
-        return check_met(planned(chosen.plan_for(scored, shape, target)), shape, target)
-    return meet_target(build, shape, target)
+        return check_met(planned(chosen.plan_for(scored, shape, target)), shape, target, more, less)
+    return meet_target(build, shape, target, more, less)
 
 
 def read_weights(model: Path, statistics: Statistics | None) -> Weights:
