@@ -18,7 +18,7 @@ from ..formats.schemes import SCHEMES, Scheme, scheme_of
 from ..options import option
 from .experts_seen import experts_seen
 from .folder import describe
-from .stock import nearest, stock_faults
+from .stock import merged_first, nearest, stock_faults
 from .target import target
 
 AROUND = 2**20  # bytes of what is written beside the tensors
@@ -46,7 +46,7 @@ class CompressedTensors:
 
     def fault(self, model: Path) -> str:
         if is_adapter(model):
-            return "it is an adapter, which has no weights of its own; recover it without --adapter-only"
+            return merged_first(model)
         if layouts_of(model):
             if faults := stock_faults(model):
                 return f"compressed-tensors needs the stock layout, which cannot hold {'; '.join(faults)}; {nearest(model)}"

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..checkpoints.load import load_model
 from ..checkpoints.read import load_tokenizer, read_config
 from ..checkpoints.skeleton import skeleton
+from ..checkpoints.weight_files import is_adapter
 from ..models.families import MoeLayer, find_layers, read_expert
 from .folder import save_folder
-from .stock import has_stock_layout
+from .stock import has_stock_layout, merged_first
 from .target import target
 from .tied_head import with_head
 
@@ -32,8 +33,10 @@ class Dense:
 
     def fault(self, model: Path) -> str:
         config = read_config(model)
+        if is_adapter(model):
+            return merged_first(model)
         if not has_stock_layout(model):
-            return "it has containers or is an adapter, and a dense layer has one whole expert; locum export --to stock first"
+            return "it has containers, and a dense layer has one whole expert; locum export --to stock first"
         if config.model_type not in DENSE:
             return f"no dense family is {config.model_type} without its MoE layers; known: {', '.join(DENSE)}"
         if getattr(config, "use_sliding_window", False):

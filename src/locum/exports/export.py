@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from ..checkpoints.patch import check_adapter
 from ..checkpoints.read import read_headers
-from ..checkpoints.skeleton import check_loadable, open_source
+from ..checkpoints.skeleton import check_loadable, open_source, read_shape
+from ..checkpoints.weight_files import is_adapter
 from ..errors import OptionError, unknown
 from ..files import check_output, describe_size
 from ..options import make_options
@@ -42,7 +43,7 @@ def export(
     check_loadable(model, source)
     check_adapter(model, source)
     words = write_form(form, model, out)
-    sizes = [_size(model), _size(out)]
+    sizes = [read_shape(model).bytes if is_adapter(model) else _size(model), _size(out)]  # of an adapter, with its base
     return {"out": str(out), "form": words, "bytes": sizes, "times_larger": sizes[1] / sizes[0]}
 
 

@@ -14,14 +14,14 @@ from typing import ClassVar
 
 from ..checkpoints.inside import read_json
 from ..checkpoints.skeleton import check_loadable, layouts_of, open_source, shape_in
-from ..checkpoints.weight_files import other_weights
+from ..checkpoints.weight_files import is_adapter, other_weights
 from ..engines.engines import ENGINES, last_words
 from ..errors import CheckpointError, EngineError, OptionError
 from ..files import step_towards, whole
 from ..models.sizes import shape_of
 from ..options import option
 from .imatrix import ImportanceMatrix
-from .stock import nearest, stock_faults
+from .stock import merged_first, nearest, stock_faults
 from .target import target
 from .whole_experts import parts_in
 
@@ -78,6 +78,8 @@ class Gguf:
 
     def fault(self, model: Path) -> str:
         layouts = layouts_of(model)
+        if is_adapter(model):
+            return merged_first(model)
         if faults := stock_faults(model):
             return f"GGUF cannot hold {'; '.join(faults)}; {nearest(model)}"
         if others := other_weights(model):

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..checkpoints.weight_files import is_adapter
 from ..errors import OptionError
 from ..experts.quantisers import BORROWED
 from ..files import whole
 from ..options import option
 from ..shapes import LayerShape
 from .experts_seen import ExpertsSeen, experts_seen
-from .stock import has_stock_layout
+from .stock import has_stock_layout, merged_first
 from .target import target
 
 NUMBER = re.compile(r"\.(\d+)\.")  # of a decoder layer
@@ -41,6 +42,8 @@ class ImportanceMatrix:
     statistics: str = option(None, "statistics of this checkpoint, with Gram matrices", kind=str)
 
     def fault(self, model: Path) -> str:
+        if is_adapter(model):
+            return merged_first(model)
         if not has_stock_layout(model):
             return "an importance matrix is for checkpoints in the stock layout, which become GGUF files"
         if self.statistics is None:

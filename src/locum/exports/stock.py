@@ -5,6 +5,7 @@ A stock layout has one number of experts for all layers, and whole experts alone
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -56,8 +57,6 @@ def has_stock_layout(model: Path) -> bool:
 
 def stock_faults(model: Path) -> list[str]:
     """What keeps a checkpoint from ever being stock, in words; empty where whole experts can hold it."""
-    if is_adapter(model):
-        return ["an adapter, which has no weights of its own"]
     shape, layouts = read_shape(model), layouts_of(model)
     faults = []
     counts = sorted({layer.num_experts for layer in shape.layers})
@@ -83,8 +82,20 @@ def first_of(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
+def merged_first(model: Path) -> str:
+    """Why an export needs an adapter and its base as one checkpoint, and how to write that."""
+    here = f"locum export {shlex.quote(str(model))} --to stock --out STOCK"
+    return f"it is an adapter, whose other weights are its base's; write both as one checkpoint first: {_in_python(model) if stock_faults(model) else here}"
+
+
+def _in_python(model: Path) -> str:
+    return f"locum.load_model({str(model)!r}).save_pretrained(OUT) in Python, and the tokenizer's files beside it"
+
+
 def nearest(model: Path) -> str:
-    """The plan nearest to a checkpoint's own that a stock layout can hold."""
+    """The plan nearest to a checkpoint's own that a stock layout can hold. An adapter can still be merged into what it is over."""
+    if is_adapter(model):
+        return f"to write the adapter and its base as one checkpoint that Locum loads: {_in_python(model)}"
     plan, notes = plan_of(model), read_notes(model)
     if plan is None or "original_shape" not in notes:
         return "prune the original to equal numbers of experts instead: locum plan STATISTICS --method prune"

@@ -14,7 +14,7 @@ from ..checkpoints.weight_files import is_adapter
 from ..errors import CheckpointError
 from ..files import NOTES, whole
 from ..places import bare
-from .stock import has_stock_layout
+from .stock import has_stock_layout, merged_first
 from .target import target
 
 LOADER = Path(__file__).with_name("remote_code.py")  # transformers loads it by this name
@@ -32,7 +32,7 @@ class RemoteCode:
         if has_stock_layout(model):
             return "it has the stock layout already; it loads without Locum"
         if is_adapter(model):
-            return "it is an adapter; transformers loads no model from it, with or without the import"
+            return merged_first(model)
         return ""
 
     def write(self, model: Path, out: Path) -> str:

@@ -14,7 +14,7 @@ from ..checkpoints.read import SUBSTITUTED, load_tokenizer, read_config
 from ..checkpoints.skeleton import layouts_of
 from ..checkpoints.weight_files import is_adapter
 from .folder import save_folder
-from .stock import has_stock_layout, stock_faults
+from .stock import has_stock_layout, merged_first, stock_faults
 from .target import target
 from .tied_head import lacks_head, with_head
 from .vllm_constants import form_faults, substitute
@@ -33,9 +33,7 @@ class VllmConstants:
             head = ", but its tied output head, which some of vLLM's classes leave out: --to stock writes one"
             return f"it has the stock layout already; vLLM reads it as it is{head if lacks_head(model) else ''}"
         if is_adapter(model):
-            return (
-                "it is an adapter, which has no weights of its own; recover it without --adapter-only to serve it there"
-            )
+            return merged_first(model)
         if not (faults := form_faults(read_config(model), layouts_of(model))):
             return ""
         whole = f"; or write whole experts, which are larger: locum export {model} --to stock --out STOCK"
