@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from locum.errors import OptionError
+from locum.errors import OptionError, did_you_mean
 from locum.registry import Registry, import_modules
 
 
@@ -32,6 +32,16 @@ def test_unknown_name_lists_close_ones_then_all() -> None:
     things.add("reap", 2)
     with pytest.raises(OptionError, match=r"unknown thing 'gaet': did you mean 'gate'\? allowed: gate, reap"):
         things["gaet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("--scheme", ""), ("--remov", "did you mean '--remove'? "), ("remov", "did you mean 'remove'? ")],
+)
+def test_dashes_make_no_names_alike(name: str, meant: str) -> None:
+    dashes = "--" if name.startswith("--") else ""
+    allowed = ["help", "force", "json", "out", "to", *(["remove"] if meant else [])]
+    assert did_you_mean(name, [dashes + each for each in allowed]) == meant
 
 
 class Point:

@@ -61,8 +61,9 @@ class EngineError(LocumError):
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A question with the names that are nearest to a wrong one, with a space after it; empty where none is near."""
-    close = difflib.get_close_matches(name, sorted(allowed), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    bare = {each.removeprefix("--"): each for each in sorted(allowed)}  # dashes are alike in all flags
+    close = difflib.get_close_matches(name.removeprefix("--"), bare, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(bare[c]) for c in close)}? " if close else ""
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .errors import OptionError, unknown
+from .errors import OptionError, did_you_mean, unknown
 
 LARGEST = 2**31 - 1  # of a whole number with no other limit: nothing below Locum fails at it
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -70,18 +70,23 @@ def check_options(options: Any, prefix: str = "") -> None:
             raise OptionError(f"--{name} is {value:.10g}; allowed: {' and '.join(bounds) or 'finite numbers'}")
 
 
-def check_names(given: Iterable[str], allowed: Collection[str], owner: str, prefix: str = "") -> None:
-    """Refuse names that are not allowed. Raises OptionError: close names first, then all."""
+def check_names(
+    given: Iterable[str], allowed: Collection[str], owner: str, prefix: str = "", beside: Iterable[str] = ()
+) -> None:
+    """Refuse names that are not allowed. Raises OptionError: close names first, then all. What is meant may be a name `beside`."""
     for name in given:
         if name not in allowed:
             flag, *flags = ("--" + (prefix + a).replace("_", "-") for a in (name, *allowed))
-            raise OptionError(unknown("option", flag, flags).replace("unknown option", f"{owner} has no option", 1))
+            others = ["--" + a.replace("_", "-") for a in beside]
+            close, all_of_them = did_you_mean(flag, {*flags, *others}), ", ".join(sorted(flags)) or "none"
+            raise OptionError(f"{owner} has no option {flag!r}: {close}allowed: {all_of_them}")
 
 
-def make_options(cls: type, given: dict[str, Any]) -> Any:
-    """An options dataclass from names and values; an unknown name is an OptionError with what is allowed."""
+def make_options(cls: type, given: dict[str, Any], beside: Iterable[str] = ()) -> Any:
+    """An options dataclass from names and values; an unknown name is an OptionError with what is allowed. Names `beside` are those
+    of who asks."""
     owner = f"method {cls.name}" if hasattr(cls, "name") else cls.__name__.lower()
-    check_names(given, [item.name for item in option_fields(cls)], owner)
+    check_names(given, [item.name for item in option_fields(cls)], owner, beside=beside)
     options = cls(**given)
     check_options(options)
     return options

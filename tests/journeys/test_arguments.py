@@ -127,6 +127,15 @@ def test_every_argument_of_every_command_is_checked(name: str, parameter: str, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("remov", "--remove"), ("modell", "--model"), ("scor", "--score"), ("bit", "--bits")]
+)
+def test_a_name_that_is_nearly_right_may_be_the_commands(statistics_file: Path, wrong: str, right: str) -> None:
+    with pytest.raises(OptionError, match=f"method prune has no option '--{wrong}': did you mean '{right}'") as caught:
+        locum.plan(statistics_file, method="prune", **{wrong: 0.5})
+    assert "--remove" not in str(caught.value).partition("allowed:")[2]  # of the method
+
+
 @pytest.mark.parametrize("bits", [4, "4", np.int64(4)])
 def test_bits_are_numbers_or_names(statistics_file: Path, bits: Any) -> None:
     made = locum.plan(statistics_file, method="prune", remove=0.5, bits=bits, quantiser="nearest")

@@ -530,7 +530,7 @@ def test_grams_are_collected_on_demand_only() -> None:
     assert {name for name in ALL if STATISTICS[name].on_demand} >= {"input_gram", "hidden_gram", *FOUND.found}
     assert {name for name in ALL if STATISTICS[name].inside} >= {"input_gram", "hidden_gram"}
     assert check_needs(("input_gram",)) == ("input_gram",)
-    with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*on demand only"):
+    with pytest.raises(StatisticsError, match=r"Calibrate again with 'input_gram' .*unless --no-gram is given"):
         statistics({"layer.0": {}}).layer("layer.0")["input_gram"]
 
 

@@ -47,7 +47,7 @@ def frontier(
         if path is not None:
             check_output(path, force, inputs=[] if isinstance(statistics, Statistics) else [Path(statistics)])
     check_number("points", points, 2, MOST)
-    chosen = chosen_method(method, options, preset)
+    chosen = chosen_method(method, options, preset, frontier)
     if not isinstance(chosen, PredictingMethod):
         raise OptionError(f"method {method} does not say what its plans cost; use auto, or measure with locum compare")
     loaded = statistics if isinstance(statistics, Statistics) else load_statistics(statistics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,7 +67,7 @@ def plan(
     """
     files = list(statistics)
     out = None if out is None else check_output(out, force, inputs=[*files, onto, model])
-    chosen = chosen_method(method, options, preset)
+    chosen = chosen_method(method, options, preset, plan)
     few = few_bits(bits, group, quantiser, chosen)
     target = check_target(remove, fit, method=chosen, few=few)
     base = None if onto is None else onto if isinstance(onto, Plan) else load_plan(onto)
@@ -325,11 +326,16 @@ def diff(a: Path, b: Path) -> list[str]:
     return diff_plans(load_plan(a), load_plan(b))
 
 
-def chosen_method(method: str, options: Mapping[str, Any], preset: str) -> Method:
-    """A method with its options, on top of those of the preset. Raises OptionError for anything unknown."""
+def chosen_method(
+    method: str, options: Mapping[str, Any], preset: str, stage: Callable[..., Any] | None = None
+) -> Method:
+    """A method with its options, on top of those of the preset. Raises OptionError for anything unknown, which may be meant for
+    the stage."""
     if preset not in PRESETS:
         raise OptionError(unknown("preset", preset, PRESETS))
-    chosen = make_options(METHODS[method], {**(METHODS[method].published if preset == "paper" else {}), **options})
+    beside = () if stage is None else inspect.signature(stage).parameters
+    published = METHODS[method].published if preset == "paper" else {}
+    chosen = make_options(METHODS[method], {**published, **options}, beside)
     chosen.needs()  # knows the criterion
     return chosen
 

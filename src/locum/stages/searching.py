@@ -82,7 +82,7 @@ def search(
     An interrupted search goes on where it stopped when the same command is given again.
     """
     model = Path(model)
-    chosen = chosen_method(method, options, preset)
+    chosen = chosen_method(method, options, preset, search)
     if not isinstance(chosen, SearchingMethod):
         raise OptionError(f"method {chosen.name} does not search; use locum calibrate, and make its plan from that")
     sources = parse_sources(data)

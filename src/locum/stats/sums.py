@@ -39,6 +39,7 @@ from .origin import Origin, SearchedBy
 from .shares import BINS
 from .stand_ins import CANDIDATES
 
+GRAMS = ("input_gram", "hidden_gram")  # which `calibrate` collects unless it is told not to
 SAMPLES = 64  # values of each sum that tell some statistics from others
 
 # --- what to collect --------------------------------------------------------------------------------------------
@@ -236,6 +237,8 @@ def _how_to_get(name: str) -> str:
     if name in STATISTICS and STATISTICS[name].searched:
         return "Run `locum search`, which finds it on the model, and make the plan from the file it writes"
     on_demand = name in STATISTICS and STATISTICS[name].on_demand
+    if name in GRAMS:
+        return f"Calibrate again with {name!r} among the needs: locum calibrate collects it unless --no-gram is given"
     usual = "this one is collected on demand only" if on_demand else "by default, all but those on demand are collected"
     return f"Calibrate again with {name!r} among the needs (--also {name}; {usual})"
 
