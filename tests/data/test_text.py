@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 import os
 import tracemalloc
 
@@ -85,3 +88,11 @@ def test_what_is_neither_file_nor_folder_is_refused_before_it_is_opened(tmp_path
     os.mkfifo(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="neither a file nor a folder"):
         parse_sources([str(tmp_path / "rows.parquet")])
+
+
+@pytest.mark.parametrize(("packer", "name"), [(gzip, "gzip"), (lzma, "xz"), (bz2, "bzip2")])
+def test_what_is_compressed_is_said_to_be(packer, name, tmp_path):
+    file = tmp_path / "t.jsonl.packed"
+    file.write_bytes(packer.compress(b"text " * 1000))
+    with pytest.raises(DataError, match=rf"is compressed \({name}\); unpack it first"):
+        list(lines(file))

@@ -122,6 +122,11 @@ LINES = [
         for value in ("0", "1", "-0.5", "50", "nan")
     ),
     ("plan {stats} --remove half", "'half' is not a valid float|locum plan --help"),
+    (
+        f"{COMPRESS} {TARGET} --method prune --steps 3",
+        "method diep has it; for what --recover does it is --recover-steps",
+    ),
+    ("report {plan} --out {out}", "is one piece of JSON and no results|locum eval"),
     ("plan {stats} --method prune --remove 0.9", "out of reach: this method can remove 0.7500"),
     ("plan {stats} --method prune --fit 100KB", "out of reach|best, from 207,872"),
     ("plan {stats} --fit lots", "cannot read size 'lots'; write for example 16GiB"),

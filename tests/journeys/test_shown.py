@@ -106,3 +106,12 @@ def test_progress_has_names_of_any_kind(monkeypatch):
 def test_errors_show_what_they_quote_as_text(tmp_path):
     result = CliRunner().invoke(cli, ["inspect", str(tmp_path / RAW)], prog_name="locum")
     assert result.exit_code == 2 and r"\x1b[2J" in result.stderr and "\x1b" not in result.stderr
+
+
+def test_paragraphs_are_wrapped_anew_and_lists_are_not(monkeypatch):
+    """A docstring's lines are longer than the terminal; formulas and items of lists keep theirs."""
+    monkeypatch.setenv("COLUMNS", "80")
+    said = command("show", "prune").output.split("\n\n")[1].splitlines()
+    assert all(len(line) > 60 for line in said[:-1]) and len(said) > 3
+    text = command("show", "leave-one-out").output
+    assert "\n  2. With `curve`" in text and "\n  Both are the search" in text

@@ -119,6 +119,13 @@ def test_a_report_draws_it_and_says_of_each_expert_what_it_was_not(searched: Sta
     assert f"{predicted}, 0.1250 where it was checked, measured 0.2500" in page.read_text(encoding="utf-8")
 
 
+def test_statistics_are_known_by_what_they_hold(searched: Statistics, tmp_path: Path) -> None:
+    for name in ("found", "found.st", "found.safetensors"):
+        save_statistics(searched, tmp_path / name)
+        page = locum.report(tmp_path / name, out=tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert "What every size is predicted to cost" in page
+
+
 @pytest.mark.parametrize("said", [None, 3, {"experts": []}, {"experts": {"x": 1}}, {"predicted_kl": "much"}])
 def test_what_anybody_wrote_into_a_plan_does_not_matter(searched: Statistics, said: object, tmp_path: Path) -> None:
     plan = locum.plan([searched], method="auto", remove=0.8)

@@ -28,12 +28,14 @@ def parse_size(text: str | int) -> int:
 class Target:
     """How small: the fraction of the routed experts' parameters to remove, or the bytes that the checkpoint has to fit.
 
-    `saved` bytes are gone before any plan: those of weights outside of the experts that are put in few bits. Raises OptionError unless exactly one of the two is given, and for a fraction out of range.
+    `saved` bytes are gone before any plan: those of weights outside of the experts that are put in few bits. `said` is how messages
+    name a size that nobody gave as such. Raises OptionError unless exactly one of the two is given, and for a fraction out of range.
     """
 
     remove: float | None = None
     fit: int | None = None
     saved: int = 0
+    said: str = ""
 
     def __post_init__(self) -> None:
         if (self.remove is None) == (self.fit is None):
@@ -67,7 +69,7 @@ class Target:
         if self.fit is not None and self.excess(plan, shape) > 0:
             smallest = plan.size(shape).bytes - self.saved
             said = (
-                f"--fit {self.fit:,} bytes is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
+                f"{self.said or f'--fit {self.fit:,} bytes'} is out of reach: this method can shrink the checkpoint to {smallest:,} bytes "
                 f"({smallest / 2**30:.3f} GiB) at best, from {shape.bytes:,}{_why(plan, shape)}"
             )
         elif self.remove is not None and (removed <= 0 or self.excess(plan, shape) > _least_step(shape)):
@@ -78,7 +80,7 @@ class Target:
             )
         else:
             return
-        less = ["allow more"] if self.fit is not None else ["ask for less"] * (removed > 0)
+        less = ["allow more"] if self.fit is not None and not self.said else ["ask for less"] * (removed > 0)
         other = "a method that makes experts smaller, such as narrow" if _why(plan, shape) else "another method"
         raise PlanError(f"{said}; {', or '.join([*less, *levers(), f'choose {other}'])}")
 

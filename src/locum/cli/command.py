@@ -177,8 +177,18 @@ class Command(click.Command):
     def _missing(self, ctx: click.Context, flag: str) -> str:
         for choice in self.choices:
             if choice.names_with(flag):
-                return choice.misplaced(self._chosen(ctx, choice), flag, flags_of(self.params))
+                return (
+                    f"{choice.misplaced(self._chosen(ctx, choice), flag, flags_of(self.params))}{self._prefixed(flag)}"
+                )
         return f"unknown option {flag!r}: {did_you_mean(flag, flags_of(self.get_params(ctx)))}"
+
+    def _prefixed(self, flag: str) -> str:
+        """The option of that name which a choice with a prefix brings, in words; empty where none does."""
+        for choice in (choice for choice in self.choices if choice.prefix):
+            meant = f"--{choice.prefix.replace('_', '-')}{flag.removeprefix('--')}"
+            if choice.names_with(meant):
+                return f"; for what --{choice.option} does it is {meant}"
+        return ""
 
     # --- help -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import click
 from .results import emit
 
 WIDEST = 100
+FULL = 105  # characters of a docstring's line, with the next word, that ends because that had no place
 
 
 def show_catalogue(result: dict[str, dict[str, Any]], as_json: bool) -> None:
@@ -74,7 +76,23 @@ def _wrapped(text: str, indent: str = "    ", widest: int = WIDEST) -> str:
     return textwrap.fill(text, width, subsequent_indent=indent, **keep)
 
 
+def _whole_lines(formula: str) -> list[str]:
+    """The lines, those of one paragraph of text as one: a full line with the same indent before it means that it goes on."""
+    found: list[str] = []
+    last = 0  # characters of the line before, as it stands
+    for line in formula.splitlines():
+        indent = len(line) - len(line.lstrip())
+        begins = re.match(r"[\d*-]+[.)]? ", line.lstrip())
+        goes_on = bool(line.strip()) and last + 1 + len(line.split()[0]) >= FULL
+        if goes_on and not begins and indent == len(found[-1]) - len(found[-1].lstrip()):
+            found[-1] += " " + line.lstrip()
+        else:
+            found.append(line)
+        last = len(line)
+    return found
+
+
 def _indented(formula: str) -> str:
     """Every line of a formula as it stands, wrapped only where the terminal is too narrow for it."""
-    lines = (f"  {line}".rstrip() for line in formula.splitlines())
+    lines = (f"  {line}".rstrip() for line in _whole_lines(formula))
     return "\n".join(_wrapped(line, " " * (len(line) - len(line.lstrip()) + 4), sys.maxsize) for line in lines)

@@ -12,6 +12,14 @@ from pathlib import Path
 from ..errors import DataError
 
 CHUNK = 2**20  # bytes read at a time
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+}
 MOST_CHARACTERS = 2**22  # of a piece
 PASSAGE_CHARACTERS = 2_000
 
@@ -37,8 +45,17 @@ def _decode(decoder: codecs.IncrementalDecoder, data: bytes, read: int, path: Pa
     try:
         return decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
+        if (packed := _packed(path)) is not None:
+            raise DataError(f"{path} is compressed ({packed}); unpack it first") from None
         byte = f"byte {error.object[error.start]:#04x} at offset {read - begun + error.start}"
         raise DataError(f"{path} is not UTF-8: {byte}; convert it (iconv -t UTF-8) or take it out") from None
+
+
+def _packed(path: Path) -> str | None:
+    """How a file is compressed, by its first bytes; None where it is not, as far as is known."""
+    with path.open("rb") as stream:
+        begin = stream.read(max(map(len, PACKED)))
+    return next((name for mark, name in PACKED.items() if begin.startswith(mark)), None)
 
 
 def lines(path: Path, most: int = MOST_CHARACTERS, end: str = "\n") -> Iterator[str]:

@@ -57,10 +57,26 @@ def read_rows(path: str | Path) -> list[Row]:
     if Path(path).exists() and not Path(path).is_file():
         raise DataError(f"cannot read results {path}: it is no file; make them with: locum eval")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read results {path}: {error}; make them with: locum eval") from None
-    return [_row(line, f"{path}, line {i + 1}") for i, line in enumerate(lines) if line.strip()]
+    try:
+        return [_row(line, f"{path}, line {i + 1}") for i, line in enumerate(text.split("\n")) if line.strip()]
+    except DataError:
+        if "\n" in text.strip() and _is_json(text):
+            raise DataError(
+                f"{path} is one piece of JSON and no results, which have a row on each line; make them with: locum eval MODEL --data "
+                f"... --out results.jsonl"
+            ) from None
+        raise
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 KINDS: dict[str, Any] = {

@@ -62,7 +62,7 @@ from .options import (
     needed,
     silent,
 )
-from .planning import as_searched, decide, read_weights
+from .planning import as_searched, decided_from, read_weights
 from .recovery import recover as recover_stage
 from .searching import search, to_collect
 
@@ -148,8 +148,9 @@ def compare(
         run.go(progress)
         rows = _rows(run.results())
         if not rows:
-            why = "; ".join(dict.fromkeys(f"{one['name']}: {one['refused']}" for one in run.results()))
-            raise PlanError(f"none of the methods can do what is asked here: {why}")
+            name, why = next((one["name"], one["refused"]) for one in run.results())
+            others = len({one["name"] for one in run.results()}) - 1
+            raise PlanError(f"none of {others + 1} methods can do what is asked here; {name}, the first: {why}")
         result = _summary(run.results(), asked, blocks, leave_out)
         run.tidy()
         write_rows(work.folder / "results.jsonl", rows, append=False)
@@ -312,7 +313,10 @@ class _Run:
         weights = read_weights(asked.model, statistics) if chosen.reads_weights else None
         fit = asked.shape.bytes - int(amount * asked.shape.bytes_of_experts)
         chosen = as_searched(chosen, candidate.given, statistics)
-        return decide(chosen, statistics, asked.shape, Target(fit=fit), weights, candidate.few)
+        target = Target(fit=fit, said=f"--remove {amount:g} ({fit:,} bytes, as for every method)")
+        return decided_from(
+            chosen, chosen.score_experts(statistics, asked.shape, weights), asked.shape, target, candidate.few
+        )
 
     def _measured(self, checkpoint: Path, plan: Plan, label: dict[str, Any], state: str) -> dict[str, Any]:
         start, size = time.perf_counter(), self.asked.cut["batch_size"]
