@@ -16,6 +16,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
+
 from .errors import OptionError
 from .options import KINDS
 
@@ -85,9 +87,9 @@ def _form(value: Any, kind: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """Text as it is, a number in digits, a list of these with commas between, as the command line takes it."""
-    if isinstance(value, str):
-        return value
+    """Text as it is, a number in digits, a device by its name, a list of these with commas between, as the command line takes it."""
+    if isinstance(value, (str, torch.device)):
+        return str(value)
     if isinstance(value, Real) and not isinstance(value, bool):
         return str(int(value) if isinstance(value, Integral) else float(value))
     if isinstance(value, (list, tuple)):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import torch
 
 import locum
 from locum.arguments import in_declared_forms
@@ -52,6 +53,7 @@ def toy(
         ("share", Fraction(1, 4), 0.25),
         ("count", np.int64(4), 4),
         ("words", 4, "4"),
+        ("words", torch.device("cuda", 1), "cuda:1"),
         ("words", np.int64(4), "4"),
         ("words", 0.5, "0.5"),
         ("words", [0.25, 0.5], "0.25,0.5"),
