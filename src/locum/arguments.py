@@ -44,7 +44,7 @@ def in_declared_forms(function: Function) -> Function:
             parameter = signature.parameters[name]
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 said = ("--" if parameter.kind is parameter.KEYWORD_ONLY else "") + name.replace("_", "-")
-                bound.arguments[name] = declared(value, hints()[name], said)
+                bound.arguments[name] = declared(value, hints().get(name, Any), said)
         return function(*bound.args, **bound.kwargs)
 
     return run  # type: ignore[return-value]

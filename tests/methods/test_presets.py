@@ -77,7 +77,9 @@ def test_calibration_collects_what_defaults_read_or_plans_say_what_to_do(checkpo
     given = {"data": [str(words)], "tokens": 512, "length": 64}
     without = locum.calibrate(checkpoint, out=tmp_path / "without", gram=False, **given)
     assert not set(GRAMS) & set(without.names)
-    with pytest.raises(StatisticsError, match=r"no statistic 'input_gram'.*--also input_gram.*plan with --start svd"):
+    with pytest.raises(
+        StatisticsError, match=r"no statistic 'input_gram'.*unless --no-gram is given.*plan with --start svd"
+    ):
         locum.plan(without, remove=0.4, rank=2)
     assert locum.plan(without, remove=0.4, rank=2, start="svd").needs == ()
     assert set(GRAMS[:1]) <= set(

@@ -140,11 +140,7 @@ def compress(
     also, shape = _read_besides(few, chosen), read_shape(model)
     packed, saved = _packing(model, rest, group)
     target = check_target(remove, fit, method=chosen, shape=shape, few=few, saved=saved)
-    if recovery is not None and fit is not None and (source := open_source(model)).packed:
-        raise OptionError(
-            f"--recover makes numbers in {source.numbers} of all that {model} has packed, so no --fit holds; compress without "
-            f"--recover, or give --remove in place of --fit"
-        )
+    _check_numbers(recovery, fit, model)
     check_rounds(rounds, chosen, shape, few, packed)
     copies = (1 if recovery is None else 2) + (rounds > 1) + (packed is not None)
     check_room(out, _least_bytes(shape, target, few) * copies, bytes_begun(out))
@@ -437,6 +433,15 @@ def _make(
         if ranks.is_first():
             clear(draft)
         raise
+
+
+def _check_numbers(recovery: Recovery | None, fit: Any, model: Path) -> None:
+    """Refuse a limit of a training that leaves no packed weights."""
+    if recovery is not None and fit is not None and (source := open_source(model)).packed:
+        raise OptionError(
+            f"--recover makes numbers in {source.numbers} of all that {model} has packed, so no --fit holds; compress without "
+            f"--recover, or give --remove in place of --fit"
+        )
 
 
 def _check_size(recovery: Recovery, decided: Plan, shape: ModelShape, target: Target | None) -> None:

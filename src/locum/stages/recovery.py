@@ -137,7 +137,6 @@ def recover(
             read = source if is_read else None
             live, summary = _train(model, read, *training, uses=uses, logits=logits, **where)
     if ranks.is_first():  # the others have none of the model
-        summary |= {"numbers": opened.numbers} if (opened := open_source(model)).packed else {}
         notes |= _notes_of(notes, {**chosen.to_json(), **summary}, blocks.domains, model)
         notes |= {} if after is whole else {"plan": after.id}
         _save(live, tokenizer, out, after, before, model, notes, workdir / LOG, base, paths)
@@ -360,7 +359,9 @@ def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterabl
             "original_shape": read_shape(model).to_json(),
         }
         remember(mark, model)
-    return provenance(recovery={**recovery, "domains": list(all_seen)}, recovered_from=name_of(model), **original)
+    numbers = {"numbers": opened.numbers} if (opened := open_source(model)).packed else {}
+    summary = {**recovery, **numbers, "domains": list(all_seen)}
+    return provenance(recovery=summary, recovered_from=name_of(model), **original)
 
 
 def _original_shape(notes: dict[str, Any], shape: ModelShape) -> ModelShape:
