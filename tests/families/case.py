@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from families.tiny_families import tiny
 from locum.checkpoints.application import apply_plan
@@ -25,6 +26,7 @@ from locum.checkpoints.skeleton import Source, open_source, read_shape, shape_in
 from locum.data.tokens import Tokens
 from locum.errors import LocumError
 from locum.measure.calibration import calibrate
+from locum.models.families import family_of
 from locum.models.sizes import shape_of
 from locum.models.stored import write_model
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Plan, Slot, make_plan, stand_in
@@ -87,6 +89,13 @@ def tokens_of(ids_BS: Tensor) -> Tokens:
     domain_B = torch.zeros(blocks, dtype=torch.long)
     names = {"domains": ("text",), "weights": (1.0,), "fingerprint": "data", "sources": (), "split": "all"}
     return Tokens(ids_BS=ids_BS, domain_B=domain_B, length=length, **fields, **names)
+
+
+def skip_refused(family: str) -> None:
+    """Skip a family that Locum refuses, with its reason; transformers' bars would be most of what a run prints."""
+    logging.disable_progress_bar()
+    if refused := family_of(family).refuse:
+        pytest.skip(refused)
 
 
 def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

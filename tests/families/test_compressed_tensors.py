@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig
-from transformers.utils import logging
 
 import locum
+from families.case import skip_refused
 from families.tiny_families import all_families, tiny
 from locum.checkpoints.load import load_model
 from locum.checkpoints.skeleton import open_source, read_shape
 from locum.errors import UnsupportedModel
-from locum.models.families import family_of, model_class
+from locum.models.families import model_class
 from making.checkpoints import write_tokenizer
 from making.tiny_models import tiny_ids
 
@@ -34,9 +34,7 @@ def numbers_alone(folder: Path) -> bool:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family, tmp_path):
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     original, out = tmp_path / "original", tmp_path / "out"
     tiny(family).bfloat16().save_pretrained(original)
     write_tokenizer(original)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import logging
 
-from families.case import Case, both_ways, checkpoint_of, copied, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, skip_refused, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.load import load_model
 from locum.containers.container import StandInExperts
 from locum.measure.calibration import calibrate
-from locum.models.families import family_of, find_layers
+from locum.models.families import find_layers
 from locum.plans.bits import FewBits
 from locum.plans.plan import KEPT, Base, LayerPlan, Plan, make_plan, stand_in
 from locum.shapes import ModelShape
@@ -35,9 +34,7 @@ def in_int4(shape: ModelShape) -> Plan:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family):
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case = Case(family)
     with tempfile.TemporaryDirectory() as folder:
         original, out = (Path(folder) / name for name in ("original", "out"))

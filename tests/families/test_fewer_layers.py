@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
-from families.case import Case, both_ways, checkpoint_of, copied, mixed, stored, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, mixed, skip_refused, stored, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
 from locum.errors import UnsupportedModel
 from locum.measure.calibration import calibrate
-from locum.models.families import family_of
 from locum.plans.plan import KEPT, LayerPlan, Plan, make_plan
 from locum.shapes import ModelShape
 
@@ -55,9 +53,7 @@ def without_first(shape: ModelShape, others: bool = False) -> Plan:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family: str, tmp_path: Path) -> None:
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case = Case(family)
     plan = without_first(case.shape)
     if family in NOT:

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from families.case import Case, tokens_of
+from families.case import Case, skip_refused, tokens_of
 from families.tiny_families import all_families
 from locum.measure.changes import ChangingModel
 from locum.models.decoder_layers import decoder_stack
-from locum.models.families import family_of
 from locum.models.known_layers import KnownLayers
 from locum.models.masking import MaskedRouters
 
@@ -30,8 +29,7 @@ def without_first_expert(layer) -> Iterator[None]:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family: str) -> None:
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case = Case(family)
     model, tokens = case.model(), tokens_of(case.ids_BS)
     given = {"input_ids": tokens.ids_BS, "attention_mask": tokens.attention_BS}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.utils import logging
 
 import locum
-from families.case import Case, near
+from families.case import Case, near, skip_refused
 from families.tiny_families import all_families
 from locum.kernels import few_rows
-from locum.models.families import family_of
 
 pytestmark = [
     pytest.mark.families,
@@ -21,9 +19,7 @@ SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "outpu
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family: str) -> None:
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case = Case(family)
     model = case.model()
     if not model.can_generate():

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import logging
 
-from families.case import Case, both_ways, checkpoint_of, copied, near, tokens_of
+from families.case import Case, both_ways, checkpoint_of, copied, near, skip_refused, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
@@ -25,7 +24,7 @@ from locum.experts.parts.left_factors import LeftFactors
 from locum.experts.parts.masked import Masked
 from locum.experts.parts.narrowed import Narrowed
 from locum.measure.calibration import calibrate
-from locum.models.families import family_of, find_layers, read_expert, write_expert
+from locum.models.families import find_layers, read_expert, write_expert
 from locum.plans.plan import KEPT, LayerPlan, Plan, Slot, make_plan
 from locum.shapes import ModelShape
 
@@ -83,9 +82,7 @@ def with_zeros(model, plan: Plan, seen) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family: str) -> None:
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case = Case(family)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original"

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 import locum
-from families.case import prune
+from families.case import prune, skip_refused
 from families.tiny_families import all_families, tiny
 from locum.checkpoints.load import load_model
 from locum.checkpoints.numbers_quantizer import is_possible
 from locum.checkpoints.skeleton import read_shape
 from locum.errors import LocumError, UnsupportedModel
 from locum.formats.format import declared_formats, part_name
-from locum.models.families import family_of, model_class
+from locum.models.families import model_class
 from locum.plans.plan import DROPPED, KEPT, NOTHING, Base, LayerPlan, Slot, make_plan, stand_in
 from locum.shapes import LayerShape
 from making.checkpoints import write_tokenizer
@@ -72,9 +71,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family, tmp_path):
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     both = in_fp8(family, tmp_path)
     shapes = [read_shape(folder) for folder in both]
     assert shapes[0].parameters == shapes[1].parameters and shapes[0].bytes < shapes[1].bytes

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import logging
 
-from families.case import Case, low_rank, tokens_of
+from families.case import Case, low_rank, skip_refused, tokens_of
 from families.tiny_families import all_families
 from locum.checkpoints.application import apply_plan
 from locum.checkpoints.load import load_model
@@ -17,7 +16,7 @@ from locum.checkpoints.skeleton import open_source, shape_in
 from locum.checkpoints.streamed import stream_model
 from locum.errors import LocumError
 from locum.models.decoder_layers import decoder_stack
-from locum.models.families import family_of, find_layers
+from locum.models.families import find_layers
 from locum.models.layer_major import NOTE, WholeLayers
 from locum.models.output_head import check_predicts
 from locum.models.stored import write_model
@@ -48,9 +47,7 @@ def streamed(folder: Path):
 
 @pytest.mark.parametrize("family", all_families())
 def test_family(family: str, tmp_path, monkeypatch) -> None:
-    logging.disable_progress_bar()
-    if family_of(family).refuse:
-        pytest.skip(family_of(family).refuse)
+    skip_refused(family)
     case, small = Case(family), tmp_path / "small"
     case.model().save_pretrained(tmp_path / "original")
     try:
