@@ -262,3 +262,11 @@ def test_training_makes_numbers_of_what_was_packed_and_says_so(tmp_path):
     assert "numbers in bfloat16 since training" in (tmp_path / "small" / "README.md").read_text()
     said = command("verify", tmp_path / "small", "--engine", "transformers", "--json")
     assert "no plan promises their bytes" in said.stdout and said.exit_code == 0, said.output
+    for name, of, more, told in (
+        ("again", tmp_path / "small", (), True),
+        ("adapter", model, ("--adapter-only",), False),
+    ):
+        asked = ("--data", tmp_path / "words.txt", "--steps", 1, "--length", 32, "--how", "router")
+        said = command("recover", of, *asked, *more, "--out", tmp_path / name)
+        assert said.exit_code == 0, said.output
+        assert ("since training" in (tmp_path / name / "README.md").read_text()) is told

@@ -36,7 +36,8 @@ def _saved(plan: Plan, shape: ModelShape) -> str:
         said.append(f"nothing removed, weights of {masked} experts set to zero where they lie")
     if plan.formats:
         saved = 1 - (plan.size(shape).bytes - shape.bytes + shape.bytes_of_experts) / shape.bytes_of_experts
-        said.append(f"experts in {' and '.join(plan.formats)}, which take {saved:.1%} fewer bytes than they did")
+        less = f", which take {saved:.1%} fewer bytes than they did" if saved > 0 else ""
+        said.append(f"experts in {' and '.join(plan.formats)}{less}")
     return ", ".join(said) or "nothing removed"
 
 

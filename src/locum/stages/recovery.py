@@ -308,6 +308,7 @@ def _save(
     notes.pop("adapter", None)  # of an adapter that was trained on
     experts = {}
     if base is not None:
+        notes["recovery"].pop("numbers", None)  # its base is as it was
         experts = _with_those_before(model, notes["recovery"].get("trained_experts") or {})
         notes["adapter"] = adapter_notes(live, base, experts)
     notes["recovery"] = _counted(notes["recovery"])
@@ -346,9 +347,10 @@ def _base_of(model: Path, plan: Plan | None, notes: dict[str, Any]) -> Path:
 
 
 def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterable[str], model: Path) -> dict[str, Any]:
-    """What is noted of a training: its summary, the domains of this training and of those before it, and the original, which is the
-    model itself where none was noted."""
-    seen = before.get("recovery", {}).get("domains")
+    """What is noted of a training: its summary, the domains of this training and of those before it, what packed weights became, and the
+    original, which is the model itself where none was noted."""
+    earlier, opened = before.get("recovery", {}), open_source(model)
+    seen, numbers = earlier.get("domains"), opened.numbers if opened.packed else earlier.get("numbers")
     all_seen = dict.fromkeys(map(str, [*(seen if isinstance(seen, list) else ()), *domains]))
     original: dict[str, Any] = {}
     if "original" not in before:
@@ -359,8 +361,7 @@ def _notes_of(before: dict[str, Any], recovery: dict[str, Any], domains: Iterabl
             "original_shape": read_shape(model).to_json(),
         }
         remember(mark, model)
-    numbers = {"numbers": opened.numbers} if (opened := open_source(model)).packed else {}
-    summary = {**recovery, **numbers, "domains": list(all_seen)}
+    summary = {**recovery, **({"numbers": numbers} if numbers else {}), "domains": list(all_seen)}
     return provenance(recovery=summary, recovered_from=name_of(model), **original)
 
 
